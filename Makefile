@@ -1,0 +1,41 @@
+# Every target works on a fresh clone with python3 and its venv module: `.venv` is made when it is missing or outdated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test slow quality style clean
+
+demo: $(STAMP)
+	$(BIN)/python recipes/quickstart.py
+
+# Tiny models are slower with more threads than one, and must never wait for a network.
+test slow: export OMP_NUM_THREADS ?= 1
+test slow: export HF_HUB_OFFLINE := 1
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow --timeout 1800
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch, torchvision and timm are resolved in one step, so that their versions fit each other.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,131 @@
+"""What a store was made from, as one digest: a store is reused when it matches, never otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from torch import nn
+from transformers.utils import logging
+
+from .rows import RowSource
+
+logger = logging.get_logger(__name__)
+
+#: Entries of a model's configuration that do not change what the prefix computes.
+_IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "id2label", "label2id", "architectures", "problem_type"}
+
+
+def fingerprint_inputs(
+    *,
+    source: RowSource,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    cut: int,
+    blocks: list[str],
+    codec: str,
+    precision: str,
+    format_version: int,
+) -> dict[str, Any]:
+    """Everything a store depends on, as JSON values.
+
+    Args:
+        source: data set, transform, collator and seed.
+        model: the model; its class and configuration count.
+        tensors: parameters and buffers of the prefix by name; names, shapes, types and bytes count.
+        cut: frozen blocks.
+        blocks: module names of the prefix.
+        codec: name of the codec.
+        precision: mixed precision under which the prefix runs.
+        format_version: version of the store's format.
+    """
+    return {
+        "format_version": format_version,
+        "dataset": dataset_digest(source.dataset),
+        "collator": object_digest(source.collator),
+        "rows": len(source),
+        "sample_rows": sample_digest(source),
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": config_digest(model, blocks),
+        "prefix": tensors_digest(tensors),
+        "cut": cut,
+        "blocks": blocks,
+        "codec": codec,
+        "precision": precision,
+        "seed": source.seed,
+        "batch_size": source.batch_size,
+    }
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """The fingerprint: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Digest of names, shapes, types and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        total.update(_tensor_bytes(value))
+    return total.hexdigest()
+
+
+def dataset_digest(dataset: Any) -> str:
+    """Digest of a data set and the transform set on it.
+
+    `datasets` keeps one that follows every change, transforms included. Other data sets are pickled and hashed.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        return dataset._fingerprint
+    return object_digest(dataset)
+
+
+def object_digest(value: Any) -> str:
+    """Digest of an object's code and state; one that never matches again if it cannot be pickled."""
+    try:
+        return Hasher.hash(value)
+    except Exception as error:  # dill raises whatever the object's own pickling raises
+        logger.warning_once(
+            f"{type(value).__name__} cannot be hashed ({error}): its feature stores are not reused by another run."
+        )
+        return f"unhashable-{uuid.uuid4().hex}"
+
+
+def sample_digest(source: RowSource, rows: int = 16) -> str:
+    """Digest of a few collated rows from all over the data set: sees what hashing objects cannot, e.g. other files."""
+    total = hashlib.sha256()
+    indices = sorted({round(row) for row in np.linspace(0, len(source) - 1, min(rows, len(source)))})
+    batch = source.collate(indices)
+    for name in sorted(batch):
+        value = batch[name]
+        total.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            total.update(f"{tuple(value.shape)}|{value.dtype}|".encode())
+            total.update(_tensor_bytes(value.detach().cpu().contiguous()))
+        else:
+            total.update(repr(value).encode())
+    return total.hexdigest()
+
+
+def config_digest(model: nn.Module, blocks: list[str]) -> str:
+    """Digest of what makes the prefix compute as it does besides its tensors."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {name: value for name, value in settings.items() if name not in _IRRELEVANT_CONFIG}
+    settings["attention"] = getattr(config, "_attn_implementation", None)
+    modules = {name: repr(module) for name, module in model.named_modules() if name in blocks}
+    text = json.dumps([settings, modules], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensor_bytes(value: torch.Tensor) -> memoryview:
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")

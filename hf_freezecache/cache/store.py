@@ -1,0 +1,382 @@
+"""The features on disk: Arrow shards that `datasets` opens, a manifest that vouches for them, and how rows are read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow as pa
+import safetensors.torch
+import torch
+
+from ..layout import FeatureLayout
+from .codec import Codec, make_codec
+from .rows import InputColumn, RowError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CODEC_FILE = "codec.safetensors"
+_RESERVED_COLUMNS = {"sample_id", "base", "special", "geometry"}
+
+
+class StoreError(RuntimeError):
+    """A store is missing, damaged, of another version or edited; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Arrow file of a store."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds and what it was made from.
+
+    Args:
+        format_version: version of this format.
+        fingerprint: digest of `made_from`.
+        made_from: what the fingerprint covers.
+        cut: frozen blocks.
+        codec: name of the codec.
+        layout: the feature's shape, grid, special tokens and dtype.
+        rows: number of samples; row i is sample i.
+        views: augmented views beside the base view.
+        inputs: model inputs that are kept per row.
+        constants: model inputs that are the same for every batch.
+        shards: the Arrow files, in the order of their rows.
+        files: size and sha256 of every other file.
+    """
+
+    format_version: int
+    fingerprint: str
+    made_from: dict[str, Any]
+    cut: int
+    codec: str
+    layout: dict[str, Any]
+    rows: int
+    views: int
+    inputs: dict[str, InputColumn]
+    constants: dict[str, Any]
+    shards: list[Shard]
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The manifest as text; its last field is the checksum of all others."""
+        content = asdict(self)
+        content["checksum"] = _checksum(content)
+        return json.dumps(content, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            StoreError: if it is not JSON, of another version, or its checksum does not match.
+        """
+        try:
+            content = json.loads(text)
+            version, checksum = content["format_version"], content.pop("checksum")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise StoreError(f"{path} is not a manifest ({error!r}): delete the store, it is built again.") from error
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path} has format version {version}; this release reads version {FORMAT_VERSION}. Delete the store, "
+                "it is built again, or use the release that wrote it."
+            )
+        if _checksum(content) != checksum:
+            raise StoreError(
+                f"{path} does not match its own checksum: it was edited or damaged. Delete the store, it is built again."
+            )
+        content["inputs"] = {
+            name: InputColumn(value["dtype"], tuple(value["shape"]), value["is_list"])
+            for name, value in content["inputs"].items()
+        }
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        return cls(**content)
+
+
+class FeatureStore:
+    """A complete store, opened for reading. Rows are mapped from the files, not loaded."""
+
+    def __init__(self, path: Path, manifest: Manifest, codec: Codec):
+        self.path, self.manifest, self.codec = path, manifest, codec
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> FeatureStore:
+        """Opens a store; checks the manifest and that all files are there in their sizes, not their contents.
+
+        Raises:
+            StoreError: if something is missing, of another version or edited; see `verify` for damage inside a file.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise StoreError(f"{path} is not a feature store: it has no {MANIFEST}.")
+        manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), path / MANIFEST)
+        for name, size in _sizes(manifest).items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise StoreError(f"{path / name} {state}: delete the store, it is built again.")
+        codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout))
+        codec.load_tensors(safetensors.torch.load_file(path / CODEC_FILE))
+        return cls(path, manifest, codec)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def bytes(self) -> int:
+        """Size of the Arrow files."""
+        return sum(shard.bytes for shard in self.manifest.shards)
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The store as a `datasets.Dataset`, memory-mapped."""
+        return datasets.load_from_disk(str(self.path), keep_in_memory=False)
+
+    def verify(self) -> bool:
+        """Reads every file and compares its sha256.
+
+        Returns:
+            True.
+
+        Raises:
+            StoreError: naming the first file that does not match.
+        """
+        expected = {shard.name: shard.sha256 for shard in self.manifest.shards}
+        expected.update({name: entry["sha256"] for name, entry in self.manifest.files.items()})
+        for name, sha256 in expected.items():
+            if file_sha256(self.path / name) != sha256:
+                raise StoreError(
+                    f"{self.path / name} is damaged (sha256 differs): delete the store, it is built again."
+                )
+        return True
+
+    def read(self, indices: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Features of the given samples, decoded.
+
+        Returns:
+            `(B, *layout.shape)` tensor.
+        """
+        rows = self.read_rows(indices)
+        return self.codec.decode({name: rows[name].to(device) for name in self.codec.columns})
+
+    def read_rows(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Codes and model inputs of the given samples, as stored: codec columns, then the inputs by their names."""
+        batch = {name: torch.from_numpy(self._take(name, indices)) for name in self.codec.columns}
+        for name, column in self.manifest.inputs.items():
+            if column.is_list:
+                taken = self.dataset.data.column(name).take(pa.array(indices, pa.int64()))
+                batch[name] = taken.to_pylist()
+            else:
+                batch[name] = column.to_tensor(self._take(name, indices))
+        batch.update(self.manifest.constants)
+        return batch
+
+    def _take(self, column: str, indices: Sequence[int]) -> np.ndarray:
+        starts, views = self._views[column]
+        rows = np.asarray(indices, dtype=np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} are asked for; the store has {len(self)}.")
+        taken = np.empty((len(rows), views[0].shape[1]), views[0].dtype)
+        # Copying row by row out of the mapped buffers is faster than Arrow's take, which goes through index arrays.
+        for place, (row, chunk) in enumerate(zip(rows, np.searchsorted(starts, rows, "right") - 1, strict=True)):
+            taken[place] = views[chunk][row - starts[chunk]]
+        return taken
+
+    @cached_property
+    def _views(self) -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
+        """Per column the first row of every record batch, and the batch as an array on the mapped buffer."""
+        table, views = self.dataset.data, {}
+        tensor_inputs = [name for name, column in self.manifest.inputs.items() if not column.is_list]
+        for name in [*self.codec.columns, *tensor_inputs]:
+            chunks = [chunk for chunk in table.column(name).chunks if len(chunk)]
+            starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1]
+            views[name] = (starts, [_mapped(chunk) for chunk in chunks])
+        return views
+
+
+class ShardWriter(contextlib.AbstractContextManager):
+    """Writes one Arrow file of a store."""
+
+    def __init__(self, path: Path, codec: Codec, inputs: Mapping[str, InputColumn]):
+        clash = _RESERVED_COLUMNS & set(inputs)
+        if clash:
+            raise RowError(f"the collator's {sorted(clash)} clash with the store's own columns: rename them.")
+        self.path, self.inputs, self.rows = path, inputs, 0
+        self.features = _features(codec, inputs)
+        self._file = open(path, "wb")
+        self._writer = pa.ipc.new_stream(self._file, self.features.arrow_schema)
+
+    def write(self, first_row: int, codes: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> None:
+        """Appends a batch whose rows follow each other from `first_row`."""
+        arrays = {}
+        for name, value in codes.items():
+            arrays[name] = _fixed_size_list(value.cpu().contiguous().numpy())
+            rows = len(value)
+        for name, column in self.inputs.items():
+            value = inputs[name]
+            if column.is_list:
+                arrays[name] = pa.array(value)
+                continue
+            if tuple(value.shape[1:]) != column.shape or str(value.dtype) != f"torch.{column.dtype}":
+                raise RowError(
+                    f"the collator's '{name}' has rows of {tuple(value.shape[1:])} ({value.dtype}) at sample {first_row}"
+                    f" but of {column.shape} (torch.{column.dtype}) before: pad to a fixed size, or use cache='never'."
+                )
+            stored = column.to_numpy(value)
+            arrays[name] = pa.array(stored.reshape(-1)) if column.shape == () else _fixed_size_list(stored)
+        arrays["sample_id"] = pa.array(np.arange(first_row, first_row + rows, dtype=np.int64))
+        schema = self.features.arrow_schema
+        self._writer.write_batch(pa.record_batch([arrays[name] for name in schema.names], schema=schema))
+        self.rows += rows
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def shard(self) -> Shard:
+        """The record of the finished file."""
+        return Shard(self.path.name, self.rows, self.path.stat().st_size, file_sha256(self.path))
+
+
+def create_aside(final: Path) -> Path:
+    """Makes the directory in which a store is written before it gets its name; removes what a killed build left."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for left in final.parent.glob(f"{final.name}.tmp-{host}-*"):
+        process = left.name.rsplit("-", 2)[1]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = final.parent / f"{final.name}.tmp-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    return aside
+
+
+def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None:
+    """Writes everything besides the shards, makes it durable and gives the store its name.
+
+    Args:
+        aside: directory with the shards.
+        final: the store's name. A complete store of that name, built by somebody else meanwhile, is kept.
+        codec: the fitted codec.
+        manifest: `files` is filled in here.
+    """
+    features = _features(codec, manifest.inputs)
+    state = {
+        "_data_files": [{"filename": shard.name} for shard in manifest.shards],
+        "_fingerprint": manifest.fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    datasets.DatasetInfo(features=features).write_to_directory(str(aside))
+    _write_text(aside / "state.json", json.dumps(state, indent=2, sort_keys=True))
+    tensors = {name: value.contiguous() for name, value in codec.tensors().items()}
+    with open(aside / CODEC_FILE, "wb") as file:
+        file.write(safetensors.torch.save(tensors))
+        file.flush()
+        os.fsync(file.fileno())
+    files = {
+        name: {"bytes": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
+        for name in ("dataset_info.json", "state.json", CODEC_FILE)
+    }
+    _write_text(aside / MANIFEST, Manifest(**{**manifest.__dict__, "files": files}).to_json())
+    _sync_directory(aside)
+    try:
+        os.rename(aside, final)
+    except OSError:
+        if not (final / MANIFEST).is_file():
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_directory(final.parent)
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"data-{index:05d}-of-{count:05d}.arrow"
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _features(codec: Codec, inputs: Mapping[str, InputColumn]) -> datasets.Features:
+    features = {"sample_id": datasets.Value("int64")}
+    for name, (dtype, length) in codec.columns.items():
+        features[name] = datasets.List(datasets.Value(str(dtype).removeprefix("torch.")), length=length)
+    for name, column in inputs.items():
+        if column.is_list:
+            kind = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}[column.dtype]
+            features[name] = datasets.Value(kind)
+        else:
+            length = int(np.prod(column.shape, dtype=np.int64))
+            value = datasets.Value(column.stored_as)
+            features[name] = value if column.shape == () else datasets.List(value, length=length)
+    return datasets.Features(features)
+
+
+def _fixed_size_list(rows: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+
+
+def _mapped(chunk: pa.Array) -> np.ndarray:
+    """A record batch's column as `(rows, n)` on the mapped buffer."""
+    values = chunk.flatten() if pa.types.is_fixed_size_list(chunk.type) else chunk
+    return values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
+
+
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    sizes = {shard.name: shard.bytes for shard in manifest.shards}
+    return sizes | {name: entry["bytes"] for name, entry in manifest.files.items()}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

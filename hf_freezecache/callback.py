@@ -1,0 +1,121 @@
+"""The clock: asks the policy at every epoch, moves the cut, keeps what was decided in `trainer_state.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .policies import FreezePolicy, Moment, ObservedBlock
+
+
+class CutMover(Protocol):
+    """What the callback needs of a running training."""
+
+    num_blocks: int
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+
+    def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
+        """Brings the cut to `moment.cut` and the source of the batches with it."""
+
+    def end_epoch(self) -> None:
+        """An epoch's last batch is done."""
+
+    def end_step(self) -> None:
+        """An optimizer step is done."""
+
+    def observed_blocks(self, signals: frozenset[str]) -> Sequence[ObservedBlock]:
+        """The live blocks with what was asked for."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values to continue from."""
+
+
+class FreezeCallback(TrainerCallback, ExportableState):
+    """Runs a freezing policy.
+
+    A cut changes at the beginning of an epoch and never moves back; what a checkpoint has decided is not decided
+    again. Added by `FreezeCacheTrainer`; there is nothing to configure.
+
+    Args:
+        policy: says when to freeze.
+    """
+
+    def __init__(self, policy: FreezePolicy | None = None):
+        self.policy = policy
+        self.cut = 0
+        self.decided_epoch = -1
+        self._epoch = -1
+        self._mover: CutMover | None = None
+
+    def attach(self, mover: CutMover | None) -> None:
+        """Starts a training from cut 0; None: nothing will be frozen."""
+        self._mover = mover
+        self.cut, self.decided_epoch, self._epoch = 0, -1, -1
+
+    def restore(self, attributes: Mapping[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self.cut, self.decided_epoch = attributes["cut"], attributes["decided_epoch"]
+        self.policy.load_state_dict(attributes["policy"])
+
+    def state(self) -> dict[str, Any]:
+        """What goes to `trainer_state.json`."""
+        attributes = {
+            "cut": self.cut,
+            "decided_epoch": self.decided_epoch,
+            "policy": {} if self.policy is None else self.policy.state_dict(),
+            "session": {} if self._mover is None else self._mover.state(),
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._epoch = math.floor((state.epoch or 0) + 1e-6) - 1
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if self._mover is None:
+            return
+        self._epoch += 1
+        moment = self._moment(state)
+        if self._epoch > self.decided_epoch:
+            self.cut = self._decide(moment)
+            self.decided_epoch = self._epoch
+        batches = len(train_dataloader)
+        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        whole_epoch = state.max_steps - self._epoch * steps_per_epoch >= steps_per_epoch
+        self._mover.begin_epoch(self._moment(state), whole_epoch)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._mover is not None:
+            self._mover.end_epoch()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._mover is not None:
+            self._mover.end_step()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._mover is not None and self.policy.observes:
+            self.policy.observe(self._moment(state), self._mover.observed_blocks(self.policy.observes))
+
+    def _decide(self, moment: Moment) -> int:
+        answer = self._mover.agree(self.policy.decide(moment))
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= moment.num_blocks:
+            raise ValueError(
+                f"{type(self.policy).__name__} decided for cut {answer!r} in epoch {moment.epoch}; a cut is an integer "
+                f"from 0 to {moment.num_blocks}."
+            )
+        return max(self.cut, answer)
+
+    def _moment(self, state) -> Moment:
+        return Moment(
+            epoch=self._epoch,
+            num_epochs=state.num_train_epochs,
+            step=state.global_step,
+            max_steps=state.max_steps,
+            cut=self.cut,
+            num_blocks=self._mover.num_blocks,
+        )

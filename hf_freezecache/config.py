@@ -1,0 +1,97 @@
+"""Every knob of the library, as one dataclass that works in `HfArgumentParser`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .cache.codec import CODEC_NAMES
+from .policies.schedule import parse_freeze_points
+
+POLICY_NAMES = ("none", "manual", "linear")
+CACHE_MODES = ("auto", "always", "never")
+
+
+@dataclass
+class FreezeCacheConfig:
+    """When to freeze, and how the frozen part's features are kept.
+
+    Epochs count from 0 and a cut takes effect at the beginning of an epoch. A cut counts the frozen blocks from the
+    input, stem included.
+
+    Raises:
+        ValueError: on construction, if a value is not possible; the message says what is.
+    """
+
+    policy: str = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
+    freeze_points: str | None = field(
+        default=None,
+        metadata={
+            "help": "For policy manual, `epoch:cut` pairs, e.g. '1:4,3:8': cut 4 from epoch 1 and cut 8 from epoch 3. "
+            "A number with a point is a fraction of training ('0.25:8'), rounded up to an epoch."
+        },
+    )
+    freeze_start: float = field(default=0.25, metadata={"help": "For policy linear: fraction of training at stage 1."})
+    freeze_end: float = field(
+        default=0.5, metadata={"help": "For policy linear: fraction of training at the last stage."}
+    )
+    max_frozen: float = field(
+        default=0.75, metadata={"help": "For policy linear: fraction of the blocks frozen in the end."}
+    )
+    freeze_stages: int = field(
+        default=2, metadata={"help": "For policy linear: number of steps. Each one costs a build: few, deep steps."}
+    )
+    blocks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Module names of the blocks, stem first, for models whose blocks are not declared."},
+    )
+    cache: str = field(
+        default="auto",
+        metadata={
+            "help": "auto builds a store where the free disk holds it and at least an epoch remains; always builds "
+            "regardless; never only freezes."
+        },
+    )
+    feature_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where stores lie; `output_dir/_freeze_cache` if not given."}
+    )
+    codec: str = field(
+        default="int4", metadata={"help": f"How a feature becomes bytes: one of {', '.join(CODEC_NAMES)}."}
+    )
+    views: int = field(
+        default=0,
+        metadata={
+            "help": "Augmented views stored beside the base view. Only 0 is possible: the base view is replayed."
+        },
+    )
+
+    def __post_init__(self):
+        _one_of("policy", self.policy, POLICY_NAMES)
+        _one_of("cache", self.cache, CACHE_MODES)
+        _one_of("codec", self.codec, CODEC_NAMES)
+        for name in ("freeze_start", "freeze_end", "max_frozen"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
+        if self.freeze_start > self.freeze_end:
+            raise ValueError(
+                f"freeze_start={self.freeze_start} is after freeze_end={self.freeze_end}: stages go from the first to "
+                "the second."
+            )
+        if self.freeze_stages < 1:
+            raise ValueError(
+                f"freeze_stages={self.freeze_stages!r} must be at least 1; policy='none' freezes nothing."
+            )
+        if self.views != 0:
+            raise ValueError(
+                f"views={self.views!r} is not possible: only the base view is replayed in this version (views=0)."
+            )
+        if self.policy == "manual":
+            if self.freeze_points is None:
+                raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
+            parse_freeze_points(self.freeze_points)
+        elif self.freeze_points is not None:
+            raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; possible are {', '.join(allowed)}.")

@@ -1,0 +1,91 @@
+"""The layout of one feature: what crosses a cut, for one sample."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """Shape and meaning of one sample's feature.
+
+    Args:
+        shape: without the batch: `(T, C)` tokens, `(C, H, W)` map or `(C,)` vector.
+        grid: `(H, W)` of the spatial positions, `None` where there is no picture behind them (text, vectors).
+        special_tokens: number of leading tokens that are not positions (CLS, distillation, registers); 0 for maps and
+            vectors.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: if the fields contradict each other.
+
+    Shapes: T tokens (special ones included), C channels, H height, W width.
+    """
+
+    shape: tuple[int, ...]
+    grid: tuple[int, int] | None
+    special_tokens: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.shape) <= 3 or min(self.shape) < 1:
+            raise ValueError(f"a feature is (C,), (T, C) or (C, H, W) with positive sizes, got shape {self.shape}")
+        if self.dtype not in _DTYPES.values():
+            raise ValueError(f"a feature is one of {', '.join(_DTYPES)}, got {self.dtype}")
+        most = self.shape[0] - 1 if len(self.shape) == 2 else 0
+        if not 0 <= self.special_tokens <= most:
+            raise ValueError(
+                f"shape {self.shape} can have 0 to {most} leading special tokens, "
+                f"got special_tokens={self.special_tokens}"
+            )
+        if self.grid is not None and prod(self.grid) != self.positions:
+            raise ValueError(f"grid {self.grid} does not cover the {self.positions} positions of shape {self.shape}")
+
+    @property
+    def channel_dim(self) -> int:
+        """Index of the channels in `shape`: first for a map, last for tokens and vectors."""
+        return 0 if len(self.shape) == 3 else len(self.shape) - 1
+
+    @property
+    def channels(self) -> int:
+        """Number of channels, C."""
+        return self.shape[self.channel_dim]
+
+    @property
+    def values(self) -> int:
+        """Number of values of one feature, special tokens included."""
+        return prod(self.shape)
+
+    @property
+    def positions(self) -> int:
+        """Number of values of one channel, special tokens excluded."""
+        return self.values // self.channels - self.special_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the layout as a dict of JSON types, for a manifest."""
+        return {
+            "shape": list(self.shape),
+            "grid": None if self.grid is None else list(self.grid),
+            "special_tokens": self.special_tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "FeatureLayout":
+        """Reads what `to_json` returned.
+
+        Raises:
+            ValueError: if the dtype is unknown or the fields contradict each other.
+        """
+        if data["dtype"] not in _DTYPES:
+            raise ValueError(f"a feature is one of {', '.join(_DTYPES)}, got {data['dtype']!r}")
+        return cls(
+            shape=tuple(data["shape"]),
+            grid=None if data["grid"] is None else tuple(data["grid"]),
+            special_tokens=data["special_tokens"],
+            dtype=_DTYPES[data["dtype"]],
+        )

@@ -1,0 +1,8 @@
+"""When to freeze: one rule a file, one small interface."""
+
+from .base import FreezePolicy, Moment, ObservedBlock
+from .linear import LinearPolicy
+from .manual import ManualPolicy
+from .none import NonePolicy
+
+__all__ = ["FreezePolicy", "LinearPolicy", "ManualPolicy", "Moment", "NonePolicy", "ObservedBlock"]

@@ -1,0 +1,30 @@
+"""Freezing in equal steps over a part of training."""
+
+from __future__ import annotations
+
+from .base import FreezePolicy, Moment
+from .schedule import FreezePoint, scheduled_cut
+
+
+class LinearPolicy(FreezePolicy):
+    """`stages` equal steps to `max_frozen` of the blocks, between two fractions of training.
+
+    Stage j of n sets `cut = round(max_frozen * blocks * j / n)` at the fraction
+    `start + (end - start) * (j - 1) / max(n - 1, 1)` of training, rounded up to an epoch.
+    """
+
+    def __init__(self, start: float = 0.25, end: float = 0.5, max_frozen: float = 0.75, stages: int = 2):
+        self.start, self.end, self.max_frozen, self.stages = start, end, max_frozen, stages
+
+    def points(self, num_blocks: int) -> list[FreezePoint]:
+        """The schedule for a chain of `num_blocks`."""
+        return [
+            FreezePoint(
+                when=float(self.start + (self.end - self.start) * (stage - 1) / max(self.stages - 1, 1)),
+                cut=round(self.max_frozen * num_blocks * stage / self.stages),
+            )
+            for stage in range(1, self.stages + 1)
+        ]
+
+    def decide(self, moment: Moment) -> int:
+        return scheduled_cut(self.points(moment.num_blocks), moment.epoch, moment.num_epochs)

@@ -1,0 +1,25 @@
+"""Freezing at given epochs."""
+
+from __future__ import annotations
+
+from .base import FreezePolicy, Moment
+from .schedule import parse_freeze_points, scheduled_cut
+
+
+class ManualPolicy(FreezePolicy):
+    """Cuts at the epochs, or fractions of training, that the user names (`"1:4,3:8"`)."""
+
+    def __init__(self, freeze_points: str):
+        self.text = freeze_points
+        self.points = parse_freeze_points(freeze_points)
+
+    def start(self, num_blocks: int) -> None:
+        deepest = max(point.cut for point in self.points)
+        if deepest > num_blocks:
+            raise ValueError(
+                f"freeze_points={self.text!r} asks for cut {deepest}, but the model has {num_blocks} blocks (stem "
+                f"included): the deepest cut is {num_blocks}, which trains the head only."
+            )
+
+    def decide(self, moment: Moment) -> int:
+        return scheduled_cut(self.points, moment.epoch, moment.num_epochs)

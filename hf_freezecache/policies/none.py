@@ -1,0 +1,12 @@
+"""Freezing nothing."""
+
+from __future__ import annotations
+
+from .base import FreezePolicy, Moment
+
+
+class NonePolicy(FreezePolicy):
+    """Never freezes: the trainer is `transformers.Trainer`."""
+
+    def decide(self, moment: Moment) -> int:
+        return 0

@@ -1,0 +1,57 @@
+"""Schedules: cuts fixed before training, as points in epochs or fractions of training."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_POINT = re.compile(r"^\s*(?P<when>\d+|\d*\.\d+|\d+\.\d*)\s*:\s*(?P<cut>\d+)\s*$")
+
+
+@dataclass(frozen=True)
+class FreezePoint:
+    """A cut and when it takes effect: an epoch (int) or a fraction of training (float)."""
+
+    when: int | float
+    cut: int
+
+    def epoch(self, num_epochs: int) -> int:
+        """The epoch at whose beginning the cut takes effect; fractions are rounded up to an epoch."""
+        if isinstance(self.when, int):
+            return self.when
+        # 0.1 * 30 is 3.0000000000000004: without the slack it would be rounded up to epoch 4.
+        return math.ceil(self.when * num_epochs - 1e-9)
+
+
+def parse_freeze_points(text: str) -> list[FreezePoint]:
+    """Reads `"1:4,3:8"` or `"0.25:8"`.
+
+    Raises:
+        ValueError: on a syntax error, a fraction above 1, points out of order or cuts that decrease.
+    """
+    points = []
+    for part in text.split(","):
+        match = _POINT.match(part)
+        if match is None:
+            raise ValueError(
+                f"freeze point {part.strip()!r} in {text!r} is not understood: write epoch:cut pairs separated by "
+                "commas, e.g. '1:4,3:8', or fractions of training with a point, e.g. '0.25:8'."
+            )
+        when = float(match["when"]) if "." in match["when"] else int(match["when"])
+        if isinstance(when, float) and when > 1.0:
+            raise ValueError(f"freeze point {part.strip()!r}: {when} is a fraction of training, at most 1.0.")
+        points.append(FreezePoint(when, int(match["cut"])))
+    for earlier, later in zip(points, points[1:], strict=False):
+        if type(earlier.when) is type(later.when) and later.when <= earlier.when:
+            raise ValueError(f"freeze points {text!r} are out of order: {later.when} follows {earlier.when}.")
+        if later.cut < earlier.cut:
+            raise ValueError(
+                f"freeze points {text!r}: cut {later.cut} follows cut {earlier.cut}; cuts never decrease."
+            )
+    return points
+
+
+def scheduled_cut(points: list[FreezePoint], epoch: int, num_epochs: int) -> int:
+    """The deepest cut among the points that have come by `epoch`."""
+    return max((point.cut for point in points if point.epoch(num_epochs) <= epoch), default=0)

@@ -1,0 +1,1 @@
+"""How cached features come back as training batches."""

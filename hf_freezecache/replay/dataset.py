@@ -1,0 +1,84 @@
+"""The train data set whose source turns from images to cached rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..cache.rows import fetch
+from ..cache.store import FeatureStore
+
+_MAX_PATH = 4096
+
+
+class SourceSwitch:
+    """Which source an epoch's batches come from, in shared memory: loader processes that live on see it too."""
+
+    def __init__(self):
+        self._length = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._path = torch.zeros(_MAX_PATH, dtype=torch.uint8).share_memory_()
+
+    @property
+    def path(self) -> Path | None:
+        """The store that is replayed; None for live epochs."""
+        length = int(self._length[0])
+        return Path(bytes(self._path[:length].tolist()).decode()) if length else None
+
+    def set(self, path: Path | None) -> None:
+        """Turns to a store, or back to live (None). Takes effect with the next epoch's first batch."""
+        encoded = b"" if path is None else str(path.absolute()).encode()
+        if len(encoded) > _MAX_PATH:
+            raise ValueError(f"the path of the feature store is longer than {_MAX_PATH} bytes: {path}.")
+        self._path[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        self._length[0] = len(encoded)
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows read from a store, before collating: codes and model inputs by name.
+
+    Args:
+        rows: what `FeatureStore.read_rows` returned.
+        columns: which of them are codes.
+    """
+
+    rows: dict[str, Any]
+    columns: tuple[str, ...]
+
+
+class ReplayDataset(Dataset):
+    """Wraps the user's map-style data set once for a training; its length and sample order never change.
+
+    Args:
+        inner: the user's data set.
+        switch: says where samples come from.
+    """
+
+    def __init__(self, inner: Any, switch: SourceSwitch):
+        self.inner, self.switch = inner, switch
+        self._store: FeatureStore | None = None
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        path = self.switch.path
+        return self.inner[index] if path is None else self._read(path, [index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        path = self.switch.path
+        return fetch(self.inner, indices) if path is None else self._read(path, indices)
+
+    def _read(self, path: Path, indices: Sequence[int]) -> CachedRows:
+        if self._store is None or self._store.path != path:
+            self._store = FeatureStore.open(path)
+        return CachedRows(self._store.read_rows(indices), tuple(self._store.codec.columns))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped file does not travel to a loader process; it is opened again there.
+        return {**self.__dict__, "_store": None}

@@ -1,0 +1,42 @@
+"""Random generators: leaving them untouched, and seeding them for one draw."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Puts the Python, NumPy and torch (CPU and accelerator) generators back as they were on entry.
+
+    Probing, planning, building and counting FLOPs run inside, so that a training sees the same random numbers whether
+    a store is built, reused or declined.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextlib.contextmanager
+def seeded_rng(*key: int) -> Iterator[None]:
+    """Seeds the global generators from `key` inside and puts them back after: a draw that depends on the key alone."""
+    digest = hashlib.sha256(",".join(str(int(part)) for part in key).encode()).digest()
+    seed = int.from_bytes(digest[:4], "little")
+    with preserve_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,396 @@
+"""One training's moving parts wired together: the chain, the cut, the store, and where batches come from."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers.utils import logging
+
+from .accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
+from .cache.fingerprint import fingerprint_inputs
+from .cache.materialize import BuildFailed, BuildPlan, estimate_bytes, materialize, open_matching
+from .cache.rows import RowSource
+from .cache.store import FORMAT_VERSION, FeatureStore
+from .chain import BlockChain
+from .config import FreezeCacheConfig
+from .distributed import Group, rewrap_ddp
+from .policies import Moment, ObservedBlock
+from .replay.collator import take_codes
+from .replay.dataset import SourceSwitch
+from .report import FreezeCacheReport, FreezeStatus, make_report
+from .rng import preserve_rng
+
+logger = logging.get_logger(__name__)
+
+
+class FreezeSession:
+    """The state of one training, from `train()` to its end.
+
+    Args:
+        model: the model itself, not wrapped.
+        source: the train samples as model inputs.
+        config: the user's settings.
+        cache_dir: where stores lie.
+        group: the processes.
+        to_device: moves a collated batch to where the model is.
+        precision: mixed precision of the training.
+        disable_tqdm: no progress bars.
+        can_cache: False where features cannot be replayed (DataParallel).
+
+    Raises:
+        ChainError: if the model cannot be split.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        source: RowSource,
+        config: FreezeCacheConfig,
+        cache_dir: Path,
+        group: Group,
+        to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        precision: str,
+        disable_tqdm: bool,
+        can_cache: bool = True,
+    ):
+        self.model, self.source, self.config, self.group = model, source, config, group
+        self.cache_dir, self.to_device, self.precision = cache_dir, to_device, precision
+        self.disable_tqdm, self.can_cache = disable_tqdm, can_cache
+        self.ledger = Ledger()
+        self.switch = SourceSwitch()
+        self.store: FeatureStore | None = None
+        self.in_step = False
+        self.optimizer: Any = None
+        self.wrapped_model: nn.Module | None = None
+        self._declined_cut = -1
+        self._warned_random = False
+        self._flops: dict[tuple[int, str], float] = {}
+        self._flops_seen, self._samples_seen = 0.0, 0
+        self._activations: dict[int, torch.Tensor] = {}
+        self._observers: list[Any] = []
+        with preserve_rng():
+            self.probe = self._probe()
+            self.chain = BlockChain.from_model(model, config.blocks, probe=self.probe)
+
+    # What the callback calls
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.chain)
+
+    def agree(self, value: Any) -> Any:
+        return self.group.from_main(value)
+
+    def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
+        """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
+        self.ledger.end_all()
+        if moment.cut > self.chain.cut:
+            self._freeze(moment.cut)
+            rewrap_ddp(self.wrapped_model)
+            logger.info(
+                f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
+                f"'{self.chain.names[moment.cut - 1]}'."
+            )
+        if moment.cut:
+            self._choose_source(moment, whole_epoch)
+        mode = "live" if self.switch.path is None else "replay"
+        phase = self.ledger.begin(self.chain.cut, mode)
+        if mode == "replay":
+            phase.store_bytes = self.store.bytes
+
+    def end_epoch(self) -> None:
+        if self.ledger.current is not None:
+            self.ledger.current.epochs += 1
+            self.ledger.end()
+
+    def end_step(self) -> None:
+        if self.ledger.current is not None:
+            self.ledger.current.steps += 1
+            self.ledger.sample_memory()
+
+    def observed_blocks(self, signals: frozenset[str]) -> list[ObservedBlock]:
+        """The live blocks for a policy; the first call starts recording activations if they are asked for."""
+        if "activations" in signals and not self._observers:
+            self._record_activations()
+        blocks = []
+        for index, block in enumerate(self.chain.blocks):
+            if index >= self.chain.cut:
+                parameters = {
+                    f"{position}.{name}": parameter
+                    for position, module in enumerate(block.modules)
+                    for name, parameter in module.named_parameters()
+                }
+                blocks.append(ObservedBlock(index, block.name, parameters, self._activations.get(index)))
+        self._activations.clear()
+        return blocks
+
+    def state(self) -> dict[str, Any]:
+        return {"declined_cut": self._declined_cut, "phases": self.ledger.state()}
+
+    # What the trainer calls
+
+    def restore(self, cut: int, state: Mapping[str, Any]) -> None:
+        """Continues a training from a checkpoint: freezes what was frozen there."""
+        self._declined_cut = state.get("declined_cut", -1)
+        self.ledger.load(state.get("phases", []))
+        if cut:
+            self._freeze(cut)
+
+    def close(self) -> None:
+        """Ends the training and gives every parameter back the `requires_grad` that the user had set."""
+        self.ledger.end_all()
+        for handle in self._observers:
+            handle.remove()
+        self.chain.unfreeze()
+
+    @contextlib.contextmanager
+    def training_step(self, inputs: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
+        """Yields the inputs for one training step; a batch of codes is decoded and the prefix bypassed.
+
+        Args:
+            inputs: a live batch as it is, or a replayed one.
+            force_eager: run compiled code uncompiled where the prefix is bypassed.
+        """
+        taken = take_codes(inputs)
+        self.in_step = True
+        try:
+            if taken is None:
+                yield inputs
+                return
+            codes, others = taken
+            features = self.store.codec.decode(self.to_device(codes))
+            eager = torch.compiler.set_stance("force_eager") if force_eager else contextlib.nullcontext()
+            with self.chain.replay(self.store.manifest.cut), eager:
+                yield {self.chain.main_input: features, **others}
+        finally:
+            self.in_step = False
+
+    def before_forward(self) -> None:
+        """After `model.train()`: what is frozen goes back to eval mode."""
+        if self.in_step:
+            self.chain.eval_prefix()
+
+    def step_flops(self, inputs: Mapping[str, Any]) -> float:
+        """FLOPs of one micro-batch, measured once per cut and mode."""
+        taken = take_codes(inputs)
+        mode, batch = ("live", inputs) if taken is None else ("replay", taken[0])
+        samples = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
+        flops = self.flops_per_sample(mode) * samples
+        if self.ledger.current is not None:
+            self.ledger.current.flops += flops
+        self._samples_seen += samples
+        return flops
+
+    def flops_per_sample(self, mode: str, cut: int | None = None) -> float:
+        """FLOPs of one sample in a training step (live, replay), in a build, or in evaluation."""
+        cut = self.chain.cut if cut is None else cut
+        if (cut, mode) not in self._flops:
+            self._flops[cut, mode] = self._measure_flops(mode, cut)
+        return self._flops[cut, mode]
+
+    def take_build_flops(self) -> float:
+        """FLOPs of the builds since the last call, for `total_flos`."""
+        flops, self._flops_seen = self._flops_seen, 0.0
+        return flops
+
+    def status(self) -> FreezeStatus:
+        cut = self.chain.cut
+        return FreezeStatus(
+            cut=cut,
+            frozen_blocks=self.chain.names[:cut],
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            replaying=self.switch.path is not None,
+            store_path=None if self.store is None else self.store.path,
+            store_bytes=0 if self.store is None else self.store.bytes,
+        )
+
+    def report(self) -> FreezeCacheReport:
+        phases = [phase for phase in self.ledger.phases]
+        plain = self._flops.get((0, "live"))
+        steps = sum(phase.steps for phase in phases if phase.mode in ("live", "replay"))
+        per_step = None if plain is None or not steps else plain * self._samples_seen / steps
+        return make_report(phases, per_step)
+
+    # Freezing
+
+    def _freeze(self, cut: int) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.chain.freeze(cut):
+            if self.optimizer is not None:
+                self.optimizer.state.pop(parameter, None)
+        # BatchNorm statistics differ between processes until they are sent around: one prefix for all.
+        self.group.broadcast_tensors(list(self.chain.prefix_buffers(cut).values()))
+
+    # Caching
+
+    def _choose_source(self, moment: Moment, whole_epoch: bool) -> None:
+        if self.config.cache == "never" or not self.can_cache or self._declined_cut == moment.cut:
+            self.switch.set(None)
+            return
+        if self.store is not None and self.store.manifest.cut == moment.cut:
+            return
+        self.switch.set(None)
+        self.store = None
+        store = self._obtain_store(moment, whole_epoch)
+        if store is None:
+            self._declined_cut = moment.cut
+            return
+        self.store = store
+        self.switch.set(store.path)
+
+    def _obtain_store(self, moment: Moment, whole_epoch: bool) -> FeatureStore | None:
+        with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
+            plan = self._plan(moment.cut)
+            store = open_matching(plan, self.group)
+            if store is not None:
+                logger.info(f"Reusing the feature store {store.path} ({_megabytes(store.bytes)}).")
+                return store
+            if not self._worth_it(plan, whole_epoch):
+                return None
+            self._warn_if_random()
+            try:
+                store = materialize(plan, self.group)
+            except BuildFailed as error:
+                logger.warning(
+                    f"The feature store could not be built ({error}): training goes on frozen, from images."
+                )
+                return None
+            share = self.group.share(self.source.num_batches)
+            samples = sum(len(self.source.rows(number)) for number in share)
+            phase.flops += (flops := self.flops_per_sample("build", moment.cut) * samples)
+            phase.epochs += 1
+            phase.store_bytes = store.bytes
+            self._flops_seen += flops
+        logger.info(
+            f"Built the feature store {store.path} ({_megabytes(store.bytes)}, {self.config.codec}, "
+            f"{len(store)} samples): from epoch {moment.epoch} on, {moment.cut} of {len(self.chain)} blocks are not run."
+        )
+        return store
+
+    def _plan(self, cut: int) -> BuildPlan:
+        # Traced again: mixed precision set up since the training began may change the type of the features.
+        self.probe = self._probe()
+        self.chain.trace(self.probe)
+        self.chain.prove(self.probe, cut)
+        made_from = None
+        if self.group.rank == 0:
+            tensors = {**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)}
+            made_from = fingerprint_inputs(
+                source=self.source,
+                model=self.model,
+                tensors=tensors,
+                cut=cut,
+                blocks=self.chain.names[:cut],
+                codec=self.config.codec,
+                precision=self.precision,
+                format_version=FORMAT_VERSION,
+            )
+        return BuildPlan(
+            chain=self.chain,
+            cut=cut,
+            source=self.source,
+            codec=self.config.codec,
+            layout=self.chain.layout(cut),
+            made_from=self.group.from_main(made_from),
+            directory=self.cache_dir,
+            to_device=self.to_device,
+            disable_tqdm=self.disable_tqdm,
+        )
+
+    def _worth_it(self, plan: BuildPlan, whole_epoch: bool) -> bool:
+        if self.config.cache == "always":
+            return True
+        verdict = None
+        if self.group.rank == 0:
+            needed = estimate_bytes(plan)
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.cache_dir).free
+            if not whole_epoch:
+                verdict = "less than one epoch remains"
+            elif needed > free:
+                verdict = f"it needs {_megabytes(needed)} and {self.cache_dir} has {_megabytes(free)} free"
+            else:
+                logger.info(
+                    f"cache='auto': building a feature store of {_megabytes(needed)} for cut {plan.cut} "
+                    f"({_megabytes(free)} are free)."
+                )
+        verdict = self.group.from_main(verdict)
+        if verdict is not None:
+            logger.info(f"cache='auto': no feature store for cut {plan.cut}, training goes on frozen: {verdict}.")
+        return verdict is None
+
+    def _warn_if_random(self) -> None:
+        if not self._warned_random and self.source.is_random():
+            self._warned_random = True
+            logger.warning(
+                "The train data set's transform or collator is random: what is drawn when the feature store is built is "
+                "repeated in every replay epoch (views=0); augmentation ends at the freeze point."
+            )
+
+    # Helpers
+
+    def _probe(self) -> Mapping[str, Any]:
+        return self.to_device(self.source.probe())
+
+    def _measure_flops(self, mode: str, cut: int) -> float:
+        if mode == "live":
+            return measure_training_flops(self.model, self.probe)
+        if mode == "eval":
+            return measure_forward_flops(self.model, self.probe)
+        rows = len(self.probe[self.chain.main_input])
+        if mode == "build":
+            with counting_flops() as counter:
+                features = self.chain.prefix(self.probe, cut)
+            return counter.get_total_flops() / rows
+        features = self.chain.prefix(self.probe, cut)
+        with self.chain.replay(cut):
+            return measure_training_flops(self.model, {**self.probe, self.chain.main_input: features})
+
+    def _record_activations(self) -> None:
+        def keep(index):
+            def hook(module, args, output):
+                if self.in_step:
+                    value = output if isinstance(output, torch.Tensor) else output[0]
+                    self._activations[index] = value.detach()
+
+            return hook
+
+        for index, block in enumerate(self.chain.blocks):
+            self._observers.append(block.modules[-1].register_forward_hook(keep(index)))
+
+
+def check_dataset(dataset: Any) -> str | None:
+    """Why a data set cannot be cached; None if it can."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return (
+            f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must be "
+            "map-style (`__len__` and `__getitem__`)"
+        )
+    return None
+
+
+def check_writable(directory: Path) -> None:
+    """Raises OSError, saying what to do, if stores cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is, "
+            "or use cache='never'."
+        ) from error
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,365 @@
+"""What one run of a model tells about its blocks: shapes, order, where the main tensor enters, who runs in between."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layout import FeatureLayout
+from .rng import preserve_rng
+
+
+class ChainError(ValueError):
+    """A model cannot be split as asked; the message names the module and the reason."""
+
+
+class Captured(Exception):
+    """Carries the feature out of a run that needs to go no further."""
+
+    def __init__(self, feature: torch.Tensor):
+        self.feature = feature
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of the chain: a name, and the modules that run one after the other as this block."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class _TensorSpec:
+    """Stands for a tensor in a recorded output; the first entry of `shape` is rows per sample unless `fixed`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    fixed: bool
+
+
+@dataclass
+class Trace:
+    """The record of one run.
+
+    Args:
+        probe: the inputs of the run.
+        main_input: name of the main input.
+        outputs: output of every block's modules, tensors replaced by their specification.
+        entries: per block, where its main tensor stands: a position or a keyword.
+        features: per cut, shape (without batch) and dtype of the feature; cut 0 is the main input.
+        glue: modules that run outside the blocks, with the last block that had begun when they ran.
+        stray_parameters: parameters that belong to no block and to no glue module.
+    """
+
+    probe: dict[str, Any]
+    main_input: str
+    positional: list[str]
+    outputs: dict[nn.Module, Any]
+    entries: list[int | str]
+    features: list[tuple[tuple[int, ...], torch.dtype]]
+    glue: list[tuple[nn.Module, int]]
+    stray_parameters: list[nn.Parameter]
+    stray_by_cut: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the record holds for inputs of this shape, type and place."""
+        probe, new = self.probe[self.main_input], inputs[self.main_input]
+        return (probe.shape[1:], probe.dtype, probe.device) == (new.shape[1:], new.dtype, new.device)
+
+    def glue_before(self, cut: int) -> list[nn.Module]:
+        """Modules outside the blocks that ran only before block `cut` began."""
+        return [module for module, position in self.glue if position < cut]
+
+    def swap_main_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, torch.Tensor]:
+        """Takes the feature out of a call of the model and puts a placeholder of the main input in."""
+        original = self.probe[self.main_input]
+        if self.main_input in kwargs:
+            feature = kwargs[self.main_input]
+        elif self.main_input in self.positional[: len(args)]:
+            feature = args[self.positional.index(self.main_input)]
+        else:
+            raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
+        spec = _TensorSpec((1, *original.shape[1:]), original.dtype, feature.device, fixed=False)
+        stand_in = placeholders(spec, len(feature))
+        if self.main_input in kwargs:
+            return args, {**kwargs, self.main_input: stand_in}, feature
+        position = self.positional.index(self.main_input)
+        return (*args[:position], stand_in, *args[position + 1 :]), kwargs, feature
+
+    def injected(self, block: int, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The main tensor in a call of a block."""
+        entry = self.entries[block]
+        return args[entry] if isinstance(entry, int) else kwargs[entry]
+
+    def inject(self, block: int, args: tuple, kwargs: dict, feature: torch.Tensor) -> tuple[tuple, dict]:
+        """The same call with another main tensor."""
+        entry = self.entries[block]
+        if isinstance(entry, int):
+            return (*args[:entry], feature, *args[entry + 1 :]), kwargs
+        return args, {**kwargs, entry: feature}
+
+    def layout(self, cut: int) -> FeatureLayout:
+        shape, dtype = self.features[cut]
+        image = self.probe[self.main_input]
+        if len(shape) == 3:
+            return FeatureLayout(shape=shape, grid=(shape[1], shape[2]), special_tokens=0, dtype=dtype)
+        if len(shape) == 2 and image.ndim == 4:
+            grid, special = token_grid(shape[0], image.shape[-2] / image.shape[-1])
+            return FeatureLayout(shape=shape, grid=grid, special_tokens=special, dtype=dtype)
+        return FeatureLayout(shape=shape, grid=None, special_tokens=0, dtype=dtype)
+
+
+def token_grid(tokens: int, aspect: float, most_special: int = 16) -> tuple[tuple[int, int] | None, int]:
+    """Splits a number of tokens into special tokens and a grid with the image's aspect ratio (height / width).
+
+    Returns:
+        `((height, width), special tokens)` with the fewest special tokens, `(None, 0)` if no grid fits.
+    """
+    for special in range(min(most_special, tokens - 1) + 1):
+        patches = tokens - special
+        height, width = round((patches * aspect) ** 0.5), round((patches / aspect) ** 0.5)
+        if height * width == patches:
+            return (height, width), special
+    return None, 0
+
+
+def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) -> Trace:
+    """Runs the model once in eval mode and records every block.
+
+    Raises:
+        ChainError: if a block does not run exactly once, or not in the order of the chain.
+    """
+    recorder = _Recorder(model, blocks)
+    with preserve_rng(), torch.no_grad(), eval_mode(model), recorder:
+        model(**probe)
+    name = main_input_name(model)
+    main = probe[name]
+    return Trace(
+        probe=probe,
+        main_input=name,
+        positional=list(inspect.signature(model.forward).parameters),
+        outputs=recorder.outputs,
+        entries=recorder.entries,
+        features=[(tuple(main.shape[1:]), main.dtype), *recorder.features(len(main))],
+        glue=recorder.glue(),
+        stray_parameters=recorder.stray_parameters(),
+    )
+
+
+class _Recorder(contextlib.AbstractContextManager):
+    """Hooks on every module for the length of one run."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]):
+        self.model, self.blocks = model, blocks
+        self.order = [module for block in blocks for module in block.modules]
+        self.first_of = {block.modules[0]: number for number, block in enumerate(blocks)}
+        inside = {id(m) for module in self.order for m in module.modules()}
+        around = {id(m) for m in model.modules() if any(id(b) in map(id, m.modules()) for b in self.order)} - inside
+        self.outside = [m for m in model.modules() if id(m) not in inside and id(m) not in around]
+        self.ran: list[nn.Module] = []
+        self.inputs: list[torch.Tensor] = []
+        self.entries: list[int | str] = []
+        self.outputs: dict[nn.Module, Any] = {}
+        self.last: torch.Tensor | None = None
+        self.glue_positions: dict[nn.Module, int] = {}
+        self.position = -1
+        self.handles = []
+
+    def __enter__(self):
+        for module in self.order:
+            self.handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._end))
+        for module in self.outside:
+            self.handles.append(module.register_forward_pre_hook(self._between))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for handle in self.handles:
+            handle.remove()
+        if error is None:
+            self._check()
+
+    def _begin(self, module, args, kwargs):
+        self.ran.append(module)
+        if module in self.first_of:
+            self.position = self.first_of[module]
+            entry = _entry(args, kwargs)
+            if entry is None:
+                name = self.blocks[self.position].name
+                raise ChainError(f"block '{name}' of {type(self.model).__name__} gets no tensor to freeze behind.")
+            self.entries.append(entry)
+            self.inputs.append(args[entry] if isinstance(entry, int) else kwargs[entry])
+
+    def _end(self, module, args, output):
+        batch_size = len(self.inputs[0])
+        self.outputs[module] = _specification(output, batch_size)
+        if module is self.order[-1]:
+            self.last = first_tensor(output)
+            self.position = len(self.blocks)
+
+    def _between(self, module, args):
+        self.glue_positions[module] = self.position
+
+    def _check(self) -> None:
+        names = {module: block.name for block in self.blocks for module in block.modules}
+        model = type(self.model).__name__
+        for module in self.order:
+            count = self.ran.count(module)
+            if count != 1:
+                raise ChainError(f"block '{names[module]}' of {model} runs {count} times in a forward pass, not once.")
+        for expected, ran in zip(self.order, self.ran, strict=True):
+            if expected is not ran:
+                raise ChainError(
+                    f"the blocks of {model} do not run in the given order: '{names[ran]}' ran where "
+                    f"'{names[expected]}' was expected."
+                )
+
+    def features(self, batch_size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype at cut 1 .. L."""
+        tensors = [*self.inputs[1:], self.last]
+        for cut, tensor in enumerate(tensors, start=1):
+            if tensor is None or tensor.ndim < 2 or len(tensor) != batch_size:
+                shape = None if tensor is None else tuple(tensor.shape)
+                raise ChainError(
+                    f"{type(self.model).__name__} cannot be cut after '{self.blocks[cut - 1].name}': what leaves it "
+                    f"({shape}) has not one row per sample (batch of {batch_size})."
+                )
+        return [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors]
+
+    def glue(self) -> list[tuple[nn.Module, int]]:
+        return list(self.glue_positions.items())
+
+    def stray_parameters(self) -> list[nn.Parameter]:
+        owned = {id(p) for module in [*self.order, *self.outside] for p in module.parameters()}
+        return [p for p in self.model.parameters() if id(p) not in owned]
+
+
+def _entry(args: tuple, kwargs: dict) -> int | str | None:
+    for position, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            return position
+    return next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
+
+
+def _map_structure(function: Callable, value: Any) -> Any:
+    """Applies `function` to the leaves of tuples, lists and mappings, keeping their types (`ModelOutput` too)."""
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _map_structure(function, item) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_structure(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_structure(function, item) for item in value)
+    return function(value)
+
+
+def _specification(output: Any, batch_size: int) -> Any:
+    def describe(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        fixed = value.ndim == 0 or len(value) % batch_size != 0
+        # Window attention folds windows into the batch: such a tensor grows with the batch by a whole factor.
+        shape = tuple(value.shape) if fixed else (len(value) // batch_size, *value.shape[1:])
+        return _TensorSpec(shape, value.dtype, value.device, fixed)
+
+    return _map_structure(describe, output)
+
+
+def placeholders(specification: Any, batch_size: int) -> Any:
+    """Builds an output of the recorded structure for a batch; its tensors hold zeros and take no memory."""
+
+    def build(value):
+        if not isinstance(value, _TensorSpec):
+            return value
+        zero = torch.zeros((), dtype=value.dtype, device=value.device)
+        if value.fixed:
+            return zero.expand(value.shape)
+        return zero.expand(value.shape[0] * batch_size, *value.shape[1:])
+
+    return _map_structure(build, specification)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor in a (nested) output."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in values:
+        if value is not None:
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def accept_feature(output: Any, feature: torch.Tensor) -> Any:
+    """The same output with its first tensor replaced."""
+    target = first_tensor(output)
+    return _map_structure(lambda value: feature if value is target else value, output)
+
+
+def main_input_name(model: nn.Module) -> str:
+    """`model.main_input_name`, or the first argument of its `forward`."""
+    name = getattr(model, "main_input_name", None)
+    parameters = list(inspect.signature(model.forward).parameters)
+    return name if name is not None else parameters[0]
+
+
+def take_rows(inputs: Mapping[str, Any], rows: int, batch_size: int) -> dict[str, Any]:
+    """The first rows of every per-sample entry of a batch; other entries as they are."""
+
+    def cut_off(value):
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch_size:
+            return value[:rows]
+        return value
+
+    return {name: cut_off(value) for name, value in inputs.items()}
+
+
+def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Two random images of the size in `model.config`; None if the configuration does not tell."""
+    config = getattr(model, "config", None)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if channels is None or main_input_name(model) != "pixel_values":
+        return None
+    if size is None:
+        size = 64  # convolutional families have no fixed size in their configuration and take any
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, channels, height, width, generator=generator)
+    return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def override_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Overrides `forward` on one module instance; an earlier instance-level forward (accelerate's) comes back after."""
+    had_own, original = "forward" in module.__dict__, module.forward
+    # The wrapped signature stays visible to code that inspects it (Trainer, DDP).
+    module.forward = functools.wraps(original)(wrap(original))
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = original
+        else:
+            del module.forward

@@ -1,0 +1,272 @@
+"""`transformers.Trainer` with freezing, caching and replay: the rooms wired together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.utils import is_peft_available, logging
+
+from .cache.rows import RowError, RowSource
+from .callback import FreezeCallback
+from .checkpoint import has_weights, load_weights
+from .config import FreezeCacheConfig
+from .distributed import Group
+from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
+from .replay.collator import ReplayCollator
+from .replay.dataset import ReplayDataset
+from .report import FreezeCacheReport, FreezeStatus, make_report
+from .session import FreezeSession, check_dataset, check_writable
+from .tracing import ChainError
+
+logger = logging.get_logger(__name__)
+
+
+class FreezeCacheTrainer(Trainer):
+    """A drop-in `Trainer` that freezes settled blocks and replaces their forward pass by cached features.
+
+    Takes the arguments of `Trainer` as they are, and two more. Samplers, collator, optimizer, schedule, evaluation and
+    checkpoints stay those of `Trainer`.
+
+    Args:
+        freeze_cache: when to freeze and how features are kept. None means the defaults; then a training that cannot
+            be frozen or cached (iterable data, an unknown model) runs as plain training after one warning, where
+            explicit settings that cannot be honoured are an error.
+        policy: a freezing rule; wins over `freeze_cache.policy`.
+
+    Raises:
+        ValueError: at `train()`, if the explicit settings do not fit model or data.
+    """
+
+    def __init__(
+        self, *args, freeze_cache: FreezeCacheConfig | None = None, policy: FreezePolicy | None = None, **kwargs
+    ):
+        self._freeze_explicit = freeze_cache is not None or policy is not None
+        self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
+        self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
+        self._session: FreezeSession | None = None
+        super().__init__(*args, **kwargs)
+        self._freeze_callback = FreezeCallback(self._freeze_policy)
+        if self._freezes:
+            self.add_callback(self._freeze_callback)
+
+    def freeze_status(self) -> FreezeStatus:
+        """The cut, the frozen blocks and the store of the running or last training."""
+        if self._session is not None:
+            return self._session.status()
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return FreezeStatus(0, [], trainable, replaying=False, store_path=None, store_bytes=0)
+
+    def freeze_cache_report(self) -> FreezeCacheReport:
+        """What the running or last training has cost, by phase."""
+        return make_report([], None) if self._session is None else self._session.report()
+
+    # One training at a time
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ):
+        # Also entered again by `auto_find_batch_size` after it ran out of memory.
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._freeze_callback.attach(None)
+        try:
+            return super()._inner_training_loop(
+                batch_size=batch_size,
+                args=args,
+                resume_from_checkpoint=resume_from_checkpoint,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+        finally:
+            if self._session is not None:
+                self._session.ledger.end_all()
+
+    @property
+    def _freezes(self) -> bool:
+        return not isinstance(self._freeze_policy, NonePolicy)
+
+    def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
+        try:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "freezing and caching do not work under FSDP or DeepSpeed; use DDP (accelerate launch)."
+                )
+            problem = check_dataset(dataset)
+            if problem is not None:
+                raise ValueError(problem + ".")
+            if len(dataset) == 0:
+                raise ValueError("the train data set is empty: there is nothing to train on.")
+            if self._freeze_config.cache != "never":
+                check_writable(self._feature_cache_dir)
+            session = FreezeSession(
+                model=self.model,
+                source=self._row_source(dataset, collator),
+                config=self._freeze_config,
+                cache_dir=self._feature_cache_dir,
+                group=Group(self.accelerator.process_index, self.accelerator.num_processes),
+                to_device=self._prepare_inputs,
+                precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
+                disable_tqdm=self.args.disable_tqdm,
+                can_cache=self.args.n_gpu <= 1,
+            )
+            self._freeze_policy.start(len(session.chain))
+        except (ChainError, RowError, ValueError, OSError) as error:
+            if self._freeze_explicit:
+                raise
+            logger.warning(f"Nothing is frozen or cached, this is plain training: {error}")
+            return None
+        if not session.can_cache:
+            logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
+        return session
+
+    @property
+    def _feature_cache_dir(self) -> Path:
+        configured = self._freeze_config.feature_cache_dir
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
+
+    def _row_source(self, dataset: Any, collator: Callable) -> RowSource:
+        return RowSource(
+            dataset,
+            collator,
+            batch_size=self._train_batch_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+
+    # Data: the source of the train loader's samples can turn to a store
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> DataLoader:
+        if not is_training or not self._freezes:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        users_collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            inner, collator = self._remove_unused_columns(dataset, description=description), users_collator
+        else:
+            inner = dataset
+            collator = super()._get_collator_with_removed_columns(users_collator, description=description)
+        self._session = self._start_session(inner, collator)
+        self._freeze_callback.attach(self._session)
+        if self._session is None:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        self.data_collator = ReplayCollator(collator)
+        try:
+            return super()._get_dataloader(
+                ReplayDataset(inner, self._session.switch),
+                description,
+                batch_size,
+                # Samplers see the user's data set: lengths and columns are read from it.
+                None if sampler_fn is None else lambda _: sampler_fn(inner),
+                is_training,
+                dataloader_key,
+            )
+        finally:
+            self.data_collator = users_collator
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        if isinstance(data_collator, ReplayCollator):
+            return data_collator  # what is unused was removed before, where the user's data set is known
+        return super()._get_collator_with_removed_columns(data_collator, description=description)
+
+    # Optimizer and steps
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if self._session is not None and self._restored is not None:
+            # After the optimizer has its groups, before its state is loaded and the model is wrapped.
+            self._session.restore(self._restored["cut"], self._restored["session"])
+            self._freeze_callback.restore(self._restored)
+        return optimizer
+
+    @property
+    def _restored(self) -> Mapping[str, Any] | None:
+        state = self.state.stateful_callbacks.get(FreezeCallback.__name__)
+        return state["attributes"] if state and state["attributes"]["session"] else None
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._session is not None:
+            self._session.optimizer, self._session.wrapped_model = self.optimizer, model
+        return model, train_dataloader
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        if self._session is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
+            return super().training_step(model, step_inputs, num_items_in_batch)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        if self._session is not None:
+            self._session.before_forward()
+        return super().compute_loss_context_manager()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        if self._session is None:
+            return super().floating_point_ops(inputs)
+        return self._session.step_flops(inputs) + self._session.take_build_flops()
+
+    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
+        if self._session is None:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        session = self._session
+        with session.ledger.phase(session.chain.cut, "eval") as phase:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            phase.epochs += 1
+            phase.flops += session.flops_per_sample("eval") * output.num_samples / session.group.size
+        return output
+
+    # Checkpoints
+
+    def _load_callback_state(self) -> None:
+        # Restored by `create_optimizer`; `Trainer` would put an unattached callback in its place.
+        ours = self.state.stateful_callbacks.pop(FreezeCallback.__name__, None)
+        super()._load_callback_state()
+        if ours is not None:
+            self.state.stateful_callbacks[FreezeCallback.__name__] = ours
+        elif self._freezes:
+            self.state.stateful_callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._loads_strictly(resume_from_checkpoint):
+            logger.info(f"Loading model from {resume_from_checkpoint}.")
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        checkpoint = self.state.best_model_checkpoint
+        if self._loads_strictly(checkpoint):
+            logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
+            load_weights(self.model, checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _loads_strictly(self, checkpoint: str) -> bool:
+        """Whole models in one process's memory; adapters and sharded wrappers are loaded by `Trainer`."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
+            return False
+        if not is_peft_available():
+            return True
+        from peft import PeftModel
+
+        return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+
+def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
+    """The policy that the settings name."""
+    if config.policy == "none":
+        return NonePolicy()
+    if config.policy == "manual":
+        return ManualPolicy(config.freeze_points)
+    return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)

@@ -1,0 +1,52 @@
+"""What the recipes share."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of training with evaluation taken out, for any `Trainer`; building a cache counts as training.
+
+    After training, `seconds` is the total and `curve` holds one `{"epoch", "seconds", "accuracy"}` per evaluation.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+        self._started: float | None = None
+        self._evaluating = 0.0
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started - self._evaluating
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started, self._evaluating = time.perf_counter(), 0.0
+        self.curve.clear()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self._started is None:
+            return
+        self._evaluating += metrics["eval_runtime"]
+        self.curve.append({"epoch": state.epoch, "seconds": self._elapsed(), "accuracy": metrics.get("eval_accuracy")})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = self._elapsed()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the accelerator if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux states ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

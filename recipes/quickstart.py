@@ -1,0 +1,229 @@
+"""Trains a small ViT on scikit-learn's handwritten digits with `Trainer` and with `FreezeCacheTrainer`, and compares.
+
+    python recipes/quickstart.py                                                         # both, one after the other
+    accelerate launch --num_processes 2 recipes/quickstart.py --arm cached               # one, on two processes
+
+Prints a table; writes `results.json` and `comparison.png` into the output folder.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from _common import Stopwatch, peak_memory_bytes, write_json
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from metrics import make_compute_metrics
+from torchvision.transforms import v2
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.accounting import measure_training_flops
+
+IMAGE_SIZE = 32
+BATCH_SIZE = 32
+TRANSFORM = v2.Compose(
+    [v2.ToImage(), v2.Resize(IMAGE_SIZE), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+)
+
+
+def load_digits_dataset(limit: int | None, seed: int) -> DatasetDict:
+    """scikit-learn's 1,797 real digits of 8x8 pixels as images with labels, four fifths of them for training."""
+    import PIL.Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [PIL.Image.fromarray((image * 255 / 16).astype("uint8")) for image in digits.images]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
+    dataset = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    splits = dataset.train_test_split(0.2, seed=seed, stratify_by_column="label")
+    if limit is not None:
+        splits = DatasetDict({name: split.select(range(min(limit, len(split)))) for name, split in splits.items()})
+    return splits
+
+
+def transform(rows: dict[str, list]) -> dict[str, list]:
+    return {"pixel_values": [TRANSFORM(image.convert("RGB")) for image in rows["image"]], "labels": rows["label"]}
+
+
+def make_model() -> ViTForImageClassification:
+    config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        hidden_size=160,
+        num_hidden_layers=10,
+        num_attention_heads=5,
+        intermediate_size=640,
+        hidden_dropout_prob=0.0,
+        num_labels=10,
+    )
+    return ViTForImageClassification(config)
+
+
+def make_trainer(arm: str, options: argparse.Namespace, splits: DatasetDict, stopwatch: Stopwatch) -> Trainer:
+    """The trainer of an arm: the arms differ in the class, and in nothing else."""
+    args = TrainingArguments(
+        output_dir=str(Path(options.output_dir) / arm),
+        num_train_epochs=options.epochs,
+        # The same batches in all, on one process and on several.
+        per_device_train_batch_size=BATCH_SIZE // int(os.environ.get("WORLD_SIZE", 1)),
+        per_device_eval_batch_size=64,
+        learning_rate=5e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="epoch",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=options.seed,
+    )
+    kwargs = {
+        "model": make_model(),
+        "args": args,
+        "train_dataset": splits["train"].with_transform(transform),
+        "eval_dataset": splits["test"].with_transform(transform),
+        "compute_metrics": make_compute_metrics(),
+        "callbacks": [stopwatch],
+    }
+    if arm == "plain":
+        return Trainer(**kwargs)
+    policy = "none" if arm == "none" else options.policy
+    config = FreezeCacheConfig(policy=policy, freeze_points=options.freeze_points if policy == "manual" else None)
+    return FreezeCacheTrainer(**kwargs, freeze_cache=config)
+
+
+def run_arm(arm: str, options: argparse.Namespace) -> dict:
+    """Trains one arm in this process and returns its measurements."""
+    set_seed(options.seed)
+    splits = load_digits_dataset(options.limit, options.seed)
+    stopwatch = Stopwatch()
+    trainer = make_trainer(arm, options, splits, stopwatch)
+    row = splits["train"].with_transform(transform)[0]
+    sample = {"pixel_values": row["pixel_values"][None], "labels": torch.tensor([row["labels"]])}
+    sample = {name: value.to(trainer.args.device) for name, value in sample.items()}
+    plain_flops = measure_training_flops(trainer.model, sample) * len(splits["train"]) * options.epochs
+
+    trainer.train()
+    result = {
+        "arm": arm,
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "images": len(splits["train"]),
+        "processes": trainer.args.world_size,
+        "accuracy": trainer.evaluate()["eval_accuracy"],
+        "train_seconds": stopwatch.seconds,
+        "train_flops": plain_flops,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "curve": stopwatch.curve,
+        "phases": [{"mode": "live", "cut": 0, "epochs": options.epochs, "seconds": stopwatch.seconds}],
+    }
+    if arm == "cached":
+        report = trainer.freeze_cache_report().to_dict()
+        result["train_flops"] = report["totals"]["flops"]
+        result["phases"] = [phase for phase in report["phases"] if phase["mode"] != "eval"]
+    if trainer.is_world_process_zero():
+        write_json(Path(options.output_dir) / f"{arm}.json", result)
+    return result
+
+
+def run_arm_apart(arm: str, options: argparse.Namespace) -> dict:
+    """Trains one arm in a process of its own, since peak memory belongs to a process."""
+    print(f"training: {arm}", flush=True)
+    command = [sys.executable, __file__, "--arm", arm]
+    for name in ("epochs", "limit", "seed", "output_dir", "policy", "freeze_points"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
+    subprocess.run(command, check=True)
+    return json.loads((Path(options.output_dir) / f"{arm}.json").read_text())
+
+
+def print_table(results: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Digits, {results[0]['images']} images, {results[0]['epochs']} epochs")
+    for heading in ("", "accuracy", "training s", "training TFLOP", "peak memory MiB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    names = {"plain": "Trainer", "cached": "FreezeCacheTrainer", "none": "FreezeCacheTrainer, policy none"}
+    for result in results:
+        table.add_row(
+            names[result["arm"]],
+            f"{100 * result['accuracy']:.1f} %",
+            f"{result['train_seconds']:.1f}",
+            f"{result['train_flops'] / 1e12:.2f}",
+            f"{result['peak_memory_bytes'] / 2**20:.0f}",
+        )
+    Console().print(table)
+    for result in results:
+        steps = [f"{phase['mode']} at cut {phase['cut']} {phase['seconds']:.1f} s" for phase in result["phases"]]
+        print(f"{names[result['arm']]}: " + ", ".join(steps))
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Accuracy against training seconds above, where the seconds went below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, bars) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=[3, 1])
+    shades = {"live": "tab:blue", "build": "tab:orange", "replay": "tab:green"}
+    for result in results:
+        seconds = [point["seconds"] for point in result["curve"]]
+        curves.plot(seconds, [100 * point["accuracy"] for point in result["curve"]], marker="o", label=result["arm"])
+        start = 0.0
+        for phase in result["phases"]:
+            width = phase["seconds"]
+            bars.barh(result["arm"], width, left=start, color=shades[phase["mode"]], edgecolor="white")
+            start += width
+    curves.set(ylabel="test accuracy, %")
+    curves.legend()
+    curves.grid(alpha=0.3)
+    bars.set(xlabel="training seconds, evaluation apart")
+    bars.legend([plt.Rectangle((0, 0), 1, 1, color=shade) for shade in shades.values()], shades, ncols=3)
+    bars.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--limit", type=int, help="use this many images of each split")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="outputs/quickstart")
+    parser.add_argument("--arm", choices=["both", "plain", "cached", "none"], default="both")
+    parser.add_argument("--policy", default="linear", help="of the cached arm")
+    parser.add_argument("--freeze_points", help='with --policy manual, e.g. "4:8"')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> list[dict]:
+    options = parse_options(argv)
+    arms = ["plain", "cached"] if options.arm == "both" else [options.arm]
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
+        for arm in arms:
+            # A cache left by an earlier run would be reused, and its build would cost nothing.
+            shutil.rmtree(Path(options.output_dir) / arm, ignore_errors=True)
+    # `accelerate launch` has made the processes already.
+    apart = options.arm == "both" and "WORLD_SIZE" not in os.environ
+    results = [run_arm_apart(arm, options) if apart else run_arm(arm, options) for arm in arms]
+    if options.arm == "both" and main_process:
+        print_table(results)
+        write_json(Path(options.output_dir) / "results.json", {"results": results})
+        plot(results, Path(options.output_dir) / "comparison.png")
+        print(f"wrote {options.output_dir}/results.json and comparison.png")
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
