@@ -29,8 +29,11 @@ class CutMover(Protocol):
     def end_step(self) -> None:
         """An optimizer step is done."""
 
-    def observed_blocks(self, signals: frozenset[str]) -> Sequence[ObservedBlock]:
-        """The live blocks with what was asked for."""
+    def watch(self, signals: frozenset[str]) -> None:
+        """Collects from now on what a policy asks for."""
+
+    def observed_blocks(self) -> Sequence[ObservedBlock]:
+        """The live blocks with what is collected."""
 
     def state(self) -> dict[str, Any]:
         """JSON values to continue from."""
@@ -75,6 +78,8 @@ class FreezeCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._epoch = math.floor((state.epoch or 0) + 1e-6) - 1
+        if self._mover is not None:
+            self._mover.watch(self.policy.observes)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if self._mover is None:
@@ -99,7 +104,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._mover is not None and self.policy.observes:
-            self.policy.observe(self._moment(state), self._mover.observed_blocks(self.policy.observes))
+            self.policy.observe(self._moment(state), self._mover.observed_blocks())
 
     def _decide(self, moment: Moment) -> int:
         answer = self._mover.agree(self.policy.decide(moment))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+# Renamed by PyTorch; the attribute kept the old name.
+_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,12 @@ def rewrap_ddp(model: nn.Module) -> None:
         device_ids=model.device_ids,
         output_device=model.output_device,
         dim=model.dim,
-        broadcast_buffers=model.broadcast_buffers,
         process_group=model.process_group,
         bucket_cap_mb=model.bucket_bytes_cap / 2**20,
         find_unused_parameters=model.find_unused_parameters,
         gradient_as_bucket_view=model.gradient_as_bucket_view,
         static_graph=model.static_graph,
+        **{_BUFFER_SYNC: model.broadcast_buffers},
     )
     training = model.training
     model.__dict__.clear()

@@ -117,10 +117,13 @@ class FreezeSession:
             self.ledger.current.steps += 1
             self.ledger.sample_memory()
 
-    def observed_blocks(self, signals: frozenset[str]) -> list[ObservedBlock]:
-        """The live blocks for a policy; the first call starts recording activations if they are asked for."""
+    def watch(self, signals: frozenset[str]) -> None:
+        """Starts to record activations, if they are among the signals."""
         if "activations" in signals and not self._observers:
             self._record_activations()
+
+    def observed_blocks(self) -> list[ObservedBlock]:
+        """The live blocks for a policy."""
         blocks = []
         for index, block in enumerate(self.chain.blocks):
             if index >= self.chain.cut:

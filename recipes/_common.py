@@ -37,6 +37,7 @@ class Stopwatch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds = self._elapsed()
+        self._started = None
 
 
 def peak_memory_bytes() -> int:

@@ -158,7 +158,7 @@ def test_quickstart_arm_measures_accuracy_time_and_flops(recipes_on_path, arm, t
     import quickstart
 
     monkeypatch.setattr(quickstart, "make_model", lambda: ViTForImageClassification(TINY))
-    options = f"--arm {arm} --limit 64 --epochs 2 --output_dir {tmp_path} --policy manual --freeze_points 1:2"
+    options = f"--arm {arm} --limit 64 --epochs 2 --output_dir {tmp_path} --freeze_points 1:2"
     (result,) = quickstart.main(options.split())
     assert result == json.loads((tmp_path / f"{arm}.json").read_text())
     assert 0 <= result["accuracy"] <= 1

@@ -14,13 +14,13 @@ class LinearPolicy(FreezePolicy):
     """
 
     def __init__(self, start: float = 0.25, end: float = 0.5, max_frozen: float = 0.75, stages: int = 2):
-        self.start, self.end, self.max_frozen, self.stages = start, end, max_frozen, stages
+        self.begin, self.end, self.max_frozen, self.stages = start, end, max_frozen, stages
 
     def points(self, num_blocks: int) -> list[FreezePoint]:
         """The schedule for a chain of `num_blocks`."""
         return [
             FreezePoint(
-                when=float(self.start + (self.end - self.start) * (stage - 1) / max(self.stages - 1, 1)),
+                when=float(self.begin + (self.end - self.begin) * (stage - 1) / max(self.stages - 1, 1)),
                 cut=round(self.max_frozen * num_blocks * stage / self.stages),
             )
             for stage in range(1, self.stages + 1)

@@ -1,0 +1,51 @@
+"""Stores of rows that no model made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_freezecache import FeatureStore
+from hf_freezecache.cache.codec import Codec
+from hf_freezecache.cache.rows import InputColumn
+from hf_freezecache.cache.store import FORMAT_VERSION, Manifest, ShardWriter, complete, create_aside, shard_name
+
+LABELS = {"labels": InputColumn("int64")}
+
+
+def write_store(
+    path: Path,
+    codec: Codec,
+    batches: Iterable[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]],
+    inputs: Mapping[str, InputColumn],
+) -> FeatureStore:
+    """Writes a store as a build does: shard, checksums, codec, manifest, all made durable, then the rename.
+
+    Args:
+        path: of the store.
+        codec: fitted.
+        batches: `(codes, model inputs)`, in the order of the rows.
+        inputs: the columns of the model inputs.
+    """
+    aside = create_aside(path)
+    rows = 0
+    with ShardWriter(aside / shard_name(0, 1), codec, inputs) as writer:
+        for codes, values in batches:
+            writer.write(rows, codes, values)
+            rows += len(codes["base"])
+    content: dict[str, Any] = dict(cut=1, codec=codec.name, layout=codec.layout.to_json(), rows=rows, views=0)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=path.name,
+        made_from={},
+        inputs=dict(inputs),
+        constants={},
+        shards=[writer.shard()],
+        files={},
+        **content,
+    )
+    complete(aside, path, codec, manifest)
+    return FeatureStore.open(path)

@@ -1,0 +1,213 @@
+"""Random rows of a store against `np.memmap`, and a store against what one would write by hand with `datasets`.
+
+    python -m benchmarks.store.run
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from hf_freezecache import FeatureStore, make_codec
+from hf_freezecache.layout import FeatureLayout
+
+from .._common import Claim, interleave, make_parser, prepare, summary, write_result
+from .._stores import LABELS, write_store
+
+TOKENS = 197
+CLASSES = 101
+#: Rows that a build encodes and writes at a time.
+BUILD_BATCH = 32
+#: Ranges on which a build fits its codec.
+FIT_BATCHES = 8
+
+
+# Random rows against np.memmap
+
+
+def measure_random_rows(channels: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Random batches of uint8 codes of `(197, channels)`: `FeatureStore.read_rows` and `np.memmap`, warm."""
+    generator = np.random.default_rng(options.seed)
+    width = TOKENS * channels
+    codes = generator.integers(0, 256, (options.rows, width), np.uint8)
+    codec = make_codec("int8", FeatureLayout((TOKENS, channels), None, 0, torch.float32))
+    codec.load_tensors({"scale": torch.ones(channels), "offset": torch.zeros(channels)})
+    parts = torch.from_numpy(codes).split(BUILD_BATCH)
+    store = write_store(folder / f"rows-{channels}", codec, (({"base": part}, {}) for part in parts), {})
+    flat = folder / f"rows-{channels}.bin"
+    codes.tofile(flat)
+    mapped = np.memmap(flat, np.uint8, "r", shape=codes.shape)
+
+    everything = np.arange(options.rows)
+    if not (np.array_equal(store.read_rows(everything)["base"].numpy(), codes) and np.array_equal(mapped, codes)):
+        raise SystemExit("the store, the mapped file and the codes differ.")
+    orders = {side: random_batches(options) for side in ("store", "memmap")}
+    sides = {
+        "store": lambda: store.read_rows(next(orders["store"])),
+        "memmap": lambda: mapped[next(orders["memmap"])],
+    }
+    seconds = {
+        side: summary(values) for side, values in interleave(sides, options.batches, warmup=10).items()
+    }
+    rate = {side: options.batch_size * width / value["median"] for side, value in seconds.items()}
+    return {
+        "row": [TOKENS, channels],
+        "store_seconds_per_batch": seconds["store"],
+        "memmap_seconds_per_batch": seconds["memmap"],
+        "store_bytes_per_second": rate["store"],
+        "memmap_bytes_per_second": rate["memmap"],
+        "speed_ratio": rate["store"] / rate["memmap"],
+    }
+
+
+def random_batches(options: argparse.Namespace) -> Iterator[np.ndarray]:
+    """Rows of random batches; the same ones for every caller."""
+    generator = np.random.default_rng(options.seed)
+    while True:
+        yield generator.choice(options.rows, options.batch_size, replace=False)
+
+
+# Against the hand-written way
+
+
+def generate_rows(features_file: str, labels_file: str) -> Iterator[dict[str, Any]]:
+    """What one would give `Dataset.from_generator`; the features come from a file so that hashing costs nothing."""
+    features = np.asarray(np.load(features_file, mmap_mode="r"))
+    for feature, label in zip(features, np.load(labels_file).tolist(), strict=True):
+        yield {"feature": feature, "labels": label}
+
+
+def write_by_hand(features_file: Path, labels_file: Path, cache_dir: Path) -> datasets.Dataset:
+    array = datasets.Array2D((TOKENS, 192), "float32")
+    features = datasets.Features(feature=array, labels=datasets.Value("int64"))
+    dataset = datasets.Dataset.from_generator(
+        generate_rows,
+        features=features,
+        gen_kwargs={"features_file": str(features_file), "labels_file": str(labels_file)},
+        cache_dir=str(cache_dir),
+        keep_in_memory=False,
+    )
+    return dataset.with_format("torch")
+
+
+def write_ours(features: torch.Tensor, labels: torch.Tensor, path: Path, codec_name: str) -> FeatureStore:
+    """Fits, encodes and writes as a build does."""
+    codec = make_codec(codec_name, FeatureLayout(tuple(features.shape[1:]), (14, 14), 1, torch.float32))
+    parts = features.split(BUILD_BATCH)
+    chosen = sorted({round(number) for number in np.linspace(0, len(parts) - 1, FIT_BATCHES)})
+    codec.fit(torch.cat([parts[number] for number in chosen]))
+    batches = (
+        (codec.encode(part), {"labels": part_labels})
+        for part, part_labels in zip(parts, labels.split(BUILD_BATCH), strict=True)
+    )
+    return write_store(path, codec, batches, LABELS)
+
+
+def measure_by_hand(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Writing, reading and size of features `(197, 192)` with their labels."""
+    generator = torch.Generator().manual_seed(options.seed)
+    features = torch.randn(options.hand_rows, TOKENS, 192, generator=generator)
+    labels = torch.randint(CLASSES, (options.hand_rows,), generator=generator)
+    features_file, labels_file = folder / "features.npy", folder / "labels.npy"
+    np.save(features_file, features.numpy())
+    np.save(labels_file, labels.numpy())
+    numbers, written = itertools.count(), {}
+
+    def by_hand() -> None:
+        written["hand"] = write_by_hand(features_file, labels_file, folder / f"hand-{next(numbers)}")
+
+    def ours() -> None:
+        written["store"] = write_ours(features, labels, folder / f"ours-{next(numbers)}", options.codec)
+
+    writing = {
+        side: summary(values)
+        for side, values in interleave({"store": ours, "hand": by_hand}, options.write_repeats).items()
+    }
+    store, hand = written["store"], written["hand"]
+    hand_bytes = sum(Path(file["filename"]).stat().st_size for file in hand.cache_files)
+    reading = measure_reading(store, hand, options)
+    rows = {side: options.hand_rows / value["median"] for side, value in writing.items()}
+    return {
+        "row": [TOKENS, 192],
+        "rows": options.hand_rows,
+        "write_seconds": writing,
+        "written_rows_per_second": rows,
+        "read_seconds_per_batch": reading,
+        "read_rows_per_second": {side: options.batch_size / value["median"] for side, value in reading.items()},
+        "bytes": {"store": store.bytes, "hand": hand_bytes},
+        "write_speedup": rows["store"] / rows["hand"],
+        "read_speedup": reading["hand"]["median"] / reading["store_decoded"]["median"],
+        "read_speedup_without_decoding": reading["hand"]["median"] / reading["store_codes"]["median"],
+        "times_smaller": hand_bytes / store.bytes,
+    }
+
+
+def measure_reading(store: FeatureStore, hand: datasets.Dataset, options: argparse.Namespace) -> dict[str, Any]:
+    """Random batches: decoded features and labels, codes and labels, and the hand-written way's tensors."""
+    narrow = argparse.Namespace(**{**vars(options), "rows": options.hand_rows})
+    orders = {side: random_batches(narrow) for side in ("decoded", "codes", "hand")}
+
+    def decoded() -> None:
+        rows = store.read_rows(next(orders["decoded"]))
+        store.codec.decode(rows)
+
+    sides = {
+        "store_decoded": decoded,
+        "store_codes": lambda: store.read_rows(next(orders["codes"])),
+        "hand": lambda: hand[next(orders["hand"])],
+    }
+    seconds = interleave(sides, options.hand_batches, warmup=5)
+    return {side: summary(values) for side, values in seconds.items()}
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--codec", default="int4", help="against the hand-written way")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=4096, help="of the store that is compared with np.memmap")
+    parser.add_argument("--batches", type=int, default=400, help="timed batches a side, against np.memmap")
+    parser.add_argument("--hand_rows", type=int, default=2048)
+    parser.add_argument("--hand_batches", type=int, default=100)
+    parser.add_argument("--write_repeats", type=int, default=5)
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.rows, options.batches, options.hand_rows = 512, 40, 256
+        options.hand_batches, options.write_repeats = 10, 2
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    prepare(options)
+    claims = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_rows = []
+        for channels in (192, 768):
+            result = measure_random_rows(channels, folder, options)
+            random_rows.append(result)
+            what = f"random rows of {TOKENS}x{channels}: speed / np.memmap"
+            claims.append(Claim(what, result["speed_ratio"], at_least=0.8))
+        by_hand = measure_by_hand(folder, options)
+    claims += [
+        Claim("written rows/s / by hand", by_hand["write_speedup"], at_least=50),
+        Claim("read rows/s, decoded / by hand", by_hand["read_speedup"], at_least=10),
+        Claim("bytes by hand / bytes", by_hand["times_smaller"], at_least=7.5),
+    ]
+    print({side: round(rate) for side, rate in by_hand["written_rows_per_second"].items()}, "rows/s written")
+    print({side: round(rate) for side, rate in by_hand["read_rows_per_second"].items()}, "rows/s read")
+    names = ("codec", "batch_size", "rows", "batches", "hand_rows", "hand_batches", "write_repeats")
+    settings = {name: getattr(options, name) for name in names}
+    write_result("store", options, settings, {"random_rows": random_rows, "by_hand": by_hand}, claims)
+
+
+if __name__ == "__main__":
+    main()

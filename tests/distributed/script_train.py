@@ -1,0 +1,54 @@
+"""Trains a tiny model under `accelerate launch` and writes what every process saw to a JSON file."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+torch.set_num_threads(1)
+
+from helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
+
+from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", choices=["vit", "resnet"], default="vit")
+    parser.add_argument("--cache", default="always")
+    parser.add_argument("--codec", default="int4")
+    parser.add_argument("--find_unused", choices=["true", "false"], default=None)
+    parser.add_argument("--accumulate", type=int, default=1)
+    options = parser.parse_args()
+    model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
+    trainer = run(
+        model,
+        pixel_dataset(50, size),
+        options.output / "run",
+        manual("1:2,3:4", cache=options.cache, codec=options.codec, feature_cache_dir=str(options.output / "cache")),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=options.accumulate,
+        ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",
+    )
+    status = trainer.freeze_status()
+    # Live BatchNorm statistics differ between processes until the next forward pass, under plain `Trainer` too.
+    frozen = trainer._session.chain.prefix_buffers(status.cut)
+    seen = {
+        "losses": losses(trainer),
+        "cut": status.cut,
+        "replaying": status.replaying,
+        "store": None if status.store_path is None else status.store_path.name,
+        "weights": tensors_digest({**dict(trainer.model.named_parameters()), **frozen}),
+        "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],
+        "processes": trainer.accelerator.num_processes,
+    }
+    path = options.output / f"rank-{trainer.accelerator.process_index}.json"
+    path.write_text(json.dumps(seen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

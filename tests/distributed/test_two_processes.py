@@ -1,0 +1,65 @@
+"""Launches real process groups (gloo, CPU)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_freezecache import FeatureStore
+
+SCRIPT = Path(__file__).parent / "script_train.py"
+ROOT = Path(__file__).parents[2]
+
+
+def launch(script, arguments, processes=2, timeout=240):
+    # `--multi_gpu` is what starts several processes, on a machine without accelerators too (gloo then).
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def seen_by(output: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(output.glob("rank-*.json"))]
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet"])
+def test_two_processes_agree_and_one_reads_their_store(model, tmp_path):
+    log = launch(SCRIPT, ["--output", tmp_path, "--model", model, "--find_unused", "false"])
+    first, second = seen_by(tmp_path)
+    assert first["processes"] == 2
+    assert (first["cut"], first["replaying"], first["modes"]) == (4, True, ["live", "build", "replay", "build", "replay"])
+    assert first["weights"] == second["weights"] and first["store"] == second["store"]
+    assert "find_unused_parameters" not in log and "FutureWarning" not in log
+
+    stores = [FeatureStore.open(path) for path in sorted((tmp_path / "cache").iterdir())]
+    assert len(stores) == 2
+    for store in stores:
+        assert store.verify()
+        assert len(store.manifest.shards) == 2 and all(shard.rows for shard in store.manifest.shards)
+        assert store.dataset["sample_id"][:] == list(range(50))
+        assert torch.isfinite(store.read([0, 49, 25])).all()
+
+
+@pytest.mark.parametrize("find_unused", ["true", "false"])
+def test_freezing_after_the_wrap_neither_hangs_nor_fails(find_unused, tmp_path):
+    arguments = ["--cache", "never", "--find_unused", find_unused, "--accumulate", "2"]
+    launch(SCRIPT, ["--output", tmp_path, *arguments])
+    first, second = seen_by(tmp_path)
+    assert first["cut"] == 4 and first["weights"] == second["weights"]
+
+
+def test_cached_is_freeze_only_in_two_processes(tmp_path):
+    for name, arguments in {"frozen": ["--cache", "never"], "cached": ["--codec", "fp32"]}.items():
+        (tmp_path / name).mkdir()
+        launch(SCRIPT, ["--output", tmp_path / name, "--model", "resnet", *arguments])
+    frozen, cached = seen_by(tmp_path / "frozen")[0], seen_by(tmp_path / "cached")[0]
+    assert cached["losses"] == frozen["losses"]
+    assert cached["weights"] == frozen["weights"]

@@ -1,0 +1,410 @@
+"""Cutting models: prefix and suffix give the model's own answers, and the model stays the user's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from hf_freezecache import BlockChain
+from hf_freezecache.tracing import ChainError, token_grid
+
+FAMILIES = pytest.mark.parametrize("name", list(zoo.FAMILIES))
+
+
+def logits(model, x):
+    output = model(x)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def rng_states():
+    return torch.get_rng_state().clone()
+
+
+def assert_replays(chain, x, cuts=None):
+    """Prefix, then suffix on the feature: the model's logits, bit for bit, at every cut."""
+    model = chain.model.eval()
+    with torch.no_grad():
+        expected = logits(model, x)
+        for cut in range(len(chain) + 1) if cuts is None else cuts:
+            feature = chain.prefix({chain.main_input: x}, cut)
+            with chain.replay(cut):
+                assert torch.equal(logits(model, feature), expected), f"cut {cut}"
+        assert torch.equal(logits(model, x), expected)
+
+
+@FAMILIES
+def test_every_cut_reproduces_logits_bit_for_bit(name):
+    model = zoo.make(name)
+    chain = BlockChain.from_model(model)
+    assert len(chain) == zoo.BLOCKS[name]
+    # Another batch, of another size than the probe's two rows.
+    for rows in (1, 5):
+        assert_replays(chain, zoo.pixels(model, rows))
+
+
+@pytest.mark.parametrize("name", ["vit", "beit_shared", "swin", "convnext", "resnet"])
+def test_every_cut_reproduces_logits_of_a_training_model(name):
+    """The prefix runs in eval mode although the model trains, and leaves every module's mode alone."""
+    model = zoo.make(name)
+    chain = BlockChain.from_model(model)
+    x = zoo.pixels(model)
+    expected = chain.prefix({"pixel_values": x}, 2)
+    model.train()
+    next(iter(model.modules())).training = True
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(chain.prefix({"pixel_values": x}, 2), expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_timm_vit_reproduces_logits_bit_for_bit():
+    model = zoo.timm_vit()
+    x = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    chain = BlockChain.from_model(model, blocks=zoo.TIMM_BLOCKS, probe={"x": x[:2] + 1})
+    assert chain.names == zoo.TIMM_BLOCKS
+    assert_replays(chain, x)
+
+
+def test_text_model_with_named_blocks_reproduces_logits_bit_for_bit():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=5
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    batch = {
+        "input_ids": torch.randint(1, 50, (4, 7)),
+        "attention_mask": torch.arange(7)[None] < torch.tensor([7, 3, 5, 1])[:, None],
+    }
+    blocks = ["bert.embeddings", *(f"bert.encoder.layer.{number}" for number in range(3))]
+    chain = BlockChain.from_model(model, blocks=blocks, probe=batch)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for cut in range(1, 5):
+            feature = chain.prefix(batch, cut)
+            with chain.replay(cut):
+                replayed = model(**{**batch, "input_ids": feature}).logits
+            assert torch.equal(replayed, expected), f"cut {cut}"
+    assert chain.layout(2).grid is None and chain.layout(2).special_tokens == 0
+
+
+def test_plain_module_reproduces_logits_bit_for_bit():
+    model = zoo.ConvNet().eval()
+    chain = BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS)
+    # No probe was given and none can be made up: the first inputs are the proof.
+    assert_replays(chain, torch.randn(4, 3, 8, 8))
+
+
+def test_inputs_of_another_size_are_traced_again():
+    model = zoo.make("resnet")
+    chain = BlockChain.from_model(model)
+    assert_replays(chain, torch.randn(3, 3, 48, 80))
+    assert chain.layout(1).grid == (12, 20)
+
+
+def test_keyword_and_positional_input_both_replay():
+    model = zoo.make("vit")
+    chain = BlockChain.from_model(model)
+    x = zoo.pixels(model)
+    with torch.no_grad():
+        expected, feature = model(x).logits, chain.prefix({"pixel_values": x}, 2)
+        with chain.replay(2):
+            assert torch.equal(model(feature).logits, expected)
+            assert torch.equal(model(pixel_values=feature).logits, expected)
+            labels = torch.tensor([0, 1, 2])
+            assert model(pixel_values=feature, labels=labels).loss.ndim == 0
+
+
+# The model stays as it was
+
+
+@FAMILIES
+def test_state_dict_unchanged_by_chain_and_replay(name):
+    model = zoo.make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    chain = BlockChain.from_model(model)
+    x = zoo.pixels(model)
+    with torch.no_grad():
+        feature = chain.prefix({"pixel_values": x}, 2)
+        with chain.replay(2):
+            model(feature)
+            assert list(model.state_dict()) == list(before)
+    chain.freeze(2)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_model_pickles_copies_and_saves_after_replay(tmp_path):
+    model = zoo.make("vit")
+    x = zoo.pixels(model)
+    chain = BlockChain.from_model(model)
+    chain.freeze(2)
+    with torch.no_grad():
+        expected, feature = model(x).logits, chain.prefix({"pixel_values": x}, 2)
+        with chain.replay(2):
+            model(feature)
+        model.save_pretrained(tmp_path)
+        clones = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model), type(model).from_pretrained(tmp_path)]
+        for clone in clones:
+            assert torch.equal(clone.eval()(x).logits, expected)
+
+
+def own_forwards(model):
+    return {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4])
+@pytest.mark.parametrize("failing", [False, True])
+def test_instance_forwards_restored_after_replay(cut, failing):
+    """An earlier instance-level forward (accelerate puts one on the model and on modules) is used and comes back."""
+    model = zoo.make("vit")
+    calls = []
+
+    def hooked(module):
+        original = module.forward
+
+        def forward(*args, **kwargs):
+            calls.append(module)
+            return original(*args, **kwargs)
+
+        module.forward = forward
+
+    hooked(model)
+    hooked(model.vit.layers[1])
+    hooked(model.vit.layers[2])
+    before = own_forwards(model)
+    chain = BlockChain.from_model(model)
+    feature = chain.prefix({"pixel_values": zoo.pixels(model)}, cut)
+    calls.clear()
+    try:
+        with chain.replay(cut), torch.no_grad():
+            assert own_forwards(model) != before
+            model(pixel_values=feature)
+            if failing:
+                raise OSError("in the middle of a replay")
+    except OSError:
+        assert failing
+    assert own_forwards(model) == before
+    # The suffix went through its own hooks, the bypassed prefix did not.
+    expected = [model, *([model.vit.layers[1]] if cut < 3 else []), *([model.vit.layers[2]] if cut < 4 else [])]
+    assert calls == expected
+    with chain.replay(cut), torch.no_grad():
+        model(pixel_values=feature)
+
+
+def test_positional_input_replays_through_an_earlier_forward_without_a_signature():
+    model = zoo.make("vit")
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    assert_replays(BlockChain.from_model(model), zoo.pixels(model))
+
+
+def test_accelerate_hook_survives_replay():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Count(ModelHook):
+        count = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            type(self).count += 1
+            return args, kwargs
+
+    model = zoo.make("vit")
+    add_hook_to_module(model.vit.layers[0], Count())
+    add_hook_to_module(model.vit.layers[1], Count())
+    chain = BlockChain.from_model(model)
+    x = zoo.pixels(model)
+    assert_replays(chain, x, cuts=[0, 1, 2, 3])
+    Count.count = 0
+    with torch.no_grad():
+        model(x)
+    assert Count.count == 2
+
+
+def test_nested_replay_is_an_error():
+    chain = BlockChain.from_model(zoo.make("vit"))
+    with chain.replay(2):
+        with pytest.raises(RuntimeError, match="already"):
+            with chain.replay(1):
+                pass
+    with chain.replay(1):
+        pass
+    assert own_forwards(chain.model) == {}
+
+
+def test_replay_of_a_suffix_keeps_no_prefix_activation():
+    """The bypassed blocks do not compute: their parameters may hold anything."""
+    model = zoo.make("vit")
+    chain = BlockChain.from_model(model)
+    x = zoo.pixels(model)
+    with torch.no_grad():
+        expected, feature = model(x).logits, chain.prefix({"pixel_values": x}, 3)
+        for parameter in chain.prefix_parameters(3).values():
+            parameter.fill_(float("nan"))
+        with chain.replay(3):
+            assert torch.equal(model(feature).logits, expected)
+
+
+@FAMILIES
+def test_finding_proving_and_running_leave_generators_alone(name):
+    model = zoo.make(name).train()
+    x = zoo.pixels(model)
+    torch.manual_seed(5)
+    before = rng_states()
+    chain = BlockChain.from_model(model)
+    chain.prove({"pixel_values": x}, 1)
+    chain.prefix({"pixel_values": x}, 2)
+    chain.layout(1)
+    chain.freeze(1)
+    assert torch.equal(rng_states(), before)
+
+
+# Layout
+
+
+@pytest.mark.parametrize(
+    ("model", "special"),
+    [
+        (zoo.vit, 1),
+        (zoo.deit, 2),
+        (zoo.dinov2, 1),
+        (zoo.dinov2_registers, 4),
+        (zoo.beit, 1),
+    ],
+)
+def test_token_layout_counts_special_tokens_and_grid(model, special):
+    chain = BlockChain.from_model(model())
+    for cut in range(1, len(chain) + 1):
+        layout = chain.layout(cut)
+        assert (layout.shape, layout.grid, layout.special_tokens) == ((16 + special, 16), (4, 4), special)
+        assert layout.dtype == torch.float32
+    assert chain.layout(0).shape == (3, 16, 16)
+
+
+def test_map_layout_is_channels_and_grid():
+    chain = BlockChain.from_model(zoo.resnet())
+    assert [chain.layout(cut).shape for cut in range(1, 6)] == [(8, 16, 16)] * 3 + [(16, 8, 8)] * 2
+    assert all(chain.layout(cut).special_tokens == 0 for cut in range(6))
+
+
+def test_swin_layout_halves_the_grid_between_stages():
+    chain = BlockChain.from_model(zoo.swin())
+    assert [chain.layout(cut).grid for cut in range(1, 6)] == [(8, 8), (8, 8), (4, 4), (4, 4), (4, 4)]
+    assert [chain.layout(cut).shape for cut in (2, 3)] == [(64, 8), (16, 16)]
+
+
+@pytest.mark.parametrize(("size", "grid"), [((16, 32), (4, 8)), ((24, 8), (6, 2))])
+def test_non_square_image_layout_has_its_aspect(size, grid):
+    for build, special in ((zoo.vit, 1), (zoo.deit, 2)):
+        chain = BlockChain.from_model(build(image_size=size))
+        layout = chain.layout(2)
+        assert (layout.grid, layout.special_tokens) == (grid, special)
+        x = torch.randn(3, 3, *size)
+        assert_replays(chain, x)
+
+
+def test_special_tokens_that_complete_a_larger_square_are_still_special():
+    """4 patches, CLS and 4 registers are 9 tokens, which is not a 3x3 grid."""
+    layout = BlockChain.from_model(zoo.dinov2_registers(image_size=8, num_register_tokens=4)).layout(2)
+    assert (layout.shape[0], layout.grid, layout.special_tokens) == (9, (2, 2), 5)
+
+
+def test_layout_dtype_is_the_models():
+    chain = BlockChain.from_model(zoo.make("vit").to(torch.bfloat16))
+    assert chain.layout(2).dtype == torch.bfloat16
+    assert chain.prefix({"pixel_values": zoo.pixels(chain.model).bfloat16()}, 2).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "aspect", "expected"),
+    [
+        (197, 1.0, ((14, 14), 1)),
+        (198, 1.0, ((14, 14), 2)),
+        (196, 1.0, ((14, 14), 0)),
+        (261, 1.0, ((16, 16), 5)),
+        (7, 1.0, ((2, 2), 3)),
+        (33, 0.5, ((4, 8), 1)),
+        (60, 1.0, ((7, 7), 11)),
+        (1000, 7.3, (None, 0)),
+    ],
+)
+def test_token_grid_takes_fewest_special_tokens(tokens, aspect, expected):
+    assert token_grid(tokens, aspect) == expected
+
+
+# What cannot be cut
+
+
+def test_skip_connection_over_the_cut_names_the_block():
+    model = zoo.SkipNet().eval()
+    with pytest.raises(ChainError, match=r"'(first|second)' \(cut [12]\).*skip connection"):
+        BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS, probe={"x": torch.randn(2, 3, 8, 8)})
+    # Without a probe the proof comes with the first inputs, and never lets the wrong cut pass.
+    chain = BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS)
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ChainError, match=r"'second' \(cut 2\).*skip connection"):
+        chain.prefix({"x": x}, 2)
+    with pytest.raises(ChainError, match=r"'second' \(cut 3\).*skip connection"):
+        chain.prefix({"x": x}, 3)
+    assert own_forwards(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (["stem", "second", "first"], "order"),
+        (["stem", "third"], "no module 'third'"),
+        (["stem", "first", "first.0"], "'first.0' is inside 'first'"),
+        (["stem", "first", "stem"], "twice"),
+        ([], "empty"),
+        ("stem", "list of module names"),
+    ],
+)
+def test_wrong_blocks_are_refused_by_name(blocks, message):
+    with pytest.raises(ChainError, match=message):
+        BlockChain.from_model(zoo.ConvNet(), blocks=blocks, probe={"x": torch.randn(2, 3, 8, 8)})
+
+
+def test_block_that_runs_twice_is_refused():
+    class Shared(zoo.ConvNet):
+        def forward(self, x):
+            return super().forward(self.stem(x)[:, :3])
+
+    with pytest.raises(ChainError, match="'stem'.*runs 2 times"):
+        BlockChain.from_model(Shared(), blocks=zoo.CONVNET_BLOCKS, probe={"x": torch.randn(2, 3, 8, 8)})
+
+
+def test_block_that_does_not_run_is_refused():
+    model = zoo.ConvNet()
+    model.spare = nn.Conv2d(4, 4, 1)
+    with pytest.raises(ChainError, match="'spare'.*runs 0 times"):
+        BlockChain.from_model(model, blocks=[*zoo.CONVNET_BLOCKS, "spare"], probe={"x": torch.randn(2, 3, 8, 8)})
+
+
+def test_unknown_model_names_known_types_and_the_way_out():
+    with pytest.raises(ChainError, match=r"ConvNet.*not declared.*vit.*blocks="):
+        BlockChain.from_model(zoo.ConvNet())
+
+
+@pytest.mark.parametrize("cut", [-1, 5, 1.0, True, "2", None])
+def test_cut_out_of_range_is_refused(cut):
+    chain = BlockChain.from_model(zoo.make("vit"))
+    calls = [chain.freeze, chain.layout, chain.check_cut, lambda c: chain.prefix({"pixel_values": None}, c)]
+    for call in calls:
+        with pytest.raises(ValueError, match="0 to 4"):
+            call(cut)
+    with pytest.raises(ValueError, match="0 to 4"):
+        with chain.replay(cut):
+            pass
+
+
+def test_batch_without_the_main_input_is_refused():
+    chain = BlockChain.from_model(zoo.make("vit"))
+    with pytest.raises(ChainError, match="pixel_values"):
+        chain.prove({"images": torch.randn(2, 3, 16, 16)}, 1)
+    with chain.replay(1), pytest.raises(ValueError, match="pixel_values"):
+        chain.model(labels=torch.zeros(2))

@@ -1,0 +1,79 @@
+"""The settings: what is possible, what is refused, and the command line."""
+
+import dataclasses
+import sys
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
+from hf_freezecache.trainer import make_policy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "sometimes"}, "policy='sometimes'.*none, manual, linear"),
+        ({"cache": "maybe"}, "cache='maybe'.*auto, always, never"),
+        ({"codec": "int5"}, "codec='int5'.*int4"),
+        ({"policy": "manual"}, "freeze_points='1:4,3:8'"),
+        ({"policy": "manual", "freeze_points": "1-4"}, "'1-4'"),
+        ({"policy": "manual", "freeze_points": ""}, "freeze point"),
+        ({"freeze_points": "1:4"}, "policy='manual' only"),
+        ({"freeze_start": -0.1}, "freeze_start"),
+        ({"freeze_end": 1.5}, "freeze_end"),
+        ({"max_frozen": 2}, "max_frozen"),
+        ({"max_frozen": float("nan")}, "max_frozen"),
+        ({"freeze_start": 0.6, "freeze_end": 0.5}, "freeze_start=0.6 is after freeze_end=0.5"),
+        ({"freeze_stages": 0}, "freeze_stages"),
+        ({"views": 1}, "views=1"),
+    ],
+)
+def test_impossible_setting_is_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FreezeCacheConfig(**settings)
+
+
+def test_defaults_are_the_documented_ones():
+    config = FreezeCacheConfig()
+    expected = dict(policy="linear", freeze_points=None, freeze_start=0.25, freeze_end=0.5, max_frozen=0.75)
+    expected |= dict(freeze_stages=2, blocks=None, cache="auto", feature_cache_dir=None, codec="int4", views=0)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_every_setting_has_a_help_text():
+    for field in dataclasses.fields(FreezeCacheConfig):
+        assert len(field.metadata["help"]) > 10, field.name
+
+
+def test_argument_parser_takes_it_beside_training_arguments(tmp_path):
+    parser = HfArgumentParser((TrainingArguments, FreezeCacheConfig))
+    args, config = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--policy", "manual", "--freeze_points", "1:4,0.5:8", "--codec", "int8"]
+        + ["--blocks", "stem", "layer.0", "--cache", "never", "--num_train_epochs", "2"]
+    )
+    assert args.num_train_epochs == 2
+    assert config == FreezeCacheConfig(
+        policy="manual", freeze_points="1:4,0.5:8", codec="int8", blocks=["stem", "layer.0"], cache="never"
+    )
+    _, defaults = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    assert defaults == FreezeCacheConfig()
+
+
+def test_argument_parser_prints_help(tmp_path, monkeypatch, capsys):
+    """argparse formats help texts with `%`: a stray one breaks `--help`."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        HfArgumentParser((TrainingArguments, FreezeCacheConfig)).parse_args_into_dataclasses()
+    assert caught.value.code == 0
+    assert "--freeze_points" in capsys.readouterr().out
+
+
+def test_policy_is_made_from_the_settings():
+    assert isinstance(make_policy(FreezeCacheConfig(policy="none")), NonePolicy)
+    manual = make_policy(FreezeCacheConfig(policy="manual", freeze_points="2:3"))
+    assert isinstance(manual, ManualPolicy) and manual.points[0].cut == 3
+    linear = make_policy(FreezeCacheConfig(freeze_start=0.1, freeze_end=0.9, max_frozen=0.5, freeze_stages=3))
+    assert isinstance(linear, LinearPolicy)
+    assert [(point.when, point.cut) for point in linear.points(12)] == [(0.1, 2), (0.5, 4), (0.9, 6)]
