@@ -11,8 +11,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)
 	$(BIN)/python recipes/quickstart.py
 
-# Tiny models are slower with more threads than one, and must never wait for a network.
-test slow: export OMP_NUM_THREADS ?= 1
+# Small models gain little from a second thread and lose much where another program wants the core.
+demo test slow: export OMP_NUM_THREADS ?= 1
+# The suite must never wait for a network.
 test slow: export HF_HUB_OFFLINE := 1
 
 test: $(STAMP)

@@ -110,8 +110,8 @@ class FreezeCallback(TrainerCallback, ExportableState):
         answer = self._mover.agree(self.policy.decide(moment))
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= moment.num_blocks:
             raise ValueError(
-                f"{type(self.policy).__name__} decided for cut {answer!r} in epoch {moment.epoch}; a cut is an integer "
-                f"from 0 to {moment.num_blocks}."
+                f"{type(self.policy).__name__} decided for cut {answer!r} in epoch {moment.epoch}; a cut is an "
+                f"integer from 0 to {moment.num_blocks}."
             )
         return max(self.cut, answer)
 

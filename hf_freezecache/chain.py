@@ -387,7 +387,7 @@ def _declared_blocks(model: nn.Module) -> list[Block]:
     family = FAMILIES.get(model_type)
     if family is None:
         raise ChainError(
-            f"the blocks of {type(model).__name__} (model type {model_type!r}) are not declared; known model types are "
+            f"the blocks of {type(model).__name__} (model type {model_type!r}) are not declared; known are "
             f"{', '.join(sorted(FAMILIES))}. Name the blocks yourself, stem first: blocks=['stem', 'layer1.0', ...]."
         )
     prefix = model.base_model_prefix

@@ -70,7 +70,7 @@ class FreezeSession:
         self.store: FeatureStore | None = None
         self.in_step = False
         self.optimizer: Any = None
-        self.wrapped_model: nn.Module | None = None
+        self.wrapped_model: nn.Module = model
         self._declined_cut = -1
         self._warned_random = False
         self._flops: dict[tuple[int, str], float] = {}
@@ -93,6 +93,8 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        if self.chain.cut == 0:
+            self.flops_per_sample("live")  # what plain training costs, for the report
         if moment.cut > self.chain.cut:
             self._freeze(moment.cut)
             rewrap_ddp(self.wrapped_model)
@@ -137,7 +139,12 @@ class FreezeSession:
         return blocks
 
     def state(self) -> dict[str, Any]:
-        return {"declined_cut": self._declined_cut, "phases": self.ledger.state()}
+        return {
+            "declined_cut": self._declined_cut,
+            "phases": self.ledger.state(),
+            "samples": self._samples_seen,
+            "plain_flops_per_sample": self._flops.get((0, "live")),
+        }
 
     # What the trainer calls
 
@@ -145,8 +152,17 @@ class FreezeSession:
         """Continues a training from a checkpoint: freezes what was frozen there."""
         self._declined_cut = state.get("declined_cut", -1)
         self.ledger.load(state.get("phases", []))
+        self._samples_seen = state.get("samples", 0)
+        if state.get("plain_flops_per_sample") is not None:
+            self._flops[0, "live"] = state["plain_flops_per_sample"]
         if cut:
             self._freeze(cut)
+
+    def prepared(self, optimizer: Any, wrapped_model: nn.Module) -> None:
+        """Optimizer and model as accelerate has wrapped them."""
+        self.optimizer, self.wrapped_model = optimizer, wrapped_model
+        if self.chain.cut:
+            rewrap_ddp(wrapped_model)  # a wrapper kept from an earlier training does not know of this freeze
 
     def close(self) -> None:
         """Ends the training and gives every parameter back the `requires_grad` that the user had set."""
@@ -154,6 +170,7 @@ class FreezeSession:
         for handle in self._observers:
             handle.remove()
         self.chain.unfreeze()
+        rewrap_ddp(self.wrapped_model)  # `Trainer` keeps the wrapper for the next training
 
     @contextlib.contextmanager
     def training_step(self, inputs: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
@@ -217,7 +234,7 @@ class FreezeSession:
         )
 
     def report(self) -> FreezeCacheReport:
-        phases = [phase for phase in self.ledger.phases]
+        phases = self.ledger.phases
         plain = self._flops.get((0, "live"))
         steps = sum(phase.steps for phase in phases if phase.mode in ("live", "replay"))
         per_step = None if plain is None or not steps else plain * self._samples_seen / steps
@@ -226,8 +243,6 @@ class FreezeSession:
     # Freezing
 
     def _freeze(self, cut: int) -> None:
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.chain.freeze(cut):
             if self.optimizer is not None:
                 self.optimizer.state.pop(parameter, None)
@@ -276,7 +291,7 @@ class FreezeSession:
             self._flops_seen += flops
         logger.info(
             f"Built the feature store {store.path} ({_megabytes(store.bytes)}, {self.config.codec}, "
-            f"{len(store)} samples): from epoch {moment.epoch} on, {moment.cut} of {len(self.chain)} blocks are not run."
+            f"{len(store)} samples): from epoch {moment.epoch} {moment.cut} of {len(self.chain)} blocks are not run."
         )
         return store
 
@@ -336,8 +351,8 @@ class FreezeSession:
         if not self._warned_random and self.source.is_random():
             self._warned_random = True
             logger.warning(
-                "The train data set's transform or collator is random: what is drawn when the feature store is built is "
-                "repeated in every replay epoch (views=0); augmentation ends at the freeze point."
+                "The train data set's transform or collator is random: what is drawn when the feature store is built "
+                "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
 
     # Helpers
@@ -376,8 +391,8 @@ def check_dataset(dataset: Any) -> str | None:
     """Why a data set cannot be cached; None if it can."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return (
-            f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must be "
-            "map-style (`__len__` and `__getitem__`)"
+            f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must "
+            "be map-style (`__len__` and `__getitem__`)"
         )
     return None
 
@@ -390,7 +405,7 @@ def check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is, "
+            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
             "or use cache='never'."
         ) from error
 

@@ -352,7 +352,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def override_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Overrides `forward` on one module instance; an earlier instance-level forward (accelerate's) comes back after."""
+    """Overrides `forward` on one module instance; an earlier instance-level forward comes back after."""
     had_own, original = "forward" in module.__dict__, module.forward
     # The wrapped signature stays visible to code that inspects it (Trainer, DDP).
     module.forward = functools.wraps(original)(wrap(original))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as python_logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import is_peft_available, logging
 
 from .cache.rows import RowError, RowSource
@@ -52,7 +53,9 @@ class FreezeCacheTrainer(Trainer):
         self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
         self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
         self._session: FreezeSession | None = None
+        self._fell_back = False
         super().__init__(*args, **kwargs)
+        _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
         if self._freezes:
             self.add_callback(self._freeze_callback)
@@ -77,6 +80,7 @@ class FreezeCacheTrainer(Trainer):
         if self._session is not None:
             self._session.close()
             self._session = None
+        self._fell_back = False
         self._freeze_callback.attach(None)
         try:
             return super()._inner_training_loop(
@@ -120,13 +124,18 @@ class FreezeCacheTrainer(Trainer):
             )
             self._freeze_policy.start(len(session.chain))
         except (ChainError, RowError, ValueError, OSError) as error:
-            if self._freeze_explicit:
-                raise
-            logger.warning(f"Nothing is frozen or cached, this is plain training: {error}")
+            self._cannot_freeze(error)
             return None
         if not session.can_cache:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
         return session
+
+    def _cannot_freeze(self, error: Exception) -> None:
+        """Raises under explicit settings; the defaults fall back to plain training."""
+        if self._freeze_explicit:
+            raise error
+        self._fell_back = True
+        logger.warning(f"Nothing is frozen or cached, this is plain training: {error}")
 
     @property
     def _feature_cache_dir(self) -> Path:
@@ -197,7 +206,9 @@ class FreezeCacheTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._session is not None:
-            self._session.optimizer, self._session.wrapped_model = self.optimizer, model
+            self._session.prepared(self.optimizer, model)
+        elif self._freezes and not self._fell_back:
+            self._cannot_freeze(ValueError("`get_train_dataloader` is overridden and does not call `Trainer`'s."))
         return model, train_dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
@@ -261,6 +272,16 @@ class FreezeCacheTrainer(Trainer):
         from peft import PeftModel
 
         return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+
+def _follow_log_level(args: TrainingArguments) -> None:
+    """Shows this package's messages as `Trainer`'s own where the arguments ask for a level."""
+    if args.log_level == "passive":
+        return
+    package = python_logging.getLogger(__package__)
+    package.setLevel(args.get_process_log_level())
+    if not package.handlers and not python_logging.getLogger().handlers:
+        package.addHandler(python_logging.StreamHandler())
 
 
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:

@@ -250,9 +250,7 @@ def test_group_by_length_sees_the_users_dataset(tmp_path):
     def collate(rows):
         return {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels")}
 
-    frozen = run(
-        tiny_vit(), dataset, tmp_path / "f", manual("1:3", cache="never"), data_collator=collate, **settings
-    )
+    frozen = run(tiny_vit(), dataset, tmp_path / "f", manual("1:3", cache="never"), data_collator=collate, **settings)
     cached = run(tiny_vit(), dataset, tmp_path / "c", manual("1:3", codec="fp32"), data_collator=collate, **settings)
     assert losses(cached) == losses(frozen)
 

@@ -196,8 +196,8 @@ class _Build:
                     )
                 if split.columns.keys() != probe.columns.keys():
                     raise ValueError(
-                        f"the collator returns {sorted(split.columns)} at sample {rows[0]}, but {sorted(probe.columns)} "
-                        "before; a store needs the same entries for all samples."
+                        f"the collator returns {sorted(split.columns)} at sample {rows[0]}, "
+                        f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
                     )
                 writer.write(rows[0], codec.encode(features, sample_ids=rows), split.columns)
                 bar.update()

@@ -1,4 +1,4 @@
-"""The features on disk: Arrow shards that `datasets` opens, a manifest that vouches for them, and how rows are read."""
+"""The features on disk: Arrow shards that `datasets` opens, a manifest that vouches for them, and reading rows."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class Manifest:
             )
         if _checksum(content) != checksum:
             raise StoreError(
-                f"{path} does not match its own checksum: it was edited or damaged. Delete the store, it is built again."
+                f"{path} does not match its own checksum: it was edited or damaged. Delete the store, "
+                "it is built again."
             )
         content["inputs"] = {
             name: InputColumn(value["dtype"], tuple(value["shape"]), value["is_list"])
@@ -239,8 +240,9 @@ class ShardWriter(contextlib.AbstractContextManager):
                 continue
             if tuple(value.shape[1:]) != column.shape or str(value.dtype) != f"torch.{column.dtype}":
                 raise RowError(
-                    f"the collator's '{name}' has rows of {tuple(value.shape[1:])} ({value.dtype}) at sample {first_row}"
-                    f" but of {column.shape} (torch.{column.dtype}) before: pad to a fixed size, or use cache='never'."
+                    f"the collator's '{name}' has rows of {tuple(value.shape[1:])} ({value.dtype}) at sample "
+                    f"{first_row} but of {column.shape} (torch.{column.dtype}) before: "
+                    "pad to a fixed size, or use cache='never'."
                 )
             stored = column.to_numpy(value)
             arrays[name] = pa.array(stored.reshape(-1)) if column.shape == () else _fixed_size_list(stored)

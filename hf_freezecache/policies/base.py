@@ -66,7 +66,7 @@ class FreezePolicy(ABC):
     observes: frozenset[str] = frozenset()
 
     def start(self, num_blocks: int) -> None:  # noqa: B027 - schedules remember nothing
-        """Called before every training: forget the last one. Raises ValueError if the rule does not fit `num_blocks`."""
+        """Called before every training: forget the last one. ValueError if the rule does not fit `num_blocks`."""
 
     def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:  # noqa: B027 - schedules do not observe
         """Called before every optimizer step with the live blocks, if `observes` is not empty."""

@@ -1,0 +1,269 @@
+"""What a training costs: FLOPs against closed forms, and clocks that do not count twice."""
+
+import time
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_freezecache import BlockChain
+from hf_freezecache.accounting import (
+    Ledger,
+    counting_flops,
+    measure_forward_flops,
+    measure_training_flops,
+)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+class Convs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(4, 8, 3, padding=1, stride=2, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_linear_flops_are_the_closed_form():
+    model, x = Mlp(), torch.randn(5, 8)
+    first, second = 2 * 8 * 16, 2 * 16 * 4
+    assert measure_forward_flops(model, {"x": x}) == first + second
+    # Backward: gradients of both weights, and of the second layer's input.
+    assert measure_training_flops(model, {"x": x}) == 2 * first + 3 * second
+    model.first.requires_grad_(False)
+    assert measure_training_flops(model, {"x": x}) == first + 2 * second
+    model.requires_grad_(False)
+    assert measure_training_flops(model, {"x": x}) == first + second
+
+
+def test_convolution_flops_are_the_closed_form():
+    model, x = Convs(), torch.randn(3, 3, 8, 8)
+    first, second = 2 * 3 * 9 * 4 * 64, 2 * 4 * 9 * 8 * 16
+    assert measure_forward_flops(model, {"x": x}) == first + second
+    trained = measure_training_flops(model, {"x": x})
+    model.first.requires_grad_(False)
+    frozen = measure_training_flops(model, {"x": x})
+    assert trained == 2 * first + 3 * second
+    assert frozen == first + 2 * second
+
+
+def vit_forward_flops(layers, width, hidden, tokens, patches, patch, classes):
+    """Multiplications and additions of a ViT's matrix products for one image."""
+    embedding = 2 * patches * (3 * patch * patch) * width
+    projections = 4 * 2 * tokens * width * width
+    attention = 2 * 2 * tokens * tokens * width
+    mlp = 2 * 2 * tokens * width * hidden
+    return embedding + layers * (projections + attention + mlp) + 2 * width * classes
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_vit_flops_are_within_a_percent_of_the_analytic_count(implementation):
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=4,
+        num_labels=5,
+        attn_implementation=implementation,
+    )
+    model = ViTForImageClassification(config)
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    forward = vit_forward_flops(3, 48, 96, 65, 64, 4, 5)
+    assert measure_forward_flops(model, pixels) == pytest.approx(forward, rel=0.01)
+    # Backward costs twice the forward, but the images need no gradient; flash attention computes its scores again.
+    embedding = 2 * 64 * 48 * 48
+    again = 3 * 2 * 65 * 65 * 48 if implementation == "sdpa" else 0
+    assert measure_training_flops(model, pixels) == pytest.approx(3 * forward - embedding + again, rel=0.01)
+
+
+def test_attention_on_the_cpu_is_counted():
+    query = torch.randn(2, 3, 40, 16)
+    with counting_flops() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 2 * 3 * 2 * (2 * 40 * 40 * 16)
+
+
+def test_flops_are_per_sample_whatever_the_batch():
+    model = zoo.make("vit")
+    counts = {measure_training_flops(model, {"pixel_values": zoo.pixels(model, rows)}) for rows in (1, 2, 7)}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet", "convnext", "mobilenet"])
+def test_measuring_leaves_gradients_buffers_modes_and_generators_alone(name):
+    model = zoo.make(name).train()
+    inputs = {"pixel_values": zoo.pixels(model), "labels": torch.tensor([0, 1, 2])}
+    model(**inputs).loss.backward()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        assert measure_training_flops(model, inputs) > 2 * measure_forward_flops(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == gradients.keys()
+    assert all(torch.equal(found[key], gradients[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
+def test_freezing_and_replaying_take_fewer_flops_with_every_cut(name):
+    model = zoo.make(name)
+    chain = BlockChain.from_model(model)
+    inputs = {"pixel_values": zoo.pixels(model)}
+    forward = measure_forward_flops(model, inputs)
+    live = [measure_training_flops(model, inputs)]
+    replayed = []
+    for cut in range(1, len(chain) + 1):
+        chain.freeze(cut)
+        live.append(measure_training_flops(model, inputs))
+        features = chain.prefix(inputs, cut)
+        with counting_flops() as counter:
+            chain.prefix(inputs, cut)
+        prefix = counter.get_total_flops() // 3
+        with chain.replay(cut):
+            replayed.append(measure_training_flops(model, {"pixel_values": features}))
+        # Whatever the prefix does not do, the replayed step does.
+        assert replayed[-1] == pytest.approx(live[-1] - prefix, rel=1e-6)
+    assert live == sorted(live, reverse=True) and len(set(live)) == len(live)
+    assert replayed == sorted(replayed, reverse=True) and len(set(replayed)) == len(replayed)
+    assert live[-1] >= forward > replayed[-1] > 0
+
+
+# The ledger
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+
+    return advance
+
+
+def seconds(ledger):
+    return {(phase.cut, phase.mode): phase.seconds for phase in ledger.phases}
+
+
+def test_nested_phases_count_their_own_seconds_only(clock):
+    ledger = Ledger()
+    ledger.begin(0, "live")
+    clock(1)
+    with ledger.phase(0, "eval"):
+        clock(10)
+        with ledger.phase(2, "build"):
+            clock(100)
+        clock(20)
+    clock(2)
+    ledger.end()
+    clock(1000)
+    assert seconds(ledger) == {(0, "live"): 3, (0, "eval"): 30, (2, "build"): 100}
+    assert ledger.current is None
+
+
+def test_phase_that_is_entered_again_goes_on(clock):
+    ledger = Ledger()
+    for _ in range(3):
+        with ledger.phase(4, "replay") as phase:
+            clock(5)
+            phase.steps += 2
+    assert len(ledger.phases) == 1
+    assert (ledger.phases[0].seconds, ledger.phases[0].steps) == (15, 6)
+
+
+def test_phases_are_listed_in_the_order_in_which_they_began(clock):
+    ledger = Ledger()
+    for cut, mode in [(0, "live"), (2, "build"), (2, "replay"), (0, "live"), (1, "eval")]:
+        with ledger.phase(cut, mode):
+            clock(1)
+    assert [(phase.cut, phase.mode) for phase in ledger.phases] == [
+        (0, "live"),
+        (2, "build"),
+        (2, "replay"),
+        (1, "eval"),
+    ]
+
+
+def test_failing_block_closes_its_phase(clock):
+    ledger = Ledger()
+    ledger.begin(0, "live")
+    with pytest.raises(KeyError):
+        with ledger.phase(0, "eval"):
+            clock(3)
+            raise KeyError
+    assert ledger.current.mode == "live"
+    assert seconds(ledger)[0, "eval"] == 3
+
+
+def test_end_all_closes_what_a_broken_training_left(clock):
+    ledger = Ledger()
+    ledger.begin(0, "live")
+    ledger.begin(0, "eval")
+    clock(2)
+    ledger.end_all()
+    clock(9)
+    assert ledger.current is None and seconds(ledger) == {(0, "live"): 0, (0, "eval"): 2}
+    with ledger.phase(0, "live"):
+        clock(1)
+    assert seconds(ledger)[0, "live"] == 1
+
+
+def test_phase_closed_from_inside_is_not_closed_twice(clock):
+    ledger = Ledger()
+    ledger.begin(0, "live")
+    with ledger.phase(0, "eval"):
+        ledger.end_all()
+    assert ledger.current is None
+
+
+def test_state_continues_in_another_ledger(clock):
+    import json
+
+    ledger = Ledger()
+    with ledger.phase(0, "live") as phase:
+        clock(5)
+        phase.flops, phase.steps, phase.epochs, phase.store_bytes = 1e15, 3, 1, 7
+        saved = json.loads(json.dumps(ledger.state()))
+        clock(4)
+    assert saved[0]["seconds"] == 5
+    other = Ledger()
+    other.load(saved)
+    with other.phase(0, "live") as phase:
+        clock(2)
+        phase.steps += 1
+    assert (other.phases[0].seconds, other.phases[0].steps, other.phases[0].flops) == (7, 4, 1e15)
+    assert ledger.phases[0].seconds == 9
+
+
+def test_peak_memory_of_a_phase_sees_what_was_allocated_in_it():
+    if torch.cuda.is_available():
+        pytest.skip("counts the accelerator's memory")
+    ledger = Ledger()
+    with ledger.phase(0, "live"):
+        pass
+    with ledger.phase(2, "replay"):
+        held = torch.ones(60_000_000 // 4)
+        ledger.sample_memory()
+    before, during = (phase.peak_memory_bytes for phase in ledger.phases)
+    assert during - before >= 50_000_000
+    del held

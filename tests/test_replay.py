@@ -1,0 +1,209 @@
+"""How cached rows come back: the switch, the wrapped data set and the collator."""
+
+import gc
+import pickle
+
+import pytest
+import torch
+import zoo
+from builds import Rows, build, collate
+from helpers import pixel_dataset
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from hf_freezecache.replay.collator import CODE_PREFIX, ReplayCollator, is_code, take_codes
+from hf_freezecache.replay.dataset import CachedRows, ReplayDataset, SourceSwitch
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return build(zoo.make("vit"), tmp_path_factory.mktemp("stores"))
+
+
+class NoItems(Rows):
+    """A data set that must not be read."""
+
+    def __getitem__(self, row):
+        raise AssertionError("a live sample was read in a replay epoch")
+
+
+# The switch
+
+
+def test_switch_starts_live_and_turns_both_ways(tmp_path):
+    switch = SourceSwitch()
+    assert switch.path is None
+    switch.set(tmp_path / "käse")
+    assert switch.path == tmp_path / "käse"
+    switch.set(tmp_path)
+    assert switch.path == tmp_path
+    switch.set(None)
+    assert switch.path is None
+
+
+def test_switch_makes_relative_paths_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    switch = SourceSwitch()
+    switch.set(tmp_path.relative_to(tmp_path) / "store")
+    assert switch.path == tmp_path / "store"
+
+
+def test_switch_refuses_a_path_that_does_not_fit(tmp_path):
+    switch = SourceSwitch()
+    with pytest.raises(ValueError, match="longer than"):
+        switch.set(tmp_path / ("x" * 5000))
+    assert switch.path is None
+
+
+def test_switch_reaches_persistent_workers(store):
+    dataset = ReplayDataset(Rows(), SourceSwitch())
+    loader = DataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=2,
+        persistent_workers=True,
+        collate_fn=ReplayCollator(collate),
+    )
+    live = list(loader)
+    assert not any(take_codes(batch) for batch in live)
+    dataset.switch.set(store.path)
+    replayed = list(loader)
+    dataset.switch.set(None)
+    again = list(loader)
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(live, again, strict=True))
+    assert len(replayed) == len(live) == 6
+    for number, batch in enumerate(replayed):
+        codes, others = take_codes(batch)
+        rows = range(4 * number, min(4 * number + 4, 22))
+        assert torch.equal(store.codec.decode(codes), store.read(rows))
+        assert torch.equal(others["labels"], live[number]["labels"])
+    del loader
+    gc.collect()
+
+
+# The data set
+
+
+def test_wrapped_data_set_has_the_length_and_samples_of_the_inner_one():
+    inner = pixel_dataset(10)
+    dataset = ReplayDataset(inner, SourceSwitch())
+    assert len(dataset) == 10
+    assert torch.equal(dataset[3]["pixel_values"], inner[3]["pixel_values"])
+    many = dataset.__getitems__([7, 0, 7])
+    assert [sample["labels"].item() for sample in many] == [inner[row]["labels"].item() for row in (7, 0, 7)]
+
+
+def test_replay_reads_rows_in_the_order_asked_for_and_no_live_sample(store):
+    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    dataset.switch.set(store.path)
+    assert len(dataset) == 22
+    rows = dataset.__getitems__([21, 3, 3, 0])
+    assert isinstance(rows, CachedRows) and set(rows.columns) == {"base", "special"}
+    assert torch.equal(store.codec.decode({name: rows.rows[name] for name in rows.columns}), store.read([21, 3, 3, 0]))
+    assert rows.rows["labels"].tolist() == [1, 3, 3, 0]
+
+
+def test_replay_turns_to_another_store(store, tmp_path):
+    other = build(zoo.make("vit"), tmp_path, cut=3, codec="int8")
+    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    for current in (store, other, store):
+        dataset.switch.set(current.path)
+        rows = dataset.__getitems__([5, 1])
+        assert torch.equal(current.codec.decode(rows.rows), current.read([5, 1]))
+
+
+def test_loader_batches_of_a_shuffled_sampler_are_the_same_rows_live_and_replayed(store):
+    dataset = ReplayDataset(Rows(), SourceSwitch())
+
+    def labels():
+        loader = DataLoader(
+            dataset,
+            batch_size=5,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(4),
+            collate_fn=ReplayCollator(collate),
+        )
+        return [batch["labels"].tolist() for batch in loader]
+
+    live = labels()
+    dataset.switch.set(store.path)
+    assert labels() == live
+
+
+def test_data_set_pickles_without_its_mapped_files(store):
+    dataset = ReplayDataset([1, 2, 3], SourceSwitch())
+    dataset.switch.set(store.path)
+    dataset.__getitems__([0])
+    assert len(pickle.dumps(dataset.__getstate__()["_store"])) < 100
+
+
+# The collator
+
+
+def test_live_samples_go_through_the_users_collator_untouched():
+    seen = []
+
+    def collator(samples):
+        seen.append(samples)
+        return {"anything": len(samples)}
+
+    samples = [{"pixel_values": torch.zeros(1)}, {"pixel_values": torch.ones(1)}]
+    assert ReplayCollator(collator)(samples) == {"anything": 2}
+    assert seen[0] is samples
+    assert ReplayCollator(collator)([]) == {"anything": 0}
+
+
+def test_cached_rows_become_codes_and_inputs_without_the_users_collator(store):
+    def forbidden(samples):
+        raise AssertionError("cached rows do not go through the user's collator")
+
+    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    dataset.switch.set(store.path)
+    whole = ReplayCollator(forbidden)(dataset.__getitems__([4, 2]))
+    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels"}
+    assert whole[CODE_PREFIX + "base"].dtype == torch.uint8
+    # A loader without `__getitems__` hands over single rows.
+    single = ReplayCollator(forbidden)([dataset[4], dataset[2]])
+    assert single.keys() == whole.keys()
+    assert all(torch.equal(single[name], whole[name]) for name in whole)
+
+
+def test_single_rows_with_strings_and_constants_merge(tmp_path):
+    class Named(Rows):
+        def __getitem__(self, row):
+            return {**super().__getitem__(row), "name": f"n{row}"}
+
+    store = build(
+        zoo.make("vit"), tmp_path, Named(6), collator=lambda samples: {**collate(samples), "scale": 2.5, "none": None}
+    )
+    dataset = ReplayDataset(NoItems(6), SourceSwitch())
+    dataset.switch.set(store.path)
+    batch = ReplayCollator(collate)([dataset[row] for row in (5, 0, 5)])
+    assert batch["name"] == ["n5", "n0", "n5"] and batch["scale"] == 2.5 and batch["none"] is None
+    assert batch["labels"].tolist() == [0, 0, 0]
+
+
+def test_model_input_named_as_a_codec_column_of_another_codec_is_no_code(tmp_path):
+    store = build(zoo.make("vit"), tmp_path, Rows(6), collator=lambda s: {**collate(s), "view_0": torch.ones(len(s))})
+    dataset = ReplayDataset(NoItems(6), SourceSwitch())
+    dataset.switch.set(store.path)
+    codes, others = take_codes(ReplayCollator(collate)(dataset.__getitems__([1, 2])))
+    assert "view_0" in others and set(codes) == {"base", "special"}
+
+
+def test_take_codes_splits_only_replayed_batches():
+    codes, others = take_codes({CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1)})
+    assert list(codes) == ["base"] and list(others) == ["labels"]
+    assert take_codes({"pixel_values": torch.zeros(1)}) is None
+    assert take_codes(torch.zeros(1)) is None
+    assert take_codes({}) is None
+    assert is_code(CODE_PREFIX + "x") and not is_code("base") and not is_code(3)
+
+
+def test_default_collator_of_transformers_is_used_for_live_rows():
+    dataset = ReplayDataset(pixel_dataset(6), SourceSwitch())
+    loader = DataLoader(dataset, batch_size=3, collate_fn=ReplayCollator(default_data_collator))
+    expected = DataLoader(pixel_dataset(6), batch_size=3, collate_fn=default_data_collator)
+    for found, wanted in zip(loader, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
