@@ -203,7 +203,7 @@ def test_checkpoint_that_does_not_fit_is_an_error(name, change, message, tmp_pat
 
 
 def test_checkpoint_that_does_not_fit_leaves_the_model_alone(tmp_path):
-    """"Completely or not at all"."""
+    """ "Completely or not at all"."""
     trained("vit").save_pretrained(tmp_path)
     rewrite(tmp_path, drop("classifier"))
     model = zoo.make("vit", seed=1)

@@ -123,7 +123,10 @@ def test_fingerprint_changes_with_closure_values_that_the_sampled_rows_do_not_sh
         def transform(batch):
             images = [torch.as_tensor(image) for image in batch["pixel_values"]]
             labels = batch["labels"]
-            return {"labels": labels, "pixel_values": [i * (2 if label == row else 1) for i, label in zip(images, labels)]}
+            return {
+                "labels": labels,
+                "pixel_values": [i * (2 if label == row else 1) for i, label in zip(images, labels, strict=True)],
+            }
 
         return transform
 

@@ -157,7 +157,10 @@ class Mover:
     num_blocks = 6
 
     def __init__(self):
-        self.cuts, self.whole = [], []
+        self.cuts, self.whole, self.watched = [], [], []
+
+    def watch(self, signals):
+        self.watched.append(signals)
 
     def agree(self, value):
         return value
@@ -230,6 +233,15 @@ def test_callback_tells_whether_a_whole_epoch_remains():
     callback.attach(mover)
     run_epochs(callback, mover, 0, 3, max_steps=10)
     assert mover.whole == [True, True, False]
+
+
+def test_callback_has_what_the_policy_observes_collected():
+    policy, mover = Answers(1), Mover()
+    policy.observes = frozenset({"gradients"})
+    callback = FreezeCallback(policy)
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 1)
+    assert mover.watched == [{"gradients"}]
 
 
 def test_callback_without_a_training_does_nothing():

@@ -163,7 +163,12 @@ def batch(**entries):
 def test_split_takes_rows_and_constants_apart():
     split = split_batch(
         batch(
-            labels=torch.arange(3), names=["a", "b", "c"], weights=(0.1, 0.2, 0.3), return_loss=True, scale=2.0, no=None
+            labels=torch.arange(3),
+            names=["a", "b", "c"],
+            weights=(0.1, 0.2, 0.3),
+            return_loss=True,
+            scale=2.0,
+            no=None,
         ),
         "pixel_values",
     )

@@ -1,5 +1,6 @@
 """What `Trainer` can do works after the class name is switched; what cannot be honoured is said."""
 
+import dataclasses
 import logging
 
 import datasets
@@ -19,7 +20,7 @@ from helpers import (
     weights,
 )
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy
 
@@ -282,7 +283,7 @@ def test_hyperparameter_search_trains_every_trial_from_cut_zero(tmp_path):
     pytest.importorskip("optuna")
     dataset = pixel_dataset()
     trainer = FreezeCacheTrainer(
-        model_init=tiny_vit,
+        model_init=lambda: tiny_vit(),
         args=make_args(tmp_path, num_train_epochs=2),
         train_dataset=dataset,
         eval_dataset=dataset,
@@ -326,6 +327,29 @@ def test_our_trainer_resumes_a_plain_checkpoint(tmp_path):
     settings["num_train_epochs"] = 4
     resumed = run(tiny_resnet(seed=5), dataset, tmp_path, manual("2:3"), resume=True, **settings)
     assert resumed.freeze_status().cut == 3 and resumed.state.global_step == 16
+
+
+def test_restoring_callback_states_keeps_ours_attached(tmp_path):
+    settings = dict(num_train_epochs=3, save_strategy="steps", save_steps=6)
+    whole = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3"), **settings)
+    settings["restore_callback_states_from_checkpoint"] = True
+    resumed = run(
+        tiny_vit(seed=2), pixel_dataset(), tmp_path, manual("1:3"), resume=str(tmp_path / "checkpoint-6"), **settings
+    )
+    assert losses(resumed) == losses(whole)
+    assert resumed.freeze_status().replaying
+
+
+def test_own_train_dataloader_that_bypasses_ours_is_an_error(tmp_path):
+    class Own(FreezeCacheTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+    trainer = Own(
+        model=tiny_vit(), args=make_args(tmp_path), train_dataset=pixel_dataset(), freeze_cache=manual("1:3")
+    )
+    with pytest.raises(ValueError, match="get_train_dataloader"):
+        trainer.train()
 
 
 def test_policy_object_wins_and_observes_what_it_asks_for(tmp_path):
@@ -444,7 +468,10 @@ def test_constant_model_inputs_are_replayed(tmp_path):
 
 
 def test_activation_checkpointing_cached_is_freeze_only(tmp_path):
-    settings = dict(activation_checkpointing=True)
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    settings = {
+        ("activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"): True
+    }
     frozen = run(tiny_vit(), pixel_dataset(), tmp_path / "f", manual("1:3", cache="never"), **settings)
     cached = run(tiny_vit(), pixel_dataset(), tmp_path / "c", manual("1:3", codec="fp32"), **settings)
     assert losses(cached) == losses(frozen)

@@ -1,6 +1,6 @@
 """Building a store (forward, encode, write) against the bare forward of the prefix over the same pixels.
 
-    python -m benchmarks.materialize.run
+python -m benchmarks.materialize.run
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training from a store larger than 2 GB: anonymous memory stays flat, rows are mapped and not loaded.
 
-    python -m benchmarks.memory.run
+python -m benchmarks.memory.run
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def train(folder: str, sampler: MemorySampler, options: argparse.Namespace) -> F
 
 def summarize(samples: list[tuple[float, str, int, int]], store_bytes: int) -> dict[str, Any]:
     """RssAnon after the warm-up: swing over everything, drift from the second epoch's median to the last one's."""
-    epochs = sorted({phase for _, phase, _, _ in samples if phase.startswith("epoch")}, key=lambda p: int(p.split()[1]))
+    epochs = sorted(
+        {phase for _, phase, _, _ in samples if phase.startswith("epoch")}, key=lambda p: int(p.split()[1])
+    )
     by_epoch = {name: [sample for sample in samples if sample[1] == name] for name in epochs}
     first = by_epoch[epochs[0]]
     settled = first[int(len(first) * WARMUP) :]
@@ -169,7 +171,7 @@ def plot(samples: list[tuple[float, str, int, int]], store_bytes: int, path: Pat
                 axes.text(second, top, f" {phase}", fontsize=8, va="bottom")
         previous = phase
     axes.set(xlabel="seconds", ylabel="GB", ylim=(0, top))
-    axes.legend(loc="center right", fontsize=8)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -211,10 +213,16 @@ def main() -> None:
     plot(sampler.samples, store_bytes, result_folder("memory", options.smoke) / "memory.png")
     claims = [
         Claim("store, GB", store_bytes / 1e9, at_least=2.0),
-        Claim("RssAnon, largest - smallest after warm-up, share of the store", result["anon_swing_of_store"], at_most=SWING),
+        Claim(
+            "RssAnon, largest - smallest after warm-up, share of the store",
+            result["anon_swing_of_store"],
+            at_most=SWING,
+        ),
         Claim("RssAnon, drift between epochs, share of the store", result["anon_drift_of_store"], at_most=DRIFT),
     ]
-    print(f"RssAnon {result['anon_smallest'] / 1e6:.0f} to {result['anon_largest'] / 1e6:.0f} MB after warm-up, ", end="")
+    print(
+        f"RssAnon {result['anon_smallest'] / 1e6:.0f} to {result['anon_largest'] / 1e6:.0f} MB after warm-up, ", end=""
+    )
     print(f"drift {result['anon_drift'] / 1e6:+.1f} MB; RssFile up to {result['file_largest'] / 1e6:.0f} MB")
     names = ("rows", "epochs", "batch_size", "codec", "interval")
     write_result("memory", options, {name: getattr(options, name) for name in names}, result, claims)

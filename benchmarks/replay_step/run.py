@@ -1,6 +1,6 @@
 """A replay step through `FreezeCacheTrainer` against the same suffix step on features that are in memory as floats.
 
-    python -m benchmarks.replay_step.run
+python -m benchmarks.replay_step.run
 """
 
 from __future__ import annotations

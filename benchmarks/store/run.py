@@ -1,6 +1,6 @@
 """Random rows of a store against `np.memmap`, and a store against what one would write by hand with `datasets`.
 
-    python -m benchmarks.store.run
+python -m benchmarks.store.run
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def measure_random_rows(channels: int, folder: Path, options: argparse.Namespace
         "store": lambda: store.read_rows(next(orders["store"])),
         "memmap": lambda: mapped[next(orders["memmap"])],
     }
-    seconds = {
-        side: summary(values) for side, values in interleave(sides, options.batches, warmup=10).items()
-    }
+    seconds = {side: summary(values) for side, values in interleave(sides, options.batches, warmup=10).items()}
     rate = {side: options.batch_size * width / value["median"] for side, value in seconds.items()}
     return {
         "row": [TOKENS, channels],

@@ -23,13 +23,16 @@ def main() -> None:
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--points", default="1:2,3:4")
     options = parser.parse_args()
     model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
     trainer = run(
         model,
         pixel_dataset(50, size),
         options.output / "run",
-        manual("1:2,3:4", cache=options.cache, codec=options.codec, feature_cache_dir=str(options.output / "cache")),
+        manual(
+            options.points, cache=options.cache, codec=options.codec, feature_cache_dir=str(options.output / "cache")
+        ),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=options.accumulate,
         ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",
@@ -48,6 +51,7 @@ def main() -> None:
     }
     path = options.output / f"rank-{trainer.accelerator.process_index}.json"
     path.write_text(json.dumps(seen), encoding="utf-8")
+    trainer.accelerator.end_training()  # a process group that is not taken down may abort at exit
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import losses, manual, pixel_dataset, run, tiny_vit
 
 from hf_freezecache import FeatureStore
 
@@ -50,6 +51,16 @@ def test_two_processes_agree_and_one_reads_their_store(model, tmp_path):
         assert len(store.manifest.shards) == 2 and all(shard.rows for shard in store.manifest.shards)
         assert store.dataset["sample_id"][:] == list(range(50))
         assert torch.isfinite(store.read([0, 49, 25])).all()
+
+
+def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
+    launch(SCRIPT, ["--output", tmp_path, "--points", "0:3"])
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "cache"))
+    alone = run(tiny_vit(), pixel_dataset(50), tmp_path / "alone", config, per_device_train_batch_size=4)
+    assert [phase.epochs for phase in alone.freeze_cache_report().phases if phase.mode == "build"] == [0]
+    fresh = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "fresh"))
+    built = run(tiny_vit(), pixel_dataset(50), tmp_path / "built", fresh, per_device_train_batch_size=4)
+    assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
 
 
 @pytest.mark.parametrize("find_unused", ["true", "false"])

@@ -1,0 +1,206 @@
+"""The arms of the experiment, and training one of them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.accounting import measure_training_flops
+
+from .._common import silence
+from .._images import Pixels, as_interpolated_batch, load_caltech, load_deit
+
+PLAIN = "plain"
+PROBE = "linear probe"
+#: The chain of DeiT-Tiny: stem and 12 blocks. With all of them frozen only the head trains.
+ALL_BLOCKS = 13
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: in tables and files.
+        points: freeze points; None is plain `Trainer`.
+        cache: of `FreezeCacheConfig`.
+        branch: epochs that are shared with the plain arm: training resumes from its checkpoint.
+    """
+
+    name: str
+    points: str | None = None
+    cache: str = "never"
+    branch: int = 0
+
+
+def make_arms(options: argparse.Namespace) -> list[Arm]:
+    """The plain arm, then per schedule freeze-only and cached, then the linear probe."""
+    arms = [Arm(PLAIN)]
+    for points in options.schedules:
+        branch = int(points.split(":")[0])
+        arms += [Arm(freeze_only(points), points, "never", branch), Arm(cached(points), points, "always", branch)]
+    return [*arms, Arm(PROBE, f"0:{ALL_BLOCKS}", "always")]
+
+
+def freeze_only(points: str) -> str:
+    return f"freeze-only {points}"
+
+
+def cached(points: str) -> str:
+    return f"cached {points}"
+
+
+class EpochClock(TrainerCallback):
+    """The same clock for every arm: seconds inside epochs, with a build at an epoch's beginning.
+
+    Evaluation and checkpoints lie between epochs and are not in them. Asks for an evaluation after every
+    `evaluate_every` epochs and after the last one, and for a checkpoint after the epochs in `save_after`.
+    """
+
+    def __init__(self, evaluate_every: int, save_after: set[int]):
+        self.evaluate_every, self.save_after = evaluate_every, save_after
+        self.epoch_seconds: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.setup_seconds, self.eval_seconds = 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if not self.epoch_seconds:
+            self.setup_seconds = time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epoch_seconds.append(time.perf_counter() - self._since)
+        done = round(state.epoch)
+        control.should_evaluate = done % self.evaluate_every == 0 or done == state.num_train_epochs
+        control.should_save = done in self.save_after
+        return control
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.eval_seconds += metrics["eval_runtime"]
+        self.evaluations.append({"epoch": round(state.epoch), "accuracy": metrics["eval_accuracy"]})
+
+
+@dataclass(frozen=True)
+class Data:
+    """All images, preprocessed once."""
+
+    train: Pixels
+    test: Pixels
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> Data:
+        return cls(
+            load_caltech(options, "train", options.image_size, options.rows),
+            load_caltech(options, "test", options.image_size, options.test_rows),
+        )
+
+
+def make_args(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=options.probe_learning_rate if arm.name == PROBE else options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        # `EpochClock` asks for evaluations and checkpoints.
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,
+        seed=seed,
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+
+
+def train_arm(
+    arm: Arm, seed: int, data: Data, folder: Path, plain: dict[str, Any] | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains one arm and returns its measurements.
+
+    Args:
+        arm: what to train.
+        seed: of the head, the order of the samples and the dropout.
+        data: the images.
+        folder: of this seed; the plain arm leaves its checkpoints there.
+        plain: what this function returned for the plain arm of the seed; None for that arm.
+        options: the settings.
+    """
+    set_seed(seed)
+    steps = -(-len(data.train) // options.batch_size)
+    branches = {other.branch for other in make_arms(options)} - {0}
+    clock = EpochClock(options.evaluate_every, branches if plain is None else set())
+    target = folder / arm.name.replace(" ", "_").replace(":", "-")
+    kwargs = {
+        "model": load_deit(options),
+        "args": make_args(arm, seed, target, options),
+        "train_dataset": data.train,
+        "eval_dataset": data.test,
+        "data_collator": as_interpolated_batch,
+        "compute_metrics": accuracy,
+        "callbacks": [clock],
+    }
+    if arm.points is None:
+        trainer = Trainer(**kwargs)
+        probe = as_interpolated_batch(data.train.__getitems__(range(2)))
+        flops_per_epoch = measure_training_flops(trainer.model, probe) * len(data.train)
+    else:
+        config = FreezeCacheConfig(policy="manual", freeze_points=arm.points, cache=arm.cache, codec=options.codec)
+        trainer = FreezeCacheTrainer(**kwargs, freeze_cache=config)
+    checkpoint = checkpoint_folder(folder, arm.branch * steps) if arm.branch else None
+    silence(trainer).train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    result = {"seed": seed, "arm": arm.name, "branch": arm.branch, **_times(arm, clock, plain)}
+    if arm.points is None:
+        result |= {"build_seconds": 0.0, "flops_per_epoch": flops_per_epoch, "flops": flops_per_epoch * options.epochs}
+    else:
+        report = trainer.freeze_cache_report()
+        result["build_seconds"] = report.totals.build_seconds
+        result["flops"] = report.totals.flops + (plain["flops_per_epoch"] * arm.branch if arm.branch else 0.0)
+        result["ledger_seconds"] = report.totals.train_seconds + report.totals.build_seconds
+        result["phases"] = report.to_dict()["phases"]
+        shutil.rmtree(target, ignore_errors=True)
+    del trainer, kwargs
+    gc.collect()
+    return result
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the plain arm leaves the checkpoint of a step."""
+    return folder / PLAIN / f"checkpoint-{step}"
+
+
+def _times(arm: Arm, clock: EpochClock, plain: dict[str, Any] | None) -> dict[str, Any]:
+    """The run as if it had been made alone: the plain arm's seconds of the shared epochs come first."""
+    shared = plain["epoch_seconds"][: arm.branch] if arm.branch else []
+    epoch_seconds = [*shared, *clock.epoch_seconds]
+    evaluations = [point for point in plain["curve"] if point["epoch"] <= arm.branch] if arm.branch else []
+    for point in clock.evaluations:
+        evaluations.append({**point, "seconds": sum(epoch_seconds[: point["epoch"]])})
+    return {
+        "epoch_seconds": epoch_seconds,
+        "train_seconds": sum(epoch_seconds),
+        "own_seconds": sum(clock.epoch_seconds),
+        "setup_seconds": clock.setup_seconds,
+        "eval_seconds": clock.eval_seconds,
+        "curve": evaluations,
+        "accuracy": evaluations[-1]["accuracy"],
+    }
