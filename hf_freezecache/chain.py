@@ -101,12 +101,15 @@ class BlockChain:
         """
         self._trace = run_trace(self.model, self.blocks, self._probe(inputs))
         self._proved.clear()
+        if self.cut:
+            self.freeze(self.cut)  # parameters outside the blocks are known only now
 
     def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
-        """Checks that prefix and suffix reproduce the model's logits, bit for bit, on two rows of `inputs`.
+        """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 
         Raises:
-            ChainError: if they do not: something besides the output of the block before the cut crosses it.
+            ChainError: if they do not: something besides the output of the block before the cut crosses it. Also if
+                training draws random numbers before the cut outside the modules that a freeze puts in eval mode.
         """
         self._check_cut(cut)
         if self._trace is None:
@@ -115,6 +118,12 @@ class BlockChain:
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
             expected = _answer(self.model(**probe))
             features = self._capture(probe, cut)
+            if not torch.equal(features, self._captured_in_training(probe, cut)):
+                raise ChainError(
+                    f"{self._cannot_cut(cut)} in training the feature is random or depends on the batch, though every "
+                    "block before the cut is in eval mode: a dropout or normalization outside the blocks, or shared "
+                    "with later ones."
+                )
             try:
                 with self.replay(cut):
                     replayed = _answer(self.model(**{**probe, self.main_input: features}))
@@ -195,7 +204,8 @@ class BlockChain:
 
     def prefix_parameters(self, cut: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to the prefix or on which the feature at `cut` depends, by name."""
-        members = {id(p) for module in self.prefix_modules(cut) for p in module.parameters(recurse=False)}
+        modules = [module for block in self.blocks[:cut] for module in block.modules]
+        members = {id(p) for module in modules for p in module.parameters()}
         if self._trace is not None:
             members |= {id(parameter) for parameter in self._stray_parameters(cut)}
         return {name: p for name, p in self.model.named_parameters() if id(p) in members}
@@ -316,6 +326,19 @@ class BlockChain:
         finally:
             handle.remove()
         raise ChainError(f"{self._cannot_cut(cut)} the model returned without running it.")
+
+    def _captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+        """The feature as training on a frozen prefix computes it; buffers and modes are put back."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with eval_mode(self.model):
+            self.model.train()
+            for module in self.prefix_modules(cut):
+                module.training = False
+            try:
+                return self._capture(inputs, cut)
+            finally:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
     def _stray_parameters(self, cut: int) -> list[nn.Parameter]:
         """Parameters outside every block (a position embedding on the model itself) on which the feature depends."""

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -41,24 +42,26 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     Transformers' own conversion, and a missing or unexpected key is an error.
 
     Raises:
-        CheckpointError: if a weight is missing, unexpected or of another shape.
+        CheckpointError: if a weight is missing, unexpected or of another shape; the model is then as it was.
     """
     expected = model.state_dict()
     state_dict = _read(Path(directory))
     if set(state_dict) - set(expected) and isinstance(model, PreTrainedModel):
         state_dict = _converted(model, directory, state_dict)
-    try:
-        result = model.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint {directory} does not fit the model: {error}") from error
     present = {expected[key].data_ptr() for key in state_dict if key in expected}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    missing = [key for key in result.missing_keys if expected[key].data_ptr() not in present and key not in ignored]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"the checkpoint {directory} does not fit the model: missing {missing[:5]} ({len(missing)} in all), "
-            f"unexpected {result.unexpected_keys[:5]} ({len(result.unexpected_keys)} in all)."
-        )
+    missing = [
+        key
+        for key, value in expected.items()
+        if key not in state_dict and value.data_ptr() not in present and key not in ignored
+    ]
+    unexpected = [key for key in state_dict if key not in expected]
+    misshapen = [key for key in state_dict if key in expected and state_dict[key].shape != expected[key].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {kind}, e.g. {keys[:3]}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"the checkpoint {directory} does not fit the model: {found}.")
+    model.load_state_dict(state_dict, strict=False)
 
 
 def _read(directory: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +81,21 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _converted(model: PreTrainedModel, directory: str | Path, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the model's own key names, renamed by Transformers on a second instance."""
+    """The weights under the model's own key names."""
+    # `save_pretrained` renames with this function: sent through it, marks tell which key became which.
+    marks = {key: torch.empty(1) for key in model.state_dict()}
+    own = {id(mark): key for key, mark in marks.items()}
+    saved = revert_weight_conversion(model, dict(marks))
+    if all(id(mark) in own for mark in saved.values()):
+        names = {key: own[id(mark)] for key, mark in saved.items()}
+        return {names.get(key, key): value for key, value in raw.items()}
+    return _converted_by_twin(model, directory, raw)
+
+
+def _converted_by_twin(
+    model: PreTrainedModel, directory: str | Path, raw: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a model that is saved with tensors split or merged, converted by loading a second instance."""
     with preserve_rng():
         twin, info = type(model).from_pretrained(
             directory,
@@ -91,5 +108,5 @@ def _converted(model: PreTrainedModel, directory: str | Path, raw: dict[str, tor
     lost = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     converted = {key: value for key, value in twin.state_dict().items() if key not in lost}
     # What the user added to the architecture is not in the twin, but is saved under its own name.
-    converted.update({key: raw[key] for key in info["unexpected_keys"] if key in raw})
+    converted.update({key: raw.get(key, torch.empty(0)) for key in info["unexpected_keys"]})
     return converted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from .accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
 from .cache.fingerprint import fingerprint_inputs
 from .cache.materialize import BuildFailed, BuildPlan, estimate_bytes, materialize, open_matching
-from .cache.rows import RowSource
+from .cache.rows import RowSource, split_batch
 from .cache.store import FORMAT_VERSION, FeatureStore
 from .chain import BlockChain
 from .config import FreezeCacheConfig
@@ -27,6 +28,7 @@ from .replay.collator import take_codes
 from .replay.dataset import SourceSwitch
 from .report import FreezeCacheReport, FreezeStatus, make_report
 from .rng import preserve_rng
+from .tracing import main_input_name
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +42,8 @@ class FreezeSession:
         config: the user's settings.
         cache_dir: where stores lie.
         group: the processes.
-        to_device: moves a collated batch to where the model is.
+        to_device: moves a batch to where the model is.
+        label_names: model inputs that only the loss takes.
         precision: mixed precision of the training.
         disable_tqdm: no progress bars.
         can_cache: False where features cannot be replayed (DataParallel).
@@ -58,13 +61,14 @@ class FreezeSession:
         cache_dir: Path,
         group: Group,
         to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        label_names: Sequence[str],
         precision: str,
         disable_tqdm: bool,
         can_cache: bool = True,
     ):
         self.model, self.source, self.config, self.group = model, source, config, group
         self.cache_dir, self.to_device, self.precision = cache_dir, to_device, precision
-        self.disable_tqdm, self.can_cache = disable_tqdm, can_cache
+        self.disable_tqdm, self.can_cache, self.label_names = disable_tqdm, can_cache, frozenset(label_names)
         self.ledger = Ledger()
         self.switch = SourceSwitch()
         self.store: FeatureStore | None = None
@@ -78,6 +82,7 @@ class FreezeSession:
         self._activations: dict[int, torch.Tensor] = {}
         self._observers: list[Any] = []
         with preserve_rng():
+            split_batch(source.probe(), main_input_name(model))  # a clear error before the model sees the batch
             self.probe = self._probe()
             self.chain = BlockChain.from_model(model, config.blocks, probe=self.probe)
 
@@ -321,7 +326,7 @@ class FreezeSession:
             layout=self.chain.layout(cut),
             made_from=self.group.from_main(made_from),
             directory=self.cache_dir,
-            to_device=self.to_device,
+            model_inputs=self._model_inputs,
             disable_tqdm=self.disable_tqdm,
         )
 
@@ -358,7 +363,19 @@ class FreezeSession:
     # Helpers
 
     def _probe(self) -> Mapping[str, Any]:
-        return self.to_device(self.source.probe())
+        return self._model_inputs(self.source.probe())
+
+    def _model_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a collated batch the prefix may see: labels are the loss's, which may be the user's own."""
+        accepted = inspect.signature(type(self.model).forward).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        return self.to_device(
+            {
+                name: value
+                for name, value in batch.items()
+                if name not in self.label_names and (takes_all or name in accepted)
+            }
+        )
 
     def _measure_flops(self, mode: str, cut: int) -> float:
         if mode == "live":

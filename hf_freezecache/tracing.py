@@ -56,7 +56,8 @@ class Trace:
         entries: per block, where its main tensor stands: a position or a keyword.
         features: per cut, shape (without batch) and dtype of the feature; cut 0 is the main input.
         glue: modules that run outside the blocks, with the last block that had begun when they ran.
-        stray_parameters: parameters that belong to no block and to no glue module.
+        stray_parameters: parameters that belong to no block.
+        grid: the image in patches, if the configuration tells the patch size.
     """
 
     probe: dict[str, Any]
@@ -67,6 +68,7 @@ class Trace:
     features: list[tuple[tuple[int, ...], torch.dtype]]
     glue: list[tuple[nn.Module, int]]
     stray_parameters: list[nn.Parameter]
+    grid: tuple[int, int] | None
     stray_by_cut: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
@@ -112,17 +114,22 @@ class Trace:
         if len(shape) == 3:
             return FeatureLayout(shape=shape, grid=(shape[1], shape[2]), special_tokens=0, dtype=dtype)
         if len(shape) == 2 and image.ndim == 4:
-            grid, special = token_grid(shape[0], image.shape[-2] / image.shape[-1])
+            grid, special = token_grid(shape[0], image.shape[-2] / image.shape[-1], self.grid)
             return FeatureLayout(shape=shape, grid=grid, special_tokens=special, dtype=dtype)
         return FeatureLayout(shape=shape, grid=None, special_tokens=0, dtype=dtype)
 
 
-def token_grid(tokens: int, aspect: float, most_special: int = 16) -> tuple[tuple[int, int] | None, int]:
+def token_grid(
+    tokens: int, aspect: float, expected: tuple[int, int] | None = None, most_special: int = 16
+) -> tuple[tuple[int, int] | None, int]:
     """Splits a number of tokens into special tokens and a grid with the image's aspect ratio (height / width).
 
     Returns:
-        `((height, width), special tokens)` with the fewest special tokens, `(None, 0)` if no grid fits.
+        `((height, width), special tokens)`: the expected grid if the number allows it, otherwise the one with the
+        fewest special tokens; `(None, 0)` if no grid fits.
     """
+    if expected is not None and 0 <= tokens - expected[0] * expected[1] <= most_special:
+        return expected, tokens - expected[0] * expected[1]
     for special in range(min(most_special, tokens - 1) + 1):
         patches = tokens - special
         height, width = round((patches * aspect) ** 0.5), round((patches / aspect) ** 0.5)
@@ -145,12 +152,13 @@ def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) 
     return Trace(
         probe=probe,
         main_input=name,
-        positional=list(inspect.signature(model.forward).parameters),
+        positional=_argument_names(model),
         outputs=recorder.outputs,
         entries=recorder.entries,
         features=[(tuple(main.shape[1:]), main.dtype), *recorder.features(len(main))],
         glue=recorder.glue(),
         stray_parameters=recorder.stray_parameters(),
+        grid=_patch_grid(model, main),
     )
 
 
@@ -238,7 +246,7 @@ class _Recorder(contextlib.AbstractContextManager):
         return list(self.glue_positions.items())
 
     def stray_parameters(self) -> list[nn.Parameter]:
-        owned = {id(p) for module in [*self.order, *self.outside] for p in module.parameters()}
+        owned = {id(p) for module in self.order for p in module.parameters()}
         return [p for p in self.model.parameters() if id(p) not in owned]
 
 
@@ -308,8 +316,20 @@ def accept_feature(output: Any, feature: torch.Tensor) -> Any:
 def main_input_name(model: nn.Module) -> str:
     """`model.main_input_name`, or the first argument of its `forward`."""
     name = getattr(model, "main_input_name", None)
-    parameters = list(inspect.signature(model.forward).parameters)
-    return name if name is not None else parameters[0]
+    return name if name is not None else _argument_names(model)[0]
+
+
+def _argument_names(model: nn.Module) -> list[str]:
+    """Arguments of `forward`, from the class: a forward put on the instance may have lost its signature."""
+    return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def _patch_grid(model: nn.Module, image: torch.Tensor) -> tuple[int, int] | None:
+    size = getattr(getattr(model, "config", None), "patch_size", None)
+    if size is None or image.ndim != 4:
+        return None
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return image.shape[-2] // height, image.shape[-1] // width
 
 
 def take_rows(inputs: Mapping[str, Any], rows: int, batch_size: int) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class FreezeCacheTrainer(Trainer):
                 cache_dir=self._feature_cache_dir,
                 group=Group(self.accelerator.process_index, self.accelerator.num_processes),
                 to_device=self._prepare_inputs,
+                label_names=self.label_names,
                 precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
                 disable_tqdm=self.args.disable_tqdm,
                 can_cache=self.args.n_gpu <= 1,

@@ -65,7 +65,7 @@ def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
         layout=chain.layout(cut),
         made_from=made_from,
         directory=directory,
-        to_device=lambda batch: batch,
+        model_inputs=lambda batch: batch,
         disable_tqdm=True,
     )
 

@@ -90,7 +90,7 @@ def make_claims(arms: Mapping[str, Any], schedules: Mapping[str, Any]) -> list[C
 def table(arms: Mapping[str, Any], schedules: Mapping[str, Any], seeds: int) -> str:
     """Markdown."""
     lines = [
-        "| arm | accuracy, % | training s | of it build s | TFLOP | speed-up over plain | by FLOPs | measured / FLOPs |",
+        "| arm | accuracy, % | training s | of it build s | TFLOP | speed-up over plain | by FLOPs | measured / it |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
@@ -108,7 +108,7 @@ def table(arms: Mapping[str, Any], schedules: Mapping[str, Any], seeds: int) -> 
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"{seeds} seeds; test accuracy as mean ± standard deviation, all else as medians; evaluation is not in the seconds.",
+        f"{seeds} seeds; accuracy on the test images: mean ± standard deviation; all else: medians, evaluation left out.",
         "",
         "| schedule | cached - freeze-only | 95 % interval | cached over freeze-only | by FLOPs | after the freeze |",
         "|---|---|---|---|---|---|",

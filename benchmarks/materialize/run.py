@@ -47,7 +47,7 @@ def measure_cut(cut: int, model: nn.Module, images: Pixels, options: argparse.Na
                 layout=chain.layout(cut),
                 made_from={"build": next(numbers)},
                 directory=Path(folder),
-                to_device=lambda batch: batch,
+                model_inputs=lambda batch: batch,
                 disable_tqdm=True,
             )
             stores.append(materialize(plan, Group()))

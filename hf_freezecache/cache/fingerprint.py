@@ -104,15 +104,16 @@ def sample_digest(source: RowSource, rows: int = 16) -> str:
     """Digest of a few collated rows from all over the data set: sees what hashing objects cannot, e.g. other files."""
     total = hashlib.sha256()
     indices = sorted({round(row) for row in np.linspace(0, len(source) - 1, min(rows, len(source)))})
-    batch = source.collate(indices)
-    for name in sorted(batch):
-        value = batch[name]
-        total.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            total.update(f"{tuple(value.shape)}|{value.dtype}|".encode())
-            total.update(_tensor_bytes(value.detach().cpu().contiguous()))
-        else:
-            total.update(repr(value).encode())
+    for index in indices:
+        batch = source.collate([index])
+        for name in sorted(batch):
+            value = batch[name]
+            total.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                total.update(f"{tuple(value.shape)}|{value.dtype}|".encode())
+                total.update(_tensor_bytes(value.detach().cpu().contiguous()))
+            else:
+                total.update(repr(value).encode())
     return total.hexdigest()
 
 

@@ -53,7 +53,7 @@ class BuildPlan:
         layout: the feature as the prefix returns it in this training (mixed precision included).
         made_from: the fingerprint's inputs, the main process's on every process.
         directory: where stores lie.
-        to_device: moves a collated batch to where the model is.
+        model_inputs: of a collated batch, what the model takes, moved to where the model is.
         disable_tqdm: no progress bar.
     """
 
@@ -64,7 +64,7 @@ class BuildPlan:
     layout: FeatureLayout
     made_from: Mapping[str, Any]
     directory: Path
-    to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     disable_tqdm: bool = False
 
     @property
@@ -91,8 +91,10 @@ def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
     found, problem = False, None
     if group.rank == 0 and plan.path.exists():
         try:
-            FeatureStore.open(plan.path).verify()
-            found = True
+            store = FeatureStore.open(plan.path)
+            if not store.manifest.fingerprint == digest(store.manifest.made_from) == plan.path.name:
+                raise StoreError(f"{plan.path} holds another store: its manifest does not match its name.")
+            found = store.verify()
         except (StoreError, OSError) as error:
             problem = str(error)
             shutil.rmtree(plan.path, ignore_errors=True)
@@ -171,7 +173,7 @@ class _Build:
         plan = self.plan
         for number, batch in plan.source.loader(numbers):
             split = split_batch(batch, plan.chain.main_input)
-            features = plan.chain.prefix(plan.to_device(batch), plan.cut)
+            features = plan.chain.prefix(plan.model_inputs(batch), plan.cut)
             if tuple(features.shape[1:]) != plan.layout.shape:
                 first = plan.source.rows(number)[0]
                 raise ValueError(

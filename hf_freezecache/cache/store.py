@@ -85,14 +85,14 @@ class Manifest:
         return json.dumps(content, indent=2)
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
+    def from_json(cls, text: bytes, path: Path) -> Manifest:
         """Reads a manifest.
 
         Raises:
             StoreError: if it is not JSON, of another version, or its checksum does not match.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text.decode("utf-8"))
             version, checksum = content["format_version"], content.pop("checksum")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise StoreError(f"{path} is not a manifest ({error!r}): delete the store, it is built again.") from error
@@ -122,7 +122,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> FeatureStore:
-        """Opens a store; checks the manifest and that all files are there in their sizes, not their contents.
+        """Opens a store; checks the manifest and the small files, and that the shards have their sizes.
 
         Raises:
             StoreError: if something is missing, of another version or edited; see `verify` for damage inside a file.
@@ -130,12 +130,14 @@ class FeatureStore:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise StoreError(f"{path} is not a feature store: it has no {MANIFEST}.")
-        manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), path / MANIFEST)
+        manifest = Manifest.from_json((path / MANIFEST).read_bytes(), path / MANIFEST)
         for name, size in _sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise StoreError(f"{path / name} {state}: delete the store, it is built again.")
+        for name, entry in manifest.files.items():
+            _check_sha256(path / name, entry["sha256"])
         codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout))
         codec.load_tensors(safetensors.torch.load_file(path / CODEC_FILE))
         return cls(path, manifest, codec)
@@ -162,13 +164,10 @@ class FeatureStore:
         Raises:
             StoreError: naming the first file that does not match.
         """
-        expected = {shard.name: shard.sha256 for shard in self.manifest.shards}
-        expected.update({name: entry["sha256"] for name, entry in self.manifest.files.items()})
-        for name, sha256 in expected.items():
-            if file_sha256(self.path / name) != sha256:
-                raise StoreError(
-                    f"{self.path / name} is damaged (sha256 differs): delete the store, it is built again."
-                )
+        for name, entry in self.manifest.files.items():
+            _check_sha256(self.path / name, entry["sha256"])
+        for shard in self.manifest.shards:
+            _check_sha256(self.path / shard.name, shard.sha256)
         return True
 
     def read(self, indices: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -333,6 +332,11 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if file_sha256(path) != expected:
+        raise StoreError(f"{path} is damaged (sha256 differs): delete the store, it is built again.")
 
 
 def _features(codec: Codec, inputs: Mapping[str, InputColumn]) -> datasets.Features:
