@@ -150,7 +150,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--probe_learning_rate", type=float, default=1e-3, help="a head alone wants a larger one")
     parser.add_argument("--warmup", type=float, default=0.1, help="fraction of the steps")
     parser.add_argument("--weight_decay", type=float, default=0.05)

@@ -108,7 +108,7 @@ def table(arms: Mapping[str, Any], schedules: Mapping[str, Any], seeds: int) -> 
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"{seeds} seeds; accuracy on the test images: mean ± standard deviation; all else: medians, evaluation left out.",
+        f"{seeds} seeds; accuracy on test images: mean ± standard deviation; all else: medians, evaluation left out.",
         "",
         "| schedule | cached - freeze-only | 95 % interval | cached over freeze-only | by FLOPs | after the freeze |",
         "|---|---|---|---|---|---|",

@@ -1,0 +1,86 @@
+"""Real weights on real images; they lie beside the checkout and are not part of the project."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from helpers import assert_same_weights, losses, manual, run, weights
+from torchvision.transforms import v2
+from transformers import ViTForImageClassification
+
+from hf_freezecache import BlockChain, FeatureStore
+
+SHARED = Path(__file__).parents[2] / "shared"
+WEIGHTS, IMAGES = SHARED / "weights" / "deit-tiny-patch16-224", SHARED / "data" / "caltech101" / "train.parquet"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (WEIGHTS.exists() and IMAGES.exists()), reason=f"no {WEIGHTS.name} or {IMAGES.name} there"),
+]
+CLASSES = 101
+
+
+def deit():
+    torch.manual_seed(0)
+    return ViTForImageClassification.from_pretrained(WEIGHTS, num_labels=CLASSES, ignore_mismatched_sizes=True)
+
+
+def caltech(rows):
+    to_pixels = v2.Compose(
+        [v2.RGB(), v2.ToImage(), v2.Resize(128), v2.CenterCrop(112), v2.ToDtype(torch.float32, scale=True)]
+    )
+
+    def transform(batch):
+        return {"pixel_values": [to_pixels(image) for image in batch["image"]], "label": batch["label"]}
+
+    dataset = datasets.load_dataset("parquet", data_files=str(IMAGES), split="train")
+    return dataset.select(range(rows)).with_transform(transform)
+
+
+def collate(rows):
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    labels = torch.tensor([row["label"] for row in rows])
+    return {"pixel_values": pixels, "labels": labels, "interpolate_pos_encoding": True}
+
+
+def test_every_cut_reproduces_the_logits():
+    chain = BlockChain.from_model(deit())
+    assert len(chain) == 13 and chain.layout(4).shape == (197, 192) and chain.layout(4).special_tokens == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cache_with_fp32_codec_is_freeze_only(workers, tmp_path):
+    settings = dict(
+        num_train_epochs=3,
+        per_device_train_batch_size=16,
+        learning_rate=1e-4,
+        data_collator=collate,
+        remove_unused_columns=False,
+        dataloader_num_workers=workers,
+    )
+    dataset = caltech(64)
+    frozen = run(deit(), dataset, tmp_path / "f", manual("1:4,2:10", cache="never"), **settings)
+    cached = run(deit(), dataset, tmp_path / "c", manual("1:4,2:10", codec="fp32"), **settings)
+    assert losses(cached) == losses(frozen)
+    assert_same_weights(weights(cached), weights(frozen))
+
+
+def test_int4_store_is_close_to_the_features(tmp_path):
+    trainer = run(
+        deit(),
+        caltech(64),
+        tmp_path,
+        manual("0:7"),
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        data_collator=collate,
+        remove_unused_columns=False,
+    )
+    store = FeatureStore.open(trainer.freeze_status().store_path)
+    rows = caltech(64)
+    batch = collate([rows[index] for index in (3, 60)])
+    batch.pop("labels")
+    exact = trainer._session.chain.prefix(batch, 7)
+    cosine = torch.cosine_similarity(store.read([3, 60]).flatten(1), exact.flatten(1))
+    assert (cosine > 0.98).all()
+    assert store.codec.bits_per_value < 4.3
