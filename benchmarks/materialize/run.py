@@ -72,8 +72,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
     if options.smoke:
         options.cuts, options.batch_size, options.rows, options.repeats = [4], 16, 48, 2

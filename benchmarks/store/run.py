@@ -16,9 +16,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, default_collate
 
-from hf_freezecache import FeatureStore, make_codec
+from hf_freezecache import FeatureStore, ReplayCollator, make_codec
 from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.replay.collator import take_codes
+from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
 
 from .._common import Claim, interleave, make_parser, prepare, summary, write_result
 from .._stores import LABELS, write_store
@@ -147,27 +150,47 @@ def measure_by_hand(folder: Path, options: argparse.Namespace) -> dict[str, Any]
         "bytes": {"store": store.bytes, "hand": hand_bytes},
         "write_speedup": {kind: rows["store"] / rows[kind] for kind in HAND},
         "read_speedup": reading["hand"]["median"] / reading["store_decoded"]["median"],
+        "read_speedup_in_a_loader": reading["hand_loader"]["median"] / reading["store_loader"]["median"],
         "read_speedup_without_decoding": reading["hand"]["median"] / reading["store_codes"]["median"],
         "times_smaller": hand_bytes / store.bytes,
     }
 
 
 def measure_reading(store: FeatureStore, hand: datasets.Dataset, options: argparse.Namespace) -> dict[str, Any]:
-    """Random batches: decoded features and labels, codes and labels, and the hand-written way's tensors."""
+    """Random batches of float features and labels: by index, and as a training's loader delivers them."""
     narrow = argparse.Namespace(**{**vars(options), "rows": options.hand_rows})
     orders = {side: random_batches(narrow) for side in ("decoded", "codes", "hand")}
+    replayed, by_hand = endless_loader(replay_dataset(store), options), endless_loader(hand, options)
 
-    def decoded() -> None:
-        rows = store.read_rows(next(orders["decoded"]))
-        store.codec.decode(rows)
+    def loaded() -> None:
+        codes, _ = take_codes(next(replayed))
+        store.codec.decode(codes)
 
     sides = {
-        "store_decoded": decoded,
+        "store_decoded": lambda: store.codec.decode(store.read_rows(next(orders["decoded"]))),
         "store_codes": lambda: store.read_rows(next(orders["codes"])),
         "hand": lambda: hand[next(orders["hand"])],
+        "store_loader": loaded,
+        "hand_loader": lambda: next(by_hand),
     }
     seconds = interleave(sides, options.hand_batches, warmup=5)
     return {side: summary(values) for side, values in seconds.items()}
+
+
+def replay_dataset(store: FeatureStore) -> ReplayDataset:
+    """The data set of a replay epoch."""
+    switch = SourceSwitch()
+    switch.set(store.path)
+    return ReplayDataset(range(len(store)), switch)
+
+
+def endless_loader(dataset: Any, options: argparse.Namespace) -> Iterator[Any]:
+    """Shuffled full batches for ever; torch's own collate for rows, `ReplayCollator` for a store's."""
+    generator = torch.Generator().manual_seed(options.seed)
+    collate = ReplayCollator(default_collate)
+    loader = DataLoader(dataset, options.batch_size, True, collate_fn=collate, drop_last=True, generator=generator)
+    while True:
+        yield from loader
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -205,6 +228,7 @@ def main() -> None:
             for kind, speedup in by_hand["write_speedup"].items()
         ),
         Claim("read rows/s, decoded / by hand", by_hand["read_speedup"], at_least=10),
+        Claim("read rows/s in a DataLoader, decoded / by hand", by_hand["read_speedup_in_a_loader"], at_least=10),
         Claim("bytes by hand / bytes", by_hand["times_smaller"], at_least=7.5),
     ]
     print({side: round(rate) for side, rate in by_hand["written_rows_per_second"].items()}, "rows/s written")
