@@ -64,7 +64,7 @@ class Ledger:
         self._settle()
         phase = self._phases.setdefault((cut, mode), Phase(cut, mode))
         self._open.append(phase)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         self.sample_memory()
         return phase
@@ -110,7 +110,7 @@ class Ledger:
         self._phases = {(entry["cut"], entry["mode"]): Phase(**entry) for entry in state}
 
     def _settle(self) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._open:
@@ -120,7 +120,7 @@ class Ledger:
 
 def memory_in_use() -> int:
     """Peak accelerator memory since the phase began, or the process's anonymous memory (mapped files do not count)."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():

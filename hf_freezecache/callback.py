@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,13 +52,13 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self.policy = policy
         self.cut = 0
         self.decided_epoch = -1
-        self._epoch = -1
+        self._epoch: int | None = None
         self._mover: CutMover | None = None
 
     def attach(self, mover: CutMover | None) -> None:
         """Starts a training from cut 0; None: nothing will be frozen."""
         self._mover = mover
-        self.cut, self.decided_epoch, self._epoch = 0, -1, -1
+        self.cut, self.decided_epoch, self._epoch = 0, -1, None
 
     def restore(self, attributes: Mapping[str, Any]) -> None:
         """Continues from what `state` returned."""
@@ -77,20 +76,21 @@ class FreezeCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._epoch = math.floor((state.epoch or 0) + 1e-6) - 1
+        self._epoch = None
         if self._mover is not None:
             self._mover.watch(self.policy.observes)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if self._mover is None:
             return
-        self._epoch += 1
+        batches = len(train_dataloader)
+        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        # As `Trainer` counts: a resumed training may have other steps in an epoch than the checkpoint's.
+        self._epoch = state.global_step // steps_per_epoch if self._epoch is None else self._epoch + 1
         moment = self._moment(state)
         if self._epoch > self.decided_epoch:
             self.cut = self._decide(moment)
             self.decided_epoch = self._epoch
-        batches = len(train_dataloader)
-        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
         whole_epoch = state.max_steps - self._epoch * steps_per_epoch >= steps_per_epoch
         self._mover.begin_epoch(self._moment(state), whole_epoch)
 

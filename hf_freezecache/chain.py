@@ -159,10 +159,6 @@ class BlockChain:
             self.trace(probe)
         return self._trace.layout(cut)
 
-    def check_cut(self, cut: int) -> None:
-        """Raises ValueError if `cut` is not an integer from 0 to `len(chain)`."""
-        self._check_cut(cut)
-
     # Freezing
 
     def freeze(self, cut: int) -> list[nn.Parameter]:
@@ -413,14 +409,17 @@ def _declared_blocks(model: nn.Module) -> list[Block]:
             f"the blocks of {type(model).__name__} (model type {model_type!r}) are not declared; known are "
             f"{', '.join(sorted(FAMILIES))}. Name the blocks yourself, stem first: blocks=['stem', 'layer1.0', ...]."
         )
-    prefix = model.base_model_prefix
-    base = getattr(model, prefix, None)
-    base, prefix = (model, "") if base is None else (base, prefix + ".")
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    base = model if base is None else base
     groups = block_groups(base, family)
     if groups is None:
         raise ChainError(
-            f"{type(model).__name__} does not look like a '{model_type}': no module '{prefix}{family.stem}' or no "
-            f"blocks '{prefix}{family.blocks[0]}'. Name the blocks yourself with blocks=[...]."
+            f"{type(model).__name__} does not look like a '{model_type}': no module '{family.stem}' or no blocks "
+            f"'{family.blocks[0]}' in its {type(base).__name__}. Name the blocks yourself with blocks=[...]."
         )
-    modules = dict(model.named_modules())
-    return [Block(prefix + name, tuple(modules[prefix + path] for path in paths)) for name, paths in groups]
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        Block(names[base.get_submodule(name)], tuple(base.get_submodule(path) for path in paths))
+        for name, paths in groups
+    ]

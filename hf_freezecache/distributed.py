@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,37 @@ class Group:
             return [value]
         return gather_object([value])
 
+    def locally(self, step: Callable[[], Any]) -> Any:
+        """Runs a step on every process; if it fails on one, it fails on all.
+
+        Returns:
+            This process's own result.
+
+        Raises:
+            Exception: the process's own; OSError, ValueError or RuntimeError if another one failed.
+        """
+        result, own = None, None
+        try:
+            result = step()
+        except Exception as error:  # shared first, so that no process waits for one that is gone
+            own = error
+        failures = self.gather(None if own is None else (_kind(own).__name__, str(own)))
+        if own is not None:
+            raise own
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                kind, message = failure
+                raise _KINDS[kind](f"process {rank}: {message}")
+        return result
+
+    def together(self, step: Callable[[], Any]) -> list[Any]:
+        """As `locally`, but returns every process's result, by rank."""
+        return self.gather(self.locally(step))
+
+    def on_main(self, step: Callable[[], Any]) -> Any:
+        """Runs a step on the main process; its result, or its failure, is everybody's."""
+        return self.from_main(self.locally(lambda: step() if self.rank == 0 else None))
+
     def share(self, batches: int) -> range:
         """The contiguous range of `batches` that is this process's part."""
         return range(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
@@ -51,6 +83,13 @@ class Group:
                 torch.distributed.broadcast(tensor, src=0)
 
 
+_KINDS = {"OSError": OSError, "ValueError": ValueError, "RuntimeError": RuntimeError}
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+
+
 def rewrap_ddp(model: nn.Module) -> None:
     """Makes a DistributedDataParallel wrapper forget parameters that no longer need a gradient.
 
@@ -58,6 +97,7 @@ def rewrap_ddp(model: nn.Module) -> None:
     the wrapper in a local variable, so it cannot be exchanged: it takes over the state of a fresh one, with the same
     settings, and the old reducer goes with its hooks.
     """
+    model = getattr(model, "_orig_mod", model)  # accelerate compiles around the wrapper
     if not isinstance(model, DistributedDataParallel) or not any(p.requires_grad for p in model.module.parameters()):
         return
     for parameter in model.module.parameters():
@@ -75,6 +115,5 @@ def rewrap_ddp(model: nn.Module) -> None:
         **{_BUFFER_SYNC: model.broadcast_buffers},
     )
     training = model.training
-    model.__dict__.clear()
-    model.__dict__.update(fresh.__dict__)
+    model.__dict__.update(fresh.__dict__)  # attributes that accelerate has set beside its own stay
     model.training = training

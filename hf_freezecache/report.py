@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .accounting import Phase
 
 
@@ -123,3 +125,8 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None) -> Free
         flops=None if plain_flops_per_step is None else plain_flops_per_step * steps,
     )
     return FreezeCacheReport(list(phases), totals, estimate)
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of parameter values that get a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

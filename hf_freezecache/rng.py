@@ -19,7 +19,8 @@ def preserve_rng() -> Iterator[None]:
     a store is built, reused or declined.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    # Not `is_available`: in a loader process forked from one that uses the GPU, its generators cannot be asked.
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
@@ -38,5 +39,7 @@ def seeded_rng(*key: int) -> Iterator[None]:
     with preserve_rng():
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         yield

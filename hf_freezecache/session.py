@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from .accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
-from .cache.fingerprint import fingerprint_inputs
-from .cache.materialize import BuildFailed, BuildPlan, estimate_bytes, materialize, open_matching
 from .cache.rows import RowSource, split_batch
-from .cache.store import FORMAT_VERSION, FeatureStore
+from .cache.store import FeatureStore
+from .caching import FeatureCaching
 from .chain import BlockChain
 from .config import FreezeCacheConfig
 from .distributed import Group, rewrap_ddp
 from .policies import Moment, ObservedBlock
 from .replay.collator import take_codes
 from .replay.dataset import SourceSwitch
-from .report import FreezeCacheReport, FreezeStatus, make_report
+from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .rng import preserve_rng
-from .tracing import main_input_name
+from .tracing import eval_mode, main_input_name
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +36,7 @@ class FreezeSession:
         model: the model itself, not wrapped.
         source: the train samples as model inputs.
         config: the user's settings.
+        explicit: whether the user gave them.
         cache_dir: where stores lie.
         group: the processes.
         to_device: moves a batch to where the model is.
@@ -58,6 +55,7 @@ class FreezeSession:
         model: nn.Module,
         source: RowSource,
         config: FreezeCacheConfig,
+        explicit: bool,
         cache_dir: Path,
         group: Group,
         to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
@@ -67,8 +65,7 @@ class FreezeSession:
         can_cache: bool = True,
     ):
         self.model, self.source, self.config, self.group = model, source, config, group
-        self.cache_dir, self.to_device, self.precision = cache_dir, to_device, precision
-        self.disable_tqdm, self.can_cache, self.label_names = disable_tqdm, can_cache, frozenset(label_names)
+        self.to_device, self.can_cache, self.label_names = to_device, can_cache, frozenset(label_names)
         self.ledger = Ledger()
         self.switch = SourceSwitch()
         self.store: FeatureStore | None = None
@@ -76,15 +73,27 @@ class FreezeSession:
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = model
         self._declined_cut = -1
-        self._warned_random = False
         self._flops: dict[tuple[int, str], float] = {}
         self._flops_seen, self._samples_seen = 0.0, 0
         self._activations: dict[int, torch.Tensor] = {}
         self._observers: list[Any] = []
         with preserve_rng():
             split_batch(source.probe(), main_input_name(model))  # a clear error before the model sees the batch
+            self._settle_labels()
             self.probe = self._probe()
             self.chain = BlockChain.from_model(model, config.blocks, probe=self.probe)
+        self.caching = FeatureCaching(
+            model=model,
+            chain=self.chain,
+            source=source,
+            config=config,
+            explicit=explicit,
+            cache_dir=cache_dir,
+            group=group,
+            model_inputs=self._model_inputs,
+            precision=precision,
+            disable_tqdm=disable_tqdm,
+        )
 
     # What the callback calls
 
@@ -103,7 +112,8 @@ class FreezeSession:
         if moment.cut > self.chain.cut:
             self._freeze(moment.cut)
             rewrap_ddp(self.wrapped_model)
-            logger.info(
+            log = logger.info if self.group.rank == 0 else logger.debug
+            log(
                 f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
@@ -169,11 +179,16 @@ class FreezeSession:
         if self.chain.cut:
             rewrap_ddp(wrapped_model)  # a wrapper kept from an earlier training does not know of this freeze
 
-    def close(self) -> None:
-        """Ends the training and gives every parameter back the `requires_grad` that the user had set."""
+    def stop(self) -> None:
+        """The training has ended or broken off; status and report stay."""
         self.ledger.end_all()
         for handle in self._observers:
             handle.remove()
+        self._observers.clear()
+
+    def close(self) -> None:
+        """Makes room for another training: every parameter gets back the `requires_grad` that the user had set."""
+        self.stop()
         self.chain.unfreeze()
         rewrap_ddp(self.wrapped_model)  # `Trainer` keeps the wrapper for the next training
 
@@ -219,7 +234,8 @@ class FreezeSession:
         """FLOPs of one sample in a training step (live, replay), in a build, or in evaluation."""
         cut = self.chain.cut if cut is None else cut
         if (cut, mode) not in self._flops:
-            self._flops[cut, mode] = self._measure_flops(mode, cut)
+            with preserve_rng():
+                self._flops[cut, mode] = self._measure_flops(mode, cut)
         return self._flops[cut, mode]
 
     def take_build_flops(self) -> float:
@@ -232,7 +248,7 @@ class FreezeSession:
         return FreezeStatus(
             cut=cut,
             frozen_blocks=self.chain.names[:cut],
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            trainable_parameters=count_trainable(self.model),
             replaying=self.switch.path is not None,
             store_path=None if self.store is None else self.store.path,
             store_bytes=0 if self.store is None else self.store.bytes,
@@ -264,109 +280,37 @@ class FreezeSession:
             return
         self.switch.set(None)
         self.store = None
-        store = self._obtain_store(moment, whole_epoch)
+        with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
+            store, built = self.caching.obtain(moment.cut, whole_epoch)
+            if built:
+                share = self.group.share(self.source.num_batches)
+                samples = sum(len(self.source.rows(number)) for number in share)
+                flops = self.flops_per_sample("build", moment.cut) * samples
+                phase.flops += flops
+                phase.epochs += 1
+                phase.store_bytes = store.bytes
+                self._flops_seen += flops
         if store is None:
             self._declined_cut = moment.cut
             return
         self.store = store
         self.switch.set(store.path)
 
-    def _obtain_store(self, moment: Moment, whole_epoch: bool) -> FeatureStore | None:
-        with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
-            plan = self._plan(moment.cut)
-            store = open_matching(plan, self.group)
-            if store is not None:
-                logger.info(f"Reusing the feature store {store.path} ({_megabytes(store.bytes)}).")
-                return store
-            if not self._worth_it(plan, whole_epoch):
-                return None
-            self._warn_if_random()
-            try:
-                store = materialize(plan, self.group)
-            except BuildFailed as error:
-                logger.warning(
-                    f"The feature store could not be built ({error}): training goes on frozen, from images."
-                )
-                return None
-            share = self.group.share(self.source.num_batches)
-            samples = sum(len(self.source.rows(number)) for number in share)
-            phase.flops += (flops := self.flops_per_sample("build", moment.cut) * samples)
-            phase.epochs += 1
-            phase.store_bytes = store.bytes
-            self._flops_seen += flops
-        logger.info(
-            f"Built the feature store {store.path} ({_megabytes(store.bytes)}, {self.config.codec}, "
-            f"{len(store)} samples): from epoch {moment.epoch} {moment.cut} of {len(self.chain)} blocks are not run."
-        )
-        return store
-
-    def _plan(self, cut: int) -> BuildPlan:
-        # Traced again: mixed precision set up since the training began may change the type of the features.
-        self.probe = self._probe()
-        self.chain.trace(self.probe)
-        self.chain.prove(self.probe, cut)
-        made_from = None
-        if self.group.rank == 0:
-            tensors = {**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)}
-            made_from = fingerprint_inputs(
-                source=self.source,
-                model=self.model,
-                tensors=tensors,
-                cut=cut,
-                blocks=self.chain.names[:cut],
-                codec=self.config.codec,
-                precision=self.precision,
-                format_version=FORMAT_VERSION,
-            )
-        return BuildPlan(
-            chain=self.chain,
-            cut=cut,
-            source=self.source,
-            codec=self.config.codec,
-            layout=self.chain.layout(cut),
-            made_from=self.group.from_main(made_from),
-            directory=self.cache_dir,
-            model_inputs=self._model_inputs,
-            disable_tqdm=self.disable_tqdm,
-        )
-
-    def _worth_it(self, plan: BuildPlan, whole_epoch: bool) -> bool:
-        if self.config.cache == "always":
-            return True
-        verdict = None
-        if self.group.rank == 0:
-            needed = estimate_bytes(plan)
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.cache_dir).free
-            if not whole_epoch:
-                verdict = "less than one epoch remains"
-            elif needed > free:
-                verdict = f"it needs {_megabytes(needed)} and {self.cache_dir} has {_megabytes(free)} free"
-            else:
-                logger.info(
-                    f"cache='auto': building a feature store of {_megabytes(needed)} for cut {plan.cut} "
-                    f"({_megabytes(free)} are free)."
-                )
-        verdict = self.group.from_main(verdict)
-        if verdict is not None:
-            logger.info(f"cache='auto': no feature store for cut {plan.cut}, training goes on frozen: {verdict}.")
-        return verdict is None
-
-    def _warn_if_random(self) -> None:
-        if not self._warned_random and self.source.is_random():
-            self._warned_random = True
-            logger.warning(
-                "The train data set's transform or collator is random: what is drawn when the feature store is built "
-                "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
-            )
-
     # Helpers
 
     def _probe(self) -> Mapping[str, Any]:
         return self._model_inputs(self.source.probe())
 
+    def _settle_labels(self) -> None:
+        """Labels are the loss's, which may be the user's own: the prefix sees them only if the model needs them."""
+        try:
+            with torch.no_grad(), eval_mode(self.model):
+                self.model(**self._probe())
+        except Exception:  # whatever a model raises that was called without its labels
+            self.label_names = frozenset()
+
     def _model_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What of a collated batch the prefix may see: labels are the loss's, which may be the user's own."""
+        """What of a collated batch the model takes for its prefix, on the model's device."""
         accepted = inspect.signature(type(self.model).forward).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
         return self.to_device(
@@ -402,30 +346,3 @@ class FreezeSession:
 
         for index, block in enumerate(self.chain.blocks):
             self._observers.append(block.modules[-1].register_forward_hook(keep(index)))
-
-
-def check_dataset(dataset: Any) -> str | None:
-    """Why a data set cannot be cached; None if it can."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return (
-            f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must "
-            "be map-style (`__len__` and `__getitem__`)"
-        )
-    return None
-
-
-def check_writable(directory: Path) -> None:
-    """Raises OSError, saying what to do, if stores cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
-            "or use cache='never'."
-        ) from error
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -144,9 +144,15 @@ def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) 
     Raises:
         ChainError: if a block does not run exactly once, or not in the order of the chain.
     """
+    _check_checkpointing(model)
     recorder = _Recorder(model, blocks)
-    with preserve_rng(), torch.no_grad(), eval_mode(model), recorder:
-        model(**probe)
+    try:
+        with preserve_rng(), torch.no_grad(), eval_mode(model), recorder:
+            model(**probe)
+    except ChainError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
     name = main_input_name(model)
     main = probe[name]
     return Trace(
@@ -160,6 +166,16 @@ def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) 
         stray_parameters=recorder.stray_parameters(),
         grid=_patch_grid(model, main),
     )
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
+            raise ChainError(
+                f"'{name}' of {type(model).__name__} is checkpointed with use_reentrant=True, under which the blocks "
+                "behind a frozen one get no gradient: use activation_checkpointing_kwargs={'use_reentrant': False}."
+            )
 
 
 class _Recorder(contextlib.AbstractContextManager):

@@ -15,17 +15,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_peft_available, logging
 
-from .cache.rows import RowError, RowSource
+from .cache.rows import RowSource, check_dataset
+from .cache.store import check_writable
 from .callback import FreezeCallback
 from .checkpoint import has_weights, load_weights
 from .config import FreezeCacheConfig
 from .distributed import Group
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
-from .replay.collator import ReplayCollator
+from .replay.collator import ReplayCollator, take_codes
 from .replay.dataset import ReplayDataset
-from .report import FreezeCacheReport, FreezeStatus, make_report
-from .session import FreezeSession, check_dataset, check_writable
-from .tracing import ChainError
+from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
+from .session import FreezeSession
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class FreezeCacheTrainer(Trainer):
         self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
         self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
         self._session: FreezeSession | None = None
-        self._fell_back = False
+        self._fell_back = self._starting = False
         super().__init__(*args, **kwargs)
         _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
@@ -64,8 +64,7 @@ class FreezeCacheTrainer(Trainer):
         """The cut, the frozen blocks and the store of the running or last training."""
         if self._session is not None:
             return self._session.status()
-        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return FreezeStatus(0, [], trainable, replaying=False, store_path=None, store_bytes=0)
+        return FreezeStatus(0, [], count_trainable(self.model), replaying=False, store_path=None, store_bytes=0)
 
     def freeze_cache_report(self) -> FreezeCacheReport:
         """What the running or last training has cost, by phase."""
@@ -80,7 +79,7 @@ class FreezeCacheTrainer(Trainer):
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._fell_back = False
+        self._fell_back, self._starting = False, True
         self._freeze_callback.attach(None)
         try:
             return super()._inner_training_loop(
@@ -92,43 +91,45 @@ class FreezeCacheTrainer(Trainer):
             )
         finally:
             if self._session is not None:
-                self._session.ledger.end_all()
+                self._session.stop()
 
     @property
     def _freezes(self) -> bool:
         return not isinstance(self._freeze_policy, NonePolicy)
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
+        group = Group(self.accelerator.process_index, self.accelerator.num_processes)
         try:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "freezing and caching do not work under FSDP or DeepSpeed; use DDP (accelerate launch)."
-                )
-            problem = check_dataset(dataset)
-            if problem is not None:
-                raise ValueError(problem + ".")
-            if len(dataset) == 0:
-                raise ValueError("the train data set is empty: there is nothing to train on.")
-            if self._freeze_config.cache != "never":
-                check_writable(self._feature_cache_dir)
-            session = FreezeSession(
-                model=self.model,
-                source=self._row_source(dataset, collator),
-                config=self._freeze_config,
-                cache_dir=self._feature_cache_dir,
-                group=Group(self.accelerator.process_index, self.accelerator.num_processes),
-                to_device=self._prepare_inputs,
-                label_names=self.label_names,
-                precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
-                disable_tqdm=self.args.disable_tqdm,
-                can_cache=self.args.n_gpu <= 1,
-            )
-            self._freeze_policy.start(len(session.chain))
-        except (ChainError, RowError, ValueError, OSError) as error:
+            session = group.locally(lambda: self._make_session(dataset, collator, group))
+        except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None
         if not session.can_cache:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
+        if self.args.torch_compile:
+            logger.warning("torch_compile: live epochs run compiled, replay epochs do not.")
+        return session
+
+    def _make_session(self, dataset: Any, collator: Callable, group: Group) -> FreezeSession:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("freezing and caching do not work under FSDP or DeepSpeed; use DDP (accelerate launch).")
+        check_dataset(dataset)
+        if self._freeze_config.cache != "never":
+            check_writable(self._feature_cache_dir)
+        session = FreezeSession(
+            model=self.model,
+            source=self._row_source(dataset, collator),
+            config=self._freeze_config,
+            explicit=self._freeze_explicit,
+            cache_dir=self._feature_cache_dir,
+            group=group,
+            to_device=self._prepare_inputs,
+            label_names=self.label_names,
+            precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
+            disable_tqdm=self.args.disable_tqdm,
+            can_cache=self.args.n_gpu <= 1,
+        )
+        self._freeze_policy.start(len(session.chain))
         return session
 
     def _cannot_freeze(self, error: Exception) -> None:
@@ -158,8 +159,9 @@ class FreezeCacheTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> DataLoader:
-        if not is_training or not self._freezes:
+        if not is_training or not self._freezes or not self._starting:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        self._starting = False  # a loader that is asked for besides is plain
         users_collator = self.data_collator
         if isinstance(dataset, datasets.Dataset):
             inner, collator = self._remove_unused_columns(dataset, description=description), users_collator
@@ -228,6 +230,10 @@ class FreezeCacheTrainer(Trainer):
             return super().floating_point_ops(inputs)
         return self._session.step_flops(inputs) + self._session.take_build_flops()
 
+    def _track_num_input_tokens(self, inputs) -> None:
+        if take_codes(inputs) is None:  # codes are no tokens, and a warning in every step helps nobody
+            super()._track_num_input_tokens(inputs)
+
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         if self._session is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -276,11 +282,11 @@ class FreezeCacheTrainer(Trainer):
 
 
 def _follow_log_level(args: TrainingArguments) -> None:
-    """Shows this package's messages as `Trainer`'s own where the arguments ask for a level."""
-    if args.log_level == "passive":
+    """Shows this package's informative messages where `Trainer` shows its own."""
+    package, level = python_logging.getLogger(__package__), args.get_process_log_level()
+    if level > python_logging.INFO:
         return
-    package = python_logging.getLogger(__package__)
-    package.setLevel(args.get_process_log_level())
+    package.setLevel(level)
     if not package.handlers and not python_logging.getLogger().handlers:
         package.addHandler(python_logging.StreamHandler())
 

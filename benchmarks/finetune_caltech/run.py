@@ -155,7 +155,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=0.1, help="fraction of the steps")
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--codec", default="int4")
-    parser.add_argument("--evaluate_every", type=int, default=2, help="epochs")
+    parser.add_argument("--evaluate_every", type=int, default=3, help="epochs")
     parser.add_argument("--rows", type=int, help="train images; all if not given")
     parser.add_argument("--test_rows", type=int, help="test images; all if not given")
     parser.add_argument("--processes", type=int, default=1, help="run that many seeds at a time, cores divided")

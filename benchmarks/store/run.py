@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from hf_freezecache import FeatureStore, ReplayCollator, make_codec
+from hf_freezecache.cache.materialize import fit_sample
 from hf_freezecache.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
@@ -109,7 +110,7 @@ def write_ours(features: torch.Tensor, labels: torch.Tensor, path: Path, codec_n
     codec = make_codec(codec_name, FeatureLayout(tuple(features.shape[1:]), (14, 14), 1, torch.float32))
     parts = features.split(BUILD_BATCH)
     chosen = sorted({round(number) for number in np.linspace(0, len(parts) - 1, FIT_BATCHES)})
-    codec.fit(torch.cat([parts[number] for number in chosen]))
+    codec.fit(fit_sample([parts[number] for number in chosen], codec.layout))
     batches = (
         (codec.encode(part), {"labels": part_labels})
         for part, part_labels in zip(parts, labels.split(BUILD_BATCH), strict=True)
@@ -199,7 +200,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rows", type=int, default=4096, help="of the store that is compared with np.memmap")
     parser.add_argument("--batches", type=int, default=400, help="timed batches a side, against np.memmap")
-    parser.add_argument("--hand_rows", type=int, default=2048)
+    parser.add_argument("--hand_rows", type=int, default=4096)
     parser.add_argument("--hand_batches", type=int, default=100)
     parser.add_argument("--write_repeats", type=int, default=3)
     options = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import uuid
 from collections.abc import Mapping
@@ -124,8 +125,29 @@ def config_digest(model: nn.Module, blocks: list[str]) -> str:
     settings = {name: value for name, value in settings.items() if name not in _IRRELEVANT_CONFIG}
     settings["attention"] = getattr(config, "_attn_implementation", None)
     modules = {name: repr(module) for name, module in model.named_modules() if name in blocks}
-    text = json.dumps([settings, modules], sort_keys=True, default=str)
+    inside = [module for name, module in model.named_modules() if _within(name, blocks)]
+    code = {cls.__qualname__: _own_code(cls) for cls in {type(model), *map(type, inside)}}
+    values = [
+        {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        for module in inside
+    ]
+    values = [{name: value for name, value in own.items() if name != "training"} for own in values]
+    text = json.dumps([settings, modules, code, values], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _within(name: str, blocks: list[str]) -> bool:
+    return any(name == block or name.startswith(block + ".") for block in blocks)
+
+
+def _own_code(cls: type) -> str:
+    """Source of a module class that no released package vouches for; its name otherwise."""
+    if cls.__module__.split(".")[0] in {"torch", "torchvision", "transformers", "timm"}:
+        return cls.__qualname__
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return cls.__qualname__
 
 
 def _tensor_bytes(value: torch.Tensor) -> memoryview:

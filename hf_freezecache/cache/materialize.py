@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ logger = logging.get_logger(__name__)
 
 #: Ranges whose features the codec is fitted on, spread over the data set, and the most memory they may take.
 _FIT_BATCHES, _FIT_BYTES = 8, 2**28
+#: Values of a channel, and samples, that are enough to know its distribution.
+_FIT_VALUES_PER_CHANNEL, _FIT_ROWS = 2**14, 32
 
 
 class BuildFailed(OSError):
@@ -87,21 +89,40 @@ def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
     """The finished store of this fingerprint, checked to the last byte by the main process; None if there is none.
 
     A damaged one is taken away and reported: it is built again.
+
+    Raises:
+        BuildFailed: if files cannot be read, or not by every process.
     """
-    found, problem = False, None
-    if group.rank == 0 and plan.path.exists():
+
+    def find() -> tuple[bool, str | None]:
+        if not plan.path.exists():
+            return False, None
         try:
             store = FeatureStore.open(plan.path)
             if not store.manifest.fingerprint == digest(store.manifest.made_from) == plan.path.name:
                 raise StoreError(f"{plan.path} holds another store: its manifest does not match its name.")
-            found = store.verify()
-        except (StoreError, OSError) as error:
-            problem = str(error)
-            shutil.rmtree(plan.path, ignore_errors=True)
-    found, problem = group.from_main((found, problem))
-    if problem is not None:
-        logger.warning(f"A feature store could not be reused and is built again: {problem}")
-    return FeatureStore.open(plan.path) if found else None
+            return store.verify(), None
+        except StoreError as error:
+            shutil.rmtree(plan.path)
+            return False, str(error)
+
+    try:
+        found, problem = group.on_main(find)
+        if problem is not None and group.rank == 0:
+            logger.warning(f"A feature store could not be reused and is built again: {problem}")
+        return _open_everywhere(plan, group) if found else None
+    except OSError as error:
+        raise BuildFailed(str(error)) from error
+
+
+def _open_everywhere(plan: BuildPlan, group: Group) -> FeatureStore:
+    def open_here() -> FeatureStore:
+        try:
+            return FeatureStore.open(plan.path)
+        except StoreError as error:
+            raise OSError(f"{error} The feature cache directory must be one that all processes see.") from error
+
+    return group.locally(open_here)
 
 
 def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
@@ -115,9 +136,27 @@ def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
         BuildFailed: if some process could not write; nothing is left behind.
         ValueError: if a feature is not finite (the sample is named) or a batch cannot be kept per row.
     """
-    build = _Build(plan, group)
-    with preserve_rng():
-        return build.run()
+    try:
+        with preserve_rng():
+            return _Build(plan, group).run()
+    except OSError as error:
+        raise BuildFailed(str(error)) from error
+
+
+def fit_sample(batches: Sequence[torch.Tensor], layout: FeatureLayout) -> torch.Tensor:
+    """As many features, evenly from all batches, as a codec needs to know every channel's distribution.
+
+    Args:
+        batches: features `(B, *layout.shape)` each.
+        layout: theirs.
+
+    Returns:
+        `(n, *layout.shape)` tensor.
+    """
+    rows = sum(len(features) for features in batches)
+    values_per_channel = rows * (layout.values // layout.channels)
+    every = max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
+    return torch.cat([features[::every] for features in batches])
 
 
 class _Build:
@@ -129,33 +168,18 @@ class _Build:
         plan, group = self.plan, self.group
         codec = make_codec(plan.codec, plan.layout)
         probe = split_batch(plan.source.probe(), plan.chain.main_input)
-        tensors = self._together(lambda: self._fit(codec) if group.rank == 0 else None)[0]
-        codec.load_tensors(tensors)
-        aside = Path(self._together(lambda: str(create_aside(plan.path)) if group.rank == 0 else None)[0])
+        codec.load_tensors(group.on_main(lambda: self._fit(codec)))
+        mine = group.share(plan.source.num_batches)
+        self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
+        aside = group.on_main(lambda: create_aside(plan.path))
         try:
-            shards = self._together(lambda: self._write_shard(aside, codec, probe))
-            self._together(lambda: self._complete(aside, codec, probe, shards) if group.rank == 0 else None)
+            shards = group.together(lambda: self._write_shard(aside, codec, probe))
+            group.on_main(lambda: self._complete(aside, codec, probe, shards))
         except BaseException:
             if group.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-        return FeatureStore.open(plan.path)
-
-    def _together(self, step: Callable[[], Any]) -> list[Any]:
-        """Runs a step on every process; if it fails on one, all raise the same."""
-        result, failure = None, None
-        try:
-            result = step()
-        except (OSError, ValueError, StoreError) as error:
-            failure = error
-        outcomes = self.group.gather(
-            (result, None if failure is None else (isinstance(failure, OSError), str(failure)))
-        )
-        for _, failed in outcomes:
-            if failed is not None:
-                is_os_error, message = failed
-                raise BuildFailed(message) if is_os_error else ValueError(message) from failure
-        return [value for value, _ in outcomes]
+        return _open_everywhere(plan, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
         """Fits on features from all over the data set; they are kept, so that their ranges do not run twice."""
@@ -167,7 +191,7 @@ class _Build:
         chosen = sorted({round(number * (source.num_batches - 1) / max(count - 1, 1)) for number in range(count)})
         for number, split, features in self._features(chosen):
             self.kept[number] = (split, features)
-        return codec.fit(torch.cat([features for _, features in self.kept.values()])).tensors()
+        return codec.fit(fit_sample([features for _, features in self.kept.values()], self.plan.layout)).tensors()
 
     def _features(self, numbers: list[int]) -> Iterator[tuple[int, BatchSplit, torch.Tensor]]:
         plan = self.plan

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from ..rng import preserve_rng, seeded_rng
+from ..rng import seeded_rng
 
 #: torch dtypes that a column can have -> the NumPy type in which Arrow keeps it.
 _STORED_AS = {
@@ -26,6 +26,10 @@ _STORED_AS = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
+
+
+#: Columns of a store that are not the user's.
+RESERVED_COLUMNS = frozenset({"sample_id", "base", "special", "geometry"})
 
 
 class RowError(ValueError):
@@ -94,6 +98,8 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {found}.")
     main = batch[main_input]
+    if RESERVED_COLUMNS & set(batch):
+        raise RowError(f"the collator's {sorted(RESERVED_COLUMNS & set(batch))} clash with a store's columns: rename.")
     columns, constants = {}, {}
     for name, value in batch.items():
         if name == main_input:
@@ -182,11 +188,11 @@ class RowSource:
         )
         yield from zip(batches, loader, strict=True)
 
-    def is_random(self, rows: int = 4) -> bool:
-        """Whether transform or collator draw random numbers: the same rows under two seeds differ."""
+    def is_random(self, rows: int = 8, draws: int = 8) -> bool:
+        """Whether transform or collator draw random numbers: the same rows under several seeds differ."""
         indices = range(min(rows, len(self)))
-        with preserve_rng():
-            return not _same(self.collate(indices, draw=1), self.collate(indices, draw=2))
+        first = self.collate(indices, draw=1)
+        return any(not _same(first, self.collate(indices, draw=draw)) for draw in range(2, draws + 1))
 
 
 class _Ranges(TorchDataset):
@@ -210,3 +216,14 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
     return first == second
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raises ValueError, saying why, if the rows of a data set cannot be cached."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must "
+            "be map-style (`__len__` and `__getitem__`)."
+        )
+    if len(dataset) == 0:
+        raise ValueError("the train data set is empty: there is nothing to train on.")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +25,12 @@ import torch
 
 from ..layout import FeatureLayout
 from .codec import Codec, make_codec
+from .mapped import MappedColumn
 from .rows import InputColumn, RowError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CODEC_FILE = "codec.safetensors"
-_RESERVED_COLUMNS = {"sample_id", "base", "special", "geometry"}
 
 
 class StoreError(RuntimeError):
@@ -142,6 +143,10 @@ class FeatureStore:
         codec.load_tensors(safetensors.torch.load_file(path / CODEC_FILE))
         return cls(path, manifest, codec)
 
+    def __reduce__(self):
+        # Mapped rows do not travel to another process; the files are opened again there.
+        return FeatureStore.open, (self.path,)
+
     def __len__(self) -> int:
         return self.manifest.rows
 
@@ -181,46 +186,27 @@ class FeatureStore:
 
     def read_rows(self, indices: Sequence[int]) -> dict[str, Any]:
         """Codes and model inputs of the given samples, as stored: codec columns, then the inputs by their names."""
-        batch = {name: torch.from_numpy(self._take(name, indices)) for name in self.codec.columns}
+        rows = np.asarray(indices, dtype=np.int64)
+        batch = {name: torch.from_numpy(self._columns[name].take(rows)) for name in self.codec.columns}
         for name, column in self.manifest.inputs.items():
             if column.is_list:
-                taken = self.dataset.data.column(name).take(pa.array(indices, pa.int64()))
+                taken = self.dataset.data.column(name).take(pa.array(rows))
                 batch[name] = taken.to_pylist()
             else:
-                batch[name] = column.to_tensor(self._take(name, indices))
+                batch[name] = column.to_tensor(self._columns[name].take(rows))
         batch.update(self.manifest.constants)
         return batch
 
-    def _take(self, column: str, indices: Sequence[int]) -> np.ndarray:
-        starts, views = self._views[column]
-        rows = np.asarray(indices, dtype=np.int64)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"rows {rows.min()}..{rows.max()} are asked for; the store has {len(self)}.")
-        taken = np.empty((len(rows), views[0].shape[1]), views[0].dtype)
-        # Copying row by row out of the mapped buffers is faster than Arrow's take, which goes through index arrays.
-        for place, (row, chunk) in enumerate(zip(rows, np.searchsorted(starts, rows, "right") - 1, strict=True)):
-            taken[place] = views[chunk][row - starts[chunk]]
-        return taken
-
     @cached_property
-    def _views(self) -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
-        """Per column the first row of every record batch, and the batch as an array on the mapped buffer."""
-        table, views = self.dataset.data, {}
-        tensor_inputs = [name for name, column in self.manifest.inputs.items() if not column.is_list]
-        for name in [*self.codec.columns, *tensor_inputs]:
-            chunks = [chunk for chunk in table.column(name).chunks if len(chunk)]
-            starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1]
-            views[name] = (starts, [_mapped(chunk) for chunk in chunks])
-        return views
+    def _columns(self) -> dict[str, MappedColumn]:
+        names = [*self.codec.columns, *(name for name, column in self.manifest.inputs.items() if not column.is_list)]
+        return {name: MappedColumn(self.dataset.data.column(name)) for name in names}
 
 
 class ShardWriter(contextlib.AbstractContextManager):
     """Writes one Arrow file of a store."""
 
     def __init__(self, path: Path, codec: Codec, inputs: Mapping[str, InputColumn]):
-        clash = _RESERVED_COLUMNS & set(inputs)
-        if clash:
-            raise RowError(f"the collator's {sorted(clash)} clash with the store's own columns: rename them.")
         self.path, self.inputs, self.rows = path, inputs, 0
         self.features = _features(codec, inputs)
         self._file = open(path, "wb")
@@ -300,6 +286,8 @@ def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None
         "_split": None,
     }
     datasets.DatasetInfo(features=features).write_to_directory(str(aside))
+    with open(aside / "dataset_info.json", "rb+") as file:
+        os.fsync(file.fileno())
     _write_text(aside / "state.json", json.dumps(state, indent=2, sort_keys=True))
     tensors = {name: value.contiguous() for name, value in codec.tensors().items()}
     with open(aside / CODEC_FILE, "wb") as file:
@@ -314,9 +302,11 @@ def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None
     _sync_directory(aside)
     try:
         os.rename(aside, final)
-    except OSError:
-        if not (final / MANIFEST).is_file():
-            raise
+    except OSError as error:
+        try:
+            FeatureStore.open(final).verify()
+        except (StoreError, OSError) as problem:
+            raise OSError(f"the finished store cannot get its name {final}: {error}; {problem}") from error
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(final.parent)
 
@@ -358,12 +348,6 @@ def _fixed_size_list(rows: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
 
 
-def _mapped(chunk: pa.Array) -> np.ndarray:
-    """A record batch's column as `(rows, n)` on the mapped buffer."""
-    values = chunk.flatten() if pa.types.is_fixed_size_list(chunk.type) else chunk
-    return values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
-
-
 def _sizes(manifest: Manifest) -> dict[str, int]:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     return sizes | {name: entry["bytes"] for name, entry in manifest.files.items()}
@@ -386,3 +370,16 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises OSError, saying what to do, if stores cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
+            "or use cache='never'."
+        ) from error

@@ -74,6 +74,12 @@ class ReplayDataset(Dataset):
         path = self.switch.path
         return fetch(self.inner, indices) if path is None else self._read(path, indices)
 
+    def __getattr__(self, name: str) -> Any:
+        # Loaders call what a data set offers besides its rows, e.g. `set_epoch`.
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     def _read(self, path: Path, indices: Sequence[int]) -> CachedRows:
         if self._store is None or self._store.path != path:
             self._store = FeatureStore.open(path)
