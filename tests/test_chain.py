@@ -393,7 +393,7 @@ def test_unknown_model_names_known_types_and_the_way_out():
 @pytest.mark.parametrize("cut", [-1, 5, 1.0, True, "2", None])
 def test_cut_out_of_range_is_refused(cut):
     chain = BlockChain.from_model(zoo.make("vit"))
-    calls = [chain.freeze, chain.layout, chain.check_cut, lambda c: chain.prefix({"pixel_values": None}, c)]
+    calls = [chain.freeze, chain.layout, lambda c: chain.prefix({"pixel_values": None}, c)]
     for call in calls:
         with pytest.raises(ValueError, match="0 to 4"):
             call(cut)

@@ -211,10 +211,10 @@ def test_max_steps_and_fractions_of_training(tmp_path):
 def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("hf_freezecache.session.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hf_freezecache.caching.shutil.disk_usage", lambda path: usage)
     trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3"))
     assert not trainer.freeze_status().replaying and trainer.freeze_status().cut == 3
-    assert any("no feature store" in record.message and "free" in record.message for record in caplog.records)
+    assert any("No feature store" in record.message and "free" in record.message for record in caplog.records)
 
 
 def test_full_disk_during_a_build_does_not_cost_the_training(tmp_path, caplog, monkeypatch):
