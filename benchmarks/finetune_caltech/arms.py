@@ -66,8 +66,8 @@ class EpochClock(TrainerCallback):
     `evaluate_every` epochs and after the last one, and for a checkpoint after the epochs in `save_after`.
     """
 
-    def __init__(self, evaluate_every: int, save_after: set[int]):
-        self.evaluate_every, self.save_after = evaluate_every, save_after
+    def __init__(self, evaluate_every: int, save_after: set[int], stop_after: int | None = None):
+        self.evaluate_every, self.save_after, self.stop_after = evaluate_every, save_after, stop_after
         self.epoch_seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self.setup_seconds, self.eval_seconds = 0.0, 0.0
@@ -83,6 +83,8 @@ class EpochClock(TrainerCallback):
         done = round(state.epoch)
         control.should_evaluate = done % self.evaluate_every == 0 or done == state.num_train_epochs
         control.should_save = done in self.save_after
+        if done == self.stop_after:
+            control.should_evaluate = control.should_training_stop = True
         return control
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
@@ -133,7 +135,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train_arm(
-    arm: Arm, seed: int, data: Data, folder: Path, plain: dict[str, Any] | None, options: argparse.Namespace
+    arm: Arm,
+    seed: int,
+    data: Data,
+    folder: Path,
+    plain: dict[str, Any] | None,
+    options: argparse.Namespace,
+    stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Trains one arm and returns its measurements.
 
@@ -144,11 +152,12 @@ def train_arm(
         folder: of this seed; the plain arm leaves its checkpoints there.
         plain: what this function returned for the plain arm of the seed; None for that arm.
         options: the settings.
+        stop_after: epochs after which the training stops, its schedule being that of all epochs.
     """
     set_seed(seed)
     steps = -(-len(data.train) // options.batch_size)
     branches = {other.branch for other in make_arms(options)} - {0}
-    clock = EpochClock(options.evaluate_every, branches if plain is None else set())
+    clock = EpochClock(options.evaluate_every, branches if plain is None else set(), stop_after)
     target = folder / arm.name.replace(" ", "_").replace(":", "-")
     kwargs = {
         "model": load_deit(options),
