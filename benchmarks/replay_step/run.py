@@ -161,7 +161,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--steps", type=int, default=12, help="of a block; all but the first and last are timed")
-    parser.add_argument("--rounds", type=int, default=5, help="timed blocks a side")
+    parser.add_argument("--rounds", type=int, default=3, help="timed blocks a side")
     options = parser.parse_args(argv)
     if options.smoke:
         options.cuts, options.batch_size, options.rows, options.steps, options.rounds = [10], 8, 32, 4, 2
