@@ -3,7 +3,7 @@
 python -m benchmarks.finetune_caltech.more_pairs --schedules 2:10 --seeds 5,6,7
 
 Accuracy does not depend on the machine's load, so seeds may run side by side with anything. Of the plain arm only the
-live epochs that a pair shares are trained. Needs the whole experiment's `result.json`, with which the pairs are pooled.
+live epochs that a pair shares are trained. Needs the experiment's `result.json`, with which the pairs are pooled.
 """
 
 from __future__ import annotations
