@@ -12,6 +12,7 @@ from hf_freezecache import FeatureStore
 from hf_freezecache.cache.codec import Codec
 from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.store import FORMAT_VERSION, Manifest, ShardWriter, complete, create_aside, shard_name
+from hf_freezecache.cache.views import ViewColumns, ViewSpec
 
 LABELS = {"labels": InputColumn("int64")}
 
@@ -31,12 +32,14 @@ def write_store(
         inputs: the columns of the model inputs.
     """
     aside = create_aside(path)
+    views = ViewColumns(ViewSpec(), codec)
     rows = 0
-    with ShardWriter(aside / shard_name(0, 1), codec, inputs) as writer:
+    with ShardWriter(aside / shard_name(0, 1), codec, views, inputs) as writer:
         for codes, values in batches:
             writer.write(rows, codes, values)
             rows += len(codes["base"])
-    content: dict[str, Any] = dict(cut=1, codec=codec.name, layout=codec.layout.to_json(), rows=rows, views=0)
+    content: dict[str, Any] = dict(cut=1, codec=codec.name, layout=codec.layout.to_json(), rows=rows)
+    content |= dict(views=0, geometry=None, sensitive_channels=None, own_inputs=False)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=path.name,
@@ -47,5 +50,5 @@ def write_store(
         files={},
         **content,
     )
-    complete(aside, path, codec, manifest)
+    complete(aside, path, codec, views, manifest, {})
     return FeatureStore.open(path)

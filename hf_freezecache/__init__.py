@@ -8,6 +8,7 @@ from .config import FreezeCacheConfig
 from .policies import FreezePolicy
 from .replay.collator import ReplayCollator
 from .trainer import FreezeCacheTrainer
+from .transforms import ReplayableTransform
 
 __version__ = "0.1.0"
 
@@ -19,5 +20,6 @@ __all__ = [
     "FreezeCallback",
     "FreezePolicy",
     "ReplayCollator",
+    "ReplayableTransform",
     "make_codec",
 ]

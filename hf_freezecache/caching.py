@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from torch import nn
 from transformers.utils import logging
 
 from .cache.fingerprint import fingerprint_inputs
-from .cache.materialize import BuildFailed, BuildPlan, estimate_bytes, materialize, open_matching
+from .cache.materialize import BuildFailed, BuildPlan, GeometryMisfit, estimate_bytes, materialize, open_matching
 from .cache.rows import RowSource
 from .cache.store import FORMAT_VERSION, FeatureStore
+from .cache.views import ViewSpec
 from .chain import BlockChain
-from .config import FreezeCacheConfig
+from .config import FreezeCacheConfig, parse_bytes
 from .distributed import Group
+from .geometry import DENSE, PROJECTIVE
+from .layout import FeatureLayout
+from .replay.survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
+from .rng import preserve_rng
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +63,7 @@ class FeatureCaching:
         self.model, self.chain, self.source, self.config, self.explicit = model, chain, source, config, explicit
         self.cache_dir, self.group, self.model_inputs = cache_dir, group, model_inputs
         self.precision, self.disable_tqdm = precision, disable_tqdm
-        self._warned_random = False
+        self._found: Augmentation | None = None
 
     def obtain(self, cut: int, whole_epoch: bool) -> tuple[FeatureStore | None, bool]:
         """Opens the matching store or builds it, if that is wanted and possible.
@@ -75,7 +81,6 @@ class FeatureCaching:
         survivable = (BuildFailed,) if self.explicit else (BuildFailed, ValueError, RuntimeError)
         try:
             plan = self._plan(cut)
-            self._warn_if_random()
             store = open_matching(plan, self.group)
             if store is not None:
                 self._say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
@@ -84,15 +89,42 @@ class FeatureCaching:
             if refusal is not None:
                 self._say(f"No feature store for cut {cut}, training goes on frozen, from images: {refusal}.")
                 return None, False
-            store = materialize(plan, self.group)
+            store = self._build(plan)
         except survivable as error:
             self._say(f"The feature store could not be built, training goes on frozen, from images: {error}")
             return None, False
         self._say(
             f"Built the feature store {store.path} ({megabytes(store.bytes)}, {self.config.codec}, {len(store)} "
-            f"samples): {cut} of {len(self.chain)} blocks are not run any more in training."
+            f"samples{_describe_views(store)}): {cut} of {len(self.chain)} blocks are not run any more in training."
         )
         return store, True
+
+    def _build(self, plan: BuildPlan) -> FeatureStore:
+        """Builds with the smallest kind of geometry that fits every view; whole views if none does."""
+
+        def settle() -> BuildPlan | str:
+            try:
+                return choose_channels(plan, self.config.similarity, self.config.sensitivity_batches)
+            except GeometryMisfit as misfit:
+                return str(misfit)
+
+        while True:
+            with preserve_rng():
+                # Only what was measured goes between processes; a plan holds the model.
+                settled = self.group.on_main(lambda: _measured(settle()))
+            if isinstance(settled, str):
+                misfit = settled
+            else:
+                try:
+                    return materialize(replace(plan, views=settled[0], notes=settled[1]), self.group)
+                except GeometryMisfit as error:
+                    misfit = str(error)
+            if plan.views.geometry == PROJECTIVE:
+                plan = replace(plan, views=replace(plan.views, geometry=DENSE))
+                self._say(f"Geometry is kept for every position: {misfit}.", logging.INFO)
+            else:
+                plan = replace(plan, views=ViewSpec(plan.views.count))
+                self._say(f"Views are kept whole: {misfit}.")
 
     def _plan(self, cut: int) -> BuildPlan:
         def prove():
@@ -103,6 +135,7 @@ class FeatureCaching:
 
         def made_from():
             return fingerprint_inputs(
+                augmentation=self._augmentation_settings(),
                 source=self.source,
                 model=self.model,
                 tensors={**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)},
@@ -114,12 +147,17 @@ class FeatureCaching:
             )
 
         self.group.locally(prove)
+        if self._found is None:
+            self._found = self.group.on_main(lambda: survey(self.source))
+            self._say_what_is_random()
+        layout = self.chain.layout(cut)
         return BuildPlan(
             chain=self.chain,
             cut=cut,
             source=self.source,
             codec=self.config.codec,
-            layout=self.chain.layout(cut),
+            layout=layout,
+            views=self._view_spec(layout),
             made_from=self.group.on_main(made_from),
             directory=self.cache_dir,
             model_inputs=self.model_inputs,
@@ -143,21 +181,56 @@ class FeatureCaching:
 
         return self.group.on_main(compare)
 
-    def _warn_if_random(self) -> None:
-        if self.group.rank == 0 and not self._warned_random:
-            changes = hasattr(self.source.dataset, "set_epoch")
-            if changes or self.source.is_random():
-                self._warned_random = True
-                what = "changes with the epoch" if changes else "is random (transform or collator)"
-                self._say(
-                    f"The train data set {what}: what is drawn when the feature store is built is repeated in every "
-                    "replay epoch (views=0); augmentation ends at the freeze point."
-                )
+    def _view_spec(self, layout: FeatureLayout) -> ViewSpec:
+        config = self.config
+        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+        rows, views = len(self.source), config.views
+        count = count_sensitive(config.codec, layout, rows, views, config.sensitive_fraction, budget)
+        return make_view_spec(self._found, layout, views, count)
+
+    def _augmentation_settings(self) -> dict[str, Any]:
+        """What of the settings decides which views a store holds."""
+        if not self._found.random or not self.config.views:
+            return {"views": 0}
+        names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches")
+        return {name: getattr(self.config, name) for name in names}
+
+    def _say_what_is_random(self) -> None:
+        found, views = self._found, self.config.views
+        if hasattr(self.source.dataset, "set_epoch"):
+            self._say(
+                "The train data set changes with the epoch: what it is when the feature store is built is repeated in "
+                "every replay epoch."
+            )
+        if not found.random:
+            return
+        if not views:
+            self._say(
+                "The train data set is random (transform or collator): what is drawn when the feature store is built "
+                "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
+            )
+        elif not found.replayable:
+            self._say(
+                f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
+                f"draws of every sample are stored, {views + 1} times the bytes of one, and replay epochs repeat them."
+            )
 
     def _say(self, message: str, level: int = logging.WARNING) -> None:
         """Logs on the main process. What writes to the disk or ends caching is said at the default log level."""
         if self.group.rank == 0:
             logger.log(level, message)
+
+
+def _measured(settled: BuildPlan | str) -> tuple[ViewSpec, Mapping[str, Any]] | str:
+    return settled if isinstance(settled, str) else (settled.views, settled.notes)
+
+
+def _describe_views(store: FeatureStore) -> str:
+    spec, layout = store.views.spec, store.codec.layout
+    if not spec.count:
+        return ""
+    views = f", {spec.count} augmented view{'s' if spec.count > 1 else ''} each"
+    return f"{views}, whole" if spec.whole else f"{views}, {len(spec.channels)} of {layout.channels} channels of it"
 
 
 def megabytes(count: int) -> str:

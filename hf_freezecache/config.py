@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from accelerate.utils import convert_file_size_to_int
+
 from .cache.codec import CODEC_NAMES
 from .policies.schedule import parse_freeze_points
+from .replay.sensitivity import SIMILARITIES
 
 POLICY_NAMES = ("none", "manual", "linear")
 CACHE_MODES = ("auto", "always", "never")
@@ -58,17 +61,51 @@ class FreezeCacheConfig:
         default="int4", metadata={"help": f"How a feature becomes bytes: one of {', '.join(CODEC_NAMES)}."}
     )
     views: int = field(
-        default=0,
+        default=1,
         metadata={
-            "help": "Augmented views stored beside the base view. Only 0 is possible: the base view is replayed."
+            "help": "Augmented views stored beside the base view. A deterministic transform needs none and gets none; "
+            "0 ends augmentation at the freeze point."
         },
+    )
+    sensitive_fraction: float = field(
+        default=0.25,
+        metadata={
+            "help": "Fraction of the channels that is stored for every view: those that follow the augmentation "
+            "least. The others are stored once and warped. 1.0 stores whole views."
+        },
+    )
+    sensitive_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes for the sensitive channels of all views, e.g. '2GB'; decides their number in place of "
+            "sensitive_fraction."
+        },
+    )
+    similarity: str = field(
+        default="ssim",
+        metadata={"help": f"How a channel is compared with its warped base view: {' or '.join(SIMILARITIES)}."},
+    )
+    sensitivity_batches: int = field(
+        default=32, metadata={"help": "Batches, drawn from the seed, on which channels are compared at most."}
+    )
+    feature_noise: float = field(
+        default=0.0, metadata={"help": "Standard deviation of Gaussian noise on replayed features."}
+    )
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Mixup of images in live epochs and of features in replay epochs; 0 is none."},
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={"help": "CutMix of images in live epochs and of features in replay epochs; 0 is none."},
     )
 
     def __post_init__(self):
         _one_of("policy", self.policy, POLICY_NAMES)
         _one_of("cache", self.cache, CACHE_MODES)
         _one_of("codec", self.codec, CODEC_NAMES)
-        for name in ("freeze_start", "freeze_end", "max_frozen"):
+        _one_of("similarity", self.similarity, SIMILARITIES)
+        for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
         if self.freeze_start > self.freeze_end:
@@ -80,16 +117,36 @@ class FreezeCacheConfig:
             raise ValueError(
                 f"freeze_stages={self.freeze_stages!r} must be at least 1; policy='none' freezes nothing."
             )
-        if self.views != 0:
-            raise ValueError(
-                f"views={self.views!r} is not possible: only the base view is replayed in this version (views=0)."
-            )
+        self._check_augmentation()
         if self.policy == "manual":
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
             parse_freeze_points(self.freeze_points)
         elif self.freeze_points is not None:
             raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
+
+    def _check_augmentation(self) -> None:
+        if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 0:
+            raise ValueError(f"views={self.views!r} is a number of views: 0, 1, 2, ...")
+        if self.sensitivity_batches < 1:
+            raise ValueError(f"sensitivity_batches={self.sensitivity_batches!r} must be at least 1.")
+        for name in ("feature_noise", "mixup_alpha", "cutmix_alpha"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 (off) or more, and finite.")
+        if self.sensitive_budget is not None:
+            try:
+                parse_bytes(self.sensitive_budget)
+            except ValueError as error:
+                raise ValueError(f"sensitive_budget={self.sensitive_budget!r} is a size such as '2GB'.") from error
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of a size such as 4096, '4096' or '2GB'.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    return convert_file_size_to_int(int(size) if str(size).isdigit() else size)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

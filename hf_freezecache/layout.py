@@ -65,6 +65,14 @@ class FeatureLayout:
         """Number of values of one channel, special tokens excluded."""
         return self.values // self.channels - self.special_tokens
 
+    def narrowed(self, channels: int) -> "FeatureLayout":
+        """The layout of some channels alone, without special tokens."""
+        if len(self.shape) == 3:
+            shape = (channels, *self.shape[1:])
+        else:
+            shape = (*((self.positions,) if len(self.shape) == 2 else ()), channels)
+        return FeatureLayout(shape, self.grid, 0, self.dtype)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the layout as a dict of JSON types, for a manifest."""
         return {

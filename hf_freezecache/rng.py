@@ -32,14 +32,24 @@ def preserve_rng() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded_rng(*key: int) -> Iterator[None]:
+def seeded_rng(*key: int | str) -> Iterator[None]:
     """Seeds the global generators from `key` inside and puts them back after: a draw that depends on the key alone."""
-    digest = hashlib.sha256(",".join(str(int(part)) for part in key).encode()).digest()
-    seed = int.from_bytes(digest[:4], "little")
     with preserve_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
+        seed_rng(*key)
         yield
+
+
+def seed_rng(*key: int | str) -> None:
+    """Seeds the global generators from `key`; for several draws inside one `preserve_rng`."""
+    seed = hash_key(*key) & 0xFFFFFFFF
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def hash_key(*key: int | str) -> int:
+    """A 64-bit number that depends on the key alone: the same in every process, on every machine."""
+    text = ",".join(part if isinstance(part, str) else str(int(part)) for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -22,6 +22,8 @@ from .distributed import Group, rewrap_ddp
 from .policies import Moment, ObservedBlock
 from .replay.collator import take_codes
 from .replay.dataset import SourceSwitch
+from .replay.mixing import add_noise
+from .replay.views import replay_features
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .rng import preserve_rng
 from .tracing import eval_mode, main_input_name
@@ -107,6 +109,7 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.flops_per_sample("live")  # what plain training costs, for the report
         if moment.cut > self.chain.cut:
@@ -207,7 +210,9 @@ class FreezeSession:
                 yield inputs
                 return
             codes, others = taken
-            features = self.store.codec.decode(self.to_device(codes))
+            features = replay_features(self.store, self.to_device(codes))
+            if self.config.feature_noise:
+                features = add_noise(features, self.config.feature_noise)
             eager = torch.compiler.set_stance("force_eager") if force_eager else contextlib.nullcontext()
             with self.chain.replay(self.store.manifest.cut), eager:
                 yield {self.chain.main_input: features, **others}
@@ -285,7 +290,7 @@ class FreezeSession:
             if built:
                 share = self.group.share(self.source.num_batches)
                 samples = sum(len(self.source.rows(number)) for number in share)
-                flops = self.flops_per_sample("build", moment.cut) * samples
+                flops = self.flops_per_sample("build", moment.cut) * samples * (1 + store.manifest.views)
                 phase.flops += flops
                 phase.epochs += 1
                 phase.store_bytes = store.bytes

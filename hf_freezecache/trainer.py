@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging as python_logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from .callback import FreezeCallback
 from .checkpoint import has_weights, load_weights
 from .config import FreezeCacheConfig
 from .distributed import Group
+from .layout import FeatureLayout
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
 from .replay.collator import ReplayCollator, take_codes
 from .replay.dataset import ReplayDataset
+from .replay.mixing import Mixer, soft_cross_entropy
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
+from .tracing import main_input_name
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +59,7 @@ class FreezeCacheTrainer(Trainer):
         self._session: FreezeSession | None = None
         self._fell_back = self._starting = False
         super().__init__(*args, **kwargs)
+        self._mixer = self._make_mixer()
         _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
         if self._freezes:
@@ -69,6 +74,15 @@ class FreezeCacheTrainer(Trainer):
     def freeze_cache_report(self) -> FreezeCacheReport:
         """What the running or last training has cost, by phase."""
         return make_report([], None) if self._session is None else self._session.report()
+
+    def _make_mixer(self) -> Mixer | None:
+        config = self._freeze_config
+        if not config.mixup_alpha and not config.cutmix_alpha:
+            return None
+        if self.compute_loss_func is None:
+            # The models' own losses take class numbers; a loss function of the user's gets the soft labels.
+            self.compute_loss_func = partial(soft_cross_entropy, label_smoothing=self.args.label_smoothing_factor)
+        return Mixer(config.mixup_alpha, config.cutmix_alpha, self.model.config.num_labels)
 
     # One training at a time
 
@@ -175,7 +189,7 @@ class FreezeCacheTrainer(Trainer):
         self.data_collator = ReplayCollator(collator)
         try:
             return super()._get_dataloader(
-                ReplayDataset(inner, self._session.switch),
+                ReplayDataset(inner, self._session.switch, self._session.source.seed),
                 description,
                 batch_size,
                 # Samplers see the user's data set: lengths and columns are read from it.
@@ -216,9 +230,16 @@ class FreezeCacheTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         if self._session is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, self._mix(inputs), num_items_in_batch)
+        layout = None if take_codes(inputs) is None else self._session.store.codec.layout
         with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
-            return super().training_step(model, step_inputs, num_items_in_batch)
+            return super().training_step(model, self._mix(step_inputs, layout), num_items_in_batch)
+
+    def _mix(self, inputs: Mapping[str, Any], layout: FeatureLayout | None = None) -> Mapping[str, Any]:
+        """Mixes images of a live batch, or features of a replayed one."""
+        if self._mixer is None:
+            return inputs
+        return self._mixer(self._prepare_inputs(inputs), main_input_name(self.model), layout=layout)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:

@@ -5,7 +5,8 @@
         --num_train_epochs 12 --freeze_points 4:9 --policy manual
 
 Images come from a data set on the hub (`--dataset_name`), parquet files (`--train_files`) or a folder with one folder
-per class (`--train_dir`). The transform is deterministic: resize and centre crop as the model's processor says.
+per class (`--train_dir`). Training images are augmented: a random resized crop and a flip, which replay epochs go on
+with. Evaluation images are resized and cropped as the model's processor says.
 """
 
 import inspect
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
 
 @dataclass
@@ -54,7 +55,19 @@ class DataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
     label_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
+    augmentation: str = field(
+        default="crop",
+        metadata={
+            "help": "Of training images: 'crop' (random resized crop, horizontal flip), 'color' (the same and colour "
+            "jitter) or 'none'."
+        },
+    )
+    min_crop: float = field(default=0.35, metadata={"help": "Smallest share of an image that a random crop shows."})
     limit: int | None = field(default=None, metadata={"help": "Use this many shuffled images of each split."})
+
+    def __post_init__(self):
+        if self.augmentation not in ("crop", "color", "none"):
+            raise ValueError(f"--augmentation is crop, color or none, not {self.augmentation!r}")
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
@@ -132,30 +145,35 @@ def make_transform(processor: BaseImageProcessor, image_size: int | None) -> v2.
     return v2.Compose(steps)
 
 
-@dataclass
-class Transform:
-    """Rows as the data set keeps them to rows with `pixel_values`; what `with_transform` calls on a batch."""
-
-    pipeline: v2.Compose
-    image_column: str
-    label_column: str
-
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        # Grayscale, palette and transparent images all become RGB here.
-        pixels = [self.pipeline(image.convert("RGB")) for image in rows[self.image_column]]
-        return {"pixel_values": pixels, "labels": rows[self.label_column]}
+def make_train_transform(base: v2.Compose, args: DataArguments) -> v2.Compose:
+    """The deterministic pipeline with chance: a random part of the image, flipped or not, in other colours."""
+    if args.augmentation == "none":
+        return base
+    resize = next(step for step in base.transforms if isinstance(step, v2.Resize))
+    crops = [step.size for step in base.transforms if isinstance(step, v2.CenterCrop)]
+    steps = [
+        v2.ToImage(),
+        v2.RandomResizedCrop(
+            crops[0] if crops else resize.size, (args.min_crop, 1.0), interpolation=resize.interpolation
+        ),
+        v2.RandomHorizontalFlip(),
+    ]
+    if args.augmentation == "color":
+        steps.append(v2.ColorJitter(0.3, 0.3, 0.3))
+    return v2.Compose([*steps, *(step for step in base.transforms if isinstance(step, (v2.ToDtype, v2.Normalize)))])
 
 
 @dataclass
 class Collator:
     """Stacks rows; with `interpolate` it also tells the model to interpolate its position embeddings."""
 
+    label_column: str
     interpolate: bool
 
     def __call__(self, rows: list[dict]) -> dict:
         batch = {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-            "labels": torch.tensor([row["labels"] for row in rows]),
+            "labels": torch.tensor([row[self.label_column] for row in rows]),
         }
         return {**batch, "interpolate_pos_encoding": True} if self.interpolate else batch
 
@@ -195,17 +213,16 @@ def main(argv: list[str] | None = None) -> dict:
         splits = load_splits(data_args, training_args.seed)
     names = splits["train"].features[data_args.label_column].names
     model, processor, interpolate = load_model(model_args, names)
-    transform = Transform(
-        make_transform(processor, model_args.image_size), data_args.image_column, data_args.label_column
-    )
+    base = make_transform(processor, model_args.image_size)
+    train = make_train_transform(base, data_args)
 
     stopwatch = Stopwatch()
     trainer = FreezeCacheTrainer(
         model=model,
         args=training_args,
-        train_dataset=splits["train"].with_transform(transform),
-        eval_dataset=splits["validation"].with_transform(transform),
-        data_collator=Collator(interpolate),
+        train_dataset=splits["train"].with_transform(ReplayableTransform(train, base, data_args.image_column)),
+        eval_dataset=splits["validation"].with_transform(ReplayableTransform(base, base, data_args.image_column)),
+        data_collator=Collator(data_args.label_column, interpolate),
         compute_metrics=make_compute_metrics(),
         processing_class=processor,
         callbacks=[stopwatch],

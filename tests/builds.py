@@ -54,6 +54,7 @@ def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
         cut=cut,
         blocks=chain.names[:cut],
         codec=codec,
+        augmentation={"views": 0},
         precision="no",
         format_version=FORMAT_VERSION,
     )

@@ -27,7 +27,15 @@ from hf_freezecache.trainer import make_policy
         ({"max_frozen": float("nan")}, "max_frozen"),
         ({"freeze_start": 0.6, "freeze_end": 0.5}, "freeze_start=0.6 is after freeze_end=0.5"),
         ({"freeze_stages": 0}, "freeze_stages"),
-        ({"views": 1}, "views=1"),
+        ({"views": -1}, "views=-1"),
+        ({"views": 0.5}, "views=0.5"),
+        ({"sensitive_fraction": 1.2}, "sensitive_fraction=1.2"),
+        ({"sensitive_budget": "many"}, "sensitive_budget='many'.*2GB"),
+        ({"similarity": "psnr"}, "similarity='psnr'.*ssim, cosine"),
+        ({"sensitivity_batches": 0}, "sensitivity_batches=0"),
+        ({"feature_noise": -0.1}, "feature_noise=-0.1"),
+        ({"mixup_alpha": float("nan")}, "mixup_alpha=nan"),
+        ({"cutmix_alpha": float("inf")}, "cutmix_alpha=inf"),
     ],
 )
 def test_impossible_setting_is_refused_by_name(settings, message):
@@ -38,7 +46,8 @@ def test_impossible_setting_is_refused_by_name(settings, message):
 def test_defaults_are_the_documented_ones():
     config = FreezeCacheConfig()
     expected = dict(policy="linear", freeze_points=None, freeze_start=0.25, freeze_end=0.5, max_frozen=0.75)
-    expected |= dict(freeze_stages=2, blocks=None, cache="auto", feature_cache_dir=None, codec="int4", views=0)
+    expected |= dict(freeze_stages=2, blocks=None, cache="auto", feature_cache_dir=None, codec="int4", views=1)
+    expected |= dict(sensitive_fraction=0.25, sensitive_budget=None, similarity="ssim", feature_noise=0.0)
     assert {name: getattr(config, name) for name in expected} == expected
 
 

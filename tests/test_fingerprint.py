@@ -33,6 +33,7 @@ def inputs_of(**settings):
         cut=2,
         blocks=["vit.embeddings", "vit.layers.0"],
         codec="int4",
+        augmentation={"views": 0},
         precision="no",
         format_version=1,
     )

@@ -123,11 +123,12 @@ def test_draws_depend_on_seed_and_row_alone(draw):
 @DRAWS
 def test_loader_draws_do_not_depend_on_workers_nor_on_the_share(draw):
     dataset = Noisy(draw)
-    alone = dict(source(dataset).loader(range(6)))
-    with_workers = list(source(dataset, num_workers=2).loader(range(6)))
+    alone = {number: [view.batch for view in views] for number, views in source(dataset).loader(range(6), views=2)}
+    with_workers = list(source(dataset, num_workers=2).loader(range(6), views=2))
     assert [number for number, _ in with_workers] == list(range(6))
-    assert all(same(batch, alone[number]) for number, batch in with_workers)
-    assert all(same(batch, alone[number]) for number, batch in source(dataset).loader([4, 5]))
+    assert all(not same(first, second) for first, second, _ in alone.values())
+    for number, views in [*with_workers, *source(dataset).loader([4, 5], views=2)]:
+        assert all(same(view.batch, batch) for view, batch in zip(views, alone[number], strict=True))
 
 
 @DRAWS

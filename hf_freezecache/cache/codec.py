@@ -159,6 +159,21 @@ class Codec(ABC):
         """
 
     @abstractmethod
+    def narrowed(self, channels: torch.Tensor) -> "Codec":
+        """The same code for some channels alone, without special tokens.
+
+        Args:
+            channels: int64 `(K,)`, at least one.
+        """
+
+    @abstractmethod
+    def for_special_tokens(self) -> "Codec":
+        """The code that special tokens get, as a codec of the layout `(S, C)`; it is fitted.
+
+        Shapes: S special tokens, C channels.
+        """
+
+    @abstractmethod
     def _fit(self, features: torch.Tensor) -> None: ...
 
     @abstractmethod
@@ -207,6 +222,12 @@ class _Raw(Codec):
         if tensors:
             raise ValueError(f"codec {self.name!r} has no tensors, got {sorted(tensors)}")
         return self
+
+    def narrowed(self, channels: torch.Tensor) -> "Codec":
+        return type(self)(self.layout.narrowed(len(channels)))
+
+    def for_special_tokens(self) -> "Codec":
+        return type(self)(_special_layout(self.layout))
 
     def _fit(self, features: torch.Tensor) -> None:
         pass
@@ -289,6 +310,13 @@ class _Quantized(Codec):
             raise ValueError(f"scale of codec {self.name!r} must not be negative")
         self._set(tensors["scale"], tensors["offset"])
         return self
+
+    def narrowed(self, channels: torch.Tensor) -> "Codec":
+        own = {name: tensor[channels] for name, tensor in self.tensors().items()}
+        return type(self)(self.layout.narrowed(len(channels))).load_tensors(own)
+
+    def for_special_tokens(self) -> "Codec":
+        return Float16Codec(_special_layout(self.layout))
 
     @property
     def _values(self) -> int:
@@ -414,6 +442,10 @@ def make_codec(name: str, layout: FeatureLayout) -> Codec:
     if name not in _CODECS:
         raise ValueError(f"unknown codec {name!r}; choose one of {', '.join(CODEC_NAMES)}")
     return _CODECS[name](layout)
+
+
+def _special_layout(layout: FeatureLayout) -> FeatureLayout:
+    return FeatureLayout((layout.special_tokens, layout.channels), None, 0, layout.dtype)
 
 
 def _first_not_finite(batch: torch.Tensor) -> int | None:

@@ -32,6 +32,7 @@ def fingerprint_inputs(
     cut: int,
     blocks: list[str],
     codec: str,
+    augmentation: Mapping[str, Any],
     precision: str,
     format_version: int,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def fingerprint_inputs(
         cut: frozen blocks.
         blocks: module names of the prefix.
         codec: name of the codec.
+        augmentation: settings that say which views are kept.
         precision: mixed precision under which the prefix runs.
         format_version: version of the store's format.
     """
@@ -59,6 +61,7 @@ def fingerprint_inputs(
         "cut": cut,
         "blocks": blocks,
         "codec": codec,
+        "augmentation": dict(augmentation),
         "precision": precision,
         "seed": source.seed,
         "batch_size": source.batch_size,
@@ -106,7 +109,7 @@ def sample_digest(source: RowSource, rows: int = 16) -> str:
     total = hashlib.sha256()
     indices = sorted({round(row) for row in np.linspace(0, len(source) - 1, min(rows, len(source)))})
     for index in indices:
-        batch = source.collate([index])
+        batch = {**source.collate([index], view=1), **source.collate([index])}
         for name in sorted(batch):
             value = batch[name]
             total.update(name.encode())

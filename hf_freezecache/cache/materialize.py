@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from transformers.utils import logging
 
 from ..chain import BlockChain
 from ..distributed import Group
+from ..geometry import geometry_column
 from ..layout import FeatureLayout
 from ..rng import preserve_rng
 from .codec import Codec, make_codec
 from .fingerprint import digest
-from .rows import BatchSplit, RowSource, split_batch
+from .rows import BatchSplit, DrawnBatch, RowSource, split_batch
 from .store import (
     FORMAT_VERSION,
     FeatureStore,
@@ -28,8 +29,10 @@ from .store import (
     StoreError,
     complete,
     create_aside,
+    own_input,
     shard_name,
 )
+from .views import ViewColumns, ViewSpec
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +44,10 @@ _FIT_VALUES_PER_CHANNEL, _FIT_ROWS = 2**14, 32
 
 class BuildFailed(OSError):
     """A store could not be written (full disk, missing permission). Training can go on without it."""
+
+
+class GeometryMisfit(ValueError):
+    """A view's geometry cannot be kept in the chosen way; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class BuildPlan:
         directory: where stores lie.
         model_inputs: of a collated batch, what the model takes, moved to where the model is.
         disable_tqdm: no progress bar.
+        views: which augmented views to keep, and what of them.
+        notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
     """
 
     chain: BlockChain
@@ -68,6 +77,8 @@ class BuildPlan:
     directory: Path
     model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     disable_tqdm: bool = False
+    views: ViewSpec = field(default_factory=ViewSpec)
+    notes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -76,13 +87,38 @@ class BuildPlan:
 
 
 def estimate_bytes(plan: BuildPlan) -> int:
-    """Bytes of the Arrow files that the plan would write, from the codec's row size and one probe row's inputs."""
+    """Bytes of the Arrow files that the plan would write, from the sizes of rows and one probe row's inputs."""
     split = split_batch(plan.source.probe(), plan.chain.main_input)
-    per_row = make_codec(plan.codec, plan.layout).row_bytes + 8
+    codec = make_codec(plan.codec, plan.layout)
+    per_row = codec.row_bytes + _views_row_bytes(plan.views, codec) + 8
     for value in split.columns.values():
         row = value[0]
-        per_row += row.numel() * row.element_size() if isinstance(row, torch.Tensor) else len(str(row)) + 8
+        own = row.numel() * row.element_size() if isinstance(row, torch.Tensor) else len(str(row)) + 8
+        per_row += own * (1 + plan.views.count if plan.views.own_inputs else 1)
     return per_row * len(plan.source)
+
+
+def view_features(plan: BuildPlan, drawn: DrawnBatch, first: int) -> torch.Tensor:
+    """Runs the prefix on one view of a range.
+
+    Args:
+        plan: what is built.
+        drawn: the view.
+        first: its first sample, for error messages.
+
+    Returns:
+        Features `(B, *layout.shape)`.
+
+    Raises:
+        ValueError: if the feature has another size than the probe's.
+    """
+    features = plan.chain.prefix(plan.model_inputs(drawn.batch), plan.cut)
+    if tuple(features.shape[1:]) != plan.layout.shape:
+        raise ValueError(
+            f"the feature of sample {first} and those after it has shape {tuple(features.shape[1:])} instead "
+            f"of {plan.layout.shape}: a store needs inputs of one size. Resize them, or use cache='never'."
+        )
+    return features
 
 
 def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
@@ -134,6 +170,7 @@ def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
 
     Raises:
         BuildFailed: if some process could not write; nothing is left behind.
+        GeometryMisfit: on every process, if some view's geometry cannot be kept as `plan.views` says.
         ValueError: if a feature is not finite (the sample is named) or a batch cannot be kept per row.
     """
     try:
@@ -159,22 +196,35 @@ def fit_sample(batches: Sequence[torch.Tensor], layout: FeatureLayout) -> torch.
     return torch.cat([features[::every] for features in batches])
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """One view of a range: what the prefix made of it, and what goes to the store besides."""
+
+    split: BatchSplit
+    features: torch.Tensor
+    geometry: torch.Tensor | None
+
+
 class _Build:
     def __init__(self, plan: BuildPlan, group: Group):
         self.plan, self.group = plan, group
-        self.kept: dict[int, tuple[BatchSplit, torch.Tensor]] = {}
+        self.kept: dict[int, list[_Encoded]] = {}
 
     def run(self) -> FeatureStore:
         plan, group = self.plan, self.group
         codec = make_codec(plan.codec, plan.layout)
         probe = split_batch(plan.source.probe(), plan.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
+        views = ViewColumns(plan.views, codec)
         mine = group.share(plan.source.num_batches)
         self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
         aside = group.on_main(lambda: create_aside(plan.path))
         try:
-            shards = group.together(lambda: self._write_shard(aside, codec, probe))
-            group.on_main(lambda: self._complete(aside, codec, probe, shards))
+            shards = group.together(lambda: self._write_shard(aside, codec, views, probe))
+            misfits = [shard for shard in shards if isinstance(shard, str)]
+            if misfits:
+                raise GeometryMisfit(misfits[0])
+            group.on_main(lambda: self._complete(aside, codec, views, probe, shards))
         except BaseException:
             if group.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -186,51 +236,62 @@ class _Build:
         if codec.fitted:
             return codec.tensors()
         source = self.plan.source
-        batch_bytes = source.batch_size * self.plan.layout.values * 4
+        batch_bytes = source.batch_size * self.plan.layout.values * 4 * (1 + self.plan.views.count)
         count = max(1, min(_FIT_BATCHES, source.num_batches, _FIT_BYTES // batch_bytes))
-        chosen = sorted({round(number * (source.num_batches - 1) / max(count - 1, 1)) for number in range(count)})
-        for number, split, features in self._features(chosen):
-            self.kept[number] = (split, features)
-        return codec.fit(fit_sample([features for _, features in self.kept.values()], self.plan.layout)).tensors()
+        for number, views in self._encoded(spread(source.num_batches, count)):
+            self.kept[number] = views
+        features = [view.features for views in self.kept.values() for view in views]
+        return codec.fit(fit_sample(features, self.plan.layout)).tensors()
 
-    def _features(self, numbers: list[int]) -> Iterator[tuple[int, BatchSplit, torch.Tensor]]:
+    def _encoded(self, numbers: list[int]) -> Iterator[tuple[int, list[_Encoded]]]:
         plan = self.plan
-        for number, batch in plan.source.loader(numbers):
-            split = split_batch(batch, plan.chain.main_input)
-            features = plan.chain.prefix(plan.model_inputs(batch), plan.cut)
-            if tuple(features.shape[1:]) != plan.layout.shape:
-                first = plan.source.rows(number)[0]
-                raise ValueError(
-                    f"the feature of sample {first} and those after it has shape {tuple(features.shape[1:])} instead "
-                    f"of {plan.layout.shape}: a store needs inputs of one size. Resize them, or use cache='never'."
-                )
-            yield number, split, features
+        for number, views in plan.source.loader(numbers, plan.views.count, self._wanted_geometry):
+            first = plan.source.rows(number)[0]
+            yield (
+                number,
+                [
+                    _Encoded(
+                        split_batch(drawn.batch, plan.chain.main_input),
+                        view_features(plan, drawn, first),
+                        drawn.geometry,
+                    )
+                    for drawn in views
+                ],
+            )
 
-    def _write_shard(self, aside: Path, codec: Codec, probe: BatchSplit) -> Shard:
+    @property
+    def _wanted_geometry(self) -> tuple[str, tuple[int, int]] | None:
+        return None if self.plan.views.whole else (self.plan.views.geometry, self.plan.layout.grid)
+
+    def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard | str:
+        """Returns the finished shard; why it cannot be written, if a view's geometry does not fit."""
         plan, group = self.plan, self.group
         mine = group.share(plan.source.num_batches)
-        fresh = self._features([number for number in mine if number not in self.kept])
+        fresh = self._encoded([number for number in mine if number not in self.kept])
         bar = tqdm(total=len(mine), desc="Building feature store", disable=plan.disable_tqdm or group.rank != 0)
-        with bar, ShardWriter(aside / shard_name(group.rank, group.size), codec, probe.describe()) as writer:
+        path = aside / shard_name(group.rank, group.size)
+        with bar, ShardWriter(path, codec, views, probe.describe()) as writer:
             for number in mine:
-                split, features = self.kept.pop(number) if number in self.kept else next(fresh)[1:]
+                drawn = self.kept.pop(number) if number in self.kept else next(fresh)[1]
                 rows = plan.source.rows(number)
-                if split.constants != probe.constants:
-                    raise ValueError(
-                        f"the collator's constants differ between batches: {split.constants} at sample {rows[0]}, "
-                        f"{probe.constants} before; only what is the same for all can be replayed."
-                    )
-                if split.columns.keys() != probe.columns.keys():
-                    raise ValueError(
-                        f"the collator returns {sorted(split.columns)} at sample {rows[0]}, "
-                        f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
-                    )
-                writer.write(rows[0], codec.encode(features, sample_ids=rows), split.columns)
+                misfit = None if plan.views.whole else find_misfit([view.geometry for view in drawn[1:]], rows)
+                if misfit is not None:
+                    return misfit
+                codes, inputs = codec.encode(drawn[0].features, sample_ids=rows), dict(drawn[0].split.columns)
+                for number_of_view, view in enumerate(drawn):
+                    _check_inputs(view.split, probe, rows[0])
+                    if number_of_view:
+                        codes |= views.encode(number_of_view, view.features, view.geometry, rows)
+                    if number_of_view and plan.views.own_inputs:
+                        own = view.split.columns.items()
+                        inputs |= {own_input(number_of_view, name): value for name, value in own}
+                writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
 
-    def _complete(self, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
+    def _complete(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit, shards: list[Shard]) -> None:
         plan = self.plan
+        channels = plan.views.channels
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=plan.path.name,
@@ -239,10 +300,57 @@ class _Build:
             codec=plan.codec,
             layout=plan.layout.to_json(),
             rows=len(plan.source),
-            views=0,
+            views=plan.views.count,
+            geometry=plan.views.geometry,
+            sensitive_channels=None if channels is None else channels.tolist(),
+            own_inputs=plan.views.own_inputs,
             inputs=probe.describe(),
             constants=probe.constants,
             shards=shards,
             files={},
         )
-        complete(aside, plan.path, codec, manifest)
+        complete(aside, plan.path, codec, views, manifest, plan.notes)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` numbers below `total` at equal distances, the first and the last among them."""
+    return sorted({round(number * (total - 1) / max(count - 1, 1)) for number in range(count)})
+
+
+def find_misfit(geometries: Sequence[torch.Tensor | None], rows: Sequence[int]) -> str | None:
+    """Why a view's geometry cannot be kept; None if all can."""
+    for geometry in geometries:
+        if geometry is None:
+            return f"a transform cannot tell what it did to the samples from {rows[0]} on"
+        bad = geometry.isnan().any(dim=1) if geometry.is_floating_point() else None
+        if bad is not None and bad.any():
+            return f"the geometry of a view of sample {rows[int(bad.int().argmax())]} is not projective"
+    return None
+
+
+def _check_inputs(split: BatchSplit, probe: BatchSplit, first: int) -> None:
+    if split.constants != probe.constants:
+        raise ValueError(
+            f"the collator's constants differ between batches: {split.constants} at sample {first}, "
+            f"{probe.constants} before; only what is the same for all can be replayed."
+        )
+    if split.columns.keys() != probe.columns.keys():
+        raise ValueError(
+            f"the collator returns {sorted(split.columns)} at sample {first}, "
+            f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
+        )
+
+
+def _views_row_bytes(spec: ViewSpec, codec: Codec) -> int:
+    if not spec.count:
+        return 0
+    if spec.whole:
+        return spec.count * codec.row_bytes
+    special = codec.for_special_tokens().row_bytes if codec.layout.special_tokens else 0
+    dtype, length = geometry_column(spec.geometry, codec.layout.grid)
+    return spec.count * (channel_bytes(codec, len(spec.channels)) + special + dtype.itemsize * length)
+
+
+def channel_bytes(codec: Codec, channels: int) -> int:
+    """Bytes of some channels of one view, special tokens excluded."""
+    return type(codec)(codec.layout.narrowed(channels)).row_bytes if channels else 0

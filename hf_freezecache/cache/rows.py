@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
+from ..drawing import Drawing, drawing
 from ..rng import seeded_rng
 
 #: torch dtypes that a column can have -> the NumPy type in which Arrow keeps it.
@@ -28,8 +30,8 @@ _STORED_AS = {
 }
 
 
-#: Columns of a store that are not the user's.
-RESERVED_COLUMNS = frozenset({"sample_id", "base", "special", "geometry"})
+#: Names of columns of a store that are not the user's.
+_RESERVED = re.compile(r"sample_id|base|special|(view|view_special|geometry)(_[1-9]\d*)?|view_index|view_[1-9]\d*\..*")
 
 
 class RowError(ValueError):
@@ -98,8 +100,9 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {found}.")
     main = batch[main_input]
-    if RESERVED_COLUMNS & set(batch):
-        raise RowError(f"the collator's {sorted(RESERVED_COLUMNS & set(batch))} clash with a store's columns: rename.")
+    clashing = sorted(name for name in batch if _RESERVED.fullmatch(name))
+    if clashing:
+        raise RowError(f"the collator's {clashing} clash with a store's columns: rename.")
     columns, constants = {}, {}
     for name, value in batch.items():
         if name == main_input:
@@ -132,6 +135,21 @@ def fetch(dataset: Any, indices: Sequence[int]) -> Any:
     return [dataset[index] for index in indices]
 
 
+@dataclass(frozen=True)
+class DrawnBatch:
+    """One view of a few samples.
+
+    Args:
+        batch: as the collator returned it.
+        geometry: `(B, G)` rows of the views' geometry; None if it was not asked for or no transform told it.
+        refused: why a replayable transform could not tell it.
+    """
+
+    batch: Mapping[str, Any]
+    geometry: torch.Tensor | None = None
+    refused: str | None = None
+
+
 class RowSource:
     """A map-style data set with its collator, read in fixed ranges that depend on nothing but the batch size.
 
@@ -139,7 +157,8 @@ class RowSource:
         dataset: the user's data set, transform included.
         collator: the user's collator.
         batch_size: rows of a range; the last one may be shorter.
-        seed: what a random transform draws in a range depends on `(seed, first row)` alone.
+        seed: what is drawn for a view of a sample depends on it, the sample and the view (`ReplayableTransform`), or
+            on it, the range's first row and the view (any other transform or collator).
         num_workers: processes that load ahead.
         multiprocessing_context: how they are started.
     """
@@ -167,19 +186,45 @@ class RowSource:
         """Row numbers of a range."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self)))
 
-    def collate(self, indices: Sequence[int], draw: int = 0) -> Mapping[str, Any]:
-        """Samples as a batch; `draw` numbers independent draws of what is random."""
-        with seeded_rng(self.seed, indices[0], draw):
-            return self.collator(fetch(self.dataset, indices))
+    def draw(
+        self,
+        indices: Sequence[int],
+        view: int = 0,
+        geometry: tuple[str, tuple[int, int]] | None = None,
+        again: int = 0,
+    ) -> DrawnBatch:
+        """A view of some samples.
+
+        Args:
+            indices: row numbers.
+            view: 0 is the base view of a `ReplayableTransform`; of any other transform it is a draw as every one.
+            geometry: kind and feature grid in which the view's geometry is wanted.
+            again: another draw of what is random besides a `ReplayableTransform`.
+        """
+        wanted = Drawing(self.seed, indices, view=view, geometry=geometry)
+        with seeded_rng(self.seed, indices[0], view, *([again] if again else [])):
+            with drawing(wanted):
+                samples = fetch(self.dataset, indices)
+            batch = self.collator(samples)
+        complete = len(wanted.geometries) == len(indices)
+        return DrawnBatch(batch, torch.stack(wanted.geometries) if complete else None, wanted.refused)
+
+    def collate(self, indices: Sequence[int], view: int = 0) -> Mapping[str, Any]:
+        """A view of some samples as a batch."""
+        return self.draw(indices, view).batch
 
     def probe(self, rows: int = 2) -> Mapping[str, Any]:
         """A batch of the first rows."""
         return self.collate(range(min(rows, len(self))))
 
-    def loader(self, batches: Sequence[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yields `(number, batch)` for the given ranges, in order; the global generators stay untouched."""
+    def loader(
+        self, batches: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None
+    ) -> Iterator[tuple[int, list[DrawnBatch]]]:
+        """Yields `(number, views)` for the given ranges, in order, the base view first; the global generators stay
+        untouched.
+        """
         loader = DataLoader(
-            _Ranges(self),
+            _Ranges(self, views, geometry),
             batch_size=None,
             sampler=batches,
             num_workers=self.num_workers if len(batches) > 1 else 0,
@@ -189,21 +234,29 @@ class RowSource:
         yield from zip(batches, loader, strict=True)
 
     def is_random(self, rows: int = 8, draws: int = 8) -> bool:
-        """Whether transform or collator draw random numbers: the same rows under several seeds differ."""
+        """Whether a view differs from another one, or from the base view: there is augmentation to replay."""
         indices = range(min(rows, len(self)))
-        first = self.collate(indices, draw=1)
-        return any(not _same(first, self.collate(indices, draw=draw)) for draw in range(2, draws + 1))
+        first = self.collate(indices)
+        return any(not _same(first, self.collate(indices, view)) for view in range(1, draws + 1))
+
+    def is_random_besides(self, rows: int = 8, draws: int = 4) -> bool:
+        """Whether more is random than a `ReplayableTransform`, whose base view never changes: the collator, say."""
+        indices = range(min(rows, len(self)))
+        first = self.collate(indices)
+        return any(not _same(first, self.draw(indices, again=again).batch) for again in range(1, draws + 1))
 
 
 class _Ranges(TorchDataset):
-    def __init__(self, source: RowSource):
-        self.source = source
+    def __init__(self, source: RowSource, views: int, geometry: tuple[str, tuple[int, int]] | None):
+        self.source, self.views, self.geometry = source, views, geometry
 
     def __len__(self) -> int:
         return self.source.num_batches
 
-    def __getitem__(self, batch: int) -> Mapping[str, Any]:
-        return self.source.collate(self.source.rows(batch))
+    def __getitem__(self, batch: int) -> list[DrawnBatch]:
+        rows = self.source.rows(batch)
+        # The geometry of the base view is the identity; nobody asks for it.
+        return [self.source.draw(rows, view, self.geometry if view else None) for view in range(self.views + 1)]
 
 
 def _same(first: Any, second: Any) -> bool:

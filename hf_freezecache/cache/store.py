@@ -27,8 +27,9 @@ from ..layout import FeatureLayout
 from .codec import Codec, make_codec
 from .mapped import MappedColumn
 from .rows import InputColumn, RowError
+from .views import ViewColumns, ViewSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CODEC_FILE = "codec.safetensors"
 
@@ -60,6 +61,9 @@ class Manifest:
         layout: the feature's shape, grid, special tokens and dtype.
         rows: number of samples; row i is sample i.
         views: augmented views beside the base view.
+        geometry: kind of their geometry; None if they are kept whole, or there are none.
+        sensitive_channels: the channels that are kept of them; None if all are.
+        own_inputs: whether a view has model inputs of its own.
         inputs: model inputs that are kept per row.
         constants: model inputs that are the same for every batch.
         shards: the Arrow files, in the order of their rows.
@@ -74,6 +78,9 @@ class Manifest:
     layout: dict[str, Any]
     rows: int
     views: int
+    geometry: str | None
+    sensitive_channels: list[int] | None
+    own_inputs: bool
     inputs: dict[str, InputColumn]
     constants: dict[str, Any]
     shards: list[Shard]
@@ -118,8 +125,8 @@ class Manifest:
 class FeatureStore:
     """A complete store, opened for reading. Rows are mapped from the files, not loaded."""
 
-    def __init__(self, path: Path, manifest: Manifest, codec: Codec):
-        self.path, self.manifest, self.codec = path, manifest, codec
+    def __init__(self, path: Path, manifest: Manifest, codec: Codec, views: ViewColumns):
+        self.path, self.manifest, self.codec, self.views = path, manifest, codec, views
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> FeatureStore:
@@ -139,9 +146,11 @@ class FeatureStore:
                 raise StoreError(f"{path / name} {state}: delete the store, it is built again.")
         for name, entry in manifest.files.items():
             _check_sha256(path / name, entry["sha256"])
-        codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout))
-        codec.load_tensors(safetensors.torch.load_file(path / CODEC_FILE))
-        return cls(path, manifest, codec)
+        tensors = safetensors.torch.load_file(path / CODEC_FILE)
+        channels, outside = (tensors.pop(name, None) for name in ("view_channels", "view_outside"))
+        spec = ViewSpec(manifest.views, manifest.geometry, channels, outside, manifest.own_inputs)
+        codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout)).load_tensors(tensors)
+        return cls(path, manifest, codec, ViewColumns(spec, codec))
 
     def __reduce__(self):
         # Mapped rows do not travel to another process; the files are opened again there.
@@ -176,7 +185,7 @@ class FeatureStore:
         return True
 
     def read(self, indices: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
-        """Features of the given samples, decoded.
+        """Features of the given samples' base view, decoded.
 
         Returns:
             `(B, *layout.shape)` tensor.
@@ -184,31 +193,72 @@ class FeatureStore:
         rows = self.read_rows(indices)
         return self.codec.decode({name: rows[name].to(device) for name in self.codec.columns})
 
-    def read_rows(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Codes and model inputs of the given samples, as stored: codec columns, then the inputs by their names."""
+    def read_rows(self, indices: Sequence[int], views: np.ndarray | None = None) -> dict[str, Any]:
+        """Codes and model inputs of the given samples, as stored: codes first, then the inputs by their names.
+
+        Args:
+            indices: row numbers `(B,)`.
+            views: int64 `(B,)`, which view of each; None: the base view.
+
+        Returns:
+            The codec's columns; where sensitive channels are kept, what of the views is beside them (`ViewColumns`).
+        """
         rows = np.asarray(indices, dtype=np.int64)
-        batch = {name: torch.from_numpy(self._columns[name].take(rows)) for name in self.codec.columns}
+        codes = {name: self._columns[name].take(rows) for name in self.codec.columns}
+        if views is not None and self.manifest.views:
+            codes = self.views.pick(codes, views, lambda name, positions: self._columns[name].take(rows[positions]))
+        batch = {name: torch.from_numpy(value) for name, value in codes.items()}
         for name, column in self.manifest.inputs.items():
-            if column.is_list:
-                taken = self.dataset.data.column(name).take(pa.array(rows))
-                batch[name] = taken.to_pylist()
-            else:
-                batch[name] = column.to_tensor(self._columns[name].take(rows))
+            batch[name] = self._read_input(name, column, rows, views)
         batch.update(self.manifest.constants)
         return batch
 
+    def code_names(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which entries of `read_rows` are codes."""
+        return tuple(
+            name for name in batch if name not in self.manifest.inputs and name not in self.manifest.constants
+        )
+
+    def _read_input(self, name: str, column: InputColumn, rows: np.ndarray, views: np.ndarray | None) -> Any:
+        def take(stored: str, taken: np.ndarray) -> Any:
+            if column.is_list:
+                return self.dataset.data.column(stored).take(pa.array(taken)).to_pylist()
+            return column.to_tensor(self._columns[stored].take(taken))
+
+        values = take(name, rows)
+        if views is None or not self.manifest.own_inputs:
+            return values
+        for view in np.unique(views[views > 0]):
+            positions = np.flatnonzero(views == view)
+            own = take(own_input(view, name), rows[positions])
+            for position, value in zip(positions, own, strict=True):
+                values[position] = value
+        return values
+
     @cached_property
     def _columns(self) -> dict[str, MappedColumn]:
-        names = [*self.codec.columns, *(name for name, column in self.manifest.inputs.items() if not column.is_list)]
+        stored = _input_columns(self.manifest.inputs, self.views.spec)
+        names = [
+            *self.codec.columns,
+            *self.views.columns,
+            *(name for name, kind in stored.items() if not kind.is_list),
+        ]
         return {name: MappedColumn(self.dataset.data.column(name)) for name in names}
 
 
 class ShardWriter(contextlib.AbstractContextManager):
-    """Writes one Arrow file of a store."""
+    """Writes one Arrow file of a store.
 
-    def __init__(self, path: Path, codec: Codec, inputs: Mapping[str, InputColumn]):
-        self.path, self.inputs, self.rows = path, inputs, 0
-        self.features = _features(codec, inputs)
+    Args:
+        path: of the file.
+        codec: of the base view.
+        views: columns of the other views.
+        inputs: model inputs that are kept per row.
+    """
+
+    def __init__(self, path: Path, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
+        self.path, self.inputs, self.rows = path, _input_columns(inputs, views.spec), 0
+        self.features = _features(codec, views, inputs)
         self._file = open(path, "wb")
         self._writer = pa.ipc.new_stream(self._file, self.features.arrow_schema)
 
@@ -266,16 +316,25 @@ def create_aside(final: Path) -> Path:
     return aside
 
 
-def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None:
+def complete(
+    aside: Path,
+    final: Path,
+    codec: Codec,
+    views: ViewColumns,
+    manifest: Manifest,
+    notes: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
     """Writes everything besides the shards, makes it durable and gives the store its name.
 
     Args:
         aside: directory with the shards.
         final: the store's name. A complete store of that name, built by somebody else meanwhile, is kept.
         codec: the fitted codec.
+        views: columns of the other views.
         manifest: `files` is filled in here.
+        notes: further tensors, by file name without `.safetensors`, for people and tools.
     """
-    features = _features(codec, manifest.inputs)
+    features = _features(codec, views, manifest.inputs)
     state = {
         "_data_files": [{"filename": shard.name} for shard in manifest.shards],
         "_fingerprint": manifest.fingerprint,
@@ -289,14 +348,12 @@ def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None
     with open(aside / "dataset_info.json", "rb+") as file:
         os.fsync(file.fileno())
     _write_text(aside / "state.json", json.dumps(state, indent=2, sort_keys=True))
-    tensors = {name: value.contiguous() for name, value in codec.tensors().items()}
-    with open(aside / CODEC_FILE, "wb") as file:
-        file.write(safetensors.torch.save(tensors))
-        file.flush()
-        os.fsync(file.fileno())
+    _write_tensors(aside / CODEC_FILE, {**codec.tensors(), **views.spec.tensors()})
+    for name, tensors in notes.items():
+        _write_tensors(aside / f"{name}.safetensors", tensors)
     files = {
         name: {"bytes": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
-        for name in ("dataset_info.json", "state.json", CODEC_FILE)
+        for name in ("dataset_info.json", "state.json", CODEC_FILE, *(f"{name}.safetensors" for name in notes))
     }
     _write_text(aside / MANIFEST, Manifest(**{**manifest.__dict__, "files": files}).to_json())
     _sync_directory(aside)
@@ -309,6 +366,11 @@ def complete(aside: Path, final: Path, codec: Codec, manifest: Manifest) -> None
             raise OSError(f"the finished store cannot get its name {final}: {error}; {problem}") from error
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(final.parent)
+
+
+def own_input(view: int, name: str) -> str:
+    """Column of a model input that belongs to one view."""
+    return f"view_{view}.{name}"
 
 
 def shard_name(index: int, count: int) -> str:
@@ -329,11 +391,17 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise StoreError(f"{path} is damaged (sha256 differs): delete the store, it is built again.")
 
 
-def _features(codec: Codec, inputs: Mapping[str, InputColumn]) -> datasets.Features:
+def _input_columns(inputs: Mapping[str, InputColumn], spec: ViewSpec) -> dict[str, InputColumn]:
+    """Model inputs as columns: of the base view, or of all views, and of each other view that has its own."""
+    views = range(1, spec.count + 1) if spec.own_inputs else ()
+    return {**inputs, **{own_input(view, name): column for view in views for name, column in inputs.items()}}
+
+
+def _features(codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]) -> datasets.Features:
     features = {"sample_id": datasets.Value("int64")}
-    for name, (dtype, length) in codec.columns.items():
+    for name, (dtype, length) in {**codec.columns, **views.columns}.items():
         features[name] = datasets.List(datasets.Value(str(dtype).removeprefix("torch.")), length=length)
-    for name, column in inputs.items():
+    for name, column in _input_columns(inputs, views.spec).items():
         if column.is_list:
             kind = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}[column.dtype]
             features[name] = datasets.Value(kind)
@@ -355,6 +423,13 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    with open(path, "wb") as file:
+        file.write(safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def is_code(name: Any) -> bool:
 
 
 def _name_codes(cached: CachedRows) -> dict[str, Any]:
-    return {(CODE_PREFIX + name if name in cached.columns else name): value for name, value in cached.rows.items()}
+    return {(CODE_PREFIX + name if name in cached.codes else name): value for name, value in cached.rows.items()}
 
 
 def _merge(rows: list[CachedRows]) -> CachedRows:
@@ -61,4 +61,4 @@ def _merge(rows: list[CachedRows]) -> CachedRows:
             merged[name] = [item for row in rows for item in row.rows[name]]
         else:
             merged[name] = value
-    return CachedRows(merged, rows[0].columns)
+    return CachedRows(merged, rows[0].codes)

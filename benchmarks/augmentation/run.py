@@ -1,0 +1,200 @@
+"""Augmentation on replay: what is lost without it, what views and sensitive channels win back, and for how many bytes.
+
+python -m benchmarks.augmentation.run --jobs 2
+python -m benchmarks.augmentation.run --collect          # tables and plots of what is finished, nothing is trained
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._common import (
+    REPOSITORY,
+    available_cores,
+    make_parser,
+    prepare,
+    quiet,
+    result_folder,
+    write_json,
+    write_result,
+)
+from .experiments import Arm, Data, Experiment, make_experiments
+from .features import FEATURES, feature_settings, measure_seed
+from .tables import compare, make_claims, plot, summarize_features, table
+from .training import LIVE, train_arm, train_live, weights_file
+
+NAME = "augmentation"
+TRAININGS = ("cifar10", "caltech")
+_WEIGHTS = "weights"
+
+
+def run_task(name: str, seed: int, options: argparse.Namespace) -> None:
+    """One experiment with one seed; what is finished already is skipped."""
+    quiet()
+    torch.set_num_threads(options.threads)
+    if name != FEATURES:
+        run_seed(make_experiments(options)[name], seed, options)
+    elif not read_done(name, seed, feature_settings(options), options):
+        write_done(name, seed, feature_settings(options), measure_seed(seed, options), options)
+        print(f"{name}, seed {seed}: done", flush=True)
+
+
+def run_seed(experiment: Experiment, seed: int, options: argparse.Namespace) -> None:
+    """Trains the live epochs of a seed and all arms from their checkpoint, one after the other."""
+    done = read_done(experiment.name, seed, experiment.settings, options)
+    if all(arm.name in done for arm in experiment.arms):
+        return
+    data = experiment.load_data(options, experiment.rows, experiment.test_rows)
+    folder = Path(options.output_dir) / f"{experiment.name}-seed-{seed}"
+
+    def note(name: str, result: dict[str, Any]) -> None:
+        done[name] = result
+        write_done(experiment.name, seed, experiment.settings, done, options)
+        seconds, accuracy = sum(result["epoch_seconds"]), 100 * result["accuracy"]
+        print(f"{experiment.name}, seed {seed}, {name}: {accuracy:.2f} %, epochs {seconds:.0f} s", flush=True)
+
+    if not has_checkpoint(experiment, data, folder, done):
+        live = train_live(experiment, seed, data, folder, options)
+        if done and done[LIVE][_WEIGHTS] != live[_WEIGHTS]:
+            # Arms are compared only if they branch from the same weights.
+            done.clear()
+        note(LIVE, live)
+    for arm in experiment.arms:
+        if arm.name not in done:
+            note(arm.name, timed(experiment, arm, seed, data, folder, options))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def timed(
+    experiment: Experiment, arm: Arm, seed: int, data: Data, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """An arm, with the seconds that all of it took."""
+    start = time.perf_counter()
+    result = train_arm(experiment, arm, seed, data, folder, options)
+    return {**result, "all_seconds": time.perf_counter() - start}
+
+
+def has_checkpoint(experiment: Experiment, data: Data, folder: Path, done: dict[str, Any]) -> bool:
+    """Whether the live epochs were finished and their checkpoint is still there."""
+    return LIVE in done and weights_file(experiment, data, folder).is_file()
+
+
+# Partial results
+
+
+def partial_file(name: str, seed: int, options: argparse.Namespace) -> Path:
+    return Path(options.output_dir) / f"{name}-seed-{seed}.json"
+
+
+def read_done(name: str, seed: int, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Finished measurements by arm.
+
+    Raises:
+        SystemExit: if they were made with other settings.
+    """
+    path = partial_file(name, seed, options)
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["settings"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"{path.name} was made with other settings: begin anew with --fresh.")
+    return content["done"]
+
+
+def write_done(
+    name: str, seed: int, settings: dict[str, Any], done: dict[str, Any], options: argparse.Namespace
+) -> None:
+    write_json(partial_file(name, seed, options), {"settings": settings, "done": done})
+
+
+# All of it
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Every experiment with every seed, in this process or in several."""
+    tasks = [(name, seed) for name in options.experiments for seed in options.seeds]
+    if options.jobs == 1:
+        for name, seed in tasks:
+            run_task(name, seed, options)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for run in [pool.submit(run_task, name, seed, options) for name, seed in tasks]:
+            run.result()
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Tables, plots and JSON of the seeds that are finished, of all experiments.
+
+    Raises:
+        SystemExit: if nothing is finished.
+    """
+    target = result_folder(NAME, options.smoke)
+    results, settings, text, claims = {}, {}, [], []
+    for name, experiment in make_experiments(options).items():
+        finished = {seed: read_done(name, seed, experiment.settings, options) for seed in options.seeds}
+        names = [arm.name for arm in experiment.arms]
+        runs = {seed: done for seed, done in finished.items() if all(arm in done for arm in names)}
+        if not runs:
+            continue
+        settings[name] = {**experiment.settings, "seeds": list(runs)}
+        arms = compare(runs, names)
+        results[name] = {"arms": arms, "runs": runs}
+        claims += make_claims(name, arms)
+        text.append(table(experiment.title, arms, len(runs)))
+        plot(arms, f"{experiment.title}, {len(runs)} seeds", target / f"{name}.png")
+    measured = {seed: read_done(FEATURES, seed, feature_settings(options), options) for seed in options.seeds}
+    measured = {seed: done for seed, done in measured.items() if done}
+    if measured:
+        settings[FEATURES] = {**feature_settings(options), "seeds": list(measured)}
+        results[FEATURES], lines, more = summarize_features(measured)
+        text.append(lines)
+        claims += more
+    if not results:
+        raise SystemExit("nothing is finished yet.")
+    (target / "table.md").write_text("\n".join(text))
+    print("\n".join(text))
+    settings |= {"jobs": options.jobs, "threads": options.threads}
+    write_result(NAME, options, settings, results, claims)
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--experiments", nargs="+", default=[*TRAININGS, FEATURES], choices=[*TRAININGS, FEATURES])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
+    parser.add_argument("--collect", action="store_true", help="tables and plots of what is finished, no training")
+    parser.add_argument("--fresh", action="store_true", help="forget what is finished of these experiments and seeds")
+    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
+    options = parser.parse_args(argv)
+    if options.output_dir is None:
+        name = f"{NAME}-smoke" if options.smoke else NAME
+        options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / name / "partial")
+    if options.threads is None:
+        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    prepare(options)
+    if options.fresh:
+        for name in options.experiments:
+            for seed in options.seeds:
+                partial_file(name, seed, options).unlink(missing_ok=True)
+    if not options.collect:
+        run_all(options)
+    collect(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Features as maps: the positions of every channel as a small picture, without special tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import FeatureLayout
+
+
+def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
+    """The positions of features as one map per channel; special tokens are left out.
+
+    Args:
+        features: `(B, *layout.shape)`.
+
+    Returns:
+        `(B, C, h, w)`, sharing memory with the features.
+
+    Raises:
+        ValueError: if the layout has no grid, or the features have another shape.
+
+    Shapes: B samples, C channels, (h, w) the layout's grid.
+    """
+    check_grid(layout)
+    if features.shape[1:] != layout.shape:
+        expected = ", ".join(["B", *map(str, layout.shape)])
+        raise ValueError(f"expected features of shape ({expected}), got {tuple(features.shape)}")
+    if len(layout.shape) == 2:
+        return features[:, layout.special_tokens :].transpose(1, 2).unflatten(2, layout.grid)
+    return features.view(len(features), layout.channels, *layout.grid)
+
+
+def put_maps(features: torch.Tensor, maps: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
+    """Writes maps over the positions of features, in place; special tokens stay.
+
+    Args:
+        features: `(B, *layout.shape)`.
+        maps: `(B, C, h, w)`, of any float dtype.
+
+    Returns:
+        The features.
+
+    Raises:
+        ValueError: if the layout has no grid, or a shape does not fit.
+
+    Shapes: B samples, C channels, (h, w) the layout's grid.
+    """
+    positions = to_maps(features, layout)
+    if maps.shape != positions.shape:
+        raise ValueError(f"expected maps of shape {tuple(positions.shape)}, got {tuple(maps.shape)}")
+    positions.copy_(maps)
+    return features
+
+
+def check_grid(layout: FeatureLayout) -> None:
+    """Raises ValueError if the layout has no grid."""
+    if layout.grid is None:
+        raise ValueError(
+            f"features of shape {layout.shape} have no grid, so nothing in them can be warped: "
+            "views of such features are stored whole."
+        )

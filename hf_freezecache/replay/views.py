@@ -1,0 +1,54 @@
+"""Codes of a batch back to features: decoding, warping the base view, and putting the sensitive channels in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..cache.store import FeatureStore
+from ..geometry import decode_geometry, warp
+from .maps import put_maps, to_maps
+
+
+def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Features of the views that were drawn for a batch.
+
+    Where views are kept whole they are decoded as the base view is. Else the base view is decoded and warped by the
+    view's geometry, and the sensitive channels and the special tokens are the view's own (arXiv 2508.15033,
+    similarity-aware channel augmentation, for any geometry).
+
+    Args:
+        store: where the codes come from.
+        codes: the batch's codes by entry, on the device of the model.
+
+    Returns:
+        `(B, *layout.shape)` tensor.
+
+    Shapes: B samples.
+    """
+    features = store.codec.decode(codes)
+    if "view_index" not in codes:
+        return features
+    rows = codes["view_index"].nonzero().squeeze(1)
+    if len(rows) == 0:
+        return features
+    if len(rows) == len(features):
+        return _view_of(store, features, codes)
+    own = {name: codes[name][rows] for name in store.views.entries}
+    return features.index_copy_(0, rows, _view_of(store, features[rows], own))
+
+
+def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Features of augmented views from those of their base views, which are overwritten."""
+    spec, layout = store.views.spec, store.codec.layout
+    sources = decode_geometry(entries["geometry"], spec.geometry, layout.grid)
+    maps = warp(to_maps(base, layout), sources, spec.outside.to(base.device))
+    features = put_maps(base, maps, layout)
+    own = store.views.decode(entries)
+    if "view" in own:
+        body = features[:, layout.special_tokens :] if layout.special_tokens else features
+        body.index_copy_(layout.channel_dim + 1, spec.channels.to(base.device), own["view"])
+    if "view_special" in own:
+        features[:, : layout.special_tokens] = own["view_special"]
+    return features

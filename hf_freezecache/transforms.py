@@ -1,0 +1,347 @@
+"""Augmentation that can be drawn again: the same view of the same sample, and where it looks in the base view.
+
+A torchvision v2 pipeline transforms images and masks with one draw. Given a mask that holds every pixel's own
+coordinates, it returns, for every pixel of the view, the coordinates of what that pixel shows.
+"""
+
+from __future__ import annotations
+
+import random
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .drawing import Drawing, current_drawing
+from .geometry import cell_centres, encode_geometry, fit_affine, identity_geometry, map_points
+from .rng import preserve_rng, seed_rng
+
+# A coordinate grid's third channel: far from what images hold, so that a transform that treats the grid as an image
+# is found out.
+_MARKER = 65536.0
+# Interpolation errs by half a pixel of the image, and by half a pixel of the view, along borders.
+_BORDER_ERROR = 0.6
+# Image sizes whose base view is remembered, a few hundred bytes each.
+_SIZES = 1024
+_ROUGHLY = 1e-5
+_END = "end it with v2.ToImage(), v2.ToDtype(torch.float32, scale=True)"
+
+
+class CoordinateGrid(tv_tensors.Mask):
+    """The coordinates of an image's pixels as a mask: float32 `(3, H, W)`: x + 1, y + 1 and a marker.
+
+    Transforms interpolate the three linearly and put zeros outside, whatever they fill images with, so the first two
+    over the third are coordinates even half a pixel across the image's border. A plain mask takes the nearest pixel,
+    which is half a pixel of the view off on average, cannot be padded with colours, and is not erased.
+    """
+
+
+class ReplayableTransform:
+    """Draws training images from a torchvision v2 pipeline so that each draw can be repeated.
+
+    For `dataset.with_transform`: the image column becomes `pixel_values`, other columns are passed on. Used alone it
+    draws as the pipeline does. While a trainer with a feature cache fetches rows, what is drawn depends on the seed
+    of the training, the sample and the epoch (or the number of the view) alone, not on batches, workers or what was
+    drawn before; random numbers are taken from Python's, NumPy's and torch's global generators.
+
+    Args:
+        train: v2 pipeline with the augmentation, `v2.Compose([...])`; takes a PIL image in RGB or a
+            `tv_tensors.Image` of 3 channels and ends in a tensor `(C, H, W)`.
+        base: the same without chance, as for evaluation: resizing and cropping, then what is done to colours. What
+            part of an image it shows may depend on the image's size, on nothing else.
+        image_column: where the images are: PIL images of any mode or tensors `(C, H, W)` with 1, 3 or 4 channels.
+
+    Raises:
+        ValueError: when called, if there is no image column, if `base` draws random numbers, or if a pipeline does
+            not end in a tensor.
+        TypeError: when called, if an image is something else.
+    """
+
+    def __init__(self, train: Callable, base: Callable, image_column: str = "image"):
+        self.train, self.base, self.image_column = train, base, image_column
+        self._base_is_checked = False
+        self._to_base: dict[tuple[int, int], torch.Tensor | str] = {}
+
+    def __repr__(self) -> str:
+        pipelines = f"train={self.train!r},\nbase={self.base!r},\nimage_column={self.image_column!r},"
+        return f"{type(self).__name__}(\n{textwrap.indent(pipelines, '    ')}\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was remembered stays here: a used transform is hashed like a new one.
+        return {"train": self.train, "base": self.base, "image_column": self.image_column}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """Draws an image for each row.
+
+        Args:
+            rows: column name -> values.
+
+        Returns:
+            The rows, with `pixel_values`, tensors `(C, H, W)`, for the image column.
+        """
+        if self.image_column not in rows:
+            raise ValueError(
+                f"no image column {self.image_column!r} among {sorted(rows)}: set remove_unused_columns=False in "
+                "TrainingArguments (a Trainer drops columns that the model does not take), or name the column with "
+                "ReplayableTransform(..., image_column=...)"
+            )
+        images = [_to_rgb(image) for image in rows[self.image_column]]
+        current = current_drawing()
+        if current is None:
+            pixels = [_draw(self.train, image, "train") for image in images]
+        else:
+            with preserve_rng():
+                pixels = [self._draw_sample(image, current) for image in images]
+        others = {name: values for name, values in rows.items() if name != self.image_column}
+        return {**others, "pixel_values": pixels}
+
+    def _draw_sample(self, image: Any, current: Drawing) -> torch.Tensor:
+        key = current.key(current.take())
+        if current.view == 0:
+            self._check_base(image)
+            seed_rng(*key)
+            pixels = _draw(self.base, image, "base")
+        else:
+            seed_rng(*key)
+            pixels = _draw(self.train, image, "train")
+        if current.view is None or current.geometry is None or current.refused is not None:
+            return pixels
+        kind, grid = current.geometry
+        if current.view == 0:
+            current.geometries.append(identity_geometry(1, kind, grid)[0])
+            return pixels
+        try:
+            points, tolerance = self._find_points(image, pixels, key)
+        except _GridRefusedError as error:
+            current.refused = str(error)
+        else:
+            current.geometries.append(encode_geometry(points, kind, grid, tolerance))
+        return pixels
+
+    def _find_points(self, image: Any, pixels: torch.Tensor, key: tuple) -> tuple[torch.Tensor, float]:
+        """What `encode_geometry` wants to know of the view that was just drawn, with the generators as it left them.
+
+        Raises:
+            _GridRefusedError: if it cannot be told.
+        """
+        points = _draw_grid(self.train, image, pixels, key, "train")
+        step = _mean_step(points)
+        matrix = self._map_to_base(image)
+        # The larger of the two sides of an image's pixel in the base view.
+        side = matrix[:2, :2].abs().sum(1).max().item()
+        return map_points(matrix.float(), points), max(_BORDER_ERROR * (1 + step) * side, 1e-3)
+
+    def _map_to_base(self, image: Any) -> torch.Tensor:
+        """The affine map from an image's pixels to its base view: float64 `(3, 3)`.
+
+        Raises:
+            _GridRefusedError: if the base pipeline has none.
+        """
+        self._check_base(image)
+        size = tuple(F.get_size(image))
+        if size not in self._to_base:
+            if len(self._to_base) == _SIZES:
+                self._to_base.pop(next(iter(self._to_base)))
+            try:
+                self._to_base[size] = _fit_base(self.base, image)
+            except _GridRefusedError as error:
+                self._to_base[size] = str(error)
+        found = self._to_base[size]
+        if isinstance(found, str):
+            raise _GridRefusedError(found)
+        return found
+
+    def _check_base(self, image: Any) -> None:
+        if self._base_is_checked:
+            return
+        first, second = (_draw_with_key(self.base, image, ("base", number), "base") for number in range(2))
+        if not torch.equal(first, second):
+            raise ValueError(
+                "`base` draws random numbers, but it is the view that stands for an image in every epoch: leave out "
+                "its random transforms (v2.Resize and v2.CenterCrop instead of v2.RandomResizedCrop, and so on)"
+            )
+        self._base_is_checked = True
+
+
+class _GridRefusedError(Exception):
+    """A pipeline does not tell the geometry of its views; the message, one line, says why."""
+
+
+def _to_rgb(image: Any) -> PIL.Image.Image | tv_tensors.Image:
+    if isinstance(image, PIL.Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+        raise TypeError(f"an image is a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels, got {got}")
+    return tv_tensors.Image(image.repeat(3, 1, 1) if image.shape[0] == 1 else image[:3])
+
+
+def _draw(pipeline: Callable, image: Any, name: str) -> torch.Tensor:
+    return _check_pixels(pipeline(image), name)
+
+
+def _draw_with_key(pipeline: Callable, image: Any, key: tuple, name: str) -> torch.Tensor:
+    seed_rng(*key)
+    return _draw(pipeline, image, name)
+
+
+def _check_pixels(pixels: Any, name: str) -> torch.Tensor:
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 3:
+        got = f"shape {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f"the {name} pipeline must end in a tensor (C, H, W), got {got}; {_END}")
+    return pixels.as_subclass(torch.Tensor)
+
+
+def _draw_grid(pipeline: Callable, image: Any, pixels: torch.Tensor, key: tuple, name: str) -> torch.Tensor:
+    """The image's pixel that each of a view's pixels shows.
+
+    Args:
+        pipeline: what has just drawn the view.
+        image: what it has drawn it from.
+        pixels: the view.
+        key: of the draw.
+        name: of the pipeline.
+
+    Returns:
+        float32 `(H, W, 2)`, x and y in pixels of the image, whose middles are whole numbers; NaN where no pixel is
+        shown.
+
+    Raises:
+        _GridRefusedError: if it cannot be told.
+
+    Shapes: H x W pixels of the view.
+    """
+    drawn = _generators()
+    seed_rng(*key)
+    height, width = F.get_size(image)
+    with warnings.catch_warnings():
+        # RandomErasing says so of all masks, also of those that it does erase.
+        warnings.filterwarnings("ignore", message=".*is currently passing through inputs of type")
+        try:
+            outputs = pipeline(image, _make_grid(height, width))
+        except Exception as error:  # the image alone went through, so this is about the grid
+            reason = str(error).partition("\n")[0]
+            raise _GridRefusedError(
+                f"the {name} pipeline does not take an image with a mask: {type(error).__name__}: {reason}"
+            ) from error
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
+        raise _GridRefusedError(f"the {name} pipeline does not return an image with its mask")
+    again, grid = outputs
+    if _generators() != drawn or not torch.equal(again, pixels):
+        raise _GridRefusedError(f"the {name} pipeline draws other random numbers for an image with a mask than alone")
+    return _read_grid(grid, pixels.shape[1:], (height, width), name)
+
+
+def _make_grid(height: int, width: int) -> CoordinateGrid:
+    grid = torch.empty(3, height, width)
+    grid[0] = torch.arange(1, width + 1)
+    grid[1] = torch.arange(1, height + 1)[:, None]
+    grid[2] = _MARKER
+    return CoordinateGrid(grid)
+
+
+def _read_grid(grid: Any, shape: tuple, size: tuple[int, int], name: str) -> torch.Tensor:
+    """Points of a grid that went through a pipeline; `shape` is the view's, `size` the image's."""
+    if not isinstance(grid, CoordinateGrid) or grid.dtype != torch.float32:
+        raise _GridRefusedError(
+            f"the {name} pipeline changes the type of masks (v2.ToPureTensor is not needed here; say what images "
+            "v2.Lambda is for: v2.Lambda(function, PIL.Image.Image, tv_tensors.Image))"
+        )
+    if grid.shape != (3, *shape):
+        raise _GridRefusedError(
+            f"the {name} pipeline gives masks another size than images: {tuple(grid.shape[1:])}, not {tuple(shape)}"
+        )
+    grid = grid.as_subclass(torch.Tensor)
+    share = grid[2] / _MARKER
+    most = grid.new_tensor([size[1], size[0]])[:, None, None]
+    slack = 0.01
+    # A point of a perspective's horizon is NaN, which is outside, and for which no comparison holds.
+    wrong = (share < -_ROUGHLY).any() | (share > 1 + _ROUGHLY).any()
+    wrong |= (grid[:2] < share - slack).any() | (grid[:2] > share * most + slack).any()
+    # All of a view's pixels partly outside is a marker made smaller.
+    if wrong or _ROUGHLY < share.nan_to_num().max() < 1 - _ROUGHLY:
+        raise _GridRefusedError(
+            f"the {name} pipeline changes the values of masks (say what images v2.Lambda is for: "
+            "v2.Lambda(function, PIL.Image.Image, tv_tensors.Image))"
+        )
+    points = torch.where(share >= 0.5, grid[:2] / share - 1, torch.nan)
+    return points.permute(1, 2, 0)
+
+
+def _mean_step(points: torch.Tensor) -> float:
+    """Distance between the points that neighbouring pixels show, the larger of both directions; 0 if none do."""
+    steps = [torch.hypot(*points.diff(dim=dim).unbind(-1)).nanmean() for dim in (0, 1)]
+    return torch.stack(steps).nan_to_num(0).max().item()
+
+
+def _fit_base(base: Callable, image: Any) -> torch.Tensor:
+    """See `ReplayableTransform._map_to_base`."""
+    key = ("base",)
+    points = _draw_grid(base, image, _draw_with_key(base, image, key, "base"), key, "base")
+    tolerance = _BORDER_ERROR * (1 + _mean_step(points))
+    places = cell_centres((points.shape[0], points.shape[1]))
+    valid = points.isfinite().all(-1)
+    advice = "use resizing and cropping there (v2.Resize, v2.CenterCrop, v2.Pad)"
+    if not valid.any():
+        raise _GridRefusedError(f"the base pipeline shows nothing of an image; {advice}")
+    places, points = places[valid].double(), points[valid].double()
+    matrix = fit_affine(places, points)
+    flat = matrix.det().abs() < 1e-9 and min(F.get_size(image)) > 1
+    if flat or (map_points(matrix, places) - points).abs().max() > tolerance:
+        raise _GridRefusedError(f"the base pipeline does more than resize and crop; {advice}")
+    # Where an image is one pixel wide, that pixel is the base view's middle.
+    return torch.linalg.pinv(matrix, rtol=1e-6)
+
+
+def _generators() -> tuple:
+    """The state of the generators that pipelines draw from, to be compared."""
+    _, keys, position, *gauss = np.random.get_state()
+    return random.getstate(), keys.tobytes(), position, gauss, torch.get_rng_state().numpy().tobytes()
+
+
+def _interpolate_grid(functional: Callable, image_kernel: Callable) -> None:
+    """Makes a transform interpolate coordinates between pixels, without antialiasing, and fill with zeros."""
+
+    @F.register_kernel(functional, CoordinateGrid)
+    def kernel(grid: CoordinateGrid, *args: Any, **settings: Any) -> CoordinateGrid:
+        settings["interpolation"] = InterpolationMode.BILINEAR
+        if "antialias" in settings:
+            settings["antialias"] = False
+        if "fill" in settings:
+            settings["fill"] = None
+        return tv_tensors.wrap(image_kernel(grid.as_subclass(torch.Tensor), *args, **settings), like=grid)
+
+
+for _functional, _image_kernel in (
+    (F.resize, F.resize_image),
+    (F.resized_crop, F.resized_crop_image),
+    (F.affine, F.affine_image),
+    (F.rotate, F.rotate_image),
+    (F.perspective, F.perspective_image),
+    (F.elastic, F.elastic_image),
+):
+    _interpolate_grid(_functional, _image_kernel)
+
+
+@F.register_kernel(F.pad, CoordinateGrid)
+def _pad_grid(grid: CoordinateGrid, padding: Any, fill: Any = None, padding_mode: str = "constant") -> CoordinateGrid:
+    return tv_tensors.wrap(F.pad_mask(grid.as_subclass(torch.Tensor), padding, 0, padding_mode), like=grid)
+
+
+@F.register_kernel(F.erase, CoordinateGrid)
+def _erase_grid(
+    grid: CoordinateGrid, i: int, j: int, h: int, w: int, v: torch.Tensor, inplace: bool = False
+) -> CoordinateGrid:
+    erased = grid.as_subclass(torch.Tensor).clone()
+    erased[:, i : i + h, j : j + w] = 0
+    return tv_tensors.wrap(erased, like=grid)
