@@ -170,12 +170,12 @@ def _cifar10() -> Experiment:
         collator=collate,
         blocks=BLOCK_NAMES,
         cut=7,
-        live_epochs=10,
-        frozen_epochs=10,
+        live_epochs=8,
+        frozen_epochs=12,
         batch_size=64,
         learning_rate=0.1,
         arguments={"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4, "max_grad_norm": 0.0},
-        evaluate_every=10,
+        evaluate_every=20,
         rows=10_000,
     )
 
