@@ -30,6 +30,33 @@ def replayable(train: v2.Transform | None = None) -> ReplayableTransform:
     return ReplayableTransform(train=crop_and_flip() if train is None else train, base=v2.Compose(TO_PIXELS))
 
 
+def pictures_with_a_marked_one(marked: int, rows: int = 50) -> datasets.Dataset:
+    """Pictures of which a single one has a white corner."""
+
+    def mark(row, index):
+        image = np.array(row["image"])
+        image[0, 0] = 255 if index == marked else 0
+        return {"image": image}
+
+    dataset = picture_dataset(rows)
+    return dataset.map(mark, with_indices=True, keep_in_memory=True, features=dataset.features)
+
+
+class FlipAndErase:
+    """Flips at random, and blanks the left half of images that have a white corner: no homography does that."""
+
+    def __call__(self, image, grid=None):
+        marked = np.array(image)[0, 0].min() == 255
+        pixels = v2.Compose(TO_PIXELS)(image)
+        flip = v2.RandomHorizontalFlip()
+        pixels, grid = (flip(pixels), None) if grid is None else flip(pixels, grid)
+        if marked:
+            pixels = v2.functional.erase(pixels, 0, 0, 16, 8, torch.zeros(1))
+        if grid is None:
+            return pixels
+        return pixels, v2.functional.erase(grid, 0, 0, 16, 8, torch.zeros(1)) if marked else grid
+
+
 class OpaqueFlip:
     """A plain function of rows that flips every image with probability one half."""
 

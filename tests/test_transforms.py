@@ -280,8 +280,8 @@ def shrink_in_place(image):
     return image
 
 
-def fall_in_place(image):
-    image.sub_(2)
+def double_in_place(image):
+    image.mul_(2)
     return image
 
 
@@ -319,7 +319,7 @@ REFUSED = {
     "lambda before draws": (pipeline([RESIZE, v2.Lambda(flip_each_alone), v2.RandomHorizontalFlip()]), "draws other"),
     "lambda of values": (pipeline([RESIZE, *END, v2.Lambda(lambda image: image * 2)]), "changes the type of masks"),
     "lambda in place": (pipeline([RESIZE, *END, v2.Lambda(shrink_in_place)]), "changes the values of masks"),
-    "offset in place": (pipeline([RESIZE, *END, v2.Lambda(fall_in_place)]), "changes the values of masks"),
+    "doubled in place": (pipeline([RESIZE, *END, v2.Lambda(double_in_place)]), "changes the values of masks"),
     "mean in place": (pipeline([RESIZE, *END, v2.Lambda(fall_to_zero_in_place)]), "changes the values of masks"),
     "untyped": (pipeline([RESIZE, *END, v2.ToPureTensor(), v2.RandomHorizontalFlip(1)]), "changes the type of masks"),
     "whole numbers": (
@@ -379,8 +379,6 @@ def test_base_view_has_identity_geometry():
 
 
 class DrawsEverywhere(v2.Transform):
-    """Random numbers from all three generators."""
-
     def transform(self, inpt, params):
         return inpt + random.random() + np.random.rand() + torch.rand(())
 

@@ -153,7 +153,6 @@ def _cifar10() -> Experiment:
             Arm(NONE),
             Arm(FLIP, views=1, flip=True),
             _gamma_arm(0.0),
-            _gamma_arm(0.0),
             _gamma_arm(0.1),
             _gamma_arm(0.25),
             _gamma_arm(0.5),
@@ -227,11 +226,11 @@ def _caltech() -> Experiment:
         blocks=None,
         cut=8,
         live_epochs=3,
-        frozen_epochs=7,
+        frozen_epochs=5,
         batch_size=32,
         learning_rate=2e-4,
         arguments={"warmup_steps": 0.1, "weight_decay": 0.05},
-        evaluate_every=5,
+        evaluate_every=8,
     )
 
 

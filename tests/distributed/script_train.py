@@ -11,8 +11,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 from helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
+from images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
+
+
+def augmented(kind: str):
+    """50 pictures; rarely erased: the misfit is in the last process's range alone."""
+    if kind == "crop":
+        return picture_dataset(50).with_transform(replayable())
+    return pictures_with_a_marked_one(49).with_transform(replayable(FlipAndErase()))
 
 
 def main() -> None:
@@ -24,17 +32,20 @@ def main() -> None:
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--points", default="1:2,3:4")
+    parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     options = parser.parse_args()
     model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
+    dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     trainer = run(
         model,
-        pixel_dataset(50, size),
+        dataset,
         options.output / "run",
         manual(
             options.points, cache=options.cache, codec=options.codec, feature_cache_dir=str(options.output / "cache")
         ),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=options.accumulate,
+        remove_unused_columns=options.augmented is None,
         ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",
     )
     status = trainer.freeze_status()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import losses, manual, pixel_dataset, run, tiny_vit
+from script_train import augmented
 
 from hf_freezecache import FeatureStore
 
@@ -61,6 +62,25 @@ def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
     fresh = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "fresh"))
     built = run(tiny_vit(), pixel_dataset(50), tmp_path / "built", fresh, per_device_train_batch_size=4)
     assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
+
+
+@pytest.mark.parametrize(("kind", "geometry"), [("crop", "projective"), ("rarely erased", "dense")])
+def test_views_of_two_processes_are_those_of_one(kind, geometry, tmp_path):
+    """Erased: a single process meets the view that does not fit, and both begin again."""
+    launch(SCRIPT, ["--output", tmp_path, "--points", "0:3", "--augmented", kind])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    together = FeatureStore.open(path)
+    assert together.manifest.geometry == geometry and len(together.manifest.shards) == 2 and together.verify()
+
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False)
+    alone = run(tiny_vit(), augmented(kind), tmp_path / "run", config, **settings)
+    store = FeatureStore.open(alone.freeze_status().store_path)
+    assert store.path.name == together.path.name
+    assert store.manifest.sensitive_channels == together.manifest.sensitive_channels
+    assert store.dataset[:] == together.dataset[:]
 
 
 @pytest.mark.parametrize("find_unused", ["true", "false"])
