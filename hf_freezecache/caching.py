@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .config import FreezeCacheConfig, parse_bytes
 from .distributed import Group
 from .geometry import DENSE, PROJECTIVE
 from .layout import FeatureLayout
-from .replay.survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
+from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
 from .rng import preserve_rng
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,12 @@ class FeatureCaching:
         self.model, self.chain, self.source, self.config, self.explicit = model, chain, source, config, explicit
         self.cache_dir, self.group, self.model_inputs = cache_dir, group, model_inputs
         self.precision, self.disable_tqdm = precision, disable_tqdm
-        self._found: Augmentation | None = None
+        #: Samples on which this process has run the prefix for builds.
+        self.prefix_samples = 0
+        # At the beginning, where a mistake in the pipelines costs nothing yet.
+        self._found = survey(source, chain.main_input) if group.rank == 0 and config.cache != "never" else None
+        self._said_what_is_random = False
+        self._notes: Mapping[str, Any] = {}
 
     def obtain(self, cut: int, whole_epoch: bool) -> tuple[FeatureStore | None, bool]:
         """Opens the matching store or builds it, if that is wanted and possible.
@@ -78,18 +84,21 @@ class FeatureCaching:
         Raises:
             ValueError: under explicit settings, if the features cannot be kept (not finite, of several sizes).
         """
-        survivable = (BuildFailed,) if self.explicit else (BuildFailed, ValueError, RuntimeError)
+        survivable = BuildFailed if self.explicit else Exception
         try:
             plan = self._plan(cut)
             store = open_matching(plan, self.group)
             if store is not None:
+                self._say_what_is_random(plan)
                 self._say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
                 return store, False
             refusal = self._refusal(plan, whole_epoch)
-            if refusal is not None:
+            if refusal is None:
+                self._say_what_is_random(plan)
+                store, refusal = self._build(plan)
+            if store is None:
                 self._say(f"No feature store for cut {cut}, training goes on frozen, from images: {refusal}.")
                 return None, False
-            store = self._build(plan)
         except survivable as error:
             self._say(f"The feature store could not be built, training goes on frozen, from images: {error}")
             return None, False
@@ -99,32 +108,49 @@ class FeatureCaching:
         )
         return store, True
 
-    def _build(self, plan: BuildPlan) -> FeatureStore:
-        """Builds with the smallest kind of geometry that fits every view; whole views if none does."""
+    def _build(self, plan: BuildPlan) -> tuple[FeatureStore | None, str | None]:
+        """Builds with the smallest kind of geometry that fits every view; whole views if none does.
 
-        def settle() -> BuildPlan | str:
-            try:
-                return choose_channels(plan, self.config.similarity, self.config.sensitivity_batches)
-            except GeometryMisfit as misfit:
-                return str(misfit)
-
+        Returns:
+            The store; or None and why `cache="auto"` does not build what turned out to be necessary.
+        """
         while True:
-            with preserve_rng():
-                # Only what was measured goes between processes; a plan holds the model.
-                settled = self.group.on_main(lambda: _measured(settle()))
-            if isinstance(settled, str):
-                misfit = settled
-            else:
-                try:
-                    return materialize(replace(plan, views=settled[0], notes=settled[1]), self.group)
-                except GeometryMisfit as error:
-                    misfit = str(error)
-            if plan.views.geometry == PROJECTIVE:
-                plan = replace(plan, views=replace(plan.views, geometry=DENSE))
-                self._say(f"Geometry is kept for every position: {misfit}.", logging.INFO)
-            else:
-                plan = replace(plan, views=ViewSpec(plan.views.count))
-                self._say(f"Views are kept whole: {misfit}.")
+            try:
+                plan = self._settle(plan)
+                return materialize(plan, self.group), None
+            except GeometryMisfit as misfit:
+                if plan.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
+                    plan = replace(plan, views=replace(plan.views, geometry=DENSE), notes={})
+                    how = "Geometry is kept for every position of a feature"
+                else:
+                    plan = replace(plan, views=ViewSpec(plan.views.count), notes={})
+                    how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
+                bytes_then = self.group.on_main(partial(estimate_bytes, plan))
+                self._say(f"{how} ({megabytes(bytes_then)} in all), because {misfit}.")
+            refusal = self._refusal(plan, whole_epoch=True)
+            if refusal is not None:
+                return None, refusal
+
+    def _settle(self, plan: BuildPlan) -> BuildPlan:
+        """Chooses the sensitive channels, on the main process.
+
+        Raises:
+            GeometryMisfit: on every process, if a view's geometry cannot be kept as the plan says.
+        """
+
+        def choose() -> ViewSpec | tuple[str, bool]:
+            try:
+                with preserve_rng():
+                    chosen = choose_channels(plan, self.config.similarity, self.config.sensitivity_batches)
+            except GeometryMisfit as misfit:
+                return str(misfit), misfit.for_all_kinds
+            self._notes = chosen.notes  # pictures stay here: the main process writes them
+            return chosen.views
+
+        settled = self.group.on_main(choose)
+        if isinstance(settled, tuple):
+            raise GeometryMisfit(*settled)
+        return replace(plan, views=settled, notes=self._notes)
 
     def _plan(self, cut: int) -> BuildPlan:
         def prove():
@@ -147,9 +173,7 @@ class FeatureCaching:
             )
 
         self.group.locally(prove)
-        if self._found is None:
-            self._found = self.group.on_main(lambda: survey(self.source))
-            self._say_what_is_random()
+        self._found = self.group.from_main(self._found)
         layout = self.chain.layout(cut)
         return BuildPlan(
             chain=self.chain,
@@ -160,12 +184,14 @@ class FeatureCaching:
             views=self._view_spec(layout),
             made_from=self.group.on_main(made_from),
             directory=self.cache_dir,
-            model_inputs=self.model_inputs,
+            model_inputs=self._count_and_take,
             disable_tqdm=self.disable_tqdm,
         )
 
     def _refusal(self, plan: BuildPlan, whole_epoch: bool) -> str | None:
-        """Why `cache="auto"` does not build; None if it does."""
+        """Why a store is not built; None if it is."""
+        if self.config.cutmix_alpha and plan.layout.grid is None:
+            return f"cutmix pastes a box of positions, and features of shape {plan.layout.shape} have none"
         if self.config.cache == "always":
             return None
         if not whole_epoch:
@@ -181,6 +207,11 @@ class FeatureCaching:
 
         return self.group.on_main(compare)
 
+    def _count_and_take(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        inputs = self.model_inputs(batch)
+        self.prefix_samples += len(inputs[self.chain.main_input])
+        return inputs
+
     def _view_spec(self, layout: FeatureLayout) -> ViewSpec:
         config = self.config
         budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
@@ -192,11 +223,16 @@ class FeatureCaching:
         """What of the settings decides which views a store holds."""
         if not self._found.random or not self.config.views:
             return {"views": 0}
+        if not self._found.replayable:
+            return {"views": self.config.views}
         names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches")
         return {name: getattr(self.config, name) for name in names}
 
-    def _say_what_is_random(self) -> None:
+    def _say_what_is_random(self, plan: BuildPlan) -> None:
         found, views = self._found, self.config.views
+        if self._said_what_is_random:
+            return
+        self._said_what_is_random = True
         if hasattr(self.source.dataset, "set_epoch"):
             self._say(
                 "The train data set changes with the epoch: what it is when the feature store is built is repeated in "
@@ -210,19 +246,17 @@ class FeatureCaching:
                 "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
         elif not found.replayable:
+            size = megabytes(self.group.on_main(partial(estimate_bytes, plan)))
             self._say(
                 f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
-                f"draws of every sample are stored, {views + 1} times the bytes of one, and replay epochs repeat them."
+                f"draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay epochs "
+                "repeat them."
             )
 
     def _say(self, message: str, level: int = logging.WARNING) -> None:
         """Logs on the main process. What writes to the disk or ends caching is said at the default log level."""
         if self.group.rank == 0:
             logger.log(level, message)
-
-
-def _measured(settled: BuildPlan | str) -> tuple[ViewSpec, Mapping[str, Any]] | str:
-    return settled if isinstance(settled, str) else (settled.views, settled.notes)
 
 
 def _describe_views(store: FeatureStore) -> str:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(store))
             if options.sensitivity:
                 draw_sensitivity(store, options.output or "sensitivity.png")
-    except (StoreError, OSError, ImportError) as error:
+    except (StoreError, OSError, ImportError, ValueError) as error:
         print(f"freezecache: {error}", file=sys.stderr)
         return 1
     return 0
@@ -89,7 +89,10 @@ def draw_sensitivity(store: FeatureStore, output: str) -> None:
         else:
             reason = f"it has no {_SENSITIVITY_FILE}"
         raise StoreError(f"no channel's sensitivity was measured for {store.path}: {reason}.")
-    sensitivity = Sensitivity.from_tensors(safetensors.torch.load_file(store.path / _SENSITIVITY_FILE))
+    try:
+        sensitivity = Sensitivity.from_tensors(safetensors.torch.load_file(store.path / _SENSITIVITY_FILE))
+    except KeyError as error:
+        raise StoreError(f"{store.path / _SENSITIVITY_FILE} lacks {error}: build the store again.") from error
     channels = torch.tensor(manifest.sensitive_channels, dtype=torch.int64)
     plot_sensitivity(sensitivity, channels, output, f"How the channels at cut {manifest.cut} follow the augmentation")
     print(f"\npicture: {output}")

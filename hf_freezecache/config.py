@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-
-from accelerate.utils import convert_file_size_to_int
 
 from .cache.codec import CODEC_NAMES
 from .policies.schedule import parse_freeze_points
@@ -137,16 +136,28 @@ class FreezeCacheConfig:
             try:
                 parse_bytes(self.sensitive_budget)
             except ValueError as error:
-                raise ValueError(f"sensitive_budget={self.sensitive_budget!r} is a size such as '2GB'.") from error
+                raise ValueError(f"sensitive_budget: {error}") from error
+
+
+_UNITS = {"": 1, "B": 1} | {
+    unit: base**power
+    for base, units in ((1000, ("KB", "MB", "GB", "TB")), (1024, ("KIB", "MIB", "GIB", "TIB")))
+    for power, unit in enumerate(units, start=1)
+}
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as 4096, '4096' or '2GB'.
+    """Bytes of a size such as 4096, '4096', '2GB' or '1.5 GiB'.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is none; the message names the units.
     """
-    return convert_file_size_to_int(int(size) if str(size).isdigit() else size)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(
+            f"{size!r} is not a size: a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, e.g. 2GB"
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

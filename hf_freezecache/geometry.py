@@ -102,20 +102,6 @@ def decode_geometry(rows: torch.Tensor, kind: str, grid: tuple[int, int]) -> tor
     return points.permute(0, 2, 3, 1)
 
 
-def identity_geometry(count: int, kind: str, grid: tuple[int, int]) -> torch.Tensor:
-    """`count` equal rows of a view that shows what the base view shows; see `geometry_column`.
-
-    Raises:
-        ValueError: if the kind is unknown.
-    """
-    _check_kind(kind)
-    if kind == PROJECTIVE:
-        row = torch.eye(3).flatten()[:8]
-    else:
-        row = _encode_dense(cell_centres(grid), grid)
-    return row.repeat(count, 1)
-
-
 def warp(features: torch.Tensor, sources: torch.Tensor, outside: torch.Tensor | None = None) -> torch.Tensor:
     """Moves features of base views to where their views show them.
 

@@ -65,6 +65,10 @@ class FeatureLayout:
         """Number of values of one channel, special tokens excluded."""
         return self.values // self.channels - self.special_tokens
 
+    def body(self, features: torch.Tensor) -> torch.Tensor:
+        """The positions of features `(B, *shape)`, without special tokens; a view of them."""
+        return features[:, self.special_tokens :] if self.special_tokens else features
+
     def narrowed(self, channels: int) -> "FeatureLayout":
         """The layout of some channels alone, without special tokens."""
         if len(self.shape) == 3:

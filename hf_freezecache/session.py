@@ -286,15 +286,16 @@ class FreezeSession:
         self.switch.set(None)
         self.store = None
         with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
+            before = self.caching.prefix_samples
             store, built = self.caching.obtain(moment.cut, whole_epoch)
-            if built:
-                share = self.group.share(self.source.num_batches)
-                samples = sum(len(self.source.rows(number)) for number in share)
-                flops = self.flops_per_sample("build", moment.cut) * samples * (1 + store.manifest.views)
+            samples = self.caching.prefix_samples - before
+            if samples:
+                flops = self.flops_per_sample("build", moment.cut) * samples
                 phase.flops += flops
+                self._flops_seen += flops
+            if built:
                 phase.epochs += 1
                 phase.store_bytes = store.bytes
-                self._flops_seen += flops
         if store is None:
             self._declined_cut = moment.cut
             return

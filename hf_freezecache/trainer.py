@@ -79,10 +79,18 @@ class FreezeCacheTrainer(Trainer):
         config = self._freeze_config
         if not config.mixup_alpha and not config.cutmix_alpha:
             return None
+        classes = getattr(getattr(self.model, "config", None), "num_labels", None)
+        if classes is None:
+            raise ValueError("mixup and cutmix make labels of probabilities: the model needs `config.num_labels`.")
+        if type(self).compute_loss is not Trainer.compute_loss:
+            logger.warning(
+                f"Mixup and cutmix: `{type(self).__name__}.compute_loss` gets labels of probabilities (B, K). "
+                "Compute the loss from the logits; what models compute from such labels is another loss."
+            )
         if self.compute_loss_func is None:
             # The models' own losses take class numbers; a loss function of the user's gets the soft labels.
             self.compute_loss_func = partial(soft_cross_entropy, label_smoothing=self.args.label_smoothing_factor)
-        return Mixer(config.mixup_alpha, config.cutmix_alpha, self.model.config.num_labels)
+        return Mixer(config.mixup_alpha, config.cutmix_alpha, classes)
 
     # One training at a time
 

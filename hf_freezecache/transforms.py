@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from .drawing import Drawing, current_drawing
-from .geometry import cell_centres, encode_geometry, fit_affine, identity_geometry, map_points
+from .geometry import cell_centres, encode_geometry, fit_affine, map_points
 from .rng import preserve_rng, seed_rng
 
 # A coordinate grid's third channel: far from what images hold, so that a transform that treats the grid as an image
@@ -66,7 +66,6 @@ class ReplayableTransform:
 
     def __init__(self, train: Callable, base: Callable, image_column: str = "image"):
         self.train, self.base, self.image_column = train, base, image_column
-        self._base_is_checked = False
         self._to_base: dict[tuple[int, int], torch.Tensor | str] = {}
 
     def __repr__(self) -> str:
@@ -107,19 +106,13 @@ class ReplayableTransform:
 
     def _draw_sample(self, image: Any, current: Drawing) -> torch.Tensor:
         key = current.key(current.take())
+        seed_rng(*key)
         if current.view == 0:
-            self._check_base(image)
-            seed_rng(*key)
-            pixels = _draw(self.base, image, "base")
-        else:
-            seed_rng(*key)
-            pixels = _draw(self.train, image, "train")
-        if current.view is None or current.geometry is None or current.refused is not None:
+            return self._draw_base(image)
+        pixels = _draw(self.train, image, "train")
+        if current.geometry is None or current.refused is not None:
             return pixels
         kind, grid = current.geometry
-        if current.view == 0:
-            current.geometries.append(identity_geometry(1, kind, grid)[0])
-            return pixels
         try:
             points, tolerance = self._find_points(image, pixels, key)
         except _GridRefusedError as error:
@@ -147,13 +140,12 @@ class ReplayableTransform:
         Raises:
             _GridRefusedError: if the base pipeline has none.
         """
-        self._check_base(image)
         size = tuple(F.get_size(image))
         if size not in self._to_base:
             if len(self._to_base) == _SIZES:
                 self._to_base.pop(next(iter(self._to_base)))
             try:
-                self._to_base[size] = _fit_base(self.base, image)
+                self._to_base[size] = self._fit_base(image)
             except _GridRefusedError as error:
                 self._to_base[size] = str(error)
         found = self._to_base[size]
@@ -161,16 +153,34 @@ class ReplayableTransform:
             raise _GridRefusedError(found)
         return found
 
-    def _check_base(self, image: Any) -> None:
-        if self._base_is_checked:
-            return
-        first, second = (_draw_with_key(self.base, image, ("base", number), "base") for number in range(2))
-        if not torch.equal(first, second):
+    def _fit_base(self, image: Any) -> torch.Tensor:
+        """See `_map_to_base`."""
+        key = ("base",)
+        seed_rng(*key)
+        points = _draw_grid(self.base, image, self._draw_base(image), key, "base")
+        tolerance = _BORDER_ERROR * (1 + _mean_step(points))
+        places = cell_centres((points.shape[0], points.shape[1]))
+        valid = points.isfinite().all(-1)
+        advice = "use resizing and cropping there (v2.Resize, v2.CenterCrop, v2.Pad)"
+        if not valid.any():
+            raise _GridRefusedError(f"the base pipeline shows nothing of an image; {advice}")
+        places, points = places[valid].double(), points[valid].double()
+        matrix = fit_affine(places, points)
+        flat = matrix.det().abs() < 1e-9 and min(F.get_size(image)) > 1
+        if flat or (map_points(matrix, places) - points).abs().max() > tolerance:
+            raise _GridRefusedError(f"the base pipeline does more than resize and crop; {advice}")
+        # Where an image is one pixel wide, that pixel is the base view's middle.
+        return torch.linalg.pinv(matrix, rtol=1e-6)
+
+    def _draw_base(self, image: Any) -> torch.Tensor:
+        before = _generators()
+        pixels = _draw(self.base, image, "base")
+        if _generators() != before:
             raise ValueError(
                 "`base` draws random numbers, but it is the view that stands for an image in every epoch: leave out "
                 "its random transforms (v2.Resize and v2.CenterCrop instead of v2.RandomResizedCrop, and so on)"
             )
-        self._base_is_checked = True
+        return pixels
 
 
 class _GridRefusedError(Exception):
@@ -188,11 +198,6 @@ def _to_rgb(image: Any) -> PIL.Image.Image | tv_tensors.Image:
 
 def _draw(pipeline: Callable, image: Any, name: str) -> torch.Tensor:
     return _check_pixels(pipeline(image), name)
-
-
-def _draw_with_key(pipeline: Callable, image: Any, key: tuple, name: str) -> torch.Tensor:
-    seed_rng(*key)
-    return _draw(pipeline, image, name)
 
 
 def _check_pixels(pixels: Any, name: str) -> torch.Tensor:
@@ -282,25 +287,6 @@ def _mean_step(points: torch.Tensor) -> float:
     """Distance between the points that neighbouring pixels show, the larger of both directions; 0 if none do."""
     steps = [torch.hypot(*points.diff(dim=dim).unbind(-1)).nanmean() for dim in (0, 1)]
     return torch.stack(steps).nan_to_num(0).max().item()
-
-
-def _fit_base(base: Callable, image: Any) -> torch.Tensor:
-    """See `ReplayableTransform._map_to_base`."""
-    key = ("base",)
-    points = _draw_grid(base, image, _draw_with_key(base, image, key, "base"), key, "base")
-    tolerance = _BORDER_ERROR * (1 + _mean_step(points))
-    places = cell_centres((points.shape[0], points.shape[1]))
-    valid = points.isfinite().all(-1)
-    advice = "use resizing and cropping there (v2.Resize, v2.CenterCrop, v2.Pad)"
-    if not valid.any():
-        raise _GridRefusedError(f"the base pipeline shows nothing of an image; {advice}")
-    places, points = places[valid].double(), points[valid].double()
-    matrix = fit_affine(places, points)
-    flat = matrix.det().abs() < 1e-9 and min(F.get_size(image)) > 1
-    if flat or (map_points(matrix, places) - points).abs().max() > tolerance:
-        raise _GridRefusedError(f"the base pipeline does more than resize and crop; {advice}")
-    # Where an image is one pixel wide, that pixel is the base view's middle.
-    return torch.linalg.pinv(matrix, rtol=1e-6)
 
 
 def _generators() -> tuple:

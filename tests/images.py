@@ -9,8 +9,15 @@ from helpers import CLASSES
 from torchvision.transforms import v2
 
 from hf_freezecache import ReplayableTransform
+from hf_freezecache.geometry import PROJECTIVE, cell_centres, encode_geometry
 
 TO_PIXELS = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+
+def identity_geometry(count: int, kind: str, grid: tuple[int, int]) -> torch.Tensor:
+    """`count` equal rows of a view that shows what its base view shows."""
+    row = torch.eye(3).flatten()[:8] if kind == PROJECTIVE else encode_geometry(cell_centres(grid), kind, grid, 1.0)
+    return row.repeat(count, 1)
 
 
 def picture_dataset(rows: int = 32, size: int = 16, seed: int = 0) -> datasets.Dataset:

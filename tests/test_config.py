@@ -30,7 +30,7 @@ from hf_freezecache.trainer import make_policy
         ({"views": -1}, "views=-1"),
         ({"views": 0.5}, "views=0.5"),
         ({"sensitive_fraction": 1.2}, "sensitive_fraction=1.2"),
-        ({"sensitive_budget": "many"}, "sensitive_budget='many'.*2GB"),
+        ({"sensitive_budget": "many"}, "sensitive_budget: 'many'.*2GB"),
         ({"similarity": "psnr"}, "similarity='psnr'.*ssim, cosine"),
         ({"sensitivity_batches": 0}, "sensitivity_batches=0"),
         ({"feature_noise": -0.1}, "feature_noise=-0.1"),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import identity_geometry
 
 from hf_freezecache.geometry import (
     DENSE,
@@ -11,7 +12,6 @@ from hf_freezecache.geometry import (
     decode_geometry,
     encode_geometry,
     geometry_column,
-    identity_geometry,
     map_points,
     warp,
 )
@@ -235,7 +235,6 @@ def test_half_precision_is_interpolated_in_float32(dtype):
 def test_wrong_arguments_say_what_is_expected():
     for call in (
         lambda: geometry_column("affine", (2, 2)),
-        lambda: identity_geometry(1, "affine", (2, 2)),
         lambda: encode_geometry(torch.zeros(2, 2, 2), "affine", (2, 2), 0.1),
         lambda: decode_geometry(torch.zeros(1, 8), "affine", (2, 2)),
     ):

@@ -56,7 +56,7 @@ def test_switch_refuses_a_path_that_does_not_fit(tmp_path):
 
 
 def test_switch_reaches_persistent_workers(store):
-    dataset = ReplayDataset(Rows(), SourceSwitch())
+    dataset = ReplayDataset(Rows(), SourceSwitch(), seed=0)
     loader = DataLoader(
         dataset,
         batch_size=4,
@@ -86,7 +86,7 @@ def test_switch_reaches_persistent_workers(store):
 
 def test_wrapped_data_set_has_the_length_and_samples_of_the_inner_one():
     inner = pixel_dataset(10)
-    dataset = ReplayDataset(inner, SourceSwitch())
+    dataset = ReplayDataset(inner, SourceSwitch(), seed=0)
     assert len(dataset) == 10
     assert torch.equal(dataset[3]["pixel_values"], inner[3]["pixel_values"])
     many = dataset.__getitems__([7, 0, 7])
@@ -94,7 +94,7 @@ def test_wrapped_data_set_has_the_length_and_samples_of_the_inner_one():
 
 
 def test_replay_reads_rows_in_the_order_asked_for_and_no_live_sample(store):
-    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
     dataset.switch.set(store.path)
     assert len(dataset) == 22
     rows = dataset.__getitems__([21, 3, 3, 0])
@@ -105,7 +105,7 @@ def test_replay_reads_rows_in_the_order_asked_for_and_no_live_sample(store):
 
 def test_replay_turns_to_another_store(store, tmp_path):
     other = build(zoo.make("vit"), tmp_path, cut=3, codec="int8")
-    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
     for current in (store, other, store):
         dataset.switch.set(current.path)
         rows = dataset.__getitems__([5, 1])
@@ -113,7 +113,7 @@ def test_replay_turns_to_another_store(store, tmp_path):
 
 
 def test_loader_batches_of_a_shuffled_sampler_are_the_same_rows_live_and_replayed(store):
-    dataset = ReplayDataset(Rows(), SourceSwitch())
+    dataset = ReplayDataset(Rows(), SourceSwitch(), seed=0)
 
     def labels():
         loader = DataLoader(
@@ -131,7 +131,7 @@ def test_loader_batches_of_a_shuffled_sampler_are_the_same_rows_live_and_replaye
 
 
 def test_data_set_pickles_without_its_mapped_files(store):
-    dataset = ReplayDataset([1, 2, 3], SourceSwitch())
+    dataset = ReplayDataset([1, 2, 3], SourceSwitch(), seed=0)
     dataset.switch.set(store.path)
     dataset.__getitems__([0])
     assert len(pickle.dumps(dataset.__getstate__()["_store"])) < 100
@@ -157,7 +157,7 @@ def test_cached_rows_become_codes_and_inputs_without_the_users_collator(store):
     def forbidden(samples):
         raise AssertionError("cached rows do not go through the user's collator")
 
-    dataset = ReplayDataset(NoItems(), SourceSwitch())
+    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
     dataset.switch.set(store.path)
     whole = ReplayCollator(forbidden)(dataset.__getitems__([4, 2]))
     assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels"}
@@ -176,7 +176,7 @@ def test_single_rows_with_strings_and_constants_merge(tmp_path):
     store = build(
         zoo.make("vit"), tmp_path, Named(6), collator=lambda samples: {**collate(samples), "scale": 2.5, "none": None}
     )
-    dataset = ReplayDataset(NoItems(6), SourceSwitch())
+    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
     dataset.switch.set(store.path)
     batch = ReplayCollator(collate)([dataset[row] for row in (5, 0, 5)])
     assert batch["name"] == ["n5", "n0", "n5"] and batch["scale"] == 2.5 and batch["none"] is None
@@ -185,7 +185,7 @@ def test_single_rows_with_strings_and_constants_merge(tmp_path):
 
 def test_model_input_named_as_a_codec_column_of_another_codec_is_no_code(tmp_path):
     store = build(zoo.make("vit"), tmp_path, Rows(6), collator=lambda s: {**collate(s), "view_0": torch.ones(len(s))})
-    dataset = ReplayDataset(NoItems(6), SourceSwitch())
+    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
     dataset.switch.set(store.path)
     codes, others = take_codes(ReplayCollator(collate)(dataset.__getitems__([1, 2])))
     assert "view_0" in others and set(codes) == {"base", "special"}
@@ -201,7 +201,7 @@ def test_take_codes_splits_only_replayed_batches():
 
 
 def test_default_collator_of_transformers_is_used_for_live_rows():
-    dataset = ReplayDataset(pixel_dataset(6), SourceSwitch())
+    dataset = ReplayDataset(pixel_dataset(6), SourceSwitch(), seed=0)
     loader = DataLoader(dataset, batch_size=3, collate_fn=ReplayCollator(default_data_collator))
     expected = DataLoader(pixel_dataset(6), batch_size=3, collate_fn=default_data_collator)
     for found, wanted in zip(loader, expected, strict=True):

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.distributed import Group
+from hf_freezecache.replay.survey import survey
 
 
 class EpochDependent(torch.utils.data.Dataset):
@@ -177,9 +178,11 @@ def test_rare_randomness_is_found():
         pixels = torch.tensor([[float(row), 0.0] for row in rows])
         return {"pixel_values": pixels.flip(1) if torch.rand(()) < 0.5 else pixels}
 
-    found = [RowSource(range(8), flip_all_or_nothing, 4, seed).is_random() for seed in range(50)]
+    found = [survey(RowSource(range(8), flip_all_or_nothing, 4, seed), "pixel_values").random for seed in range(50)]
     assert sum(found) >= 48
-    assert not RowSource(range(8), lambda rows: {"pixel_values": torch.tensor(rows)}, 4, 0).is_random()
+    assert not survey(
+        RowSource(range(8), lambda rows: {"pixel_values": torch.tensor(rows)}, 4, 0), "pixel_values"
+    ).random
 
 
 def test_failure_of_one_process_is_everybodys():

@@ -11,6 +11,7 @@ from helpers import pixel_dataset
 from transformers import default_data_collator
 
 from hf_freezecache.cache.rows import InputColumn, RowError, RowSource, fetch, split_batch
+from hf_freezecache.replay.survey import survey
 
 
 class Noisy(Rows):
@@ -64,13 +65,13 @@ def test_ranges_cover_every_row_once_in_order():
 
 
 def test_deterministic_samples_are_not_random():
-    assert source().is_random() is False
-    assert source(pixel_dataset(8), collator=default_data_collator).is_random() is False
+    assert not survey(source(), "pixel_values").random
+    assert not survey(source(pixel_dataset(8), collator=default_data_collator), "pixel_values").random
 
 
 @DRAWS
 def test_random_transform_is_found(draw):
-    assert source(Noisy(draw)).is_random() is True
+    assert survey(source(Noisy(draw)), "pixel_values").random
 
 
 @DRAWS
@@ -79,7 +80,7 @@ def test_random_collator_is_found(draw):
         batch = collate(samples)
         return {**batch, "pixel_values": batch["pixel_values"] + draw()}
 
-    assert source(collator=noisy).is_random() is True
+    assert survey(source(collator=noisy), "pixel_values").random
 
 
 def test_random_label_alone_is_found():
@@ -88,7 +89,7 @@ def test_random_label_alone_is_found():
     def noisy(samples):
         return {**collate(samples), "mask": torch.rand(len(samples))}
 
-    assert source(collator=noisy).is_random() is True
+    assert survey(source(collator=noisy), "pixel_values").random
 
 
 def test_rare_randomness_is_found():
@@ -99,7 +100,9 @@ def test_rare_randomness_is_found():
         return {**batch, "pixel_values": [image.flip(-1) if random.random() < 0.5 else image for image in images]}
 
     found = [
-        source(pixel_dataset(8).with_transform(flip), collator=default_data_collator, seed=seed).is_random()
+        survey(
+            source(pixel_dataset(8).with_transform(flip), collator=default_data_collator, seed=seed), "pixel_values"
+        ).random
         for seed in range(20)
     ]
     assert sum(found) >= 18
@@ -137,7 +140,7 @@ def test_reading_leaves_generators_alone(draw, workers):
     before = states()
     rows = source(Noisy(draw), num_workers=workers)
     rows.probe()
-    rows.is_random()
+    survey(rows, "pixel_values")
     list(rows.loader(range(6)))
     rows.collate(range(3))
     assert states() == before

@@ -5,8 +5,9 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+from images import identity_geometry
 
-from hf_freezecache.geometry import PROJECTIVE, decode_geometry, identity_geometry
+from hf_freezecache.geometry import PROJECTIVE, decode_geometry
 from hf_freezecache.layout import FeatureLayout
 from hf_freezecache.plots import plot_sensitivity
 from hf_freezecache.replay.maps import put_maps, to_maps
@@ -233,7 +234,7 @@ def test_tokens_and_maps_of_the_same_data_give_the_same(method, dtype):
 
 
 def make_sensitivity(values) -> Sensitivity:
-    return Sensitivity(torch.tensor(values), torch.zeros(len(values)), 1, {})
+    return Sensitivity(torch.tensor(values), torch.zeros(len(values)), 0.0, 1, {})
 
 
 def test_choose_takes_the_least_similar_sorted_and_the_first_of_equal_ones():

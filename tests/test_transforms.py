@@ -9,13 +9,14 @@ import torch
 from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import identity_geometry
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from hf_freezecache import ReplayableTransform
 from hf_freezecache.drawing import Drawing, drawing
-from hf_freezecache.geometry import DENSE, PROJECTIVE, cell_centres, decode_geometry, identity_geometry, warp
+from hf_freezecache.geometry import DENSE, PROJECTIVE, cell_centres, decode_geometry, warp
 from hf_freezecache.rng import seeded_rng
 
 KINDS = (PROJECTIVE, DENSE)
@@ -368,14 +369,6 @@ def test_base_that_is_no_resize_is_refused_with_a_reason(base, reason):
 def test_error_of_the_pipeline_itself_is_raised():
     with pytest.raises(ValueError, match="larger"):
         fetch(replayable([v2.RandomCrop(1000)]), [smooth()], view=1, geometry=(PROJECTIVE, (4, 4)))
-
-
-def test_base_view_has_identity_geometry():
-    transform = replayable([v2.RandomResizedCrop(SIZE)])
-    for kind in KINDS:
-        pixels, drawn = fetch(transform, [smooth(), smooth(20, 30)], view=0, geometry=(kind, (4, 5)))
-        assert torch.equal(torch.stack(drawn.geometries), identity_geometry(2, kind, (4, 5)))
-        assert torch.equal(pixels[0], pipeline([RESIZE])(smooth()))
 
 
 class DrawsEverywhere(v2.Transform):

@@ -35,14 +35,18 @@ def train(dataset, folder, **settings):
 
 def test_survey_tells_replayable_from_opaque():
     def look(transform, collator=collate):
-        return survey(RowSource(picture_dataset().with_transform(transform), collator, 4, 0))
+        return survey(RowSource(picture_dataset().with_transform(transform), collator, 4, 0), "pixel_values")
 
     def noisy(samples):
         batch = collate(samples)
         return {**batch, "pixel_values": batch["pixel_values"] + torch.randn(1)}
 
-    assert not survey(RowSource(Rows(), collate, 4, 0)).random
+    assert not survey(RowSource(Rows(), collate, 4, 0), "pixel_values").random
     assert not look(replayable(v2.Compose(TO_PIXELS))).random
+    with pytest.raises(ValueError, match="nothing at random and differs"):
+        look(replayable(v2.Compose([v2.RandomHorizontalFlip(p=1.0), *TO_PIXELS])))
+    with pytest.raises(ValueError, match="the same size"):
+        look(replayable(v2.Compose([v2.RandomCrop(8), *TO_PIXELS])))
     found = look(replayable())
     assert found.random and found.replayable
     opaque = look(OpaqueFlip())

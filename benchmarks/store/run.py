@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from hf_freezecache import FeatureStore, ReplayCollator, make_codec
-from hf_freezecache.cache.materialize import fit_sample
+from hf_freezecache.cache.materialize import fit_stride
 from hf_freezecache.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
@@ -110,7 +110,8 @@ def write_ours(features: torch.Tensor, labels: torch.Tensor, path: Path, codec_n
     codec = make_codec(codec_name, FeatureLayout(tuple(features.shape[1:]), (14, 14), 1, torch.float32))
     parts = features.split(BUILD_BATCH)
     chosen = sorted({round(number) for number in np.linspace(0, len(parts) - 1, FIT_BATCHES)})
-    codec.fit(fit_sample([parts[number] for number in chosen], codec.layout))
+    sample = torch.cat([parts[number] for number in chosen])
+    codec.fit(sample[:: fit_stride(len(sample), codec.layout)])
     batches = (
         (codec.encode(part), {"labels": part_labels})
         for part, part_labels in zip(parts, labels.split(BUILD_BATCH), strict=True)
@@ -182,7 +183,7 @@ def replay_dataset(store: FeatureStore) -> ReplayDataset:
     """The data set of a replay epoch."""
     switch = SourceSwitch()
     switch.set(store.path)
-    return ReplayDataset(range(len(store)), switch)
+    return ReplayDataset(range(len(store)), switch, seed=0)
 
 
 def endless_loader(dataset: Any, options: argparse.Namespace) -> Iterator[Any]:

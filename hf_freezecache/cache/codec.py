@@ -160,7 +160,7 @@ class Codec(ABC):
 
     @abstractmethod
     def narrowed(self, channels: torch.Tensor) -> "Codec":
-        """The same code for some channels alone, without special tokens.
+        """The same code for some channels alone, without special tokens; fitted if this codec is.
 
         Args:
             channels: int64 `(K,)`, at least one.
@@ -312,8 +312,10 @@ class _Quantized(Codec):
         return self
 
     def narrowed(self, channels: torch.Tensor) -> "Codec":
-        own = {name: tensor[channels] for name, tensor in self.tensors().items()}
-        return type(self)(self.layout.narrowed(len(channels))).load_tensors(own)
+        narrowed = type(self)(self.layout.narrowed(len(channels)))
+        if not self.fitted:
+            return narrowed
+        return narrowed.load_tensors({name: tensor[channels] for name, tensor in self.tensors().items()})
 
     def for_special_tokens(self) -> "Codec":
         return Float16Codec(_special_layout(self.layout))
@@ -341,16 +343,12 @@ class _Quantized(Codec):
             self._constants[device] = tuple(t.view(shape).to(device) for t in constants)
         return self._constants[device]
 
-    def _body(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features without their special tokens, a view."""
-        return features[:, self.layout.special_tokens :] if self.layout.special_tokens else features
-
     def _fit(self, features: torch.Tensor) -> None:
-        body = self._body(features).movedim(self.layout.channel_dim + 1, 0).flatten(1)
+        body = self.layout.body(features).movedim(self.layout.channel_dim + 1, 0).flatten(1)
         self._set(*fit_ranges(body, self._levels))
 
     def _encode(self, features: torch.Tensor, sample_ids: Sequence[int] | None) -> dict[str, torch.Tensor]:
-        parts = self._body(features).split(max(1, _ENCODE_CHUNK // self._values))
+        parts = self.layout.body(features).split(max(1, _ENCODE_CHUNK // self._values))
         packed = [self._pack(self._codes(part)) for part in parts]
         rows = {"base": packed[0] if len(packed) == 1 else torch.cat(packed)}
         special = self.layout.special_tokens
@@ -366,7 +364,7 @@ class _Quantized(Codec):
         if special:
             features[:, :special] = rows["special"]
         features = features.unflatten(1, self.layout.shape)
-        self._body(features).mul_(scale).add_(offset)
+        self.layout.body(features).mul_(scale).add_(offset)
         return features.to(self.layout.dtype)
 
     def _codes(self, body: torch.Tensor) -> torch.Tensor:

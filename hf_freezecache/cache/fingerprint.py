@@ -108,8 +108,8 @@ def sample_digest(source: RowSource, rows: int = 16) -> str:
     """Digest of a few collated rows from all over the data set: sees what hashing objects cannot, e.g. other files."""
     total = hashlib.sha256()
     indices = sorted({round(row) for row in np.linspace(0, len(source) - 1, min(rows, len(source)))})
-    for index in indices:
-        batch = {**source.collate([index], view=1), **source.collate([index])}
+    for index, view in [(index, view) for index in indices for view in (0, 1)]:
+        batch = source.collate([index], view)
         for name in sorted(batch):
             value = batch[name]
             total.update(name.encode())

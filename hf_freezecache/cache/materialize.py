@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from ..chain import BlockChain
 from ..distributed import Group
-from ..geometry import geometry_column
 from ..layout import FeatureLayout
 from ..rng import preserve_rng
 from .codec import Codec, make_codec
@@ -47,7 +46,16 @@ class BuildFailed(OSError):
 
 
 class GeometryMisfit(ValueError):
-    """A view's geometry cannot be kept in the chosen way; the message says why."""
+    """A view's geometry cannot be kept in the chosen way; the message says why.
+
+    Args:
+        reason: the message.
+        for_all_kinds: whether no other kind of geometry would do either.
+    """
+
+    def __init__(self, reason: str, for_all_kinds: bool = False):
+        super().__init__(reason)
+        self.for_all_kinds = for_all_kinds
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def estimate_bytes(plan: BuildPlan) -> int:
     """Bytes of the Arrow files that the plan would write, from the sizes of rows and one probe row's inputs."""
     split = split_batch(plan.source.probe(), plan.chain.main_input)
     codec = make_codec(plan.codec, plan.layout)
-    per_row = codec.row_bytes + _views_row_bytes(plan.views, codec) + 8
+    per_row = codec.row_bytes + ViewColumns(plan.views, codec).row_bytes + 8
     for value in split.columns.values():
         row = value[0]
         own = row.numel() * row.element_size() if isinstance(row, torch.Tensor) else len(str(row)) + 8
@@ -180,35 +188,31 @@ def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
         raise BuildFailed(str(error)) from error
 
 
-def fit_sample(batches: Sequence[torch.Tensor], layout: FeatureLayout) -> torch.Tensor:
-    """As many features, evenly from all batches, as a codec needs to know every channel's distribution.
+def fit_stride(rows: int, layout: FeatureLayout) -> int:
+    """Of how many features one is enough for a codec to know every channel's distribution.
 
     Args:
-        batches: features `(B, *layout.shape)` each.
+        rows: features there are.
         layout: theirs.
-
-    Returns:
-        `(n, *layout.shape)` tensor.
     """
-    rows = sum(len(features) for features in batches)
     values_per_channel = rows * (layout.values // layout.channels)
-    every = max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
-    return torch.cat([features[::every] for features in batches])
+    return max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class _Ran:
     """One view of a range: what the prefix made of it, and what goes to the store besides."""
 
-    split: BatchSplit
-    features: torch.Tensor
-    geometry: torch.Tensor | None
+    columns: dict[str, Any]
+    constants: dict[str, Any]
+    features: torch.Tensor | None
+    drawn: DrawnBatch
 
 
 class _Build:
     def __init__(self, plan: BuildPlan, group: Group):
         self.plan, self.group = plan, group
-        self.kept: dict[int, list[_Encoded]] = {}
+        self.kept: dict[int, list[_Ran]] = {}
 
     def run(self) -> FeatureStore:
         plan, group = self.plan, self.group
@@ -232,32 +236,33 @@ class _Build:
         return _open_everywhere(plan, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
-        """Fits on features from all over the data set; they are kept, so that their ranges do not run twice."""
+        """Fits on features from all over the data set; what memory holds is kept, so as not to run twice."""
         if codec.fitted:
             return codec.tensors()
-        source = self.plan.source
-        batch_bytes = source.batch_size * self.plan.layout.values * 4 * (1 + self.plan.views.count)
+        source, layout = self.plan.source, self.plan.layout
+        batch_bytes = source.batch_size * layout.values * 4
         count = max(1, min(_FIT_BATCHES, source.num_batches, _FIT_BYTES // batch_bytes))
-        for number, views in self._encoded(spread(source.num_batches, count)):
-            self.kept[number] = views
-        features = [view.features for views in self.kept.values() for view in views]
-        return codec.fit(fit_sample(features, self.plan.layout)).tensors()
+        numbers = spread(source.num_batches, count)
+        views_run = self.plan.views.count if self.plan.views.needs_features(layout) else 0
+        rows = sum(len(source.rows(number)) for number in numbers) * (1 + views_run)
+        sample, every = [], fit_stride(rows, layout)
+        for number, views in self._run_prefix(numbers):
+            sample += [view.features[::every].clone() for view in views if view.features is not None]
+            if (len(self.kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
+                self.kept[number] = views
+        return codec.fit(torch.cat(sample)).tensors()
 
-    def _encoded(self, numbers: list[int]) -> Iterator[tuple[int, list[_Encoded]]]:
+    def _run_prefix(self, numbers: list[int]) -> Iterator[tuple[int, list[_Ran]]]:
         plan = self.plan
         for number, views in plan.source.loader(numbers, plan.views.count, self._wanted_geometry):
-            first = plan.source.rows(number)[0]
-            yield (
-                number,
-                [
-                    _Encoded(
-                        split_batch(drawn.batch, plan.chain.main_input),
-                        view_features(plan, drawn, first),
-                        drawn.geometry,
-                    )
-                    for drawn in views
-                ],
-            )
+            first, ran = plan.source.rows(number)[0], []
+            for view, drawn in enumerate(views):
+                split = split_batch(drawn.batch, plan.chain.main_input)
+                needed = view == 0 or plan.views.needs_features(plan.layout)
+                features = view_features(plan, drawn, first) if needed else None
+                # The images are not needed any more.
+                ran.append(_Ran(split.columns, split.constants, features, replace(drawn, batch={})))
+            yield number, ran
 
     @property
     def _wanted_geometry(self) -> tuple[str, tuple[int, int]] | None:
@@ -267,24 +272,23 @@ class _Build:
         """Returns the finished shard; why it cannot be written, if a view's geometry does not fit."""
         plan, group = self.plan, self.group
         mine = group.share(plan.source.num_batches)
-        fresh = self._encoded([number for number in mine if number not in self.kept])
+        fresh = self._run_prefix([number for number in mine if number not in self.kept])
         bar = tqdm(total=len(mine), desc="Building feature store", disable=plan.disable_tqdm or group.rank != 0)
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe()) as writer:
             for number in mine:
-                drawn = self.kept.pop(number) if number in self.kept else next(fresh)[1]
+                base, *others = self.kept.pop(number) if number in self.kept else next(fresh)[1]
                 rows = plan.source.rows(number)
-                misfit = None if plan.views.whole else find_misfit([view.geometry for view in drawn[1:]], rows)
+                misfit = None if plan.views.whole else find_misfit([view.drawn for view in others], rows)
                 if misfit is not None:
                     return misfit
-                codes, inputs = codec.encode(drawn[0].features, sample_ids=rows), dict(drawn[0].split.columns)
-                for number_of_view, view in enumerate(drawn):
-                    _check_inputs(view.split, probe, rows[0])
-                    if number_of_view:
-                        codes |= views.encode(number_of_view, view.features, view.geometry, rows)
-                    if number_of_view and plan.views.own_inputs:
-                        own = view.split.columns.items()
-                        inputs |= {own_input(number_of_view, name): value for name, value in own}
+                _check_inputs(base, probe, rows[0])
+                codes, inputs = codec.encode(base.features, sample_ids=rows), dict(base.columns)
+                for view, ran in enumerate(others, start=1):
+                    _check_inputs(ran, probe, rows[0])
+                    codes |= views.encode(view, ran.features, ran.drawn.geometry, rows)
+                    if plan.views.own_inputs:
+                        inputs |= {own_input(view, name): value for name, value in ran.columns.items()}
                 writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
@@ -313,44 +317,29 @@ class _Build:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` numbers below `total` at equal distances, the first and the last among them."""
+    """`count` numbers below `total` at equal distances: the first alone, or the first and the last among them."""
     return sorted({round(number * (total - 1) / max(count - 1, 1)) for number in range(count)})
 
 
-def find_misfit(geometries: Sequence[torch.Tensor | None], rows: Sequence[int]) -> str | None:
-    """Why a view's geometry cannot be kept; None if all can."""
-    for geometry in geometries:
-        if geometry is None:
-            return f"a transform cannot tell what it did to the samples from {rows[0]} on"
-        bad = geometry.isnan().any(dim=1) if geometry.is_floating_point() else None
+def find_misfit(views: Sequence[DrawnBatch], rows: Sequence[int]) -> str | None:
+    """Why the geometry of some view of a range cannot be kept; None if all can."""
+    for drawn in views:
+        if drawn.geometry is None:
+            return f"among the samples from {rows[0]} on, {drawn.refused or 'a transform tells no geometry'}"
+        bad = drawn.geometry.isnan().any(dim=1) if drawn.geometry.is_floating_point() else None
         if bad is not None and bad.any():
             return f"the geometry of a view of sample {rows[int(bad.int().argmax())]} is not projective"
     return None
 
 
-def _check_inputs(split: BatchSplit, probe: BatchSplit, first: int) -> None:
-    if split.constants != probe.constants:
+def _check_inputs(ran: _Ran, probe: BatchSplit, first: int) -> None:
+    if ran.constants != probe.constants:
         raise ValueError(
-            f"the collator's constants differ between batches: {split.constants} at sample {first}, "
+            f"the collator's constants differ between batches: {ran.constants} at sample {first}, "
             f"{probe.constants} before; only what is the same for all can be replayed."
         )
-    if split.columns.keys() != probe.columns.keys():
+    if ran.columns.keys() != probe.columns.keys():
         raise ValueError(
-            f"the collator returns {sorted(split.columns)} at sample {first}, "
+            f"the collator returns {sorted(ran.columns)} at sample {first}, "
             f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
         )
-
-
-def _views_row_bytes(spec: ViewSpec, codec: Codec) -> int:
-    if not spec.count:
-        return 0
-    if spec.whole:
-        return spec.count * codec.row_bytes
-    special = codec.for_special_tokens().row_bytes if codec.layout.special_tokens else 0
-    dtype, length = geometry_column(spec.geometry, codec.layout.grid)
-    return spec.count * (channel_bytes(codec, len(spec.channels)) + special + dtype.itemsize * length)
-
-
-def channel_bytes(codec: Codec, channels: int) -> int:
-    """Bytes of some channels of one view, special tokens excluded."""
-    return type(codec)(codec.layout.narrowed(channels)).row_bytes if channels else 0

@@ -233,18 +233,6 @@ class RowSource:
         )
         yield from zip(batches, loader, strict=True)
 
-    def is_random(self, rows: int = 8, draws: int = 8) -> bool:
-        """Whether a view differs from another one, or from the base view: there is augmentation to replay."""
-        indices = range(min(rows, len(self)))
-        first = self.collate(indices)
-        return any(not _same(first, self.collate(indices, view)) for view in range(1, draws + 1))
-
-    def is_random_besides(self, rows: int = 8, draws: int = 4) -> bool:
-        """Whether more is random than a `ReplayableTransform`, whose base view never changes: the collator, say."""
-        indices = range(min(rows, len(self)))
-        first = self.collate(indices)
-        return any(not _same(first, self.draw(indices, again=again).batch) for again in range(1, draws + 1))
-
 
 class _Ranges(TorchDataset):
     def __init__(self, source: RowSource, views: int, geometry: tuple[str, tuple[int, int]] | None):
@@ -259,15 +247,16 @@ class _Ranges(TorchDataset):
         return [self.source.draw(rows, view, self.geometry if view else None) for view in range(self.views + 1)]
 
 
-def _same(first: Any, second: Any) -> bool:
+def is_same(first: Any, second: Any) -> bool:
+    """Whether two batches, or parts of them, hold the same values."""
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
     if isinstance(first, np.ndarray):
         return np.array_equal(first, second)
     if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(is_same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(is_same(a, b) for a, b in zip(first, second, strict=True))
     return first == second
 
 

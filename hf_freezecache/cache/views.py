@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..geometry import geometry_column
+from ..layout import FeatureLayout
 from .codec import Codec
 
 
@@ -41,6 +42,10 @@ class ViewSpec:
     def whole(self) -> bool:
         """Whether views are kept whole."""
         return self.geometry is None
+
+    def needs_features(self, layout: FeatureLayout) -> bool:
+        """Whether anything of a view's features is kept; with its geometry alone the prefix need not run on it."""
+        return self.whole or len(self.channels) > 0 or layout.special_tokens > 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What of it is a tensor, by name."""
@@ -90,13 +95,13 @@ class ViewColumns:
         return sum(dtype.itemsize * length for dtype, length in self.columns.values())
 
     def encode(
-        self, view: int, features: torch.Tensor, geometry: torch.Tensor | None, sample_ids: Sequence[int]
+        self, view: int, features: torch.Tensor | None, geometry: torch.Tensor | None, sample_ids: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         """Columns of one view.
 
         Args:
             view: its number, from 1.
-            features: `(B, *layout.shape)`, the view's own.
+            features: `(B, *layout.shape)`, the view's own; None if nothing of them is kept.
             geometry: `(B, G)`; None for whole views.
             sample_ids: names of the B samples for error messages.
 
@@ -107,12 +112,13 @@ class ViewColumns:
             rows = {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
         else:
             layout = self.codec.layout
-            body = features[:, layout.special_tokens :] if layout.special_tokens else features
             rows = {"geometry": geometry}
             for name, part in self._parts.items():
-                values = features[:, : layout.special_tokens]
                 if name == "view":
-                    values = body.index_select(layout.channel_dim + 1, self.spec.channels.to(body.device))
+                    channels = self.spec.channels.to(features.device)
+                    values = layout.body(features).index_select(layout.channel_dim + 1, channels)
+                else:
+                    values = features[:, : layout.special_tokens]
                 rows[name] = part.encode(values, sample_ids)["base"]
         return {f"{name}_{view}": value for name, value in rows.items()}
 

@@ -90,7 +90,7 @@ class ReplayDataset(Dataset):
         seed: what a replayable transform draws, and which view is replayed, depends on it, the epoch and the sample.
     """
 
-    def __init__(self, inner: Any, switch: SourceSwitch, seed: int = 0):
+    def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
         self.inner, self.switch, self.seed = inner, switch, seed
         self._store: FeatureStore | None = None
 

@@ -26,7 +26,7 @@ def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
         expected = ", ".join(["B", *map(str, layout.shape)])
         raise ValueError(f"expected features of shape ({expected}), got {tuple(features.shape)}")
     if len(layout.shape) == 2:
-        return features[:, layout.special_tokens :].transpose(1, 2).unflatten(2, layout.grid)
+        return layout.body(features).transpose(1, 2).unflatten(2, layout.grid)
     return features.view(len(features), layout.channels, *layout.grid)
 
 

@@ -39,6 +39,7 @@ class Sensitivity:
         similarity: float32 `(C,)`, mean over samples, in [-1, 1]; 1: warping the base feature gives the view's.
         outside: float32 `(C,)`, mean of the true features where a view shows nothing of its base view; the channel's
             mean if there was no such position.
+        outside_share: share of the views' positions that show nothing of their base view.
         samples: number of views compared.
         previews: for a picture: `sample_ids` int64 `(n,)`; `channels` int64 `(k,)`, from the least to the most
             similar, at equal distances in that order; `base`, `view` and `warped`, float32 `(n, k, h, w)`, the last
@@ -49,6 +50,7 @@ class Sensitivity:
 
     similarity: Tensor
     outside: Tensor
+    outside_share: float
     samples: int
     previews: dict[str, Tensor]
 
@@ -71,6 +73,7 @@ class Sensitivity:
         return {
             "similarity": self.similarity,
             "outside": self.outside,
+            "outside_share": torch.tensor(self.outside_share),
             "samples": torch.tensor(self.samples),
             **{f"previews.{name}": value for name, value in self.previews.items()},
         }
@@ -83,7 +86,8 @@ class Sensitivity:
             KeyError: if a tensor is missing.
         """
         previews = {name: tensors[f"previews.{name}"] for name in ("sample_ids", "channels", "base", "view", "warped")}
-        return cls(tensors["similarity"], tensors["outside"], int(tensors["samples"]), previews)
+        share, samples = float(tensors["outside_share"]), int(tensors["samples"])
+        return cls(tensors["similarity"], tensors["outside"], share, samples, previews)
 
 
 class SensitivityMeter:
@@ -110,7 +114,7 @@ class SensitivityMeter:
         self.layout, self.similarity, self.previews = layout, similarity, previews
         self._mean: Tensor | None = None
         self._deviation: Tensor | None = None
-        self._samples = self._outside_count = 0
+        self._samples = self._outside_count = self._positions = 0
         self._scores = torch.zeros(layout.channels, dtype=torch.float64)
         self._outside = torch.zeros(layout.channels, dtype=torch.float64)
         self._kept: list[tuple[int, Tensor, Tensor, Tensor]] = []
@@ -161,7 +165,12 @@ class SensitivityMeter:
         mean, deviation = self._mean.cpu(), self._deviation.cpu()
         similarity = (self._scores / self._samples).float()
         outside = mean + deviation * (self._outside / max(1, self._outside_count)).float()
-        return Sensitivity(similarity, outside, self._samples, self._previews_of(similarity))
+        return Sensitivity(similarity, outside, self.outside_share, self._samples, self._previews_of(similarity))
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the positions so far that show nothing of their base view."""
+        return self._outside_count / max(1, self._positions)
 
     def _fit(self, parts: Sequence[Tensor]) -> None:
         values = sum(part.shape[0] * part.shape[2] * part.shape[3] for part in parts)
@@ -187,6 +196,7 @@ class SensitivityMeter:
         true, followed = self._normalize(view), self._normalize(warped)
         self._outside += (true * outside.unsqueeze(1)).sum((0, 2, 3)).cpu().double()
         self._outside_count += int(outside.sum())
+        self._positions += outside.numel()
         if len(rows):
             scores = channel_similarity(true[rows], followed[rows], inside[rows], self.similarity)
             self._scores += scores.sum(0).cpu().double()

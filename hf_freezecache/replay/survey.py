@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..cache.codec import make_codec
-from ..cache.materialize import BuildPlan, GeometryMisfit, channel_bytes, find_misfit, view_features
-from ..cache.rows import RowSource
+from ..cache.materialize import BuildPlan, GeometryMisfit, find_misfit, view_features
+from ..cache.rows import RowSource, is_same
 from ..cache.views import ViewSpec
 from ..geometry import PROJECTIVE, decode_geometry
 from ..layout import FeatureLayout
 from .sensitivity import SENSITIVITY, Sensitivity, SensitivityMeter
+
+#: Rows that are drawn, and draws of each, to see what is random.
+_ROWS, _DRAWS = 8, 8
+#: Share of the views' positions that may show nothing of the base view for warping it to be worth anything.
+_MOST_OUTSIDE = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,27 +40,53 @@ class Augmentation:
     own_inputs: bool = False
 
 
-def survey(source: RowSource) -> Augmentation:
-    """Draws a few rows several times and looks what changes."""
-    if not source.is_random():
-        return Augmentation()
-    rows = range(min(8, len(source)))
-    probes = [source.draw(rows, view, geometry=(PROJECTIVE, (1, 1))) for view in range(1, 5)]
-    refused = next((probe.refused for probe in probes if probe.refused is not None), None)
-    if refused is None and any(probe.geometry is None for probe in probes):
+def survey(source: RowSource, main_input: str) -> Augmentation:
+    """Draws a few rows several times and looks what changes.
+
+    Args:
+        source: the samples.
+        main_input: name of the model's main input in a batch.
+
+    Raises:
+        ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
+    """
+    rows = range(min(_ROWS, len(source)))
+    base = source.draw(rows)
+    views = [source.draw(rows, view, geometry=(PROJECTIVE, (1, 1))) for view in range(1, _DRAWS + 1)]
+    differ = any(not is_same(views[0].batch, view.batch) for view in views[1:])
+    refused = next((view.refused for view in views if view.refused is not None), None)
+    if refused is None and views[0].geometry is None:
+        if not differ and is_same(base.batch, views[0].batch):
+            return Augmentation()
         return Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
-    if source.is_random_besides():
+    _check_pipelines(base.batch[main_input], views[0].batch[main_input], differ)
+    if any(not is_same(base.batch, source.draw(rows, again=again).batch) for again in range(1, _DRAWS + 1)):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
+    if not differ:
+        return Augmentation()
+    if any(not is_same(_others(base.batch, main_input), _others(view.batch, main_input)) for view in views):
+        return Augmentation(True, why_not=f"not only '{main_input}' changes with the view", own_inputs=True)
     return Augmentation(True, refused is None, refused)
 
 
-def make_view_spec(
-    augmentation: Augmentation,
-    layout: FeatureLayout,
-    views: int,
-    sensitive_channels: int,
-    geometry: str = PROJECTIVE,
-) -> ViewSpec:
+def _others(batch: Mapping[str, Any], main_input: str) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != main_input}
+
+
+def _check_pipelines(base: torch.Tensor, view: torch.Tensor, random: bool) -> None:
+    if base.shape != view.shape:
+        raise ValueError(
+            f"ReplayableTransform: `base` returns images {tuple(base.shape[1:])} and `train` {tuple(view.shape[1:])}: "
+            "give both the same size, e.g. v2.CenterCrop(224) beside v2.RandomResizedCrop(224)."
+        )
+    if not random and not torch.equal(base, view):
+        raise ValueError(
+            "ReplayableTransform: `train` draws nothing at random and differs from `base`, which replay epochs would "
+            "show in its place: give the same pipeline twice."
+        )
+
+
+def make_view_spec(augmentation: Augmentation, layout: FeatureLayout, views: int, sensitive_channels: int) -> ViewSpec:
     """What will be kept of the views, before the channels are known: the first ones stand for them.
 
     Args:
@@ -61,13 +94,12 @@ def make_view_spec(
         layout: of the features.
         views: augmented views wanted.
         sensitive_channels: how many channels to keep of each.
-        geometry: kind in which the geometry is kept.
     """
     if not augmentation.random or not views:
         return ViewSpec()
     if not augmentation.replayable or layout.grid is None or sensitive_channels == layout.channels:
         return ViewSpec(views, own_inputs=augmentation.own_inputs)
-    return ViewSpec(views, geometry, torch.arange(sensitive_channels), torch.zeros(layout.channels))
+    return ViewSpec(views, PROJECTIVE, torch.arange(sensitive_channels), torch.zeros(layout.channels))
 
 
 def count_sensitive(
@@ -87,8 +119,8 @@ def count_sensitive(
     if budget is None:
         return round(fraction * layout.channels)
     made = make_codec(codec, layout)
-    fitting = (k for k in range(layout.channels, 0, -1) if rows * views * channel_bytes(made, k) <= budget)
-    return next(fitting, 0)
+    row_bytes = {count: made.narrowed(torch.arange(count)).row_bytes for count in range(1, layout.channels + 1)}
+    return max((count for count, size in row_bytes.items() if rows * views * size <= budget), default=0)
 
 
 def choose_channels(plan: BuildPlan, similarity: str, batches: int) -> BuildPlan:
@@ -119,10 +151,16 @@ def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> Sensi
     meter = SensitivityMeter(plan.layout, similarity)
     for number, (base, view) in source.loader(sorted(chosen.tolist()), views=1, geometry=(kind, grid)):
         rows = source.rows(number)
-        misfit = find_misfit([view.geometry], rows)
+        misfit = find_misfit([view], rows)
         if misfit is not None:
             raise GeometryMisfit(misfit)
         features = [view_features(plan, drawn, rows[0]) for drawn in (base, view)]
         sources = decode_geometry(view.geometry.to(features[0].device), kind, grid)
         meter.update(*features, sources, rows)
+    if meter.outside_share > _MOST_OUTSIDE:
+        raise GeometryMisfit(
+            f"{100 * meter.outside_share:.0f} % of what views show is not in their base view; a base pipeline that "
+            "shows more of an image, such as v2.Resize((height, width)), would do better",
+            for_all_kinds=True,
+        )
     return meter.result()

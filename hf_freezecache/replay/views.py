@@ -47,8 +47,7 @@ def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torc
     features = put_maps(base, maps, layout)
     own = store.views.decode(entries)
     if "view" in own:
-        body = features[:, layout.special_tokens :] if layout.special_tokens else features
-        body.index_copy_(layout.channel_dim + 1, spec.channels.to(base.device), own["view"])
+        layout.body(features).index_copy_(layout.channel_dim + 1, spec.channels.to(base.device), own["view"])
     if "view_special" in own:
         features[:, : layout.special_tokens] = own["view_special"]
     return features
