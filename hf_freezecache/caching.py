@@ -141,7 +141,8 @@ class FeatureCaching:
         def choose() -> ViewSpec | tuple[str, bool]:
             try:
                 with preserve_rng():
-                    chosen = choose_channels(plan, self.config.similarity, self.config.sensitivity_batches)
+                    config = self.config
+                    chosen = choose_channels(plan, config.similarity, config.sensitivity_batches, config.channel_map)
             except GeometryMisfit as misfit:
                 return str(misfit), misfit.for_all_kinds
             self._notes = chosen.notes  # pictures stay here: the main process writes them
@@ -225,7 +226,7 @@ class FeatureCaching:
             return {"views": 0}
         if not self._found.replayable:
             return {"views": self.config.views}
-        names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches")
+        names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
         return {name: getattr(self.config, name) for name in names}
 
     def _say_what_is_random(self, plan: BuildPlan) -> None:

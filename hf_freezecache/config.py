@@ -87,6 +87,13 @@ class FreezeCacheConfig:
     sensitivity_batches: int = field(
         default=32, metadata={"help": "Batches, drawn from the seed, on which channels are compared at most."}
     )
+    channel_map: bool = field(
+        default=True,
+        metadata={
+            "help": "Make the channels that are not stored for a view from all warped ones and the stored ones, by a "
+            "linear map (one for mirrored views, one for others); else each is its base view's, warped."
+        },
+    )
     feature_noise: float = field(
         default=0.0, metadata={"help": "Standard deviation of Gaussian noise on replayed features."}
     )

@@ -128,7 +128,7 @@ def warp(features: torch.Tensor, sources: torch.Tensor, outside: torch.Tensor | 
             f"got {tuple(sources.shape)}"
         )
     height, width = features.shape[2:]
-    hidden = ~(sources.abs() <= 1 + _EDGE).all(-1)
+    hidden = ~is_shown(sources)
     sources = torch.where(sources.isnan(), _towards_border(sources), sources)
     size = sources.new_tensor([width, height])
     cells = torch.minimum(((sources + 1) * size - 1) / 2, size - 1).clamp_min(0)
@@ -148,6 +148,20 @@ def warp(features: torch.Tensor, sources: torch.Tensor, outside: torch.Tensor | 
     if outside is None:
         return warped
     return torch.where(hidden[:, None], outside.to(warped)[:, None, None], warped)
+
+
+def is_shown(sources: torch.Tensor) -> torch.Tensor:
+    """Where views show something of their base views: bool `(B, h, w)` for sources `(B, h, w, 2)`."""
+    return (sources.abs() <= 1 + _EDGE).all(-1)
+
+
+def is_mirrored(sources: torch.Tensor) -> torch.Tensor:
+    """Which views show their base views as in a mirror: bool `(B,)` for sources `(B, h, w, 2)`.
+
+    On grids with a single row or column, and where nothing is shown, it cannot be told: False.
+    """
+    right, down = (sources.diff(dim=dim).flatten(1, 2).nanmean(1) for dim in (2, 1))
+    return right[:, 0] * down[:, 1] - right[:, 1] * down[:, 0] < 0
 
 
 def cell_centres(grid: tuple[int, int], device: torch.device | str = "cpu") -> torch.Tensor:

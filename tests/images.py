@@ -33,8 +33,8 @@ def crop_and_flip(size: int = 16, padding: int = 2) -> v2.Compose:
     return v2.Compose([v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip(), *TO_PIXELS])
 
 
-def replayable(train: v2.Transform | None = None) -> ReplayableTransform:
-    return ReplayableTransform(train=crop_and_flip() if train is None else train, base=v2.Compose(TO_PIXELS))
+def replayable(train: v2.Transform | None = None, size: int = 16) -> ReplayableTransform:
+    return ReplayableTransform(train=crop_and_flip(size) if train is None else train, base=v2.Compose(TO_PIXELS))
 
 
 def pictures_with_a_marked_one(marked: int, rows: int = 50) -> datasets.Dataset:

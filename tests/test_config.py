@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.config import parse_bytes
 from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
 from hf_freezecache.trainer import make_policy
 
@@ -86,3 +87,17 @@ def test_policy_is_made_from_the_settings():
     linear = make_policy(FreezeCacheConfig(freeze_start=0.1, freeze_end=0.9, max_frozen=0.5, freeze_stages=3))
     assert isinstance(linear, LinearPolicy)
     assert [(point.when, point.cut) for point in linear.points(12)] == [(0.1, 2), (0.5, 4), (0.9, 6)]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("4096", 4096), (7, 7), ("2GB", 2 * 10**9), ("2gb", 2 * 10**9), ("1.5 KiB", 1536), ("1TB", 10**12), ("3 B", 3)],
+)
+def test_sizes_are_read_with_their_units(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1", "1e9", "2 Gbit", "1.5.2MB"])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="GiB"):
+        parse_bytes(size)

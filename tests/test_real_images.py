@@ -9,7 +9,10 @@ from helpers import assert_same_weights, losses, manual, run, weights
 from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
-from hf_freezecache import BlockChain, FeatureStore
+from hf_freezecache import BlockChain, FeatureStore, ReplayableTransform
+from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.geometry import PROJECTIVE, decode_geometry, warp
+from hf_freezecache.replay.maps import to_maps
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS, IMAGES = SHARED / "weights" / "deit-tiny-patch16-224", SHARED / "data" / "caltech101" / "train.parquet"
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not (WEIGHTS.exists() and IMAGES.exists()), reason=f"no {WEIGHTS.name} or {IMAGES.name} there"),
 ]
 CLASSES = 101
+MEAN_AND_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def deit():
@@ -63,6 +67,31 @@ def test_cache_with_fp32_codec_is_freeze_only(workers, tmp_path):
     cached = run(deit(), dataset, tmp_path / "c", manual("1:4,2:10", codec="fp32"), **settings)
     assert losses(cached) == losses(frozen)
     assert_same_weights(weights(cached), weights(frozen))
+
+
+def test_warped_base_features_follow_the_view_better_than_unwarped():
+    """Random resized crops of real photographs, DeiT-Tiny: the geometry holds for features, not only for pixels."""
+    size = 224
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_AND_STD)]
+    train = v2.Compose([v2.RandomResizedCrop(size, (0.35, 1.0)), v2.RandomHorizontalFlip(), *finish])
+    transform = ReplayableTransform(train=train, base=v2.Compose([v2.Resize((size, size)), *finish]))
+    dataset = datasets.load_dataset("parquet", data_files=str(IMAGES), split="train").select(range(32))
+    source = RowSource(dataset.with_transform(transform), lambda rows: {"pixel_values": stack(rows)}, 32, seed=0)
+    chain = BlockChain.from_model(deit())
+    for cut, margin in ((4, 0.2), (8, 0.25)):
+        layout = chain.layout(cut)
+        drawn = source.draw(range(32), 1, (PROJECTIVE, layout.grid))
+        base, view = (to_maps(chain.prefix(batch, cut), layout) for batch in (source.collate(range(32)), drawn.batch))
+        sources = decode_geometry(drawn.geometry, PROJECTIVE, layout.grid)
+        unwarped, warped = (
+            torch.cosine_similarity(maps.flatten(2), view.flatten(2), dim=-1).mean()
+            for maps in (base, warp(base, sources))
+        )
+        assert warped > unwarped + margin
+
+
+def stack(rows):
+    return torch.stack([row["pixel_values"] for row in rows])
 
 
 def test_int4_store_is_close_to_the_features(tmp_path):

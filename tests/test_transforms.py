@@ -475,9 +475,15 @@ def test_missing_image_column_says_what_to_set():
 
 
 @pytest.mark.parametrize("settings", [{"view": 0}, {"view": 1, "geometry": (PROJECTIVE, (4, 4))}], ids=str)
-def test_random_base_is_an_error_with_advice(settings):
+@pytest.mark.parametrize(
+    "base",
+    [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.RandomErasing(0.01), v2.RandomApply([RESIZE], 0.9)],
+    ids=str,
+)
+def test_random_base_is_an_error_with_advice(base, settings):
+    """Also where two draws would most often look alike."""
     with pytest.raises(ValueError, match="`base` draws random numbers.*v2.CenterCrop"):
-        fetch(replayable([RESIZE], base=(v2.RandomResizedCrop(SIZE),)), [smooth()], **settings)
+        fetch(replayable([RESIZE], base=(RESIZE, base)), [smooth()], **settings)
 
 
 @pytest.mark.parametrize("settings", [{"epoch": 0}, {"view": 1}], ids=str)

@@ -10,9 +10,10 @@ from helpers import make_args, manual, pixel_dataset, run, tiny_vit
 from images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
 from safetensors.torch import load_file
 from torchvision.transforms import v2
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
+from hf_freezecache.cache.fingerprint import sample_digest
 from hf_freezecache.cache.materialize import estimate_bytes
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.cache.store import FeatureStore
@@ -202,6 +203,89 @@ def test_labels_that_a_collator_draws_go_with_their_draw(tmp_path):
             assert torch.equal(read["weight"], drawn["weight"]) and read["names"] == drawn["names"]
 
 
+# When it cannot be done as wished
+
+
+def test_views_that_show_little_of_the_base_view_are_kept_whole(tmp_path, caplog):
+    logging.getLogger("hf_freezecache").propagate = True
+    corner = v2.Compose([v2.CenterCrop(4), v2.Resize(16), *TO_PIXELS])
+    anywhere = v2.Compose([v2.RandomCrop(8), v2.Resize(16), *TO_PIXELS])
+    transform = ReplayableTransform(train=anywhere, base=corner)
+    _, store = train(picture_dataset(size=32).with_transform(transform), tmp_path)
+    assert store.manifest.geometry is None and store.manifest.views == 1
+    assert "% of what views show is not in their base view" in caplog.text and "MB in all" in caplog.text
+
+
+def test_fallback_that_the_disk_cannot_hold_is_declined(tmp_path, monkeypatch):
+    """What turned out to be necessary is more than what was planned: the disk is looked at again."""
+    asked = []
+
+    def disk_usage(path):
+        asked.append(path)
+        return type("Usage", (), {"free": 10**9 if len(asked) == 1 else 0})
+
+    monkeypatch.setattr("hf_freezecache.caching.shutil.disk_usage", disk_usage)
+    erasing = replayable(v2.Compose([*TO_PIXELS, v2.RandomErasing(p=1.0)]))
+    settings = dict(num_train_epochs=1, remove_unused_columns=False)
+    trainer = run(tiny_vit(), picture_dataset().with_transform(erasing), tmp_path, manual("0:2"), **settings)
+    assert len(asked) == 2 and not trainer.freeze_status().replaying
+    assert not list((tmp_path / "_freeze_cache").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [(v2.Compose(TO_PIXELS), "same size"), (crop_and_flip(32), "`base` draws random numbers")],
+)
+def test_pipelines_that_do_not_fit_are_told_before_the_first_epoch(base, message, tmp_path):
+    dataset = picture_dataset(size=32).with_transform(ReplayableTransform(train=crop_and_flip(), base=base))
+    steps = []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    settings = dict(num_train_epochs=2, remove_unused_columns=False, callbacks=[Steps()])
+    with pytest.raises(ValueError, match=message):
+        run(tiny_vit(image_size=32), dataset, tmp_path, manual("1:2", cache="always"), **settings)
+    assert not steps
+
+
+def test_cutmix_of_features_without_a_grid_is_declined(tmp_path):
+    config = manual("0:4", cache="always", cutmix_alpha=1.0, blocks=["a", "b", "c", "d"])
+    trainer = run(_Vectors(), pixel_dataset(), tmp_path, config, num_train_epochs=1)
+    assert trainer.freeze_status().cut == 4 and not trainer.freeze_status().replaying
+
+
+class _Vectors(torch.nn.Module):
+    """Four blocks whose features are vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"num_labels": 5})
+        self.a, self.b = torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8)
+        self.c, self.d, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.d(self.c(self.b(self.a(pixel_values)))))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def test_build_counts_what_the_prefix_ran_on(tmp_path):
+    trainer, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2, sensitivity_batches=2)
+    build = next(phase for phase in trainer.freeze_cache_report().phases if phase.mode == "build")
+    # 32 samples in three views, and two batches of 8 in two views to compare.
+    assert build.flops == trainer._session.flops_per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)
+
+
+def test_view_changes_the_digest_of_sampled_rows():
+    first, second = (
+        sample_digest(RowSource(picture_dataset().with_transform(replayable(pipeline)), collate, 4, 0))
+        for pipeline in (v2.Compose(TO_PIXELS), v2.Compose([v2.RandomHorizontalFlip(), *TO_PIXELS]))
+    )
+    assert first != second
+
+
 # Which view
 
 
@@ -301,6 +385,17 @@ def test_soft_labels_reach_the_loss_in_live_and_replay_epochs(own_loss, tmp_path
         assert len(seen) == 8 and all(labels.shape == (8, 5) for labels in seen)
         assert all(torch.allclose(labels.sum(1), torch.ones(8)) for labels in seen)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_loss_of_a_subclass_is_told_about_soft_labels(tmp_path, caplog):
+    class OwnLoss(FreezeCacheTrainer):
+        def compute_loss(self, model, inputs, **settings):
+            return super().compute_loss(model, inputs, **settings)
+
+    logging.getLogger("hf_freezecache").propagate = True
+    config = manual("0:2", mixup_alpha=1.0)
+    OwnLoss(model=tiny_vit(), args=make_args(tmp_path), train_dataset=pixel_dataset(), freeze_cache=config)
+    assert "labels of probabilities" in caplog.text
 
 
 def test_mixing_and_noise_change_a_replay_epoch(tmp_path):

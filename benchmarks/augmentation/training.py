@@ -57,7 +57,9 @@ def train_arm(
     shutil.rmtree(target, ignore_errors=True)
     augmentation = {}
     if arm.views:
-        augmentation = {"sensitive_fraction": arm.sensitive_fraction, "similarity": SIMILARITY}
+        # The naive way moves every channel alone.
+        settings = {"similarity": SIMILARITY, "channel_map": not arm.flip}
+        augmentation = {"sensitive_fraction": arm.sensitive_fraction, **settings}
     config = FreezeCacheConfig(
         policy="manual",
         freeze_points=f"{experiment.live_epochs}:{experiment.cut}",

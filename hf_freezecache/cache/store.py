@@ -27,7 +27,7 @@ from ..layout import FeatureLayout
 from .codec import Codec, make_codec
 from .mapped import MappedColumn
 from .rows import InputColumn, RowError
-from .views import ViewColumns, ViewSpec
+from .views import VIEW_TENSORS, ViewColumns, ViewSpec
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -147,8 +147,8 @@ class FeatureStore:
         for name, entry in manifest.files.items():
             _check_sha256(path / name, entry["sha256"])
         tensors = safetensors.torch.load_file(path / CODEC_FILE)
-        channels, outside = (tensors.pop(name, None) for name in ("view_channels", "view_outside"))
-        spec = ViewSpec(manifest.views, manifest.geometry, channels, outside, manifest.own_inputs)
+        of_views = {name: tensors.pop(f"view_{name}", None) for name in VIEW_TENSORS}
+        spec = ViewSpec(manifest.views, manifest.geometry, own_inputs=manifest.own_inputs, **of_views)
         codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout)).load_tensors(tensors)
         return cls(path, manifest, codec, ViewColumns(spec, codec))
 

@@ -17,6 +17,9 @@ from ..geometry import geometry_column
 from ..layout import FeatureLayout
 from .codec import Codec
 
+#: Fields of a `ViewSpec` that are tensors.
+VIEW_TENSORS = ("channels", "outside", "channel_maps", "limits")
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -27,6 +30,10 @@ class ViewSpec:
         geometry: kind of geometry that is kept; None: whole views are.
         channels: int64 `(K,)`, the sensitive channels, ascending; None for whole views.
         outside: float32 `(C,)`, a channel's value where a view shows nothing of the base view; None for whole views.
+        channel_maps: float32 `(2, N * C + K + 1, C)`, how the other channels follow from all warped ones, N positions
+            of each, and the sensitive ones, for views that are not mirrored and for those that are; None: each is its
+            base view's, warped.
+        limits: float32 `(2, C)`, the smallest and the largest value of a channel; None without channel maps.
         own_inputs: whether a view has model inputs of its own (labels that a collator draws).
 
     Shapes: C channels, K sensitive ones.
@@ -36,6 +43,8 @@ class ViewSpec:
     geometry: str | None = None
     channels: torch.Tensor | None = None
     outside: torch.Tensor | None = None
+    channel_maps: torch.Tensor | None = None
+    limits: torch.Tensor | None = None
     own_inputs: bool = False
 
     @property
@@ -49,7 +58,8 @@ class ViewSpec:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What of it is a tensor, by name."""
-        return {} if self.whole else {"view_channels": self.channels, "view_outside": self.outside}
+        tensors = {f"view_{name}": getattr(self, name) for name in VIEW_TENSORS}
+        return {name: value for name, value in tensors.items() if value is not None}
 
 
 class ViewColumns:

@@ -14,8 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..geometry import warp
+from ..geometry import is_mirrored, warp
 from ..layout import FeatureLayout
+from .channel_map import ChannelMapFit, denormalized
 from .maps import check_grid, to_maps
 
 SIMILARITIES = ("ssim", "cosine")
@@ -118,6 +119,8 @@ class SensitivityMeter:
         self._scores = torch.zeros(layout.channels, dtype=torch.float64)
         self._outside = torch.zeros(layout.channels, dtype=torch.float64)
         self._kept: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._fit_of_maps = ChannelMapFit(layout.channels, layout.grid)
+        self._low, self._high = torch.full((2, layout.channels), torch.inf) * torch.tensor([[1.0], [-1.0]])
 
     @torch.no_grad()
     def update(self, base: Tensor, view: Tensor, sources: Tensor, sample_ids: Sequence[int]) -> None:
@@ -172,6 +175,22 @@ class SensitivityMeter:
         """Share of the positions so far that show nothing of their base view."""
         return self._outside_count / max(1, self._positions)
 
+    def channel_maps(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """How the channels of a view follow from the warped ones of its base view and those that are kept of it.
+
+        Args:
+            kept: int64 `(K,)`.
+
+        Returns:
+            Maps float32 `(2, N * C + K + 1, C)` and limits `(2, C)` for `apply_channel_map`; None if warping alone is
+            as good, or too little was seen.
+        """
+        maps = self._fit_of_maps.solve(kept)
+        if maps is None:
+            return None
+        limits = torch.stack([self._low, self._high])
+        return denormalized(maps, kept, self._mean.cpu(), self._deviation.cpu()), limits
+
     def _fit(self, parts: Sequence[Tensor]) -> None:
         values = sum(part.shape[0] * part.shape[2] * part.shape[3] for part in parts)
         total = sum(_as_float(part).sum((0, 2, 3)) for part in parts)
@@ -194,6 +213,9 @@ class SensitivityMeter:
         warped = warp(base, sources)
         rows = inside.flatten(1).any(1).nonzero().flatten()
         true, followed = self._normalize(view), self._normalize(warped)
+        self._fit_of_maps.update(followed, true, inside, is_mirrored(sources))
+        low, high = (values.cpu() for values in view.movedim(1, 0).flatten(1).aminmax(dim=1))
+        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self._outside += (true * outside.unsqueeze(1)).sum((0, 2, 3)).cpu().double()
         self._outside_count += int(outside.sum())
         self._positions += outside.numel()

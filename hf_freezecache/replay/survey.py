@@ -15,7 +15,7 @@ from ..cache.rows import RowSource, is_same
 from ..cache.views import ViewSpec
 from ..geometry import PROJECTIVE, decode_geometry
 from ..layout import FeatureLayout
-from .sensitivity import SENSITIVITY, Sensitivity, SensitivityMeter
+from .sensitivity import SENSITIVITY, SensitivityMeter
 
 #: Rows that are drawn, and draws of each, to see what is random.
 _ROWS, _DRAWS = 8, 8
@@ -123,28 +123,36 @@ def count_sensitive(
     return max((count for count, size in row_bytes.items() if rows * views * size <= budget), default=0)
 
 
-def choose_channels(plan: BuildPlan, similarity: str, batches: int) -> BuildPlan:
+def choose_channels(plan: BuildPlan, similarity: str, batches: int, channel_map: bool) -> BuildPlan:
     """Measures which channels do not follow the augmentation, and completes the plan with them.
 
     Args:
         plan: whose `views` say how many channels are wanted.
         similarity: how the true features of a view and the warped ones of its base view are compared.
         batches: ranges of samples, drawn from the seed, that are compared at most.
+        channel_map: whether to fit how the other channels follow from all of them.
 
     Raises:
         GeometryMisfit: if a view's geometry cannot be kept as the plan says.
     """
     if plan.views.whole:
         return plan
-    measured = measure_sensitivity(plan, similarity, batches)
+    meter = measure_sensitivity(plan, similarity, batches)
+    measured = meter.result()
+    channels = measured.choose(len(plan.views.channels))
+    maps, limits = (meter.channel_maps(channels) if channel_map else None) or (None, None)
     spec = replace(
-        plan.views, channels=measured.choose(len(plan.views.channels)), outside=measured.outside.to(torch.float32)
+        plan.views,
+        channels=channels,
+        outside=measured.outside.to(torch.float32),
+        channel_maps=maps,
+        limits=limits,
     )
     return replace(plan, views=spec, notes={**plan.notes, SENSITIVITY: measured.tensors()})
 
 
-def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> Sensitivity:
-    """Similarity of every channel over a sample of the data; see `choose_channels`."""
+def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> SensitivityMeter:
+    """Compares the channels over a sample of the data; see `choose_channels`."""
     source, kind, grid = plan.source, plan.views.geometry, plan.layout.grid
     count = min(batches, source.num_batches)
     chosen = np.random.default_rng(source.seed).choice(source.num_batches, count, replace=False)
@@ -163,4 +171,4 @@ def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> Sensi
             "shows more of an image, such as v2.Resize((height, width)), would do better",
             for_all_kinds=True,
         )
-    return meter.result()
+    return meter

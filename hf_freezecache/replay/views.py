@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ..cache.store import FeatureStore
-from ..geometry import decode_geometry, warp
+from ..geometry import decode_geometry, is_mirrored, is_shown, warp
+from .channel_map import apply_channel_map
 from .maps import put_maps, to_maps
 
 
@@ -15,8 +16,9 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
     """Features of the views that were drawn for a batch.
 
     Where views are kept whole they are decoded as the base view is. Else the base view is decoded and warped by the
-    view's geometry, and the sensitive channels and the special tokens are the view's own (arXiv 2508.15033,
-    similarity-aware channel augmentation, for any geometry).
+    view's geometry, the sensitive channels and the special tokens are the view's own (arXiv 2508.15033,
+    similarity-aware channel augmentation, for any geometry), and the other channels follow from both by a linear map
+    where that comes nearer than warping alone.
 
     Args:
         store: where the codes come from.
@@ -43,11 +45,19 @@ def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torc
     """Features of augmented views from those of their base views, which are overwritten."""
     spec, layout = store.views.spec, store.codec.layout
     sources = decode_geometry(entries["geometry"], spec.geometry, layout.grid)
-    maps = warp(to_maps(base, layout), sources, spec.outside.to(base.device))
-    features = put_maps(base, maps, layout)
+    maps = warp(to_maps(base, layout), sources)
     own = store.views.decode(entries)
+    kept = None
     if "view" in own:
-        layout.body(features).index_copy_(layout.channel_dim + 1, spec.channels.to(base.device), own["view"])
+        kept = to_maps(own["view"], layout.narrowed(len(spec.channels)))
+    if spec.channel_maps is not None:
+        linear, limits = spec.channel_maps.to(base.device), spec.limits.to(base.device)
+        maps = apply_channel_map(linear, maps, kept, is_mirrored(sources), limits)
+    outside = spec.outside.to(maps)[:, None, None]
+    maps = torch.where(is_shown(sources)[:, None], maps, outside)
+    if kept is not None:
+        maps = maps.index_copy(1, spec.channels.to(base.device), kept)
+    features = put_maps(base, maps, layout)
     if "view_special" in own:
         features[:, : layout.special_tokens] = own["view_special"]
     return features
