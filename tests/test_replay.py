@@ -98,8 +98,8 @@ def test_replay_reads_rows_in_the_order_asked_for_and_no_live_sample(store):
     dataset.switch.set(store.path)
     assert len(dataset) == 22
     rows = dataset.__getitems__([21, 3, 3, 0])
-    assert isinstance(rows, CachedRows) and set(rows.columns) == {"base", "special"}
-    assert torch.equal(store.codec.decode({name: rows.rows[name] for name in rows.columns}), store.read([21, 3, 3, 0]))
+    assert isinstance(rows, CachedRows) and set(rows.codes) == {"base", "special"}
+    assert torch.equal(store.codec.decode({name: rows.rows[name] for name in rows.codes}), store.read([21, 3, 3, 0]))
     assert rows.rows["labels"].tolist() == [1, 3, 3, 0]
 
 

@@ -153,7 +153,7 @@ def test_random_transform_is_said_when_a_store_is_reused(tmp_path, caplog):
     for name in ("first", "second"):
         caplog.clear()
         run(tiny_resnet(), Noisy(), tmp_path / name, config, num_train_epochs=2)
-        assert sum("is random" in record.message for record in caplog.records) == 1
+        assert sum("whole draws of every sample" in record.message for record in caplog.records) == 1
 
 
 def test_opened_store_travels_to_another_process(tmp_path):

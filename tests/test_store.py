@@ -232,7 +232,7 @@ def test_store_of_another_version_is_refused(store):
         content["checksum"] = store_module._checksum(content)
 
     edit(store, other)
-    with pytest.raises(StoreError, match="format version 99.*version 1"):
+    with pytest.raises(StoreError, match="format version 99.*version 2"):
         FeatureStore.open(store.path)
 
 
