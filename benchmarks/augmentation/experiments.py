@@ -163,7 +163,8 @@ def _cifar10() -> Experiment:
         load_model=lambda options: ResNet20(),
         train=v2.Compose([v2.ToImage(), v2.RandomCrop(_CIFAR_SIZE, padding=4), v2.RandomHorizontalFlip(), *finish]),
         base=v2.Compose([v2.ToImage(), *finish]),
-        flip=v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(p=1.0), *finish]),
+        # Of this view nothing but the geometry is kept; without the jitter there would be nothing random to replay.
+        flip=v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(p=1.0), v2.ColorJitter(0.1), *finish]),
         collator=collate,
         blocks=BLOCK_NAMES,
         cut=7,
