@@ -122,10 +122,15 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         taken.append(kilobytes)
         place = kilobytes + (0.15 if beside else 0.0), difference["mean"]
         axes.errorbar(*place, yerr=half, color=colour, marker=marker, markersize=7, capsize=3, linestyle="none")
-        shift = (7, -13) if beside else (7, 6)
-        axes.annotate(name, place, xytext=shift, textcoords="offset points", fontsize=8, color=colour)
+        style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+        if name.startswith(("gamma", "whole")):
+            top = place[0], difference["mean"] + half
+            axes.annotate(name, top, xytext=(1, 4), rotation=40, **style)
+        else:
+            axes.annotate(name, place, xytext=(-9, -3), ha="right", **style)
     axes.set(xlabel="kilobytes a sample in the store", ylabel="test accuracy minus freeze only, points")
     axes.set_xlim(0, 1.15 * max(taken))
+    axes.margins(y=0.15)
     axes.set_title(f"{title}; mean and 95 % interval", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.3)
