@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def main() -> None:
     path = options.output / f"rank-{trainer.accelerator.process_index}.json"
     path.write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.end_training()  # a process group that is not taken down may abort at exit
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of libraries still abort the interpreter's own end now and then
 
 
 if __name__ == "__main__":
