@@ -12,9 +12,12 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from .cache.build_plan import BuildPlan
 from .cache.fingerprint import fingerprint_inputs
-from .cache.materialize import BuildFailed, BuildPlan, GeometryMisfit, estimate_bytes, materialize, open_matching
+from .cache.materialize import BuildFailed, GeometryMisfit, materialize, open_matching
 from .cache.rows import RowSource
+from .cache.runs import ImageRuns
+from .cache.sizing import estimate_bytes
 from .cache.store import FORMAT_VERSION, FeatureStore
 from .cache.views import ViewSpec
 from .chain import BlockChain
@@ -71,12 +74,12 @@ class FeatureCaching:
         self._said_what_is_random = False
         self._notes: Mapping[str, Any] = {}
 
-    def obtain(self, cut: int, whole_epoch: bool) -> tuple[FeatureStore | None, bool]:
+    def obtain(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
         """Opens the matching store or builds it, if that is wanted and possible.
 
         Args:
             cut: frozen blocks.
-            whole_epoch: whether at least one whole epoch remains.
+            epochs_left: epochs of training that remain.
 
         Returns:
             The store, None if training goes on from images; and whether it was built now.
@@ -92,10 +95,10 @@ class FeatureCaching:
                 self._say_what_is_random(plan)
                 self._say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
                 return store, False
-            refusal = self._refusal(plan, whole_epoch)
+            refusal = self._refusal(plan, epochs_left)
             if refusal is None:
                 self._say_what_is_random(plan)
-                store, refusal = self._build(plan)
+                store, refusal = self._build(plan, epochs_left)
             if store is None:
                 self._say(f"No feature store for cut {cut}, training goes on frozen, from images: {refusal}.")
                 return None, False
@@ -108,7 +111,7 @@ class FeatureCaching:
         )
         return store, True
 
-    def _build(self, plan: BuildPlan) -> tuple[FeatureStore | None, str | None]:
+    def _build(self, plan: BuildPlan, epochs_left: float) -> tuple[FeatureStore | None, str | None]:
         """Builds with the smallest kind of geometry that fits every view; whole views if none does.
 
         Returns:
@@ -125,9 +128,9 @@ class FeatureCaching:
                 else:
                     plan = replace(plan, views=ViewSpec(plan.views.count), notes={})
                     how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
-                bytes_then = self.group.on_main(partial(estimate_bytes, plan))
+                bytes_then = self.group.on_main(partial(estimate_bytes, plan, self.group.size))
                 self._say(f"{how} ({megabytes(bytes_then)} in all), because {misfit}.")
-            refusal = self._refusal(plan, whole_epoch=True)
+            refusal = self._refusal(plan, epochs_left)
             if refusal is not None:
                 return None, refusal
 
@@ -185,21 +188,21 @@ class FeatureCaching:
             views=self._view_spec(layout),
             made_from=self.group.on_main(made_from),
             directory=self.cache_dir,
-            model_inputs=self._count_and_take,
+            runs=ImageRuns(self.chain, cut, self.source, layout, self._count_and_take),
             disable_tqdm=self.disable_tqdm,
         )
 
-    def _refusal(self, plan: BuildPlan, whole_epoch: bool) -> str | None:
+    def _refusal(self, plan: BuildPlan, epochs_left: float) -> str | None:
         """Why a store is not built; None if it is."""
         if self.config.cutmix_alpha and plan.layout.grid is None:
             return f"cutmix pastes a box of positions, and features of shape {plan.layout.shape} have none"
         if self.config.cache == "always":
             return None
-        if not whole_epoch:
+        if epochs_left < 1:
             return "less than one epoch remains"
 
         def compare() -> str | None:
-            needed = estimate_bytes(plan)
+            needed = estimate_bytes(plan, self.group.size)
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.cache_dir).free
             if needed <= _DISK_SHARE * free:
@@ -247,7 +250,7 @@ class FeatureCaching:
                 "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
         elif not found.replayable:
-            size = megabytes(self.group.on_main(partial(estimate_bytes, plan)))
+            size = megabytes(self.group.on_main(partial(estimate_bytes, plan, self.group.size)))
             self._say(
                 f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
                 f"draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay epochs "

@@ -19,8 +19,13 @@ class CutMover(Protocol):
     def agree(self, value: Any) -> Any:
         """The main process's value, on every process."""
 
-    def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
-        """Brings the cut to `moment.cut` and the source of the batches with it."""
+    def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
+        """Brings the cut to `moment.cut` and the source of the batches with it.
+
+        Args:
+            moment: where the training stands.
+            epochs_left: epochs that remain, the one that begins included.
+        """
 
     def end_epoch(self) -> None:
         """An epoch's last batch is done."""
@@ -91,8 +96,8 @@ class FreezeCallback(TrainerCallback, ExportableState):
         if self._epoch > self.decided_epoch:
             self.cut = self._decide(moment)
             self.decided_epoch = self._epoch
-        whole_epoch = state.max_steps - self._epoch * steps_per_epoch >= steps_per_epoch
-        self._mover.begin_epoch(self._moment(state), whole_epoch)
+        epochs_left = state.max_steps / steps_per_epoch - self._epoch
+        self._mover.begin_epoch(self._moment(state), epochs_left)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._mover is not None:

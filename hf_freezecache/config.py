@@ -11,6 +11,8 @@ from .replay.sensitivity import SIMILARITIES
 
 POLICY_NAMES = ("none", "manual", "linear")
 CACHE_MODES = ("auto", "always", "never")
+MATERIALIZE_MODES = ("upfront", "write_through")
+DEEPEN_MODES = ("raw", "cache")
 
 
 @dataclass
@@ -49,8 +51,8 @@ class FreezeCacheConfig:
     cache: str = field(
         default="auto",
         metadata={
-            "help": "auto builds a store where the free disk holds it and at least an epoch remains; always builds "
-            "regardless; never only freezes."
+            "help": "auto builds a store where it pays for the epochs that remain and the budget and the free disk "
+            "hold it; always builds wherever the budget holds it; never only freezes."
         },
     )
     feature_cache_dir: str | None = field(
@@ -58,6 +60,42 @@ class FreezeCacheConfig:
     )
     codec: str = field(
         default="int4", metadata={"help": f"How a feature becomes bytes: one of {', '.join(CODEC_NAMES)}."}
+    )
+    progressive: str | None = field(
+        default=None,
+        metadata={
+            "help": "Codec by depth of the cut, in place of codec: `fraction of the blocks:codec` pairs, e.g. "
+            "'0.25:int8,0.5:int4,0.75:int3'; below the first depth its codec holds. 'default' is a progression that "
+            "was measured to be right for most models."
+        },
+    )
+    cache_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Most bytes that the stores of a training may take at any moment, e.g. '20GB'. A coarser codec is "
+            "taken where it fits and the wanted one does not."
+        },
+    )
+    materialize: str = field(
+        default="upfront",
+        metadata={
+            "help": "upfront builds a store in passes over the data at the freeze; write_through trains the first "
+            "epochs after it live and stores what they compute."
+        },
+    )
+    deepen: str = field(
+        default="raw",
+        metadata={
+            "help": "Where a deeper store comes from: raw runs the prefix on images, cache runs the newly frozen "
+            "blocks on the store of the cut before."
+        },
+    )
+    cache_eval: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the evaluation set's features in fp16 too, for the evaluations during training; the last "
+            "one runs on images, and both results are logged."
+        },
     )
     views: int = field(
         default=1,
@@ -111,6 +149,8 @@ class FreezeCacheConfig:
         _one_of("cache", self.cache, CACHE_MODES)
         _one_of("codec", self.codec, CODEC_NAMES)
         _one_of("similarity", self.similarity, SIMILARITIES)
+        _one_of("materialize", self.materialize, MATERIALIZE_MODES)
+        _one_of("deepen", self.deepen, DEEPEN_MODES)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
@@ -139,11 +179,13 @@ class FreezeCacheConfig:
         for name in ("feature_noise", "mixup_alpha", "cutmix_alpha"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be 0 (off) or more, and finite.")
-        if self.sensitive_budget is not None:
+        for name in ("sensitive_budget", "cache_budget"):
+            size = getattr(self, name)
             try:
-                parse_bytes(self.sensitive_budget)
+                if size is not None:
+                    parse_bytes(size)
             except ValueError as error:
-                raise ValueError(f"sensitive_budget: {error}") from error
+                raise ValueError(f"{name}: {error}") from error
 
 
 _UNITS = {"": 1, "B": 1} | {

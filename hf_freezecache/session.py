@@ -106,7 +106,7 @@ class FreezeSession:
     def agree(self, value: Any) -> Any:
         return self.group.from_main(value)
 
-    def begin_epoch(self, moment: Moment, whole_epoch: bool) -> None:
+    def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
         self.switch.epoch = moment.epoch
@@ -121,7 +121,7 @@ class FreezeSession:
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
         if moment.cut:
-            self._choose_source(moment, whole_epoch)
+            self._choose_source(moment, epochs_left)
         mode = "live" if self.switch.path is None else "replay"
         phase = self.ledger.begin(self.chain.cut, mode)
         if mode == "replay":
@@ -277,7 +277,7 @@ class FreezeSession:
 
     # Caching
 
-    def _choose_source(self, moment: Moment, whole_epoch: bool) -> None:
+    def _choose_source(self, moment: Moment, epochs_left: float) -> None:
         if self.config.cache == "never" or not self.can_cache or self._declined_cut == moment.cut:
             self.switch.set(None)
             return
@@ -287,7 +287,7 @@ class FreezeSession:
         self.store = None
         with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
             before = self.caching.prefix_samples
-            store, built = self.caching.obtain(moment.cut, whole_epoch)
+            store, built = self.caching.obtain(moment.cut, epochs_left)
             samples = self.caching.prefix_samples - before
             if samples:
                 flops = self.flops_per_sample("build", moment.cut) * samples

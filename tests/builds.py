@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from hf_freezecache import BlockChain
+from hf_freezecache.cache.build_plan import BuildPlan
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
-from hf_freezecache.cache.materialize import BuildPlan, materialize
+from hf_freezecache.cache.materialize import materialize
 from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.cache.runs import ImageRuns
 from hf_freezecache.cache.store import FORMAT_VERSION, FeatureStore
 from hf_freezecache.distributed import Group
 
@@ -66,7 +68,7 @@ def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
         layout=chain.layout(cut),
         made_from=made_from,
         directory=directory,
-        model_inputs=lambda batch: batch,
+        runs=ImageRuns(chain, cut, source, chain.layout(cut), lambda batch: batch),
         disable_tqdm=True,
     )
 

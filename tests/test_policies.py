@@ -157,7 +157,7 @@ class Mover:
     num_blocks = 6
 
     def __init__(self):
-        self.cuts, self.whole, self.watched = [], [], []
+        self.cuts, self.epochs_left, self.watched = [], [], []
 
     def watch(self, signals):
         self.watched.append(signals)
@@ -165,9 +165,9 @@ class Mover:
     def agree(self, value):
         return value
 
-    def begin_epoch(self, moment, whole_epoch):
+    def begin_epoch(self, moment, epochs_left):
         self.cuts.append(moment.cut)
-        self.whole.append(whole_epoch)
+        self.epochs_left.append(epochs_left)
 
     def state(self):
         return {"some": "state"}
@@ -228,11 +228,11 @@ def test_callback_starts_every_training_from_nothing():
     assert run_epochs(callback, again, 0, 1) == [2]
 
 
-def test_callback_tells_whether_a_whole_epoch_remains():
+def test_callback_tells_the_epochs_that_remain():
     callback, mover = FreezeCallback(Answers(1, 1, 1)), Mover()
     callback.attach(mover)
     run_epochs(callback, mover, 0, 3, max_steps=10)
-    assert mover.whole == [True, True, False]
+    assert mover.epochs_left == [2.5, 1.5, 0.5]
 
 
 def test_callback_has_what_the_policy_observes_collected():

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,8 @@ from builds import Rows, build, collate, make_plan, on_every_process
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache import store as store_module
-from hf_freezecache.cache.materialize import BuildFailed, estimate_bytes, materialize, open_matching
+from hf_freezecache.cache.materialize import BuildFailed, OverLimit, materialize, open_matching
+from hf_freezecache.cache.sizing import estimate_bytes
 from hf_freezecache.cache.store import ShardWriter, StoreError
 from hf_freezecache.distributed import Group
 
@@ -101,9 +103,28 @@ def test_reading_no_rows_gives_an_empty_batch(built):
     assert built.read([]).shape == (0, 17, 16)
 
 
-def test_estimate_is_close_to_the_written_bytes(model, tmp_path):
-    plan = make_plan(model, tmp_path, Rows(200), codec="int8", batch_size=64)
-    assert estimate_bytes(plan) == pytest.approx(materialize(plan, Group()).bytes, rel=0.1)
+@pytest.mark.parametrize(("rows", "batch_size"), [(200, 64), (64, 64), (3, 4)])
+def test_estimate_is_the_written_bytes(rows, batch_size, model, tmp_path):
+    plan = make_plan(model, tmp_path, Rows(rows), codec="int8", batch_size=batch_size)
+    assert estimate_bytes(plan) == materialize(plan, Group()).bytes
+
+
+@pytest.mark.parametrize("rows", [22, 6])
+def test_estimate_for_several_processes_is_the_written_bytes(rows, model, tmp_path):
+    plan = make_plan(model, tmp_path, Rows(rows))
+    stores = on_every_process(3, lambda group: materialize(plan, group))
+    assert estimate_bytes(plan, 3) == stores[0].bytes
+
+
+def test_limit_is_kept_to_the_byte(model, tmp_path):
+    plan = make_plan(model, tmp_path / "free")
+    needed = sum(file.stat().st_size for file in materialize(plan, Group()).path.iterdir())
+    limited = replace(plan, directory=tmp_path / "limited", limit=needed)
+    store = materialize(limited, Group())
+    assert sum(file.stat().st_size for file in store.path.iterdir()) == needed
+    with pytest.raises(OverLimit, match=f"{needed:,} bytes; {needed - 1:,} are left"):
+        materialize(replace(limited, directory=tmp_path / "less", limit=needed - 1), Group())
+    assert not (tmp_path / "less").exists()
 
 
 @pytest.mark.parametrize(
@@ -349,10 +370,10 @@ def test_full_disk_is_build_failed_and_leaves_nothing(model, tmp_path, monkeypat
 
 
 def test_full_disk_at_completion_is_build_failed_and_leaves_nothing(model, tmp_path, monkeypatch):
-    def full(path, text):
+    def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "_write_text", full)
+    monkeypatch.setattr(store_module, "_write", full)
     with pytest.raises(BuildFailed, match="No space left"):
         build(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 from hf_freezecache.cache.fingerprint import sample_digest
-from hf_freezecache.cache.materialize import estimate_bytes
 from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.cache.sizing import estimate_bytes
 from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.collator import ReplayCollator
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch, choose_views
@@ -122,9 +122,7 @@ def test_least_similar_channels_are_kept(tmp_path):
 def test_estimated_bytes_are_those_of_the_files(settings, tmp_path):
     trainer, store = train(picture_dataset(200).with_transform(replayable()), tmp_path, **settings)
     estimate = estimate_bytes(trainer._session.caching._plan(2))
-    batches = trainer._session.source.num_batches
-    # Beside the rows: what Arrow says about each batch and column.
-    assert estimate <= store.bytes <= estimate + 1000 + 150 * batches * len(store.dataset.column_names)
+    assert store.bytes == estimate
 
 
 def test_budget_decides_the_number_of_channels(tmp_path):

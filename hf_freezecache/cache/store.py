@@ -246,21 +246,20 @@ class FeatureStore:
         return {name: MappedColumn(self.dataset.data.column(name)) for name in names}
 
 
-class ShardWriter(contextlib.AbstractContextManager):
-    """Writes one Arrow file of a store.
+class ShardStream:
+    """Record batches of a shard, written to any sink.
 
     Args:
-        path: of the file.
+        sink: a file or Arrow output stream.
         codec: of the base view.
         views: columns of the other views.
         inputs: model inputs that are kept per row.
     """
 
-    def __init__(self, path: Path, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
-        self.path, self.inputs, self.rows = path, _input_columns(inputs, views.spec), 0
-        self.features = _features(codec, views, inputs)
-        self._file = open(path, "wb")
-        self._writer = pa.ipc.new_stream(self._file, self.features.arrow_schema)
+    def __init__(self, sink: Any, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
+        self.inputs, self.rows = _input_columns(inputs, views.spec), 0
+        self._schema = _features(codec, views, inputs).arrow_schema
+        self._writer = pa.ipc.new_stream(sink, self._schema)
 
     def write(self, first_row: int, codes: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> None:
         """Appends a batch whose rows follow each other from `first_row`."""
@@ -282,12 +281,31 @@ class ShardWriter(contextlib.AbstractContextManager):
             stored = column.to_numpy(value)
             arrays[name] = pa.array(stored.reshape(-1)) if column.shape == () else _fixed_size_list(stored)
         arrays["sample_id"] = pa.array(np.arange(first_row, first_row + rows, dtype=np.int64))
-        schema = self.features.arrow_schema
-        self._writer.write_batch(pa.record_batch([arrays[name] for name in schema.names], schema=schema))
+        batch = pa.record_batch([arrays[name] for name in self._schema.names], schema=self._schema)
+        self._writer.write_batch(batch)
         self.rows += rows
 
     def close(self) -> None:
         self._writer.close()
+
+
+class ShardWriter(ShardStream, contextlib.AbstractContextManager):
+    """Writes one Arrow file of a store.
+
+    Args:
+        path: of the file.
+        codec: of the base view.
+        views: columns of the other views.
+        inputs: model inputs that are kept per row.
+    """
+
+    def __init__(self, path: Path, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
+        self.path = path
+        self._file = open(path, "wb")
+        super().__init__(self._file, codec, views, inputs)
+
+    def close(self) -> None:
+        super().close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -316,25 +334,17 @@ def create_aside(final: Path) -> Path:
     return aside
 
 
-def complete(
-    aside: Path,
-    final: Path,
-    codec: Codec,
-    views: ViewColumns,
-    manifest: Manifest,
-    notes: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
-    """Writes everything besides the shards, makes it durable and gives the store its name.
+def small_files(
+    codec: Codec, views: ViewColumns, manifest: Manifest, notes: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, bytes]:
+    """Everything of a store besides its shards: contents by file name, the manifest last.
 
     Args:
-        aside: directory with the shards.
-        final: the store's name. A complete store of that name, built by somebody else meanwhile, is kept.
         codec: the fitted codec.
         views: columns of the other views.
         manifest: `files` is filled in here.
         notes: further tensors, by file name without `.safetensors`, for people and tools.
     """
-    features = _features(codec, views, manifest.inputs)
     state = {
         "_data_files": [{"filename": shard.name} for shard in manifest.shards],
         "_fingerprint": manifest.fingerprint,
@@ -344,18 +354,32 @@ def complete(
         "_output_all_columns": False,
         "_split": None,
     }
-    datasets.DatasetInfo(features=features).write_to_directory(str(aside))
-    with open(aside / "dataset_info.json", "rb+") as file:
-        os.fsync(file.fileno())
-    _write_text(aside / "state.json", json.dumps(state, indent=2, sort_keys=True))
-    _write_tensors(aside / CODEC_FILE, {**codec.tensors(), **views.spec.tensors()})
+    with tempfile.TemporaryDirectory() as directory:
+        info = datasets.DatasetInfo(features=_features(codec, views, manifest.inputs))
+        info.write_to_directory(directory)
+        contents = {"dataset_info.json": (Path(directory) / "dataset_info.json").read_bytes()}
+    contents["state.json"] = json.dumps(state, indent=2, sort_keys=True).encode()
+    contents[CODEC_FILE] = _tensor_bytes({**codec.tensors(), **views.spec.tensors()})
     for name, tensors in notes.items():
-        _write_tensors(aside / f"{name}.safetensors", tensors)
+        contents[f"{name}.safetensors"] = _tensor_bytes(tensors)
     files = {
-        name: {"bytes": (aside / name).stat().st_size, "sha256": file_sha256(aside / name)}
-        for name in ("dataset_info.json", "state.json", CODEC_FILE, *(f"{name}.safetensors" for name in notes))
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
     }
-    _write_text(aside / MANIFEST, Manifest(**{**manifest.__dict__, "files": files}).to_json())
+    contents[MANIFEST] = Manifest(**{**manifest.__dict__, "files": files}).to_json().encode()
+    return contents
+
+
+def complete(aside: Path, final: Path, files: Mapping[str, bytes]) -> None:
+    """Writes everything besides the shards, makes it durable and gives the store its name.
+
+    Args:
+        aside: directory with the shards.
+        final: the store's name. A complete store of that name, built by somebody else meanwhile, is kept.
+        files: what `small_files` returned.
+    """
+    for name, content in files.items():
+        _write(aside / name, content)
     _sync_directory(aside)
     try:
         os.rename(aside, final)
@@ -425,16 +449,13 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+
+
+def _write(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
-        file.write(safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache.build_plan import BuildPlan
 from ..cache.codec import make_codec
-from ..cache.materialize import BuildPlan, GeometryMisfit, find_misfit, view_features
+from ..cache.materialize import GeometryMisfit, find_misfit
 from ..cache.rows import RowSource, is_same
 from ..cache.views import ViewSpec
 from ..geometry import PROJECTIVE, decode_geometry
@@ -157,14 +158,13 @@ def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> Sensi
     count = min(batches, source.num_batches)
     chosen = np.random.default_rng(source.seed).choice(source.num_batches, count, replace=False)
     meter = SensitivityMeter(plan.layout, similarity)
-    for number, (base, view) in source.loader(sorted(chosen.tolist()), views=1, geometry=(kind, grid)):
+    for number, (base, view) in plan.runs.run(sorted(chosen.tolist()), views=1, geometry=kind):
         rows = source.rows(number)
         misfit = find_misfit([view], rows)
         if misfit is not None:
             raise GeometryMisfit(misfit)
-        features = [view_features(plan, drawn, rows[0]) for drawn in (base, view)]
-        sources = decode_geometry(view.geometry.to(features[0].device), kind, grid)
-        meter.update(*features, sources, rows)
+        sources = decode_geometry(view.geometry.to(base.features.device), kind, grid)
+        meter.update(base.features, view.features, sources, rows)
     if meter.outside_share > _MOST_OUTSIDE:
         raise GeometryMisfit(
             f"{100 * meter.outside_share:.0f} % of what views show is not in their base view; a base pipeline that "

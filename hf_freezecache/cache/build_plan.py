@@ -1,0 +1,55 @@
+"""What to build, settled before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..chain import BlockChain
+from ..layout import FeatureLayout
+from .fingerprint import digest
+from .rows import RowSource
+from .runs import FeatureRuns
+from .views import ViewSpec
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What to build.
+
+    Args:
+        chain: the model, traced and proved at `cut`.
+        cut: frozen blocks.
+        source: the samples.
+        codec: name of the codec.
+        layout: the feature as the prefix returns it in this training (mixed precision included).
+        made_from: the fingerprint's inputs, the main process's on every process.
+        directory: where stores lie.
+        runs: where the features come from.
+        disable_tqdm: no progress bar.
+        views: which augmented views to keep, and what of them.
+        notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
+        limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
+    """
+
+    chain: BlockChain
+    cut: int
+    source: RowSource
+    codec: str
+    layout: FeatureLayout
+    made_from: Mapping[str, Any]
+    directory: Path
+    runs: FeatureRuns
+    disable_tqdm: bool = False
+    views: ViewSpec = field(default_factory=ViewSpec)
+    notes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    limit: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the finished store lies."""
+        return self.directory / digest(self.made_from)

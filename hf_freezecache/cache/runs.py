@@ -1,0 +1,98 @@
+"""Ranges of samples as features: where a build gets them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..chain import BlockChain
+from ..layout import FeatureLayout
+from .rows import RowSource, split_batch
+
+
+@dataclass(frozen=True)
+class ViewRun:
+    """One view of a range of samples.
+
+    Args:
+        columns: model inputs besides the main one that belong to the rows.
+        constants: model inputs that are the same for every batch.
+        features: `(B, *layout.shape)`; None if they were not asked for.
+        geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
+        refused: why it could not be told.
+
+    Shapes: B samples, G values of geometry.
+    """
+
+    columns: dict[str, Any]
+    constants: dict[str, Any]
+    features: torch.Tensor | None
+    geometry: torch.Tensor | None = None
+    refused: str | None = None
+
+
+class FeatureRuns(Protocol):
+    """Computes the features at one cut, range by range; the ranges are those of the `RowSource`."""
+
+    def run(
+        self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
+    ) -> Iterator[tuple[int, list[ViewRun]]]:
+        """Yields the given ranges in order, each as its number and its views, the base view first.
+
+        Args:
+            numbers: of the ranges.
+            views: augmented views wanted beside the base view.
+            geometry: kind in which their geometry is wanted; None if it is not.
+            own_features: whether the augmented views' features are wanted.
+
+        Raises:
+            ValueError: if a feature has another size than the layout says.
+        """
+
+
+class ImageRuns:
+    """Runs the prefix on images.
+
+    Args:
+        chain: the model, traced and proved at `cut`.
+        cut: frozen blocks.
+        source: the samples.
+        layout: the feature as the prefix returns it.
+        model_inputs: of a collated batch, what the model takes, moved to where the model is.
+    """
+
+    def __init__(
+        self,
+        chain: BlockChain,
+        cut: int,
+        source: RowSource,
+        layout: FeatureLayout,
+        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    ):
+        self.chain, self.cut, self.source, self.layout = chain, cut, source, layout
+        self.model_inputs = model_inputs
+
+    def run(
+        self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
+    ) -> Iterator[tuple[int, list[ViewRun]]]:
+        wanted = None if geometry is None else (geometry, self.layout.grid)
+        for number, drawn_views in self.source.loader(numbers, views, wanted):
+            runs = []
+            for view, drawn in enumerate(drawn_views):
+                split = split_batch(drawn.batch, self.chain.main_input)
+                features = self._features(drawn.batch, number) if view == 0 or own_features else None
+                runs.append(ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused))
+            yield number, runs
+
+    def _features(self, batch: Mapping[str, Any], number: int) -> torch.Tensor:
+        features = self.chain.prefix(self.model_inputs(batch), self.cut)
+        if tuple(features.shape[1:]) != self.layout.shape:
+            raise ValueError(
+                f"the feature of sample {self.source.rows(number)[0]} and those after it has shape "
+                f"{tuple(features.shape[1:])} instead of {self.layout.shape}: a store needs inputs of one size. "
+                "Resize them, or use cache='never'."
+            )
+        return features
