@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from .._common import shared_folder
 from .._images import Pixels, load_caltech, load_deit
-from .resnet import BLOCK_NAMES, ResNet20
+from .._resnet import CifarResNet, block_names
 
 FREEZE_ONLY = "freeze only"
 NONE = "none"
@@ -160,13 +160,13 @@ def _cifar10() -> Experiment:
             _gamma_arm(0.25, views=2),
         ),
         load_data=_load_cifar10,
-        load_model=lambda options: ResNet20(),
+        load_model=lambda options: CifarResNet(20),
         train=v2.Compose([v2.ToImage(), v2.RandomCrop(_CIFAR_SIZE, padding=4), v2.RandomHorizontalFlip(), *finish]),
         base=v2.Compose([v2.ToImage(), *finish]),
         # Of this view nothing but the geometry is kept; without the jitter there would be nothing random to replay.
         flip=v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(p=1.0), v2.ColorJitter(0.1), *finish]),
         collator=collate,
-        blocks=BLOCK_NAMES,
+        blocks=block_names(20),
         cut=7,
         live_epochs=8,
         frozen_epochs=12,

@@ -1,0 +1,82 @@
+"""The 2 x 2 Haar transform of feature maps: what neighbouring positions share, and how they differ.
+
+Neighbouring positions are alike in most channels, so that the mean of four is most of their energy, and the three
+differences need few bits. Only additions and exact halvings: a row's numbers do not depend on its batch, which those
+of a learned transform (a matrix product) would.
+
+Shapes: B samples, C channels, H x W positions; Z = H * W / 4 of them in each of the 4 bands.
+"""
+
+import torch
+
+from ...layout import FeatureLayout
+
+# Sums of what is below this stay finite.
+_WIDEST = torch.finfo(torch.float32).max / 4
+
+
+def band_count(layout: FeatureLayout) -> int:
+    """4 where the positions are a grid of even sides, else 1: there is no transform, then."""
+    return 4 if layout.grid is not None and not any(side % 2 for side in layout.grid) else 1
+
+
+def to_bands(body: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
+    """Splits features into bands.
+
+    Args:
+        body: `(B, H * W, C)`, `(B, C, H, W)` or `(B, C)`, without special tokens.
+        layout: of the features.
+
+    Returns:
+        float32 `(B, bands, C, Z)`, contiguous: sums, differences along W, along H, and along both, each half the sum
+        of four values with their signs (the transform is orthonormal).
+    """
+    channels, maps = layout.channels, len(layout.shape) == 3
+    if band_count(layout) == 1:
+        body = body.flatten(2) if maps else body.reshape(len(body), -1, channels).transpose(1, 2)
+        return body.to(torch.float32, memory_format=torch.contiguous_format).unsqueeze(1)
+    halves = body.to(torch.float32).clamp(-_WIDEST, _WIDEST).mul_(0.5)
+    (upper, lower), dim = _rows(halves, layout), -1 if maps else -2
+    top, bottom = upper + lower, upper - lower
+    bands = torch.empty(4, len(body), *_band_shape(layout), device=body.device)
+    for half, first in ((top, 0), (bottom, 2)):
+        left, right = half.unflatten(dim, (-1, 2)).unbind(dim)
+        torch.add(left, right, out=bands[first])
+        torch.sub(left, right, out=bands[first + 1])
+    bands = bands.flatten(3) if maps else bands.flatten(2, 3).transpose(2, 3)
+    return bands.transpose(0, 1).contiguous()
+
+
+def from_bands(bands: torch.Tensor, layout: FeatureLayout, out: torch.Tensor) -> None:
+    """The other way round.
+
+    Args:
+        bands: float32 `(B, 4, C, Z)` for maps and `(B, 4, Z, C)` for tokens, already halved; overwritten.
+        layout: of the features.
+        out: float32 `(B, V)` with contiguous rows; is written.
+    """
+    maps = len(layout.shape) == 3
+    bands = bands.unflatten(3 if maps else 2, _half_grid(layout))
+    top, bottom = bands[:, :2] + bands[:, 2:], bands[:, :2].sub_(bands[:, 2:])
+    rows = _rows(out.unflatten(1, layout.narrowed(layout.channels).shape), layout)
+    for half, target in zip((top, bottom), rows, strict=True):
+        left, right = target.unflatten(-1 if maps else -2, (-1, 2)).unbind(-1 if maps else -2)
+        torch.add(half[:, 0], half[:, 1], out=left)
+        torch.sub(half[:, 0], half[:, 1], out=right)
+
+
+def _half_grid(layout: FeatureLayout) -> tuple[int, int]:
+    return layout.grid[0] // 2, layout.grid[1] // 2
+
+
+def _band_shape(layout: FeatureLayout) -> tuple[int, int, int]:
+    if len(layout.shape) == 3:
+        return (layout.channels, *_half_grid(layout))
+    return (*_half_grid(layout), layout.channels)
+
+
+def _rows(body: torch.Tensor, layout: FeatureLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the even and the odd rows of positions: `(B, C, H / 2, W)`, of tokens `(B, H / 2, W, C)`."""
+    if len(layout.shape) == 3:
+        return body.unflatten(2, (-1, 2)).unbind(3)
+    return body.unflatten(1, (layout.grid[0] // 2, 2, layout.grid[1])).unbind(2)

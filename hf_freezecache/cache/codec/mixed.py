@@ -1,0 +1,192 @@
+"""A codec that spends a mean rate where the loss feels it."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from ...layout import FeatureLayout
+from .allocation import allocate
+from .base import Codec
+from .clipping import fit_rates
+from .haar import band_count, from_bands, to_bands
+from .packing import pack, packed_length, unpack
+from .special import BodyCodec
+
+#: The most bits that a channel of a band can get.
+MOST_BITS = 12
+_TENSORS = ("error", "scale", "offset", "weight")
+
+
+class MixedCodec(BodyCodec):
+    """Quantizer with 0 to 12 bits a channel, their mean given.
+
+    Feature maps of even sides are split by a 2 x 2 Haar transform first; every channel of each of the 4 bands has a
+    quantizer of its own, as `int4` has one a channel, and the bits go where they lower `sum(weight * squared error)`
+    most (Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). With the Fisher
+    information of the features as weights this is the second-order term of the change of the model's answer. A
+    channel without a bit is its mean.
+
+    Row: groups of equal bits, ascending, and in each the channels in their order, all positions of one after the
+    other, packed together; zeros fill the row.
+
+    Args:
+        layout: of the features.
+        rate: mean bits a value; a position of all channels gets the whole bits in `rate * C`.
+        name: as a config has it.
+
+    Shapes: B samples, C channels, I = bands * C of them with their own bits, Z positions of each, L = 13 numbers of
+        bits.
+    """
+
+    uses_weights: ClassVar[bool] = True
+
+    def __init__(self, layout: FeatureLayout, rate: float, name: str) -> None:
+        super().__init__(layout)
+        self.name, self.rate = name, rate
+        self._bands = band_count(layout)
+        self._tables: dict[str, torch.Tensor] = {}
+        self._bits: torch.Tensor | None = None
+        self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def fitted(self) -> bool:
+        return self._bits is not None
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """Bits of every channel, int64 `(bands, C)`; bands are sums, differences along W, along H and along both.
+
+        Raises:
+            RuntimeError: if the codec is not fitted.
+        """
+        self._check_fitted()
+        return self._bits.view(self._bands, -1).clone()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        self._check_fitted()
+        return {name: table.clone() for name, table in self._tables.items()}
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "Codec":
+        items = (self._bands, self.layout.channels)
+        if set(tensors) != set(_TENSORS):
+            raise ValueError(f"codec {self.name!r} has the tensors {', '.join(_TENSORS)}, got {sorted(tensors)}")
+        for key, tensor in tensors.items():
+            shape = items if key == "weight" else (*items, MOST_BITS + 1)
+            if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{key} of codec {self.name!r} must be finite float32 values of shape {shape}, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+            if key != "offset" and (tensor < 0).any():
+                raise ValueError(f"{key} of codec {self.name!r} must not be negative")
+        self._set(tensors)
+        return self
+
+    def narrowed(self, channels: torch.Tensor) -> "Codec":
+        narrowed = MixedCodec(self.layout.narrowed(len(channels)), self.rate, self.name)
+        if not self.fitted:
+            return narrowed
+        return narrowed.load_tensors({name: table[:, channels] for name, table in self._tables.items()})
+
+    @property
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        shapes = super().weight_shapes
+        return [*shapes, (self._bands, self.layout.channels)] if self._bands > 1 else shapes
+
+    @property
+    def _positions(self) -> int:
+        return self.layout.positions // self._bands
+
+    @property
+    def _body_bytes(self) -> int:
+        return -(-int(self.rate * self.layout.channels) * self.layout.positions // 8)
+
+    def _fit(self, features: torch.Tensor, weights: torch.Tensor | None) -> None:
+        bands = to_bands(self.layout.body(features), self.layout)
+        values = bands.movedim(0, 2).reshape(self._bands * self.layout.channels, -1)
+        error, scale, offset = fit_rates(values, MOST_BITS)
+        shape = (self._bands, self.layout.channels)
+        tables = {
+            name: table.unflatten(0, shape) for name, table in zip(_TENSORS, (error, scale, offset), strict=False)
+        }
+        self._set({**tables, "weight": (torch.ones(shape) if weights is None else weights.expand(shape))})
+
+    def _set(self, tables: Mapping[str, torch.Tensor]) -> None:
+        self._tables = {
+            name: tables[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in _TENSORS
+        }
+        errors, weights = self._tables["error"].flatten(0, 1), self._tables["weight"].flatten()
+        self._bits = torch.tensor(allocate(errors, weights, self._positions, self._body_bytes))
+        order = torch.argsort(self._bits, stable=True)
+        self._order = order[self._bits[order] > 0]
+        self._groups = [(bits, count) for bits, count in zip(*self._bits.unique(return_counts=True), strict=True)]
+        self._groups = [(int(bits), int(count)) for bits, count in self._groups if bits > 0]
+        self._dtype = torch.int16 if int(self._bits.max()) > 8 else torch.uint8
+        self._constants.clear()
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Returns what is needed on a device.
+
+        Returns:
+            Scale and offset `(bands, C)`; of the channels that have bits, grouped: their numbers, the lower edge of
+            code 0's bin, 1 / scale and the end of the last bin, each `(K, 1)`; per channel its place among them, K
+            where it has no bits.
+        """
+        if device not in self._constants:
+            chosen = self._bits[:, None]
+            scale, offset = (self._tables[name].flatten(0, 1).gather(1, chosen)[:, 0] for name in ("scale", "offset"))
+            order = self._order
+            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            edge = offset - scale / 2
+            top = (1 << self._bits) - 0.5
+            place = torch.full((len(scale),), len(order))
+            place[order] = torch.arange(len(order))
+            # The inverse transform halves: exact, and here it costs nothing.
+            halved = 0.5 if self._bands > 1 else 1.0
+            shape = (self._bands, -1)
+            constants = [(scale * halved).view(shape), (offset * halved).view(shape), order]
+            constants += [t[order, None] for t in (edge, inverse, top.float())] + [place]
+            self._constants[device] = tuple(t.to(device) for t in constants)
+        return self._constants[device]
+
+    def _encode_body(self, body: torch.Tensor) -> torch.Tensor:
+        _, _, order, edge, inverse, top, _ = self._on(body.device)
+        work = to_bands(body, self.layout).flatten(1, 2).index_select(1, order)
+        # Separate, correctly rounded operations, as in the other quantizers; truncation rounds to the nearest code.
+        work.sub_(edge).mul_(inverse).clamp_(min=0)
+        codes = torch.minimum(work, top, out=work).to(self._dtype).flatten(1)
+        packed, first = [], 0
+        for bits, count in self._groups:
+            last = first + count * self._positions
+            packed.append(pack(codes[:, first:last], bits))
+            first = last
+        rest = self._body_bytes - sum(part.shape[1] for part in packed)
+        packed.append(torch.zeros(len(body), rest, dtype=torch.uint8, device=body.device))
+        return torch.cat(packed, dim=1)
+
+    def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
+        scale, offset, *_, place = self._on(base.device)
+        bands = self._unpack(base).index_select(1, place).unflatten(1, (self._bands, -1))
+        if len(self.layout.shape) == 3:
+            scale, offset = scale[..., None], offset[..., None]
+        else:
+            bands, scale, offset = bands.transpose(2, 3), scale[:, None], offset[:, None]
+        if self._bands == 1:
+            shape = bands.shape[1:]
+            out.unflatten(1, shape).copy_(bands).mul_(scale).add_(offset)
+        else:
+            work = torch.empty(bands.shape, dtype=torch.float32, device=base.device).copy_(bands)
+            from_bands(work.mul_(scale).add_(offset), self.layout, out)
+
+    def _unpack(self, base: torch.Tensor) -> torch.Tensor:
+        """Returns the codes of the channels that have bits, grouped, and zeros for all others: `(B, K + 1, Z)`."""
+        count, positions = len(self._order), self._positions
+        codes = torch.empty(len(base), (count + 1) * positions, dtype=self._dtype, device=base.device)
+        codes[:, count * positions :] = 0
+        first = start = 0
+        for bits, members in self._groups:
+            last, end = first + members * positions, start + packed_length(members * positions, bits)
+            unpack(base[:, start:end], bits, codes[:, first:last])
+            first, start = last, end
+        return codes.unflatten(1, (count + 1, positions))

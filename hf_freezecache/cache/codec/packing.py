@@ -1,0 +1,91 @@
+"""Codes of a few bits as bytes, in large contiguous operations.
+
+A code of 1, 2, 4 or 8 bits is packed as it is: with `k = 8 // bits` codes a byte and `N = ceil(V / k)`, byte `j` holds
+the codes of the values `j`, `j + N`, ..., the first in the lowest bits. Any other code is cut into such *planes*, the
+widest one, which holds the lowest bits, first: 3 bits are a plane of 2 and a plane of 1, 13 are 8, 4 and 1.
+
+Shapes: V codes of a row, N bytes of it.
+"""
+
+import torch
+
+_WIDTHS = (8, 4, 2, 1)
+#: The most bits a code can have: its planes are all different.
+MOST_BITS = sum(_WIDTHS)
+
+
+def planes(bits: int) -> list[int]:
+    """Widths of the planes of a code, the one with the lowest bits first."""
+    return [width for width in _WIDTHS if bits & width]
+
+
+def packed_length(values: int, bits: int) -> int:
+    """Bytes that `values` codes of `bits` bits take."""
+    return sum(_plane_length(values, width) for width in planes(bits))
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes.
+
+    Args:
+        codes: uint8 or int16 `(B, V)`, below `2 ** bits`; overwritten.
+        bits: of a code; from 9 on the codes must be int16.
+
+    Returns:
+        uint8 `(B, packed_length(V, bits))`.
+    """
+    widths = planes(bits)
+    if len(widths) == 1:
+        return _pack_plane(codes.to(torch.uint8), bits)
+    packed, shift = [], 0
+    for width in widths:
+        plane = (codes >> shift).bitwise_and_((1 << width) - 1)
+        packed.append(_pack_plane(plane.to(torch.uint8), width))
+        shift += width
+    return torch.cat(packed, dim=1)
+
+
+def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """Writes codes where they are wanted.
+
+    Args:
+        packed: uint8 `(B, packed_length(V, bits))`.
+        bits: of a code.
+        out: `(B, V)`: of any type that holds the codes if they are a single plane, else uint8 or int16.
+    """
+    first, shift = 0, 0
+    for width in planes(bits):
+        length = _plane_length(out.shape[1], width)
+        _unpack_plane(packed[:, first : first + length], width, shift, out)
+        first, shift = first + length, shift + width
+
+
+def _plane_length(values: int, width: int) -> int:
+    return -(-values // (8 // width))
+
+
+def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Packs one plane, uint8 `(B, V)` -> `(B, N)`."""
+    length = _plane_length(codes.shape[1], width)
+    packed = codes[:, :length]
+    for slot in range(1, 8 // width):
+        part = codes[:, slot * length : (slot + 1) * length]
+        # A shifted code and the bits below it never overlap: adding is or-ing, in one pass.
+        packed[:, : part.shape[1]].add_(part, alpha=1 << (slot * width))
+    return packed.contiguous()
+
+
+def _unpack_plane(packed: torch.Tensor, width: int, shift: int, out: torch.Tensor) -> None:
+    """Writes the codes of one plane; with a `shift` they are put above the bits that `out` has already."""
+    length = packed.shape[1]
+    for slot in range(8 // width):
+        part = out[:, slot * length : (slot + 1) * length]
+        codes = packed[:, : part.shape[1]]
+        if slot:
+            codes = codes >> (slot * width)
+        if (slot + 1) * width < 8:
+            codes = codes & ((1 << width) - 1)
+        if shift:
+            part.bitwise_or_(codes.to(part.dtype) << shift)
+        else:
+            part.copy_(codes)

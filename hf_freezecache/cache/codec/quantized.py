@@ -1,0 +1,133 @@
+"""Codecs that quantize every channel with the same number of bits."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from ...layout import FeatureLayout
+from .base import Codec
+from .clipping import fit_ranges
+from .packing import pack, packed_length, planes, unpack
+from .special import BodyCodec
+
+
+class _Quantized(BodyCodec):
+    """Per-channel affine uniform quantizer with clipping that minimizes the squared error.
+
+    Value `v` of channel `c` becomes the code `round((v - offset[c]) / scale[c])`, clipped to `0 .. 2 ** bits - 1`;
+    constant channels have scale 0 and come back exactly.
+
+    Shapes: C channels.
+    """
+
+    bits: ClassVar[int]
+
+    def __init__(self, layout: FeatureLayout) -> None:
+        super().__init__(layout)
+        self._scale: torch.Tensor | None = None
+        self._offset: torch.Tensor | None = None
+        self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def fitted(self) -> bool:
+        return self._scale is not None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        self._check_fitted()
+        return {"scale": self._scale.clone(), "offset": self._offset.clone()}
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "Codec":
+        channels = self.layout.channels
+        if set(tensors) != {"scale", "offset"}:
+            raise ValueError(f"codec {self.name!r} has the tensors scale and offset, got {sorted(tensors)}")
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or tensor.shape != (channels,) or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{key} of codec {self.name!r} must be {channels} finite float32 values, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+        if (tensors["scale"] < 0).any():
+            raise ValueError(f"scale of codec {self.name!r} must not be negative")
+        self._set(tensors["scale"], tensors["offset"])
+        return self
+
+    def narrowed(self, channels: torch.Tensor) -> "Codec":
+        narrowed = type(self)(self.layout.narrowed(len(channels)))
+        if not self.fitted:
+            return narrowed
+        return narrowed.load_tensors({name: tensor[channels] for name, tensor in self.tensors().items()})
+
+    @property
+    def _body_bytes(self) -> int:
+        return packed_length(self._values, self.bits)
+
+    @property
+    def _levels(self) -> int:
+        return 2**self.bits - 1
+
+    def _set(self, scale: torch.Tensor, offset: torch.Tensor) -> None:
+        self._scale, self._offset = (t.detach().to("cpu", torch.float32, copy=True) for t in (scale, offset))
+        self._constants.clear()
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Returns scale, offset, 1 / scale and the lower edge of code 0's bin, shaped to broadcast over features."""
+        if device not in self._constants:
+            constant = self._scale == 0
+            inverse = torch.where(constant, 0.0, 1 / self._scale)
+            edge = self._offset - self._scale / 2
+            shape = (-1, 1, 1) if len(self.layout.shape) == 3 else (-1,)
+            constants = (self._scale, self._offset, inverse, edge)
+            self._constants[device] = tuple(t.view(shape).to(device) for t in constants)
+        return self._constants[device]
+
+    def _fit(self, features: torch.Tensor, weights: torch.Tensor | None) -> None:
+        body = self.layout.body(features).movedim(self.layout.channel_dim + 1, 0).flatten(1)
+        self._set(*fit_ranges(body, self._levels))
+
+    def _encode_body(self, body: torch.Tensor) -> torch.Tensor:
+        _, _, inverse, edge = self._on(body.device)
+        work = torch.empty(body.shape, dtype=torch.float32, device=body.device).copy_(body)
+        # Separate, correctly rounded operations: whether a multiply-add is fused may depend on the place in the batch.
+        work.sub_(edge).mul_(inverse)
+        # The bins begin at whole numbers now, so that truncation to uint8 rounds to the nearest code.
+        return pack(work.clamp_(0, self._levels + 0.5).to(torch.uint8).flatten(1), self.bits)
+
+    def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
+        scale, offset, _, _ = self._on(base.device)
+        if len(planes(self.bits)) == 1:
+            unpack(base, self.bits, out)
+        else:
+            codes = torch.empty(out.shape, dtype=torch.uint8, device=base.device)
+            unpack(base, self.bits, codes)
+            out.copy_(codes)
+        layout = self.layout.narrowed(self.layout.channels)
+        out.unflatten(1, layout.shape).mul_(scale).add_(offset)
+
+
+class Int8Codec(_Quantized):
+    """One byte a value."""
+
+    name = "int8"
+    bits = 8
+
+
+class Int4Codec(_Quantized):
+    """Two values a byte."""
+
+    name = "int4"
+    bits = 4
+
+
+class Int3Codec(_Quantized):
+    """Eight values in three bytes."""
+
+    name = "int3"
+    bits = 3
+
+
+class Int2Codec(_Quantized):
+    """Four values a byte."""
+
+    name = "int2"
+    bits = 2
