@@ -4,7 +4,7 @@ import heapq
 
 import torch
 
-from .packing import packed_length
+from .packing import WIDTHS, plane_length
 
 
 def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length: int) -> list[int]:
@@ -21,7 +21,7 @@ def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length
         length: bytes that the codes may take.
 
     Returns:
-        The bits of every channel; codes of channels with equal bits are packed together.
+        The bits of every channel.
     """
     squares = errors.double().square()
     # Weights may be tiny, and their products with tiny errors 0: only ratios count.
@@ -42,16 +42,16 @@ def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length
         bits[channel], left = target, left - step
         for entry in _best_step(costs[channel], target, channel):
             heapq.heappush(heap, entry)
-    # Each group of equal bits ends in whole bytes: what does not fit is taken back.
-    while group_bytes(bits, positions) > length:
+    # Each plane ends in whole bytes: what does not fit is taken back.
+    while coded_bytes(bits, positions) > length:
         channel, before = steps.pop()
         bits[channel] = before
     return bits
 
 
-def group_bytes(bits: list[int], positions: int) -> int:
-    """Bytes of all codes, channels with equal bits packed together."""
-    return sum(packed_length(bits.count(width) * positions, width) for width in set(bits))
+def coded_bytes(bits: list[int], positions: int) -> int:
+    """Bytes of all codes, each plane of all channels packed together."""
+    return sum(plane_length(sum(width & own > 0 for own in bits) * positions, width) for width in WIDTHS)
 
 
 def _best_step(costs: list[float], bits: int, channel: int) -> list[tuple[float, int, int]]:

@@ -9,19 +9,20 @@ Shapes: V codes of a row, N bytes of it.
 
 import torch
 
-_WIDTHS = (8, 4, 2, 1)
+#: Widths of planes, the widest first.
+WIDTHS = (8, 4, 2, 1)
 #: The most bits a code can have: its planes are all different.
-MOST_BITS = sum(_WIDTHS)
+MOST_BITS = sum(WIDTHS)
 
 
 def planes(bits: int) -> list[int]:
     """Widths of the planes of a code, the one with the lowest bits first."""
-    return [width for width in _WIDTHS if bits & width]
+    return [width for width in WIDTHS if bits & width]
 
 
 def packed_length(values: int, bits: int) -> int:
     """Bytes that `values` codes of `bits` bits take."""
-    return sum(_plane_length(values, width) for width in planes(bits))
+    return sum(plane_length(values, width) for width in planes(bits))
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -36,11 +37,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     widths = planes(bits)
     if len(widths) == 1:
-        return _pack_plane(codes.to(torch.uint8), bits)
+        return pack_plane(codes.to(torch.uint8), bits)
     packed, shift = [], 0
     for width in widths:
         plane = (codes >> shift).bitwise_and_((1 << width) - 1)
-        packed.append(_pack_plane(plane.to(torch.uint8), width))
+        packed.append(pack_plane(plane.to(torch.uint8), width))
         shift += width
     return torch.cat(packed, dim=1)
 
@@ -53,20 +54,26 @@ def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
         bits: of a code.
         out: `(B, V)`: of any type that holds the codes if they are a single plane, else uint8 or int16.
     """
-    first, shift = 0, 0
-    for width in planes(bits):
-        length = _plane_length(out.shape[1], width)
-        _unpack_plane(packed[:, first : first + length], width, shift, out)
-        first, shift = first + length, shift + width
+    widths = planes(bits)
+    first = plane_length(out.shape[1], widths[0])
+    unpack_plane(packed[:, :first], widths[0], out)
+    shift = widths[0]
+    for width in widths[1:]:
+        last = first + plane_length(out.shape[1], width)
+        plane = torch.empty(out.shape, dtype=torch.uint8, device=out.device)
+        unpack_plane(packed[:, first:last], width, plane)
+        out.add_(plane, alpha=1 << shift)
+        first, shift = last, shift + width
 
 
-def _plane_length(values: int, width: int) -> int:
+def plane_length(values: int, width: int) -> int:
+    """Bytes that one plane of `values` codes takes."""
     return -(-values // (8 // width))
 
 
-def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """Packs one plane, uint8 `(B, V)` -> `(B, N)`."""
-    length = _plane_length(codes.shape[1], width)
+def pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Packs one plane, uint8 `(B, V)` -> `(B, N)`; the codes are overwritten."""
+    length = plane_length(codes.shape[1], width)
     packed = codes[:, :length]
     for slot in range(1, 8 // width):
         part = codes[:, slot * length : (slot + 1) * length]
@@ -75,17 +82,12 @@ def _pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
     return packed.contiguous()
 
 
-def _unpack_plane(packed: torch.Tensor, width: int, shift: int, out: torch.Tensor) -> None:
-    """Writes the codes of one plane; with a `shift` they are put above the bits that `out` has already."""
+def unpack_plane(packed: torch.Tensor, width: int, out: torch.Tensor) -> None:
+    """Writes the codes of one plane, uint8 `(B, N)`, into `out`, `(B, V)` of any type."""
     length = packed.shape[1]
     for slot in range(8 // width):
         part = out[:, slot * length : (slot + 1) * length]
         codes = packed[:, : part.shape[1]]
         if slot:
             codes = codes >> (slot * width)
-        if (slot + 1) * width < 8:
-            codes = codes & ((1 << width) - 1)
-        if shift:
-            part.bitwise_or_(codes.to(part.dtype) << shift)
-        else:
-            part.copy_(codes)
+        part.copy_(codes if (slot + 1) * width == 8 else codes & ((1 << width) - 1))
