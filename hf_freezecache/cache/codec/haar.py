@@ -33,7 +33,7 @@ def to_bands(body: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
     """
     channels, maps = layout.channels, len(layout.shape) == 3
     if band_count(layout) == 1:
-        body = body.flatten(2) if maps else body.reshape(len(body), -1, channels).transpose(1, 2)
+        body = body.flatten(2) if maps else body.reshape(len(body), layout.positions, channels).transpose(1, 2)
         return body.to(torch.float32, memory_format=torch.contiguous_format).unsqueeze(1)
     halves = body.to(torch.float32).clamp(-_WIDEST, _WIDEST).mul_(0.5)
     (upper, lower), dim = _rows(halves, layout), -1 if maps else -2

@@ -15,7 +15,6 @@ from .special import BodyCodec
 
 #: The most bits that a channel of a band can get.
 MOST_BITS = 12
-_DECODE_CHUNK = 1 << 19
 _TENSORS = ("error", "scale", "offset", "weight")
 
 
@@ -166,12 +165,6 @@ class MixedCodec(BodyCodec):
         return torch.cat(packed, dim=1)
 
     def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
-        # What stays in a core's cache is several times faster; an accelerator wants everything at once.
-        rows = max(1, _DECODE_CHUNK // self._values) if base.device.type == "cpu" else max(1, len(base))
-        for part, target in zip(base.split(rows), out.split(rows), strict=True):
-            self._decode_part(part, target)
-
-    def _decode_part(self, base: torch.Tensor, out: torch.Tensor) -> None:
         scale, offset, *_, place = self._on(base.device)
         bands = self._unpack(base).index_select(1, place).unflatten(1, (self._bands, -1))
         if len(self.layout.shape) == 3:
