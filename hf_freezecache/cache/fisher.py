@@ -18,8 +18,8 @@ def fisher_weights(
 ) -> torch.Tensor:
     """Diagonal of the Fisher information of the feature at a cut, by channels (Martens 2020, arXiv 1412.1193).
 
-    It is the mean squared gradient of the loss of labels that the model itself would give; half of it, times an error's
-    square, is to second order the KL divergence of the logits that the error makes.
+    It is the mean squared gradient of the loss of labels that the model itself would give; half of it, times the
+    square of an error, is to second order the KL divergence of the logits that the error makes.
 
     No labels are drawn: with `p` the model's probabilities and `z` normal noise, the gradient of
     `<logits, sqrt(p) z - p <sqrt(p), z>>` has the same second moment as the loss's, `diag(p) - p p^T` in the logits,
