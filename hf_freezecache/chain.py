@@ -236,6 +236,47 @@ class BlockChain:
         with torch.no_grad(), eval_mode(self.model):
             return self._capture(inputs, cut)
 
+    def advance(self, inputs: Mapping[str, Any], from_cut: int, to_cut: int) -> torch.Tensor:
+        """Runs the blocks between two cuts alone, in eval mode and without gradients.
+
+        Args:
+            inputs: as for `prefix`, but with the feature at `from_cut` for the main input; it must come from inputs of
+                the shape on which the model was traced.
+            from_cut: blocks that have run.
+            to_cut: blocks to have run afterwards.
+
+        Returns:
+            The feature at `to_cut`: what `prefix` gives there, bit for bit, if it gave the one at `from_cut`.
+
+        Raises:
+            ChainError: if a cut has not been proved yet and its proof on the traced inputs fails, or if the feature
+                has another shape or dtype than the one at `from_cut`.
+            ValueError: if `to_cut` lies before `from_cut`.
+        """
+        self._check_cut(from_cut)
+        self._check_cut(to_cut)
+        if to_cut < from_cut:
+            raise ValueError(f"a feature at cut {from_cut} cannot go back to cut {to_cut}.")
+        if from_cut == 0:
+            return self.prefix(inputs, to_cut)
+        feature = inputs[self.main_input]
+        if from_cut == to_cut:
+            return feature
+        if self._trace is None:
+            self.layout(from_cut)
+        expected, found = self._trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
+        if expected != found:
+            raise ChainError(
+                f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {expected[0]} "
+                f"({expected[1]}), not {found[0]} ({found[1]}): trace it on inputs of the size and precision that the "
+                "feature was made from."
+            )
+        for cut in (from_cut, to_cut):
+            if cut not in self._proved:
+                self.prove(self._trace.probe, cut)
+        with torch.no_grad(), eval_mode(self.model), self.replay(from_cut):
+            return self._capture(inputs, to_cut)
+
     @contextlib.contextmanager
     def replay(self, cut: int) -> Iterator[None]:
         """Inside, the model takes the feature at `cut` in place of its main input and runs the suffix only.

@@ -408,3 +408,88 @@ def test_batch_without_the_main_input_is_refused():
         chain.prove({"images": torch.randn(2, 3, 16, 16)}, 1)
     with chain.replay(1), pytest.raises(ValueError, match="pixel_values"):
         chain.model(labels=torch.zeros(2))
+
+
+# From cut to cut
+
+
+def assert_advances(chain, inputs):
+    """From every cut to every later one: what the prefix gives there, bit for bit."""
+    features = [chain.prefix(inputs, cut) for cut in range(len(chain) + 1)]
+    for from_cut, feature in enumerate(features):
+        for to_cut in range(from_cut, len(chain) + 1):
+            advanced = chain.advance({**inputs, chain.main_input: feature}, from_cut, to_cut)
+            assert torch.equal(advanced, features[to_cut]), f"from cut {from_cut} to {to_cut}"
+            assert not advanced.requires_grad or from_cut == to_cut == 0
+
+
+@FAMILIES
+def test_advance_from_any_cut_to_any_later_one_is_the_prefix_bit_for_bit(name):
+    model = zoo.make(name).train()
+    modes = [module.training for module in model.modules()]
+    assert_advances(BlockChain.from_model(model), {"pixel_values": zoo.pixels(model, rows=5)})
+    assert [module.training for module in model.modules()] == modes and own_forwards(model) == {}
+
+
+def test_advance_of_a_text_model_sees_the_attention_mask():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=5, **sizes)).eval()
+    batch = {
+        "input_ids": torch.randint(1, 50, (4, 7)),
+        "attention_mask": torch.arange(7)[None] < torch.tensor([7, 3, 5, 1])[:, None],
+    }
+    blocks = ["bert.embeddings", *(f"bert.encoder.layer.{number}" for number in range(3))]
+    chain = BlockChain.from_model(model, blocks=blocks, probe=batch)
+    assert_advances(chain, batch)
+    feature = chain.prefix(batch, 1)
+    unmasked = chain.advance({"input_ids": feature, "attention_mask": torch.ones(4, 7, dtype=torch.bool)}, 1, 4)
+    assert not torch.equal(unmasked, chain.prefix(batch, 4))
+
+
+def test_advance_without_other_inputs_works_for_timm():
+    x = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    chain = BlockChain.from_model(zoo.timm_vit(), blocks=zoo.TIMM_BLOCKS, probe={"x": x[:2] + 1})
+    assert_advances(chain, {"x": x})
+
+
+class _SkipsSecond(zoo.ConvNet):
+    """Can be cut after the stem, and not between the stages."""
+
+    def forward(self, x):
+        first = self.first(self.stem(x))
+        return self.head((self.second(first) + first).mean((2, 3)))
+
+
+def test_advance_proves_both_cuts_before_use():
+    model, x = _SkipsSecond().eval(), torch.randn(2, 3, 8, 8)
+    chain = BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS)
+    feature = chain.prefix({"x": x}, 1)
+    for from_cut, to_cut in ((1, 2), (2, 3)):
+        with pytest.raises(ChainError, match=r"'second' \(cut 2\).*skip connection"):
+            chain.advance({"x": feature}, from_cut, to_cut)
+
+
+def test_advance_runs_the_blocks_in_between_alone():
+    model = zoo.make("vit")
+    chain = BlockChain.from_model(model)
+    inputs = {"pixel_values": zoo.pixels(model)}
+    expected, feature = chain.prefix(inputs, 3), chain.prefix(inputs, 2)
+    with torch.no_grad():
+        outside = [*chain.prefix_parameters(2).values(), *chain.blocks[3].modules[0].parameters()]
+        for parameter in outside:
+            parameter.fill_(float("nan"))
+    assert torch.equal(chain.advance({"pixel_values": feature}, 2, 3), expected)
+
+
+def test_advance_of_a_feature_of_another_size_is_refused():
+    model = zoo.make("resnet")
+    chain = BlockChain.from_model(model)
+    feature = chain.prefix({"pixel_values": torch.randn(3, 3, 48, 48)}, 2)
+    chain.trace({"pixel_values": zoo.pixels(model)})
+    with pytest.raises(ChainError, match="traced on inputs whose feature at cut 2"):
+        chain.advance({"pixel_values": feature}, 2, 3)
+    with pytest.raises(ValueError, match="go back"):
+        chain.advance({"pixel_values": feature}, 2, 1)
