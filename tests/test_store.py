@@ -18,6 +18,7 @@ from builds import Rows, build, collate, make_plan, on_every_process
 from codec_cases import NAMES
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.cache import manifest as manifest_module
 from hf_freezecache.cache import store as store_module
 from hf_freezecache.cache.materialize import BuildFailed, OverLimit, materialize, open_matching
 from hf_freezecache.cache.sizing import estimate_bytes
@@ -251,7 +252,7 @@ def test_store_of_another_version_is_refused(store):
     def other(content):
         content["format_version"] = 99
         content.pop("checksum")
-        content["checksum"] = store_module._checksum(content)
+        content["checksum"] = manifest_module._checksum(content)
 
     edit(store, other)
     with pytest.raises(StoreError, match="format version 99.*version 2"):

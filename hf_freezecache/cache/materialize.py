@@ -29,6 +29,7 @@ from .store import (
     complete,
     create_aside,
     own_input,
+    remove_store,
     shard_name,
     small_files,
 )
@@ -90,7 +91,7 @@ def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
                 raise StoreError(f"{plan.path} holds another store: its manifest does not match its name.")
             return store.verify(), None
         except StoreError as error:
-            shutil.rmtree(plan.path)
+            remove_store(plan.path)
             return False, str(error)
 
     try:

@@ -11,7 +11,6 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,101 +24,14 @@ import torch
 
 from ..layout import FeatureLayout
 from .codec import Codec, make_codec
+from .manifest import FORMAT_VERSION as FORMAT_VERSION
+from .manifest import MANIFEST, Manifest, Shard, StoreError
 from .mapped import MappedColumn
 from .rows import InputColumn, RowError
 from .views import VIEW_TENSORS, ViewColumns, ViewSpec
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 CODEC_FILE = "codec.safetensors"
-
-
-class StoreError(RuntimeError):
-    """A store is missing, damaged, of another version or edited; the message says which file and what to do."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Arrow file of a store."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds and what it was made from.
-
-    Args:
-        format_version: version of this format.
-        fingerprint: digest of `made_from`.
-        made_from: what the fingerprint covers.
-        cut: frozen blocks.
-        codec: name of the codec.
-        layout: the feature's shape, grid, special tokens and dtype.
-        rows: number of samples; row i is sample i.
-        views: augmented views beside the base view.
-        geometry: kind of their geometry; None if they are kept whole, or there are none.
-        sensitive_channels: the channels that are kept of them; None if all are.
-        own_inputs: whether a view has model inputs of its own.
-        inputs: model inputs that are kept per row.
-        constants: model inputs that are the same for every batch.
-        shards: the Arrow files, in the order of their rows.
-        files: size and sha256 of every other file.
-    """
-
-    format_version: int
-    fingerprint: str
-    made_from: dict[str, Any]
-    cut: int
-    codec: str
-    layout: dict[str, Any]
-    rows: int
-    views: int
-    geometry: str | None
-    sensitive_channels: list[int] | None
-    own_inputs: bool
-    inputs: dict[str, InputColumn]
-    constants: dict[str, Any]
-    shards: list[Shard]
-    files: dict[str, dict[str, Any]]
-
-    def to_json(self) -> str:
-        """The manifest as text; its last field is the checksum of all others."""
-        content = asdict(self)
-        content["checksum"] = _checksum(content)
-        return json.dumps(content, indent=2)
-
-    @classmethod
-    def from_json(cls, text: bytes, path: Path) -> Manifest:
-        """Reads a manifest.
-
-        Raises:
-            StoreError: if it is not JSON, of another version, or its checksum does not match.
-        """
-        try:
-            content = json.loads(text.decode("utf-8"))
-            version, checksum = content["format_version"], content.pop("checksum")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise StoreError(f"{path} is not a manifest ({error!r}): delete the store, it is built again.") from error
-        if version != FORMAT_VERSION:
-            raise StoreError(
-                f"{path} has format version {version}; this release reads version {FORMAT_VERSION}. Delete the store, "
-                "it is built again, or use the release that wrote it."
-            )
-        if _checksum(content) != checksum:
-            raise StoreError(
-                f"{path} does not match its own checksum: it was edited or damaged. Delete the store, "
-                "it is built again."
-            )
-        content["inputs"] = {
-            name: InputColumn(value["dtype"], tuple(value["shape"]), value["is_list"])
-            for name, value in content["inputs"].items()
-        }
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        return cls(**content)
+_REMOVED = ".removed.tmp-"
 
 
 class FeatureStore:
@@ -329,9 +241,32 @@ def create_aside(final: Path) -> Path:
         process = left.name.rsplit("-", 2)[1]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
+    _remove_removed(final.parent)
     aside = final.parent / f"{final.name}.tmp-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     return aside
+
+
+def remove_store(path: Path) -> None:
+    """Takes a store away; one that is not there any more is nobody's loss.
+
+    It loses its name first, at once: killed at any moment, no half of a store stays under the name of a whole one.
+    What is left then, or cannot be deleted yet, goes with the next store that is taken away or built. Processes that
+    have its files mapped go on reading them (POSIX).
+
+    Raises:
+        OSError: if it cannot be renamed; it is untouched then.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, path.parent / f"{path.name}{_REMOVED}{uuid.uuid4().hex[:8]}")
+        _sync_directory(path.parent)
+    _remove_removed(path.parent)
+
+
+def _remove_removed(directory: Path) -> None:
+    # Whoever took them away, nobody opens them again: unlike a build's directory they can be deleted by anyone.
+    for left in directory.glob(f"*{_REMOVED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def small_files(
@@ -443,10 +378,6 @@ def _fixed_size_list(rows: np.ndarray) -> pa.Array:
 def _sizes(manifest: Manifest) -> dict[str, int]:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     return sizes | {name: entry["bytes"] for name, entry in manifest.files.items()}
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
