@@ -1,0 +1,180 @@
+"""A store at a deeper cut, made from a store before it: only the blocks in between run, on the features it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache.build_plan import BuildPlan
+from ..cache.fingerprint import config_digest, tensors_digest
+from ..cache.rows import RowSource, split_batch
+from ..cache.runs import ViewRun
+from ..cache.store import FeatureStore
+from ..chain import BlockChain
+from ..geometry import DENSE
+from ..layout import FeatureLayout
+from .views import replay_features
+
+#: Entry of a fingerprint's inputs: the fingerprint of the store that a deeper one was made from.
+DEEPENED_FROM = "deepened_from"
+
+#: What two stores of the same samples and the same training share, in words.
+_SHARED = {
+    "dataset": "the data set",
+    "collator": "the data collator",
+    "rows": "the number of samples",
+    "sample_rows": "what the samples hold",
+    "model": "the model's class",
+    "precision": "mixed precision",
+    "seed": "the seed",
+    "batch_size": "the batch size of builds",
+}
+
+
+class StoreRuns:
+    """Runs the blocks between two cuts on a store's features, decoded and replayed as training gets them.
+
+    The codec's error of the store goes through the blocks in between and adds to the new one's. What is kept of views
+    is replayed: where only sensitive channels are, the others are the base view's, warped.
+
+    Args:
+        chain: the model, traced and proved at `cut`.
+        cut: frozen blocks of the new store.
+        source: the samples; only their ranges count.
+        layout: the feature at `cut`.
+        store: at a cut before.
+        model_inputs: of a collated batch whose main input is the feature, what the model takes, moved to `device`.
+        device: where the model is.
+
+    Attributes:
+        samples: on how many the blocks in between have run, views of a sample each for itself.
+    """
+
+    def __init__(
+        self,
+        chain: BlockChain,
+        cut: int,
+        source: RowSource,
+        layout: FeatureLayout,
+        store: FeatureStore,
+        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        device: torch.device | str = "cpu",
+    ):
+        self.chain, self.cut, self.source, self.layout, self.store = chain, cut, source, layout, store
+        self.model_inputs, self.device = model_inputs, device
+        self.samples = 0
+
+    def run(
+        self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
+    ) -> Iterator[tuple[int, list[ViewRun]]]:
+        """As `FeatureRuns.run`.
+
+        Raises:
+            ValueError: if the store does not hold so many views, or their geometry in another kind;
+                `why_not_deepen` tells before.
+        """
+        kept = self.store.views.spec
+        if views > kept.count or geometry not in (None, kept.geometry):
+            raise ValueError(
+                f"{self.store.path} holds {kept.count} views with {kept.geometry} geometry; "
+                f"{views} with {geometry} geometry were asked for. Build from images instead."
+            )
+        for number in numbers:
+            rows = self.source.rows(number)
+            yield number, [self._run_view(rows, view, geometry, own_features) for view in range(views + 1)]
+
+    def _run_view(self, rows: range, view: int, geometry: str | None, own_features: bool) -> ViewRun:
+        manifest = self.store.manifest
+        read = self.store.read_rows(rows, np.full(len(rows), view) if view else None)
+        codes = {name: read[name] for name in self.store.code_names(read)}
+        columns = {name: read[name] for name in manifest.inputs}
+        constants = dict(manifest.constants)
+        features = None
+        if view == 0 or own_features:
+            features = self._advance(codes, {**columns, **constants})
+        return ViewRun(columns, constants, features, codes["geometry"] if view and geometry is not None else None)
+
+    def _advance(self, codes: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> torch.Tensor:
+        features = replay_features(self.store, {name: value.to(self.device) for name, value in codes.items()})
+        self.samples += len(features)
+        inputs = self.model_inputs({self.chain.main_input: features, **others})
+        return self.chain.advance(inputs, self.store.manifest.cut, self.cut)
+
+
+def deepened(
+    plan: BuildPlan,
+    store: FeatureStore,
+    model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+) -> BuildPlan:
+    """The plan with a store in place of the images; for a store that `why_not_deepen` has nothing against.
+
+    Its fingerprint is another one: what is made from coarse features is never taken for what is made from images.
+    Geometry is kept as the store keeps it, which fits every view. If a build finds that it does not, by a
+    `GeometryMisfit`, the plan for images is the way on.
+
+    Args:
+        plan: for images.
+        store: at a cut before the plan's.
+        model_inputs, device: see `StoreRuns`.
+    """
+    runs = StoreRuns(plan.chain, plan.cut, plan.source, plan.layout, store, model_inputs, device)
+    views = plan.views
+    if not views.whole:
+        views = replace(views, geometry=store.views.spec.geometry)
+    made_from = {**plan.made_from, DEEPENED_FROM: store.manifest.fingerprint}
+    return replace(plan, runs=runs, views=views, made_from=made_from)
+
+
+def why_not_deepen(store: FeatureStore, plan: BuildPlan) -> str | None:
+    """Why a planned store cannot be made from another one; None if it can.
+
+    Args:
+        store: complete, its files checked.
+        plan: for images.
+
+    Returns:
+        The reason, as the end of a sentence that begins with what is not done.
+    """
+    manifest, chain = store.manifest, plan.chain
+    cut, made_from = manifest.cut, manifest.made_from
+    if not 0 < cut < plan.cut:
+        return f"the store at cut {cut} is not before cut {plan.cut}"
+    for name, words in _SHARED.items():
+        if made_from.get(name) != plan.made_from.get(name):
+            return f"{words} is not what the store at cut {cut} was made with"
+    if len(store) != len(plan.source):
+        return f"the store at cut {cut} holds {len(store)} samples instead of {len(plan.source)}"
+    blocks = chain.names[:cut]
+    if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks):
+        return f"the model's configuration is not what the store at cut {cut} was made with"
+    if store.codec.layout != chain.layout(cut):
+        return f"the features at cut {cut} have another layout by now: {chain.layout(cut)}, not {store.codec.layout}"
+    if made_from.get("prefix") != tensors_digest({**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)}):
+        return f"the {cut} blocks before the store's cut have other weights by now"
+    split = split_batch(plan.source.probe(), chain.main_input)
+    if split.describe() != manifest.inputs or split.constants != manifest.constants:
+        return f"the store at cut {cut} keeps other model inputs than the collator returns"
+    return _why_not_views(store, plan)
+
+
+def _why_not_views(store: FeatureStore, plan: BuildPlan) -> str | None:
+    wanted, kept, cut = plan.views, store.views.spec, store.manifest.cut
+    if wanted.count > kept.count:
+        return f"the store at cut {cut} holds {kept.count} augmented views of a sample and {wanted.count} are wanted"
+    if wanted.own_inputs and not kept.own_inputs:
+        return f"the store at cut {cut} keeps no model inputs of the views' own"
+    if wanted.whole:
+        return None
+    if kept.whole:
+        return f"the store at cut {cut} keeps views whole, without the geometry that is wanted"
+    grid = store.codec.layout.grid
+    if kept.geometry == DENSE and grid != plan.layout.grid:
+        return f"the store at cut {cut} keeps geometry for a grid of {grid}, and cut {plan.cut} has {plan.layout.grid}"
+    if wanted.geometry == DENSE and kept.geometry != DENSE:
+        return f"the store at cut {cut} keeps {kept.geometry} geometry, and {DENSE} geometry is wanted"
+    return None
