@@ -117,9 +117,14 @@ def result_folder(name: str, smoke: bool) -> Path:
 
 
 def write_result(
-    name: str, options: argparse.Namespace, settings: Mapping[str, Any], results: Any, claims: list[Claim]
+    name: str,
+    options: argparse.Namespace,
+    settings: Mapping[str, Any],
+    results: Any,
+    claims: list[Claim],
+    file: str = "result.json",
 ) -> Path:
-    """Writes `result.json` and prints the claims.
+    """Writes a result file and prints the claims.
 
     Args:
         name: the benchmark's folder.
@@ -127,6 +132,7 @@ def write_result(
         settings: what was measured with, as JSON values.
         results: what was measured.
         claims: what must hold, and whether it does.
+        file: its name.
     """
     content = {
         "benchmark": name,
@@ -136,7 +142,7 @@ def write_result(
         "machine": describe_machine(),
         "results": results,
     }
-    path = result_folder(name, options.smoke) / "result.json"
+    path = result_folder(name, options.smoke) / file
     write_json(path, content)
     for claim in claims:
         print(claim)
