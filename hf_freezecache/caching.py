@@ -3,83 +3,98 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 from transformers.utils import logging
 
+from .blueprints import Blueprints
 from .cache.build_plan import BuildPlan
-from .cache.fingerprint import fingerprint_inputs
-from .cache.materialize import BuildFailed, GeometryMisfit, materialize, open_matching
-from .cache.rows import RowSource
-from .cache.runs import ImageRuns
+from .cache.codec import make_codec
+from .cache.holdings import Holdings
+from .cache.materialize import BuildFailed, GeometryMisfit, OverLimit, materialize, open_matching
 from .cache.sizing import estimate_bytes
-from .cache.store import FORMAT_VERSION, FeatureStore
+from .cache.store import FeatureStore, StoreError, remove_store
 from .cache.views import ViewSpec
-from .chain import BlockChain
-from .config import FreezeCacheConfig, parse_bytes
-from .distributed import Group
+from .config import parse_bytes
 from .geometry import DENSE, PROJECTIVE
-from .layout import FeatureLayout
-from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
-from .rng import preserve_rng
+from .replay.deepening import DEEPENED_FROM, deepened, why_not_deepen
 
 logger = logging.get_logger(__name__)
 
 #: The part of the free disk that a store may take under `cache="auto"`: checkpoints need room too.
 _DISK_SHARE = 0.9
+#: Codecs that are taken, in this order, where the wanted one does not fit: none that is known to cost accuracy.
+_COARSER = ("fp16", "int8", "int4", "int3")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for a cut, to be decided so again after a resume.
+
+    Args:
+        codec: of its store.
+        parent: cut of the store from which it was deepened; None if it was built from images.
+    """
+
+    codec: str
+    parent: int | None = None
+
+
+class _Declined(Exception):
+    """No store is built, and why."""
 
 
 class FeatureCaching:
     """Gets the store for a cut.
 
     Args:
-        model: the model itself, not wrapped.
-        chain: its blocks.
-        source: the train samples as model inputs.
-        config: the user's settings.
-        explicit: whether the user gave them; the defaults never cost a training.
-        cache_dir: where stores lie.
-        group: the processes.
-        model_inputs: of a collated batch, what the model takes, on its device.
-        precision: mixed precision of the training.
-        disable_tqdm: no progress bars.
+        blueprints: what would be built.
+        explicit: whether the user gave the settings; the defaults never cost a training.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        chain: BlockChain,
-        source: RowSource,
-        config: FreezeCacheConfig,
-        explicit: bool,
-        cache_dir: Path,
-        group: Group,
-        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        precision: str,
-        disable_tqdm: bool,
-    ):
-        self.model, self.chain, self.source, self.config, self.explicit = model, chain, source, config, explicit
-        self.cache_dir, self.group, self.model_inputs = cache_dir, group, model_inputs
-        self.precision, self.disable_tqdm = precision, disable_tqdm
-        #: Samples on which this process has run the prefix for builds.
-        self.prefix_samples = 0
-        # At the beginning, where a mistake in the pipelines costs nothing yet.
-        self._found = survey(source, chain.main_input) if group.rank == 0 and config.cache != "never" else None
+    def __init__(self, blueprints: Blueprints, explicit: bool):
+        self.blueprints, self.explicit = blueprints, explicit
+        self.config, self.group, self.chain = blueprints.config, blueprints.group, blueprints.chain
+        self.source, self.cache_dir = blueprints.source, blueprints.cache_dir
+        budget = self.config.cache_budget
+        self.holdings = Holdings(None if budget is None else parse_bytes(budget))
+        self._decisions: dict[int, Decision] = {}
+        self._current: FeatureStore | None = None
         self._said_what_is_random = False
-        self._notes: Mapping[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed training must know, as JSON values."""
+        return {
+            "decisions": {str(cut): [made.codec, made.parent] for cut, made in self._decisions.items()},
+            "channel_weights": {str(cut): weights.tolist() for cut, weights in self.blueprints.weights.items()},
+            "stores": self.holdings.state(),
+            "current": None if self._current is None else self._current.path.name,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state()`."""
+        self._decisions = {int(cut): Decision(*made) for cut, made in state.get("decisions", {}).items()}
+        self.blueprints.weights = {
+            int(cut): torch.tensor(weights) for cut, weights in state.get("channel_weights", {}).items()
+        }
+        self.holdings.load(state.get("stores", []), self.cache_dir)
+        if state.get("current") is not None:
+            self._current = self.group.on_main(partial(_open_if_there, self.cache_dir / state["current"]))
 
     def obtain(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
         """Opens the matching store or builds it, if that is wanted and possible.
 
+        The store of the cut before is removed, if this training has built it: as soon as the new one is complete, or
+        before where the budget does not hold both.
+
         Args:
             cut: frozen blocks.
-            epochs_left: epochs of training that remain.
+            epochs_left: epochs of training that remain at this cut.
 
         Returns:
             The store, None if training goes on from images; and whether it was built now.
@@ -88,152 +103,201 @@ class FeatureCaching:
             ValueError: under explicit settings, if the features cannot be kept (not finite, of several sizes).
         """
         survivable = BuildFailed if self.explicit else Exception
+        current = self._current
         try:
-            plan = self._plan(cut)
-            store = open_matching(plan, self.group)
-            if store is not None:
-                self._say_what_is_random(plan)
-                self._say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
-                return store, False
-            refusal = self._refusal(plan, epochs_left)
-            if refusal is None:
-                self._say_what_is_random(plan)
-                store, refusal = self._build(plan, epochs_left)
-            if store is None:
-                self._say(f"No feature store for cut {cut}, training goes on frozen, from images: {refusal}.")
-                return None, False
+            store, built = self._find_or_build(cut, epochs_left, current)
+        except _Declined as reason:
+            self._say(f"No feature store for cut {cut}, training goes on frozen, from images: {reason}.")
+            store, built = None, False
         except survivable as error:
             self._say(f"The feature store could not be built, training goes on frozen, from images: {error}")
-            return None, False
-        self._say(
-            f"Built the feature store {store.path} ({megabytes(store.bytes)}, {self.config.codec}, {len(store)} "
-            f"samples{_describe_views(store)}): {cut} of {len(self.chain)} blocks are not run any more in training."
-        )
-        return store, True
+            store, built = None, False
+        if current is not None and (store is None or store.path != current.path):
+            self._remove(current)
+        self._current = store
+        return store, built
 
-    def _build(self, plan: BuildPlan, epochs_left: float) -> tuple[FeatureStore | None, str | None]:
+    def _find_or_build(self, cut: int, epochs_left: float, current: FeatureStore | None) -> tuple[FeatureStore, bool]:
+        known = self._decisions.get(cut)
+        wanted = self.config.codec_at(cut, len(self.chain)) if known is None else known.codec
+        first = self.blueprints.plan(cut, wanted)
+        parent = self._parent_cut(cut, known)
+        if parent is not None:
+            current = self._parent(parent, current)
+        too_large = None
+        for codec in self._codecs(wanted, first):
+            images = first if codec == wanted else self.blueprints.with_codec(first, codec)
+            plan = self._deepened(images, current)
+            store = open_matching(plan, self.group)
+            if store is not None and self._holds(store.total_bytes):
+                self._say_what_is_random(plan)
+                self._say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
+                self._take(store, False, known)
+                return store, False
+            for attempt, goes_first in self._attempts(plan, images, current):
+                if known is None:
+                    self._check_worth(attempt, epochs_left)
+                self._say_what_is_random(attempt)
+                if goes_first is not None:
+                    self._say(
+                        f"The feature store of cut {goes_first.manifest.cut} is removed before the one of cut {cut} "
+                        "is built: the budget does not hold both."
+                    )
+                    self._remove(goes_first)
+                try:
+                    store = self._build(attempt, images, epochs_left if known is None else None)
+                except OverLimit as error:
+                    too_large = error
+                    continue
+                self._take(store, True, known)
+                self._say_built(store, wanted)
+                return store, True
+            too_large = too_large or self._too_large(plan)
+        raise _Declined(too_large)
+
+    # What fits
+
+    def _codecs(self, wanted: str, plan: BuildPlan) -> Iterator[str]:
+        """The wanted codec, then those that are smaller."""
+        yield wanted
+        row_bytes = make_codec(wanted, plan.layout).row_bytes
+        for codec in _COARSER:
+            smaller = make_codec(codec, plan.layout).row_bytes
+            if smaller < row_bytes:
+                row_bytes = smaller
+                yield codec
+
+    def _attempts(
+        self, plan: BuildPlan, images: BuildPlan, current: FeatureStore | None
+    ) -> Iterator[tuple[BuildPlan, FeatureStore | None]]:
+        """The ways to build a plan that may fit: beside the current store, or after that one is removed."""
+        needed = self._needed(plan)
+        room = self._room()
+        if room is None or needed <= room:
+            yield replace(plan, limit=room), None
+        if current is None or not self.holdings.has_built(current.path):
+            return
+        room = self._room(without=current)
+        if room is not None and needed <= room:
+            yield replace(images, limit=room), current
+
+    def _room(self, without: FeatureStore | None = None) -> int | None:
+        """Bytes for another store: of the budget, and of the free disk unless a store is wanted in any case."""
+        room = self.holdings.room(None if without is None else without.path)
+        if self.config.cache == "always":
+            return room
+        free = int(_DISK_SHARE * self.group.on_main(self._free_disk))
+        if without is not None:
+            free += without.total_bytes
+        return free if room is None else min(room, free)
+
+    def _free_disk(self) -> int:
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.cache_dir).free
+
+    def _needed(self, plan: BuildPlan) -> int:
+        return self.group.on_main(partial(estimate_bytes, plan, self.group.size))
+
+    def _holds(self, total_bytes: int) -> bool:
+        return self.holdings.budget is None or total_bytes <= self.holdings.budget
+
+    def _too_large(self, plan: BuildPlan) -> str:
+        place = "the budget" if self.holdings.budget is not None else f"the disk of {self.cache_dir}"
+        room = megabytes(max(self._room() or 0, 0))
+        return f"it needs {megabytes(self._needed(plan))} even as {plan.codec}, and {room} are left of {place}"
+
+    # What pays
+
+    def _check_worth(self, plan: BuildPlan, epochs_left: float) -> None:
+        """Raises _Declined if a store of this plan is not wanted or would not pay."""
+        if self.config.cutmix_alpha and plan.layout.grid is None:
+            raise _Declined(f"cutmix pastes a box of positions, and features of shape {plan.layout.shape} have none")
+        if self.config.cache == "always":
+            return
+        if epochs_left < 1:
+            raise _Declined("less than one epoch remains")
+
+    # Building
+
+    def _build(self, plan: BuildPlan, images: BuildPlan, epochs_left: float | None) -> FeatureStore:
         """Builds with the smallest kind of geometry that fits every view; whole views if none does.
 
-        Returns:
-            The store; or None and why `cache="auto"` does not build what turned out to be necessary.
-        """
-        while True:
-            try:
-                plan = self._settle(plan)
-                return materialize(plan, self.group), None
-            except GeometryMisfit as misfit:
-                if plan.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
-                    plan = replace(plan, views=replace(plan.views, geometry=DENSE), notes={})
-                    how = "Geometry is kept for every position of a feature"
-                else:
-                    plan = replace(plan, views=ViewSpec(plan.views.count), notes={})
-                    how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
-                bytes_then = self.group.on_main(partial(estimate_bytes, plan, self.group.size))
-                self._say(f"{how} ({megabytes(bytes_then)} in all), because {misfit}.")
-            refusal = self._refusal(plan, epochs_left)
-            if refusal is not None:
-                return None, refusal
-
-    def _settle(self, plan: BuildPlan) -> BuildPlan:
-        """Chooses the sensitive channels, on the main process.
+        Args:
+            plan: what to build.
+            images: the same from images.
+            epochs_left: epochs in which what turns out to be necessary must pay; None: it was decided before.
 
         Raises:
-            GeometryMisfit: on every process, if a view's geometry cannot be kept as the plan says.
+            OverLimit: if it does not fit.
+            _Declined: if what turned out to be necessary is not wanted.
         """
-
-        def choose() -> ViewSpec | tuple[str, bool]:
+        limit = plan.limit
+        while True:
             try:
-                with preserve_rng():
-                    config = self.config
-                    chosen = choose_channels(plan, config.similarity, config.sensitivity_batches, config.channel_map)
+                return materialize(self.blueprints.settle(plan), self.group)
             except GeometryMisfit as misfit:
-                return str(misfit), misfit.for_all_kinds
-            self._notes = chosen.notes  # pictures stay here: the main process writes them
-            return chosen.views
+                if plan.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
+                    views = replace(images.views, geometry=DENSE)
+                    how = "Geometry is kept for every position of a feature"
+                else:
+                    views = ViewSpec(plan.views.count)
+                    how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
+                plan = replace(images, views=views, notes={}, limit=limit)
+                needed = self._needed(plan)
+                self._say(f"{how} ({megabytes(needed)} in all), because {misfit}.")
+                if limit is not None and needed > limit:
+                    raise OverLimit(needed, limit) from misfit
+            if epochs_left is not None:
+                self._check_worth(plan, epochs_left)
 
-        settled = self.group.on_main(choose)
-        if isinstance(settled, tuple):
-            raise GeometryMisfit(*settled)
-        return replace(plan, views=settled, notes=self._notes)
-
-    def _plan(self, cut: int) -> BuildPlan:
-        def prove():
-            probe = self.model_inputs(self.source.probe())
-            # Traced again: mixed precision set up since the training began may change the type of the features.
-            self.chain.trace(probe)
-            self.chain.prove(probe, cut)
-
-        def made_from():
-            return fingerprint_inputs(
-                augmentation=self._augmentation_settings(),
-                source=self.source,
-                model=self.model,
-                tensors={**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)},
-                cut=cut,
-                blocks=self.chain.names[:cut],
-                codec=self.config.codec,
-                precision=self.precision,
-                format_version=FORMAT_VERSION,
-            )
-
-        self.group.locally(prove)
-        self._found = self.group.from_main(self._found)
-        layout = self.chain.layout(cut)
-        return BuildPlan(
-            chain=self.chain,
-            cut=cut,
-            source=self.source,
-            codec=self.config.codec,
-            layout=layout,
-            views=self._view_spec(layout),
-            made_from=self.group.on_main(made_from),
-            directory=self.cache_dir,
-            runs=ImageRuns(self.chain, cut, self.source, layout, self._count_and_take),
-            disable_tqdm=self.disable_tqdm,
+    def _deepened(self, plan: BuildPlan, current: FeatureStore | None) -> BuildPlan:
+        """The plan with the current store as its source, if that is wanted and possible."""
+        if self.config.deepen != "cache" or current is None:
+            return plan
+        reason = self.group.on_main(partial(why_not_deepen, current, plan))
+        if reason is not None:
+            self._say(f"The store of cut {plan.cut} is built from images, not from the one before: {reason}.")
+            return plan
+        return deepened(
+            plan, current, self.blueprints.counting(current.manifest.cut, plan.cut), self.blueprints.device
         )
 
-    def _refusal(self, plan: BuildPlan, epochs_left: float) -> str | None:
-        """Why a store is not built; None if it is."""
-        if self.config.cutmix_alpha and plan.layout.grid is None:
-            return f"cutmix pastes a box of positions, and features of shape {plan.layout.shape} have none"
-        if self.config.cache == "always":
+    def _parent_cut(self, cut: int, known: Decision | None) -> int | None:
+        """The cut whose store the one of `cut` is deepened from; None if it is built from images."""
+        if known is not None:
+            return known.parent
+        decided = [earlier for earlier in self._decisions if earlier < cut]
+        return max(decided, default=None) if self.config.deepen == "cache" else None
+
+    def _parent(self, cut: int, current: FeatureStore | None) -> FeatureStore | None:
+        """The store from which the one of a resumed training was deepened; built again if it is gone."""
+        if current is not None and current.manifest.cut == cut:
+            return current
+        try:
+            return self._find_or_build(cut, 0, None)[0]
+        except _Declined as reason:
+            self._say(f"The store of cut {cut} cannot be built again, the deeper one comes from images: {reason}.")
             return None
-        if epochs_left < 1:
-            return "less than one epoch remains"
 
-        def compare() -> str | None:
-            needed = estimate_bytes(plan, self.group.size)
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.cache_dir).free
-            if needed <= _DISK_SHARE * free:
-                return None
-            return f"it needs {megabytes(needed)} and {self.cache_dir} has {megabytes(free)} free"
+    # Keeping count
 
-        return self.group.on_main(compare)
+    def _take(self, store: FeatureStore, built: bool, known: Decision | None) -> None:
+        self.holdings.add(store.path, store.total_bytes, built)
+        if known is None:
+            manifest = store.manifest
+            before = self._current if DEEPENED_FROM in manifest.made_from else None
+            self._decisions[manifest.cut] = Decision(manifest.codec, None if before is None else before.manifest.cut)
 
-    def _count_and_take(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        inputs = self.model_inputs(batch)
-        self.prefix_samples += len(inputs[self.chain.main_input])
-        return inputs
+    def _remove(self, store: FeatureStore) -> None:
+        """Removes a store that this training has built and needs no more; what others have built stays."""
+        if self.holdings.has_built(store.path):
+            self.group.on_main(partial(remove_store, store.path))
+        self.holdings.drop(store.path)
 
-    def _view_spec(self, layout: FeatureLayout) -> ViewSpec:
-        config = self.config
-        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
-        rows, views = len(self.source), config.views
-        count = count_sensitive(config.codec, layout, rows, views, config.sensitive_fraction, budget)
-        return make_view_spec(self._found, layout, views, count)
-
-    def _augmentation_settings(self) -> dict[str, Any]:
-        """What of the settings decides which views a store holds."""
-        if not self._found.random or not self.config.views:
-            return {"views": 0}
-        if not self._found.replayable:
-            return {"views": self.config.views}
-        names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
-        return {name: getattr(self.config, name) for name in names}
+    # Saying so
 
     def _say_what_is_random(self, plan: BuildPlan) -> None:
-        found, views = self._found, self.config.views
+        found, views = self.blueprints.augmentation, self.config.views
         if self._said_what_is_random:
             return
         self._said_what_is_random = True
@@ -250,17 +314,34 @@ class FeatureCaching:
                 "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
         elif not found.replayable:
-            size = megabytes(self.group.on_main(partial(estimate_bytes, plan, self.group.size)))
+            size = megabytes(self._needed(plan))
             self._say(
                 f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
                 f"draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay epochs "
                 "repeat them."
             )
 
+    def _say_built(self, store: FeatureStore, wanted: str) -> None:
+        manifest = store.manifest
+        codec = manifest.codec if manifest.codec == wanted else f"{manifest.codec}, since {wanted} does not fit"
+        source = "from the store before it, " if DEEPENED_FROM in manifest.made_from else ""
+        self._say(
+            f"Built the feature store {store.path} ({source}{megabytes(store.bytes)}, {codec}, {len(store)} "
+            f"samples{_describe_views(store)}): {manifest.cut} of {len(self.chain)} blocks are not run any more in "
+            "training."
+        )
+
     def _say(self, message: str, level: int = logging.WARNING) -> None:
         """Logs on the main process. What writes to the disk or ends caching is said at the default log level."""
         if self.group.rank == 0:
             logger.log(level, message)
+
+
+def _open_if_there(path: Path) -> FeatureStore | None:
+    try:
+        return FeatureStore.open(path)
+    except StoreError:
+        return None
 
 
 def _describe_views(store: FeatureStore) -> str:

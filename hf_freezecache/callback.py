@@ -24,7 +24,7 @@ class CutMover(Protocol):
 
         Args:
             moment: where the training stands.
-            epochs_left: epochs that remain, the one that begins included.
+            epochs_left: epochs that remain at this cut, as far as is known, the one that begins included.
         """
 
     def end_epoch(self) -> None:
@@ -97,6 +97,9 @@ class FreezeCallback(TrainerCallback, ExportableState):
             self.cut = self._decide(moment)
             self.decided_epoch = self._epoch
         epochs_left = state.max_steps / steps_per_epoch - self._epoch
+        change = self.policy.next_change(self._moment(state))
+        if change is not None:
+            epochs_left = min(epochs_left, change - self._epoch)
         self._mover.begin_epoch(self._moment(state), epochs_left)
 
     def on_epoch_end(self, args, state, control, **kwargs):

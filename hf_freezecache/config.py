@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .cache.codec import CODEC_NAMES
+from .cache.codec import CODEC_NAMES, check_codec_name
+from .cache.progression import Progression
 from .policies.schedule import parse_freeze_points
 from .replay.sensitivity import SIMILARITIES
 
@@ -147,7 +148,9 @@ class FreezeCacheConfig:
     def __post_init__(self):
         _one_of("policy", self.policy, POLICY_NAMES)
         _one_of("cache", self.cache, CACHE_MODES)
-        _one_of("codec", self.codec, CODEC_NAMES)
+        check_codec_name(self.codec)
+        if self.progressive is not None:
+            Progression.parse(self.progressive)
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("materialize", self.materialize, MATERIALIZE_MODES)
         _one_of("deepen", self.deepen, DEEPEN_MODES)
@@ -170,6 +173,17 @@ class FreezeCacheConfig:
             parse_freeze_points(self.freeze_points)
         elif self.freeze_points is not None:
             raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
+
+    def codec_at(self, cut: int, num_blocks: int) -> str:
+        """The codec wanted at a cut.
+
+        Args:
+            cut: frozen blocks.
+            num_blocks: `len(chain)`.
+        """
+        if self.progressive is None:
+            return self.codec
+        return Progression.parse(self.progressive).codec_at(cut, num_blocks)
 
     def _check_augmentation(self) -> None:
         if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 0:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
+from .accounting import Ledger, Phase, counting_flops, measure_forward_flops, measure_training_flops
+from .blueprints import Blueprints
 from .cache.rows import RowSource, split_batch
 from .cache.store import FeatureStore
 from .caching import FeatureCaching
@@ -84,18 +85,18 @@ class FreezeSession:
             self._settle_labels()
             self.probe = self._probe()
             self.chain = BlockChain.from_model(model, config.blocks, probe=self.probe)
-        self.caching = FeatureCaching(
+        self.blueprints = Blueprints(
             model=model,
             chain=self.chain,
             source=source,
             config=config,
-            explicit=explicit,
             cache_dir=cache_dir,
             group=group,
             model_inputs=self._model_inputs,
             precision=precision,
             disable_tqdm=disable_tqdm,
         )
+        self.caching = FeatureCaching(self.blueprints, explicit)
 
     # What the callback calls
 
@@ -159,6 +160,7 @@ class FreezeSession:
     def state(self) -> dict[str, Any]:
         return {
             "declined_cut": self._declined_cut,
+            "caching": self.caching.state(),
             "phases": self.ledger.state(),
             "samples": self._samples_seen,
             "plain_flops_per_sample": self._flops.get((0, "live")),
@@ -169,6 +171,7 @@ class FreezeSession:
     def restore(self, cut: int, state: Mapping[str, Any]) -> None:
         """Continues a training from a checkpoint: freezes what was frozen there."""
         self._declined_cut = state.get("declined_cut", -1)
+        self.caching.restore(state.get("caching", {}))
         self.ledger.load(state.get("phases", []))
         self._samples_seen = state.get("samples", 0)
         if state.get("plain_flops_per_sample") is not None:
@@ -286,13 +289,8 @@ class FreezeSession:
         self.switch.set(None)
         self.store = None
         with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
-            before = self.caching.prefix_samples
             store, built = self.caching.obtain(moment.cut, epochs_left)
-            samples = self.caching.prefix_samples - before
-            if samples:
-                flops = self.flops_per_sample("build", moment.cut) * samples
-                phase.flops += flops
-                self._flops_seen += flops
+            self._book_runs(phase)
             if built:
                 phase.epochs += 1
                 phase.store_bytes = store.bytes
@@ -301,6 +299,15 @@ class FreezeSession:
             return
         self.store = store
         self.switch.set(store.path)
+
+    def _book_runs(self, phase: Phase) -> None:
+        """Books what builds have run since the last call."""
+        for (start, end), samples in self.blueprints.samples_run.items():
+            before = self.flops_per_sample("build", start) if start else 0.0
+            flops = (self.flops_per_sample("build", end) - before) * samples
+            phase.flops += flops
+            self._flops_seen += flops
+        self.blueprints.samples_run.clear()
 
     # Helpers
 

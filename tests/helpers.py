@@ -75,7 +75,8 @@ def make_args(output_dir: Path | str, **settings) -> TrainingArguments:
 
 
 def manual(points: str, **settings) -> FreezeCacheConfig:
-    return FreezeCacheConfig(policy="manual", freeze_points=points, **settings)
+    """Freezes at these points and builds stores in any case: whether they pay is of no interest in tiny trainings."""
+    return FreezeCacheConfig(policy="manual", freeze_points=points, **{"cache": "always", **settings})
 
 
 def losses(trainer) -> list[float]:

@@ -201,7 +201,9 @@ def test_bf16_cached_is_freeze_only(tmp_path):
 
 
 def test_max_steps_and_fractions_of_training(tmp_path):
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("0.5:3"), max_steps=10)  # 2.5 epochs: 3 begin
+    trainer = run(
+        tiny_vit(), pixel_dataset(), tmp_path, manual("0.5:3", cache="auto"), max_steps=10
+    )  # 2.5 epochs: 3 begin
     phases = [(p.cut, p.mode, p.steps) for p in trainer.freeze_cache_report().phases if p.steps]
     assert phases == [(0, "live", 8), (3, "live", 2)]
     longer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("0.5:3"), max_steps=16)

@@ -7,11 +7,8 @@ python -m benchmarks.augmentation.run --collect          # tables and plots of w
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from .._common import (
     prepare,
     quiet,
     result_folder,
-    write_json,
     write_result,
 )
+from .._partials import partial_file, read_done, run_tasks, write_done
 from .experiments import Arm, Data, Experiment, make_experiments
 from .features import FEATURES, feature_settings, measure_seed
 from .tables import compare, make_claims, plot, summarize_features, table
@@ -43,14 +40,14 @@ def run_task(name: str, seed: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if name != FEATURES:
         run_seed(make_experiments(options)[name], seed, options)
-    elif not read_done(name, seed, feature_settings(options), options):
-        write_done(name, seed, feature_settings(options), measure_seed(seed, options), options)
+    elif not read_done(options.output_dir, name, seed, feature_settings(options)):
+        write_done(options.output_dir, name, seed, feature_settings(options), measure_seed(seed, options))
         print(f"{name}, seed {seed}: done", flush=True)
 
 
 def run_seed(experiment: Experiment, seed: int, options: argparse.Namespace) -> None:
     """Trains the live epochs of a seed and all arms from their checkpoint, one after the other."""
-    done = read_done(experiment.name, seed, experiment.settings, options)
+    done = read_done(options.output_dir, experiment.name, seed, experiment.settings)
     if all(arm.name in done for arm in experiment.arms):
         return
     data = experiment.load_data(options, experiment.rows, experiment.test_rows)
@@ -58,7 +55,7 @@ def run_seed(experiment: Experiment, seed: int, options: argparse.Namespace) -> 
 
     def note(name: str, result: dict[str, Any]) -> None:
         done[name] = result
-        write_done(experiment.name, seed, experiment.settings, done, options)
+        write_done(options.output_dir, experiment.name, seed, experiment.settings, done)
         seconds, accuracy = sum(result["epoch_seconds"]), 100 * result["accuracy"]
         print(f"{experiment.name}, seed {seed}, {name}: {accuracy:.2f} %, epochs {seconds:.0f} s", flush=True)
 
@@ -88,48 +85,13 @@ def has_checkpoint(experiment: Experiment, data: Data, folder: Path, done: dict[
     return LIVE in done and weights_file(experiment, data, folder).is_file()
 
 
-# Partial results
-
-
-def partial_file(name: str, seed: int, options: argparse.Namespace) -> Path:
-    return Path(options.output_dir) / f"{name}-seed-{seed}.json"
-
-
-def read_done(name: str, seed: int, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Finished measurements by arm.
-
-    Raises:
-        SystemExit: if they were made with other settings.
-    """
-    path = partial_file(name, seed, options)
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text())
-    if content["settings"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{path.name} was made with other settings: begin anew with --fresh.")
-    return content["done"]
-
-
-def write_done(
-    name: str, seed: int, settings: dict[str, Any], done: dict[str, Any], options: argparse.Namespace
-) -> None:
-    write_json(partial_file(name, seed, options), {"settings": settings, "done": done})
-
-
 # All of it
 
 
 def run_all(options: argparse.Namespace) -> None:
     """Every experiment with every seed, in this process or in several."""
     tasks = [(name, seed) for name in options.experiments for seed in options.seeds]
-    if options.jobs == 1:
-        for name, seed in tasks:
-            run_task(name, seed, options)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for run in [pool.submit(run_task, name, seed, options) for name, seed in tasks]:
-            run.result()
+    run_tasks(run_task, [(*task, options) for task in tasks], options.jobs)
 
 
 def collect(options: argparse.Namespace) -> None:
@@ -141,7 +103,7 @@ def collect(options: argparse.Namespace) -> None:
     target = result_folder(NAME, options.smoke)
     results, settings, text, claims = {}, {}, [], []
     for name, experiment in make_experiments(options).items():
-        finished = {seed: read_done(name, seed, experiment.settings, options) for seed in options.seeds}
+        finished = {seed: read_done(options.output_dir, name, seed, experiment.settings) for seed in options.seeds}
         names = [arm.name for arm in experiment.arms]
         runs = {seed: done for seed, done in finished.items() if all(arm in done for arm in names)}
         if not runs:
@@ -190,7 +152,7 @@ def main() -> None:
     if options.fresh:
         for name in options.experiments:
             for seed in options.seeds:
-                partial_file(name, seed, options).unlink(missing_ok=True)
+                partial_file(options.output_dir, name, seed).unlink(missing_ok=True)
     if not options.collect:
         run_all(options)
     collect(options)

@@ -33,6 +33,7 @@ class BuildPlan:
         disable_tqdm: no progress bar.
         views: which augmented views to keep, and what of them.
         notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
+        weights: float32 `(C,)`, what the loss loses by an error in each channel, for codecs that use it.
         limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
     """
 
@@ -47,6 +48,7 @@ class BuildPlan:
     disable_tqdm: bool = False
     views: ViewSpec = field(default_factory=ViewSpec)
     notes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
     limit: int | None = None
 
     @property

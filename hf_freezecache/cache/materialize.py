@@ -188,7 +188,7 @@ class _Build:
             sample += [view.features[::every].clone() for view in views if view.features is not None]
             if (len(self.kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
                 self.kept[number] = views
-        return codec.fit(torch.cat(sample)).tensors()
+        return codec.fit(torch.cat(sample), weights=self.plan.weights).tensors()
 
     def _run(self, numbers: list[int]) -> Iterator[tuple[int, list[ViewRun]]]:
         views = self.plan.views

@@ -76,6 +76,11 @@ class FeatureStore:
         """Size of the Arrow files."""
         return sum(shard.bytes for shard in self.manifest.shards)
 
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(_sizes(self.manifest).values()) + (self.path / MANIFEST).stat().st_size
+
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The store as a `datasets.Dataset`, memory-mapped."""

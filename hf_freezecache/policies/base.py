@@ -79,6 +79,14 @@ class FreezePolicy(ABC):
             The cut from this epoch on, 0 to `moment.num_blocks`.
         """
 
+    def next_change(self, moment: Moment) -> int | None:
+        """The epoch at which the cut will move on, where the rule knows; a store of the present cut serves until then.
+
+        Args:
+            moment: with the cut that holds from now on.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What the rule has learnt so far, as JSON values."""
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import FreezePolicy, Moment
-from .schedule import FreezePoint, scheduled_cut
+from .schedule import FreezePoint, next_change, scheduled_cut
 
 
 class LinearPolicy(FreezePolicy):
@@ -28,3 +28,6 @@ class LinearPolicy(FreezePolicy):
 
     def decide(self, moment: Moment) -> int:
         return scheduled_cut(self.points(moment.num_blocks), moment.epoch, moment.num_epochs)
+
+    def next_change(self, moment: Moment) -> int | None:
+        return next_change(self.points(moment.num_blocks), moment.epoch, moment.num_epochs, moment.cut)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import FreezePolicy, Moment
-from .schedule import parse_freeze_points, scheduled_cut
+from .schedule import next_change, parse_freeze_points, scheduled_cut
 
 
 class ManualPolicy(FreezePolicy):
@@ -23,3 +23,6 @@ class ManualPolicy(FreezePolicy):
 
     def decide(self, moment: Moment) -> int:
         return scheduled_cut(self.points, moment.epoch, moment.num_epochs)
+
+    def next_change(self, moment: Moment) -> int | None:
+        return next_change(self.points, moment.epoch, moment.num_epochs, moment.cut)

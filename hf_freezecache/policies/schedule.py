@@ -55,3 +55,9 @@ def parse_freeze_points(text: str) -> list[FreezePoint]:
 def scheduled_cut(points: list[FreezePoint], epoch: int, num_epochs: int) -> int:
     """The deepest cut among the points that have come by `epoch`."""
     return max((point.cut for point in points if point.epoch(num_epochs) <= epoch), default=0)
+
+
+def next_change(points: list[FreezePoint], epoch: int, num_epochs: int, cut: int) -> int | None:
+    """The first epoch after `epoch` in which a point goes beyond `cut`; None if none does within the training."""
+    epochs = [point.epoch(num_epochs) for point in points if point.cut > cut]
+    return min((later for later in epochs if epoch < later < num_epochs), default=None)

@@ -1,0 +1,196 @@
+"""What would be built at a cut: features, codec, views, fingerprint; from the training's model, data and settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cache.build_plan import BuildPlan
+from .cache.codec import make_codec
+from .cache.fingerprint import fingerprint_inputs, tensors_digest
+from .cache.fisher import fisher_weights
+from .cache.materialize import GeometryMisfit, spread
+from .cache.rows import RowSource
+from .cache.runs import ImageRuns
+from .cache.store import FORMAT_VERSION
+from .cache.views import ViewSpec
+from .chain import BlockChain
+from .config import FreezeCacheConfig, parse_bytes
+from .distributed import Group
+from .layout import FeatureLayout
+from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
+from .rng import preserve_rng
+
+#: Batches from all over the data on which a channel's weight in the loss is measured.
+_WEIGHT_BATCHES = 8
+
+
+class Blueprints:
+    """Makes the `BuildPlan` of a cut and a codec.
+
+    Args:
+        model: the model itself, not wrapped.
+        chain: its blocks.
+        source: the train samples as model inputs.
+        config: the user's settings.
+        cache_dir: where stores lie.
+        group: the processes.
+        model_inputs: of a collated batch, what the model takes, on its device.
+        precision: mixed precision of the training.
+        disable_tqdm: no progress bars.
+
+    Raises:
+        ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        chain: BlockChain,
+        source: RowSource,
+        config: FreezeCacheConfig,
+        cache_dir: Path,
+        group: Group,
+        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        precision: str,
+        disable_tqdm: bool,
+    ):
+        self.model, self.chain, self.source, self.config = model, chain, source, config
+        self.cache_dir, self.group, self.model_inputs = cache_dir, group, model_inputs
+        self.precision, self.disable_tqdm = precision, disable_tqdm
+        #: Samples on which this process has run blocks for builds, by the cuts between which they lie.
+        self.samples_run: Counter[tuple[int, int]] = Counter()
+        # At the beginning, where a mistake in the pipelines costs nothing yet.
+        self.augmentation = survey(source, chain.main_input) if group.rank == 0 and config.cache != "never" else None
+        #: Weight of every channel in the loss, by cut: measured once, for codecs that use it.
+        self.weights: dict[int, torch.Tensor] = {}
+        self._notes: Mapping[str, Any] = {}
+
+    def plan(self, cut: int, codec: str) -> BuildPlan:
+        """What a store of this cut would be, before sensitive channels are chosen.
+
+        Raises:
+            ChainError: if the cut fails the proof on this training's data.
+        """
+
+        def prove():
+            probe = self.model_inputs(self.source.probe())
+            # Traced again: mixed precision set up since the training began may change the type of the features.
+            self.chain.trace(probe)
+            self.chain.prove(probe, cut)
+
+        def made_from():
+            return fingerprint_inputs(
+                augmentation=self._augmentation_settings(),
+                source=self.source,
+                model=self.model,
+                tensors={**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)},
+                cut=cut,
+                blocks=self.chain.names[:cut],
+                codec=codec,
+                precision=self.precision,
+                format_version=FORMAT_VERSION,
+            )
+
+        self.group.locally(prove)
+        self.augmentation = self.group.from_main(self.augmentation)
+        layout = self.chain.layout(cut)
+        plan = BuildPlan(
+            chain=self.chain,
+            cut=cut,
+            source=self.source,
+            codec=codec,
+            layout=layout,
+            views=self._view_spec(layout, codec),
+            made_from=self.group.on_main(made_from),
+            directory=self.cache_dir,
+            runs=self.image_runs(cut, layout),
+            disable_tqdm=self.disable_tqdm,
+        )
+        return self.with_codec(plan, codec)
+
+    def with_codec(self, plan: BuildPlan, codec: str) -> BuildPlan:
+        """The same features by another codec."""
+        made_from, weights = {**plan.made_from, "codec": codec}, None
+        made_from.pop("channel_weights", None)
+        if make_codec(codec, plan.layout).uses_weights:
+            weights = self._channel_weights(plan.cut)
+            made_from["channel_weights"] = tensors_digest({"weights": weights})
+        views = self._view_spec(plan.layout, codec)
+        return replace(plan, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
+
+    def settle(self, plan: BuildPlan) -> BuildPlan:
+        """Chooses the sensitive channels, on the main process.
+
+        Raises:
+            GeometryMisfit: on every process, if a view's geometry cannot be kept as the plan says.
+        """
+
+        def choose() -> ViewSpec | tuple[str, bool]:
+            try:
+                with preserve_rng():
+                    config = self.config
+                    chosen = choose_channels(plan, config.similarity, config.sensitivity_batches, config.channel_map)
+            except GeometryMisfit as misfit:
+                return str(misfit), misfit.for_all_kinds
+            self._notes = chosen.notes  # pictures stay here: the main process writes them
+            return chosen.views
+
+        settled = self.group.on_main(choose)
+        if isinstance(settled, tuple):
+            raise GeometryMisfit(*settled)
+        return replace(plan, views=settled, notes=self._notes)
+
+    def _channel_weights(self, cut: int) -> torch.Tensor:
+        """Measured where the first plan needs them; the same ever after, though the suffix goes on learning."""
+
+        def measure() -> torch.Tensor:
+            numbers = spread(self.source.num_batches, min(_WEIGHT_BATCHES, self.source.num_batches))
+            batches = (self.model_inputs(self.source.collate(self.source.rows(number))) for number in numbers)
+            return fisher_weights(self.chain, cut, batches, self.source.seed, bands=True)
+
+        if cut not in self.weights:
+            self.weights[cut] = self.group.on_main(measure)
+        return self.weights[cut]
+
+    def image_runs(self, cut: int, layout: FeatureLayout) -> ImageRuns:
+        """Features from images."""
+        return ImageRuns(self.chain, cut, self.source, layout, self.counting(0, cut))
+
+    def counting(self, from_cut: int, to_cut: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+        """Takes what the model takes of a batch, and counts its samples as run through the blocks between two cuts."""
+
+        def take(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+            inputs = self.model_inputs(batch)
+            self.samples_run[from_cut, to_cut] += len(inputs[self.chain.main_input])
+            return inputs
+
+        return take
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def _view_spec(self, layout: FeatureLayout, codec: str) -> ViewSpec:
+        config = self.config
+        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+        rows, views = len(self.source), config.views
+        count = count_sensitive(codec, layout, rows, views, config.sensitive_fraction, budget)
+        return make_view_spec(self.augmentation, layout, views, count)
+
+    def _augmentation_settings(self) -> dict[str, Any]:
+        """What of the settings decides which views a store holds."""
+        if not self.augmentation.random or not self.config.views:
+            return {"views": 0}
+        if not self.augmentation.replayable:
+            return {"views": self.config.views}
+        names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
+        return {name: getattr(self.config, name) for name in names}

@@ -1,0 +1,65 @@
+"""The stores that a training has, and the bytes that it may still take for others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A store of this training.
+
+    Args:
+        bytes: of all its files.
+        built: whether this training has built it: what others have built is not removed.
+    """
+
+    bytes: int
+    built: bool
+
+
+class Holdings:
+    """Keeps count of a training's stores. The same on every process.
+
+    Args:
+        budget: most bytes that they may take together, at any moment; None: no limit.
+    """
+
+    def __init__(self, budget: int | None):
+        self.budget = budget
+        self._stores: dict[Path, Holding] = {}
+
+    def add(self, path: Path, total_bytes: int, built: bool) -> None:
+        """Takes a store in. One that this training has built stays so when it is found again after a resume."""
+        known = self._stores.get(path)
+        self._stores[path] = Holding(total_bytes, built or (known is not None and known.built))
+
+    def drop(self, path: Path) -> None:
+        """Forgets a store."""
+        self._stores.pop(path, None)
+
+    def has_built(self, path: Path) -> bool:
+        """Whether this training has built a store, and may so remove it."""
+        return path in self._stores and self._stores[path].built
+
+    def room(self, without: Path | None = None) -> int | None:
+        """Bytes that another store may take; None: no limit.
+
+        Args:
+            without: a store that goes before.
+        """
+        if self.budget is None:
+            return None
+        return self.budget - sum(held.bytes for path, held in self._stores.items() if path != without)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The stores as JSON values."""
+        return [{"name": path.name, "bytes": held.bytes, "built": held.built} for path, held in self._stores.items()]
+
+    def load(self, state: list[dict[str, Any]], directory: Path) -> None:
+        """Continues from `state()`; what is gone from the directory meanwhile is not counted."""
+        for entry in state:
+            if (directory / entry["name"]).exists():
+                self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"])

@@ -1,0 +1,202 @@
+"""Which store a training gets: budget, coarser codecs, the store before, and what a resume remembers."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
+
+from hf_freezecache import FeatureStore
+
+
+def train(tmp_path, points="1:2", name="run", **settings):
+    own = {key: settings.pop(key) for key in ("num_train_epochs", "save_strategy", "resume") if key in settings}
+    config = manual(points, **{"cache": "always", **settings})
+    return run(tiny_vit(), pixel_dataset(), tmp_path / name, config, **own)
+
+
+def stores(tmp_path, name="run") -> dict[int, FeatureStore]:
+    folder = tmp_path / name / "_freeze_cache"
+    found = [FeatureStore.open(path) for path in folder.iterdir() if ".tmp" not in path.name]
+    return {store.manifest.cut: store for store in found}
+
+
+def total_bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return total
+
+
+class LargestTotal:
+    """Watches a folder while something is written into it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.largest = folder, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self):
+        while not self._stop.is_set():
+            self.largest = max(self.largest, total_bytes(self.folder))
+            time.sleep(0.0005)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+        self.largest = max(self.largest, total_bytes(self.folder))
+
+
+def test_codec_follows_the_progression(tmp_path):
+    trainer = train(tmp_path, "1:2,2:3", progressive="0.5:int8,0.75:int4")
+    assert trainer.freeze_status().cut == 3
+    assert stores(tmp_path)[3].manifest.codec == "int4"
+    assert [phase.store_bytes for phase in trainer.freeze_cache_report().phases if phase.mode == "build"] != []
+
+
+def test_store_of_the_cut_before_is_removed_when_the_deeper_one_is_complete(tmp_path):
+    train(tmp_path, "1:2,2:3")
+    assert list(stores(tmp_path)) == [3]
+
+
+def test_store_of_somebody_else_stays(tmp_path):
+    train(tmp_path, "0:2", name="other", feature_cache_dir=str(tmp_path / "cache"))
+    other = {path.name for path in (tmp_path / "cache").iterdir()}
+    train(tmp_path, "0:2,2:3", feature_cache_dir=str(tmp_path / "cache"))
+    assert other < {path.name for path in (tmp_path / "cache").iterdir()}
+
+
+def test_budget_of_half_the_bytes_is_kept_at_every_moment_by_a_coarser_codec(tmp_path):
+    train(tmp_path, name="free", codec="int8")
+    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
+    budget = needed * 3 // 4
+    folder = tmp_path / "run" / "_freeze_cache"
+    with LargestTotal(folder) as watched:
+        trainer = train(tmp_path, codec="int8", cache_budget=str(budget))
+    assert trainer.freeze_status().replaying
+    assert stores(tmp_path)[2].manifest.codec in ("int4", "int3")
+    assert 0 < watched.largest <= budget
+
+
+def test_budget_of_exactly_the_needed_bytes_is_enough_and_one_byte_less_is_not(tmp_path):
+    train(tmp_path, name="free", codec="int3")
+    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
+    assert train(tmp_path, name="enough", codec="int3", cache_budget=str(needed)).freeze_status().replaying
+    declined = train(tmp_path, name="less", codec="int3", cache_budget=str(needed - 1))
+    assert not declined.freeze_status().replaying
+    assert declined.freeze_status().cut == 2
+    assert total_bytes(tmp_path / "less" / "_freeze_cache") == 0
+
+
+def test_store_before_goes_first_where_the_budget_does_not_hold_both(tmp_path):
+    train(tmp_path, name="free")
+    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
+    budget = int(needed * 1.3)
+    folder = tmp_path / "run" / "_freeze_cache"
+    with LargestTotal(folder) as watched:
+        trainer = train(tmp_path, "1:2,2:3", cache_budget=str(budget))
+    assert trainer.freeze_status().replaying
+    assert {cut: store.manifest.codec for cut, store in stores(tmp_path).items()} == {3: "int4"}
+    assert watched.largest <= budget
+
+
+@pytest.mark.parametrize("stop", [8, 10, 12, 14])
+def test_resume_keeps_codec_and_stores_of_a_budget(stop, tmp_path):
+    train(tmp_path, name="free", codec="int8")
+    budget = str(total_bytes(tmp_path / "free" / "_freeze_cache") * 3 // 4)
+    settings = {"codec": "int8", "cache_budget": budget, "points": "1:2,3:3"}
+    whole = run(
+        tiny_vit(),
+        pixel_dataset(),
+        tmp_path / "whole",
+        manual(settings["points"], cache="always", codec="int8", cache_budget=budget),
+        save_strategy="steps",
+        save_steps=2,
+        num_train_epochs=5,
+    )
+    resumed = run(
+        tiny_vit(1),
+        pixel_dataset(),
+        tmp_path / "whole",
+        manual(settings["points"], cache="always", codec="int8", cache_budget=budget),
+        resume=str(tmp_path / "whole" / f"checkpoint-{stop}"),
+        save_strategy="no",
+        num_train_epochs=5,
+    )
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed), weights(whole))
+    assert len(stores(tmp_path, "whole")) == 1
+
+
+def test_decisions_stand_in_the_checkpoint(tmp_path):
+    trainer = run(tiny_vit(), pixel_dataset(), tmp_path / "run", manual("1:2", cache="always"), save_strategy="epoch")
+    checkpoint = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    caching = state["stateful_callbacks"]["FreezeCallback"]["attributes"]["session"]["caching"]
+    assert caching["decisions"] == {"2": ["int4", None]}
+    assert caching["current"] == trainer.freeze_status().store_path.name
+
+
+def test_deeper_store_comes_from_the_one_before_if_that_is_wanted(tmp_path):
+    trainer = train(tmp_path, "1:2,2:3", deepen="cache", codec="int8")
+    store = stores(tmp_path)[3]
+    assert len(store.manifest.made_from["deepened_from"]) == 32
+    assert list(stores(tmp_path)) == [3]
+    builds = {phase.cut: phase.flops for phase in trainer.freeze_cache_report().phases if phase.mode == "build"}
+    blocks = {cut: trainer._session.flops_per_sample("build", cut) * 32 for cut in (2, 3)}
+    assert builds == {2: blocks[2], 3: pytest.approx(blocks[3] - blocks[2])}
+
+
+def test_exact_deepening_is_the_same_training_as_building_from_images(tmp_path):
+    settings = dict(points="1:2,2:3", codec="fp32")
+    deepened = train(tmp_path, name="deepened", deepen="cache", **settings)
+    raw = train(tmp_path, name="raw", **settings)
+    assert losses(deepened) == losses(raw)
+    assert_same_weights(weights(deepened), weights(raw))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("stop", [4, 6, 8, 10])
+def test_resume_of_a_deepened_store_is_exact_even_if_all_stores_are_gone(stop, lost, tmp_path):
+    def go(**settings):
+        config = manual("1:2,2:3", cache="always", deepen="cache", codec="int4")
+        return run(tiny_vit(stop), pixel_dataset(), tmp_path / "run", config, **settings)
+
+    whole = go(save_strategy="steps", save_steps=2)
+    if lost:
+        shutil.rmtree(tmp_path / "run" / "_freeze_cache")
+    resumed = go(resume=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_budget_that_does_not_hold_both_builds_from_images(tmp_path, caplog):
+    train(tmp_path, name="free")
+    budget = int(total_bytes(tmp_path / "free" / "_freeze_cache") * 1.3)
+    train(tmp_path, "1:2,2:3", deepen="cache", cache_budget=str(budget))
+    assert "deepened_from" not in stores(tmp_path)[3].manifest.made_from
+    assert "removed before the one of cut 3 is built" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_resume_of_mixed_bits_is_exact_though_the_suffix_has_learnt(lost, tmp_path):
+    def go(**settings):
+        config = manual("1:2", cache="always", codec="mixed@3")
+        return run(tiny_vit(), pixel_dataset(), tmp_path / "run", config, **settings)
+
+    whole = go(save_strategy="steps", save_steps=4)
+    if lost:
+        shutil.rmtree(tmp_path / "run" / "_freeze_cache")
+    resumed = go(resume=str(tmp_path / "run" / "checkpoint-12"))
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed), weights(whole))

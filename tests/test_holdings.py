@@ -1,0 +1,40 @@
+"""The bytes that a training's stores take."""
+
+from hf_freezecache.cache.holdings import Holdings
+
+
+def test_room_is_what_the_stores_leave(tmp_path):
+    holdings = Holdings(100)
+    assert holdings.room() == 100
+    holdings.add(tmp_path / "a", 30, built=True)
+    holdings.add(tmp_path / "b", 20, built=False)
+    assert holdings.room() == 50
+    assert holdings.room(without=tmp_path / "a") == 80
+    holdings.drop(tmp_path / "a")
+    assert holdings.room() == 80
+
+
+def test_no_budget_is_no_limit(tmp_path):
+    holdings = Holdings(None)
+    holdings.add(tmp_path / "a", 30, built=True)
+    assert holdings.room() is None
+
+
+def test_only_what_was_built_here_may_be_removed(tmp_path):
+    holdings = Holdings(None)
+    holdings.add(tmp_path / "a", 30, built=True)
+    holdings.add(tmp_path / "b", 20, built=False)
+    holdings.add(tmp_path / "a", 30, built=False)  # found again by the resumed training
+    assert holdings.has_built(tmp_path / "a")
+    assert not holdings.has_built(tmp_path / "b")
+    assert not holdings.has_built(tmp_path / "c")
+
+
+def test_state_comes_back_without_what_is_gone(tmp_path):
+    holdings = Holdings(100)
+    (tmp_path / "a").mkdir()
+    holdings.add(tmp_path / "a", 30, built=True)
+    holdings.add(tmp_path / "b", 20, built=False)
+    again = Holdings(100)
+    again.load(holdings.state(), tmp_path)
+    assert again.room() == 70 and again.has_built(tmp_path / "a")
