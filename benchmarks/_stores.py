@@ -11,7 +11,8 @@ import torch
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache.codec import Codec
 from hf_freezecache.cache.rows import InputColumn
-from hf_freezecache.cache.store import FORMAT_VERSION, Manifest, ShardWriter, complete, create_aside, shard_name
+from hf_freezecache.cache.manifest import FORMAT_VERSION, Manifest
+from hf_freezecache.cache.store import ShardWriter, complete, create_aside, shard_name, small_files
 from hf_freezecache.cache.views import ViewColumns, ViewSpec
 
 LABELS = {"labels": InputColumn("int64")}
@@ -50,5 +51,5 @@ def write_store(
         files={},
         **content,
     )
-    complete(aside, path, codec, views, manifest, {})
+    complete(aside, path, small_files(codec, views, manifest, {}))
     return FeatureStore.open(path)
