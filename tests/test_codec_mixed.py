@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from codec_cases import DTYPES, EXAMPLES, NEEDS_ZFP, body, features, layout_of, same
+from codec_cases import DTYPES, EXAMPLES, NAMES, NEEDS_ZFP, body, features, layout_of, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +12,8 @@ from hf_freezecache.cache.codec import check_codec_name, make_codec
 from hf_freezecache.cache.codec.allocation import allocate, coded_bytes
 from hf_freezecache.cache.codec.haar import from_bands, to_bands
 from hf_freezecache.cache.codec.packing import MOST_BITS, pack, packed_length, unpack
+from hf_freezecache.cache.views import ViewColumns, ViewSpec
+from hf_freezecache.geometry import PROJECTIVE, geometry_column
 from hf_freezecache.layout import FeatureLayout
 
 MAP = FeatureLayout((6, 8, 8), (8, 8), 0, torch.float32)
@@ -263,6 +265,28 @@ def test_wrong_tensors_of_mixed_are_refused():
     assert not codec.fitted
     with pytest.raises(RuntimeError, match=r"call fit\(features\)"):
         _ = codec.bits
+
+
+# Views
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [MAP, TOKENS])
+def test_views_of_every_codec_have_their_planned_size(layout, name):
+    """Before the codec is fitted, a build's bytes are estimated from its views' columns."""
+    channels = torch.tensor([0, 3, 4])
+    spec = ViewSpec(1, PROJECTIVE, channels=channels, outside=torch.zeros(6))
+    x, geometry = smooth(layout), torch.zeros(12, geometry_column(PROJECTIVE, layout.grid)[1])
+    planned = ViewColumns(spec, make_codec(name, layout)).columns
+    views = ViewColumns(spec, make_codec(name, layout).fit(x))
+    rows = views.encode(1, x, geometry, range(12))
+    assert views.columns == planned
+    assert {key: row.shape[1] for key, row in rows.items()} == {key: length for key, (_, length) in planned.items()}
+    back = views.decode({key.removesuffix("_1"): row for key, row in rows.items()})
+    true = layout.body(x).index_select(layout.channel_dim + 1, channels)
+    assert back["view"].shape == true.shape
+    assert (back["view"] - true).square().mean() < 0.2 * true.var()
+    assert ("view_special" in back) == (layout is TOKENS)
 
 
 # Names

@@ -15,6 +15,7 @@ from .special import BodyCodec
 
 #: The most bits that a channel of a band can get.
 MOST_BITS = 12
+_DECODE_CHUNK = 1 << 20
 _TENSORS = ("error", "scale", "offset", "weight")
 
 
@@ -165,6 +166,13 @@ class MixedCodec(BodyCodec):
         return torch.cat(packed, dim=1)
 
     def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
+        # In parts on a CPU: freeing large temporary tensors gives their pages back, and getting them anew costs more
+        # than all the arithmetic. An accelerator's allocator keeps them.
+        rows = max(1, _DECODE_CHUNK // self._values) if base.device.type == "cpu" else max(1, len(base))
+        for part, target in zip(base.split(rows), out.split(rows), strict=True):
+            self._decode_part(part, target)
+
+    def _decode_part(self, base: torch.Tensor, out: torch.Tensor) -> None:
         scale, offset, *_, place = self._on(base.device)
         bands = self._unpack(base).index_select(1, place).unflatten(1, (self._bands, -1))
         if len(self.layout.shape) == 3:
