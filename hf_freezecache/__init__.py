@@ -5,6 +5,7 @@ from .cache.store import FeatureStore
 from .callback import FreezeCallback
 from .chain import BlockChain
 from .config import FreezeCacheConfig
+from .planning import plan
 from .policies import FreezePolicy
 from .replay.collator import ReplayCollator
 from .trainer import FreezeCacheTrainer
@@ -22,4 +23,5 @@ __all__ = [
     "ReplayCollator",
     "ReplayableTransform",
     "make_codec",
+    "plan",
 ]

@@ -1,14 +1,17 @@
-"""The `freezecache` command: what a store holds, and whether it is undamaged."""
+"""The `freezecache` command: plans, what a store holds, whether it is undamaged, and taking stores away."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import safetensors.torch
 import torch
 
+from .cache.cleaning import Removable, find_stores, remove
+from .cache.planner import show_bytes
 from .cache.store import MANIFEST, FeatureStore, StoreError
 from .layout import FeatureLayout
 from .plots import plot_sensitivity
@@ -31,18 +34,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "inspect" and options.output is not None and not options.sensitivity:
         parser.error("--output names the picture of --sensitivity: give both")
     try:
-        store = FeatureStore.open(options.directory)
-        if options.command == "verify":
-            store.verify()
-            print(f"{store.path}: ok")
+        if options.command == "plan":
+            # Transformers and torchvision take seconds to import; the other commands do without.
+            from .cli_plan import plan_images
+
+            print(plan_images(options))
+        elif options.command == "clean":
+            clean(Path(options.directory), options.yes)
         else:
-            print(describe(store))
-            if options.sensitivity:
-                draw_sensitivity(store, options.output or "sensitivity.png")
+            look_into(options)
     except (StoreError, OSError, ImportError, ValueError) as error:
         print(f"freezecache: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def look_into(options: argparse.Namespace) -> None:
+    """Prints what a store holds, or verifies it.
+
+    Raises:
+        StoreError: if it is missing or damaged.
+    """
+    store = FeatureStore.open(options.directory)
+    if options.command == "verify":
+        store.verify()
+        print(f"{store.path}: ok")
+        return
+    print(describe(store))
+    if options.sensitivity:
+        draw_sensitivity(store, options.output or "sensitivity.png")
+
+
+def clean(directory: Path, yes: bool) -> None:
+    """Lists the stores in a directory and what builds have left there; takes them away if told so.
+
+    Raises:
+        OSError: if it is no directory, or something cannot be removed.
+    """
+    stores = find_stores(directory)
+    if not stores:
+        print(f"{directory}: no stores")
+        return
+    rows = [(show_bytes(store.bytes).rjust(9), _state(store), str(store.path)) for store in stores]
+    print("\n".join(_align(rows)))
+    if yes:
+        print(f"removed {show_bytes(remove(stores))}")
+    else:
+        free = sum(store.bytes for store in stores if not store.running)
+        print(f"{show_bytes(free)} can be removed; nothing was, say --yes for that")
+
+
+def _state(store: Removable) -> str:
+    if store.finished:
+        return "store"
+    return "being built, stays" if store.running else "left by a build"
 
 
 def describe(store: FeatureStore) -> str:
@@ -99,8 +144,10 @@ def draw_sensitivity(store: FeatureStore, output: str) -> None:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="freezecache", description="Looks into feature stores.")
+    description = "Plans and looks into feature stores."
+    parser = argparse.ArgumentParser(prog="freezecache", description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_plan(commands.add_parser("plan", help="measure what freezing and caching an image classifier would save"))
     inspect = commands.add_parser("inspect", help="print what a store holds")
     inspect.add_argument("directory", metavar="DIR", help=f"a store: the folder with {MANIFEST}")
     inspect.add_argument(
@@ -109,7 +156,41 @@ def _make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--output", metavar="PNG", help="file of that picture (default: sensitivity.png)")
     verify = commands.add_parser("verify", help="read a whole store and compare every checksum")
     verify.add_argument("directory", metavar="DIR", help=f"a store: the folder with {MANIFEST}")
+    cleaning = commands.add_parser("clean", help="remove the stores in a folder and what killed builds have left")
+    cleaning.add_argument("directory", metavar="DIR", help="the folder with the stores (feature_cache_dir)")
+    mode = cleaning.add_mutually_exclusive_group()
+    mode.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+    mode.add_argument("--dry-run", action="store_true", help="only list them, as without --yes")
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of an image classifier")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="PATH", help="parquet files, or a folder with one folder a class"
+    )
+    parser.add_argument("--image-column", help="found by its type if not given")
+    parser.add_argument("--label-column", help="found by its type if not given")
+    parser.add_argument("--image-size", type=int, help="side of the images (default: the model's own)")
+    parser.add_argument(
+        "--augmentation", choices=("crop", "none"), default="crop", help="random crops and flips, or none"
+    )
+    parser.add_argument("--cuts", type=_numbers, help="numbers of frozen blocks, e.g. 4,8 (default: every one)")
+    parser.add_argument("--batches", type=int, default=3, help="measured at every cut (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--cpu", action="store_true", help="measure on the CPU, even if there is an accelerator")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--codec", help="how features become bytes (default: that of FreezeCacheConfig)")
+    parser.add_argument("--progressive", help="codec by depth, e.g. 0.25:int8,0.5:int4")
+    parser.add_argument("--views", type=int, help="augmented views beside the base view (default: 1)")
+    parser.add_argument("--budget", metavar="SIZE", help="most bytes of a store, e.g. 20GB")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where stores would lie: its disk has to hold them")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _times(sizes: Sequence[int]) -> str:

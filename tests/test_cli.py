@@ -1,14 +1,21 @@
 """The `freezecache` command."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 
 import helpers
 import images
 import pytest
 import zoo
 from builds import build
+from transformers import ViTImageProcessor
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.cache.planner import show_bytes
 from hf_freezecache.cli import main
 
 
@@ -126,3 +133,133 @@ def test_verify_finds_damage_inside_a_file(plain, tmp_path, capsys):
     assert main(["verify", str(path)]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and f"{shard} is damaged" in captured.err
+
+
+# Planning
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A folder with a ViT of two layers for 16x16 images, and its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    helpers.tiny_vit(num_hidden_layers=2).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.parquet"
+    images.picture_dataset(20).to_parquet(path)
+    return path
+
+
+def plan_lines(capsys, *options):
+    code = main(["plan", *map(str, options), "--cpu", "--batches", "1"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out.splitlines()
+
+
+def test_plan_prints_a_line_a_cut_and_writes_nothing(classifier, parquet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = plan_lines(capsys, classifier, "--data", parquet, "--batch-size", 8)
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["1", "vit.embeddings", "int4"],
+        ["2", "vit.layers.0", "int4"],
+        ["3", "vit.layers.1", "int4"],
+    ]
+    assert lines[4].startswith("Plain training") and "1 view beside the base view" in lines[5]
+    assert "of 8 of 20 samples" in lines[5]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_takes_a_folder_and_the_settings_of_the_cache(classifier, tmp_path, capsys):
+    for number, row in enumerate(images.picture_dataset(9)):
+        path = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    options = "--cuts 2 --codec fp16 --views 0 --budget 1kB --augmentation none --image-size 32".split()
+    lines = plan_lines(capsys, classifier, "--data", tmp_path / "images", *options)
+    assert lines[1].split()[:3] == ["2", "vit.layers.0", "fp16"]
+    assert "does not fit" in lines[1] and "1 kB left" in lines[1]
+    assert lines[2].startswith("Plain training")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "missing.parquet"], "missing.parquet does not exist"),
+        (["--cuts", "9"], "from 1 to 3"),
+        (["--codec", "jpeg"], "jpeg"),
+        (["--label-column", "kind"], "--label-column"),
+    ],
+)
+def test_plan_names_what_is_wrong(classifier, parquet, options, message, capsys):
+    assert main(["plan", str(classifier), "--data", str(parquet), "--cpu", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+
+
+# Cleaning
+
+
+@pytest.fixture
+def crowded(plain, tmp_path):
+    """A folder with a store, a damaged one, leftovers of builds, and things that are none of our business."""
+    folder = tmp_path / "stores"
+    folder.mkdir()
+    store = shutil.copytree(plain.path, folder / plain.path.name)
+    damaged = folder / ("0" * 32)
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text('{"fingerprint": "%s"}' % ("0" * 32))
+    host = socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = folder / f"{'a' * 32}.tmp-{host}-{dead.pid}-01234567"
+    running = folder / f"{'a' * 32}.tmp-{host}-{os.getpid()}-01234567"
+    elsewhere = folder / f"{'a' * 32}.tmp-another-machine-{dead.pid}-01234567"
+    for directory in (left, running, elsewhere):
+        directory.mkdir()
+        (directory / "data-00000-of-00001.arrow").write_bytes(bytes(1000))
+    (folder / ("b" * 32)).mkdir()  # a name like a store's, and nothing that says so
+    (folder / "photos").mkdir()
+    (folder / "photos" / "manifest.json").write_text('{"fingerprint": "photos"}')
+    (folder / "notes.txt").write_text("mine")
+    os.symlink(plain.path, folder / ("c" * 32))
+    return folder, {store, damaged, left}, {running, elsewhere}
+
+
+def test_clean_lists_and_removes_nothing_unless_told(crowded, capsys):
+    folder, stores, building = crowded
+    before = sorted(folder.rglob("*"))
+    for options in ([], ["--dry-run"]):
+        assert main(["clean", str(folder), *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[-1] for line in lines[:-1]} == {str(path) for path in stores | building}
+        assert sum("being built, stays" in line for line in lines) == 2
+        assert "nothing was" in lines[-1]
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_clean_removes_stores_and_leftovers_alone(crowded, plain, capsys):
+    folder, stores, building = crowded
+    others = set(folder.iterdir()) - stores
+    freed = sum(file.stat().st_size for path in stores for file in path.rglob("*"))
+    assert main(["clean", str(folder), "--yes"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"removed {show_bytes(freed)}"
+    assert set(folder.iterdir()) == others and building <= others
+    assert plain.verify()
+    old = time.time() - 2 * 24 * 3600
+    (elsewhere,) = (path for path in building if "another-machine" in path.name)
+    for path in (elsewhere, *elsewhere.iterdir()):
+        os.utime(path, (old, old))
+    assert main(["clean", str(folder), "--yes"]) == 0
+    assert set(folder.iterdir()) == others - {elsewhere}
+
+
+def test_clean_of_what_holds_no_stores_says_so(tmp_path, capsys):
+    assert main(["clean", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: no stores\n"
+    assert main(["clean", str(tmp_path / "missing")]) == 1
+    assert "is not a directory" in capsys.readouterr().err

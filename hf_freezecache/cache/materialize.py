@@ -16,7 +16,7 @@ from ..rng import preserve_rng
 from .build_plan import BuildPlan
 from .codec import Codec, make_codec
 from .fingerprint import digest
-from .rows import BatchSplit, split_batch
+from .rows import BatchSplit, RowSource, split_batch
 from .runs import ViewRun
 from .sizing import arrow_bytes
 from .store import (
@@ -144,6 +144,25 @@ def fit_stride(rows: int, layout: FeatureLayout) -> int:
     return max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
 
 
+def fit_ranges(source: RowSource, layout: FeatureLayout) -> list[int]:
+    """The ranges whose features a codec is fitted on."""
+    batch_bytes = source.batch_size * layout.values * 4
+    return spread(source.num_batches, max(1, min(_FIT_BATCHES, source.num_batches, _FIT_BYTES // batch_bytes)))
+
+
+def fit_rows(plan: BuildPlan) -> int:
+    """Features that there are in these ranges, those of views included."""
+    views_run = plan.views.count if plan.views.needs_features(plan.layout) else 0
+    rows = sum(len(plan.source.rows(number)) for number in fit_ranges(plan.source, plan.layout))
+    return rows * (1 + views_run)
+
+
+def ranges_run_twice(plan: BuildPlan) -> int:
+    """Ranges that a build runs for the codec and again for the shard, as memory does not hold their features."""
+    batch_bytes = plan.source.batch_size * plan.layout.values * 4 * (1 + plan.views.count)
+    return max(0, len(fit_ranges(plan.source, plan.layout)) - _FIT_BYTES // batch_bytes)
+
+
 class _Build:
     def __init__(self, plan: BuildPlan, group: Group):
         self.plan, self.group = plan, group
@@ -179,12 +198,8 @@ class _Build:
             return codec.tensors()
         source, layout = self.plan.source, self.plan.layout
         batch_bytes = source.batch_size * layout.values * 4
-        count = max(1, min(_FIT_BATCHES, source.num_batches, _FIT_BYTES // batch_bytes))
-        numbers = spread(source.num_batches, count)
-        views_run = self.plan.views.count if self.plan.views.needs_features(layout) else 0
-        rows = sum(len(source.rows(number)) for number in numbers) * (1 + views_run)
-        sample, every = [], fit_stride(rows, layout)
-        for number, views in self._run(numbers):
+        sample, every = [], fit_stride(fit_rows(self.plan), layout)
+        for number, views in self._run(fit_ranges(source, layout)):
             sample += [view.features[::every].clone() for view in views if view.features is not None]
             if (len(self.kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
                 self.kept[number] = views

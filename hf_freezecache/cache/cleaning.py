@@ -1,0 +1,95 @@
+"""Taking stores away: finished ones, and what builds that were killed have left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from .store import MANIFEST
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_LEFT = re.compile(r"[0-9a-f]{32}\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
+#: Seconds without a change after which a build on another machine counts as dead.
+_DEAD_AFTER = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A directory that holds a store, or part of one.
+
+    Args:
+        path: the directory.
+        bytes: of its files.
+        finished: False for what a build has left.
+        running: whether a build is at work on it, or may be.
+    """
+
+    path: Path
+    bytes: int
+    finished: bool
+    running: bool = False
+
+
+def find_stores(directory: Path) -> list[Removable]:
+    """The stores in a feature cache directory, and what builds have left there; nothing else.
+
+    Args:
+        directory: where stores lie.
+
+    Raises:
+        NotADirectoryError: if it is none.
+    """
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is not a directory: name the one that holds the stores.")
+    found = []
+    for path in sorted(directory.iterdir()):
+        # A link is somebody's arrangement; what it points to is not looked at.
+        if path.is_symlink() or not path.is_dir():
+            continue
+        left = _LEFT.fullmatch(path.name)
+        if left is not None:
+            running = _may_run(path, left["host"], int(left["process"]))
+            found.append(Removable(path, _size(path), finished=False, running=running))
+        elif _FINGERPRINT.fullmatch(path.name) and _is_store(path):
+            found.append(Removable(path, _size(path), finished=True))
+    return found
+
+
+def remove(stores: list[Removable]) -> int:
+    """Removes what is not being built; returns the bytes that became free.
+
+    Raises:
+        OSError: if something cannot be removed.
+    """
+    freed = 0
+    for store in stores:
+        if not store.running:
+            shutil.rmtree(store.path)
+            freed += store.bytes
+    return freed
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a manifest says that the directory is the store of its name, of whatever version and state."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == path.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _may_run(path: Path, host: str, process: int) -> bool:
+    if host == socket.gethostname():
+        return psutil.pid_exists(process)
+    changed = max((file.stat().st_mtime for file in (path, *path.rglob("*"))), default=0.0)
+    return time.time() - changed < _DEAD_AFTER
+
+
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())

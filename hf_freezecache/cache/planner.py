@@ -1,0 +1,350 @@
+"""What a store would cost and save, from what one range of samples costs: arithmetic, and what a person reads.
+
+Nothing here measures or writes. A range is a batch of the train loader; a build runs the prefix over every range, a
+live epoch too, a replay epoch reads it instead.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The part of the free disk that stores may take: checkpoints need room too.
+DISK_SHARE = 0.9
+#: What is saved must exceed what a build costs by this factor: both are estimates.
+MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that one range of samples costs at one cut.
+
+    Args:
+        load: fetching and collating it as a live epoch does.
+        prefix: forward pass of the frozen blocks, transfer included.
+        load_base: fetching and collating the base view, as a build does.
+        load_view: the same for an augmented view, its geometry included.
+        encode: encoding, writing and checking base view and all others.
+        read: rows from a store, by random access.
+        decode: rows to features, on the device: decoding, and for views warping and the channels' linear map.
+        suffix: forward, backward and optimizer of the rest; None if it was not measured.
+        compare: comparing a view with its base view, for choosing sensitive channels.
+        run: what a build needs for one range, all views of it, where it does not run the prefix on images.
+        fixed: what a build costs once: proving the cut, fitting the codec, solving for the channels' linear map.
+        peak_memory_bytes: of a replay step; None if it was not measured.
+    """
+
+    load: float
+    prefix: float
+    load_base: float
+    load_view: float = 0.0
+    encode: float = 0.0
+    read: float = 0.0
+    decode: float = 0.0
+    suffix: float | None = None
+    compare: float = 0.0
+    run: float | None = None
+    fixed: float = 0.0
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much of it there is.
+
+    Args:
+        ranges: of an epoch, all processes together; the last one may be a fraction.
+        views: augmented views that a build loads.
+        views_run: of these, those on which it runs the prefix.
+        compared: ranges on which channels are compared, by the main process.
+        run_twice: ranges on which the codec is fitted and whose features memory does not hold until they are written.
+        workers: loader processes; what they do is done beside the computation.
+        processes: that train together.
+    """
+
+    ranges: float
+    views: int = 0
+    views_run: int = 0
+    compared: int = 0
+    run_twice: int = 0
+    workers: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One cut.
+
+    Args:
+        cut: frozen blocks.
+        block: name of the last of them.
+        codec: name of the codec.
+        base_bytes: of the Arrow files, what the base views take.
+        view_bytes: of the Arrow files, what the augmented views take.
+        build_seconds: of building the store.
+        live_epoch_seconds: of an epoch with this cut frozen, from images.
+        replay_epoch_seconds: of an epoch from the store.
+        live_step_seconds: of one batch with this cut frozen, from images.
+        replay_step_seconds: of one batch from the store.
+        peak_memory_bytes: of a replay step; None if it was not measured.
+        room: bytes that the store may take; None if that is not known.
+
+    Where the suffix was not measured, steps and epochs lack it; what is saved is right.
+    """
+
+    cut: int
+    block: str
+    codec: str
+    base_bytes: int
+    view_bytes: int
+    build_seconds: float
+    live_epoch_seconds: float
+    replay_epoch_seconds: float
+    live_step_seconds: float
+    replay_step_seconds: float
+    peak_memory_bytes: int | None = None
+    room: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the Arrow files."""
+        return self.base_bytes + self.view_bytes
+
+    @property
+    def seconds_saved_per_epoch(self) -> float:
+        """What a replay epoch takes less than a live one at the same cut; negative if it takes longer."""
+        return self.live_epoch_seconds - self.replay_epoch_seconds
+
+    @property
+    def break_even_epochs(self) -> float:
+        """Replay epochs after which the build has paid for itself; infinite if it never does."""
+        saved = self.seconds_saved_per_epoch
+        return self.build_seconds / saved if saved > 0 else math.inf
+
+    @property
+    def fits(self) -> bool:
+        """Whether budget and disk hold the store."""
+        return self.room is None or self.bytes <= self.room
+
+    @property
+    def verdict(self) -> str:
+        """One phrase for a person."""
+        if not self.fits:
+            return f"does not fit: needs {show_bytes(self.bytes)}, {show_bytes(self.room)} left"
+        if self.seconds_saved_per_epoch <= 0:
+            return "does not pay: a replay step is no faster"
+        epochs = math.floor(self.break_even_epochs * MARGIN) + 1
+        return f"pays after {show_epochs(epochs)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every cut would cost and save; `str(plan)` is a table.
+
+    Args:
+        rows: one a cut.
+        live_step_seconds: of one batch of plain training, nothing frozen.
+        live_epoch_seconds: of an epoch of plain training.
+        probed: what was measured, in words.
+    """
+
+    rows: tuple[PlanRow, ...]
+    live_step_seconds: float
+    live_epoch_seconds: float
+    probed: str
+
+    def __str__(self) -> str:
+        lines = [_HEADER, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+        text = ["  ".join(_pad(line, widths)).rstrip() for line in lines]
+        text.append(
+            f"Plain training, nothing frozen: {show_seconds(self.live_step_seconds)} a step, "
+            f"{show_seconds(self.live_epoch_seconds)} an epoch."
+        )
+        return "\n".join([*text, self.probed])
+
+
+_HEADER = (
+    "cut",
+    "last frozen block",
+    "codec",
+    "store",
+    "of it views",
+    "build",
+    "live epoch",
+    "replay epoch",
+    "saved an epoch",
+    "replay step",
+    "peak memory",
+    "verdict",
+)
+_LEFT = ("last frozen block", "codec", "verdict")
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    return (
+        str(row.cut),
+        row.block,
+        row.codec,
+        show_bytes(row.bytes),
+        show_bytes(row.view_bytes),
+        show_seconds(row.build_seconds),
+        show_seconds(row.live_epoch_seconds),
+        show_seconds(row.replay_epoch_seconds),
+        show_seconds(row.seconds_saved_per_epoch),
+        show_seconds(row.replay_step_seconds),
+        "-" if row.peak_memory_bytes is None else show_bytes(row.peak_memory_bytes),
+        row.verdict,
+    )
+
+
+def _pad(cells: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [
+        cell.ljust(width) if name in _LEFT else cell.rjust(width)
+        for name, cell, width in zip(_HEADER, cells, widths, strict=True)
+    ]
+
+
+def make_row(
+    *, cut: int, block: str, codec: str, base_bytes: int, view_bytes: int, costs: Costs, work: Work, room: int | None
+) -> PlanRow:
+    """Puts what was measured on one range together for all of them.
+
+    Args:
+        cut: frozen blocks.
+        block: name of the last of them.
+        codec: name of the codec.
+        base_bytes: of the Arrow files, what the base views take.
+        view_bytes: of the Arrow files, what the augmented views take.
+        costs: of one range.
+        work: how many there are.
+        room: bytes that the store may take; None if that is not known.
+    """
+    live, replay = step_seconds(costs, work.workers)
+    ranges = work.ranges / work.processes
+    return PlanRow(
+        cut=cut,
+        block=block,
+        codec=codec,
+        base_bytes=base_bytes,
+        view_bytes=view_bytes,
+        build_seconds=build_seconds(costs, work),
+        live_epoch_seconds=ranges * live,
+        replay_epoch_seconds=ranges * replay,
+        live_step_seconds=live,
+        replay_step_seconds=replay,
+        peak_memory_bytes=costs.peak_memory_bytes,
+        room=room,
+    )
+
+
+def build_seconds(costs: Costs, work: Work) -> float:
+    """Seconds of a build: choosing the sensitive channels, fitting the codec, and one pass over all ranges."""
+    if costs.run is None:
+        compute, load = costs.prefix * (1 + work.views_run), costs.load_base + work.views * costs.load_view
+        compared = overlapped(2 * costs.prefix + costs.compare, costs.load_base + costs.load_view, work.workers)
+    else:
+        compute, load = costs.run, 0.0
+        # One augmented view is compared, whatever the number of views.
+        compared = costs.run * 2 / (1 + max(1, work.views)) + costs.compare
+    one_pass = overlapped(compute + costs.encode, load, work.workers) * work.ranges / work.processes
+    twice = overlapped(compute, load, work.workers) * work.run_twice
+    return costs.fixed + work.compared * compared + twice + one_pass
+
+
+def step_seconds(costs: Costs, workers: int) -> tuple[float, float]:
+    """Seconds of one batch with the cut frozen: from images, and from a store.
+
+    Where the suffix was not measured, both lack it. With loader processes they then lack loading too, as it is hidden
+    behind the computation or, where it is not, saves more than is said here.
+    """
+    if costs.suffix is None and workers:
+        return costs.prefix, costs.decode
+    suffix = costs.suffix or 0.0
+    live = overlapped(costs.prefix + suffix, costs.load, workers)
+    return live, overlapped(costs.decode + suffix, costs.read, workers)
+
+
+def overlapped(compute: float, load: float, workers: int) -> float:
+    """Seconds of a batch that loader processes prepare while the one before is computed; one after the other at 0."""
+    return max(compute, load / workers) if workers else compute + load
+
+
+def never_pays(epochs_left: float, work: Work) -> bool:
+    """Whether no measurement is needed to decline a build that runs the prefix on images.
+
+    A build runs it once on every range, and again for every view; an epoch that is left saves one such run at most.
+
+    Args:
+        epochs_left: epochs of training that remain.
+        work: of the build.
+    """
+    ranges = work.ranges / work.processes
+    compared = 2 * work.compared / ranges if ranges else 0.0
+    return epochs_left <= 1 + work.views_run + compared + work.run_twice / ranges
+
+
+def decide(row: PlanRow, epochs_left: float, room: int | None = None) -> str | None:
+    """Whether to build.
+
+    Args:
+        row: what the build would cost and save.
+        epochs_left: epochs of training that remain.
+        room: bytes that the store may take; None: the row's own.
+
+    Returns:
+        None; or why not, in one phrase.
+    """
+    room = row.room if room is None else room
+    if room is not None and row.bytes > room:
+        return f"it needs {show_bytes(row.bytes)}, and {show_bytes(room)} are left"
+    saved = row.seconds_saved_per_epoch
+    if saved <= 0:
+        return "a replay step would be no faster than a live one"
+    if saved * epochs_left <= MARGIN * row.build_seconds:
+        return (
+            f"a build takes about {show_seconds(row.build_seconds)}, and the {show_epochs(epochs_left)} left would "
+            f"save {show_seconds(saved * epochs_left)}"
+        )
+    return None
+
+
+def disk_room(directory: Path, budget: int | None = None) -> int:
+    """Bytes that a store in a directory may take: the budget, and not more than a share of the free disk.
+
+    Args:
+        directory: where stores will lie; need not exist yet.
+        budget: bytes; None: the disk alone limits.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+    room = int(DISK_SHARE * shutil.disk_usage(existing).free)
+    return room if budget is None else min(room, budget)
+
+
+def show_epochs(epochs: float) -> str:
+    """Epochs for a person, e.g. `1 epoch`, `2.5 epochs`."""
+    number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
+
+
+def show_bytes(count: int) -> str:
+    """Bytes for a person, e.g. `1.23 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}" if abs(count) < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count} B"
+
+
+def show_seconds(seconds: float) -> str:
+    """Seconds for a person, e.g. `12 ms`, `3.4 s`, `2 min 05 s`, `1 h 20 min`."""
+    sign, size = ("-", -seconds) if seconds < 0 else ("", seconds)
+    if size < 0.9995:
+        return f"{sign}{1000 * size:.3g} ms"
+    if size < 99.95:
+        return f"{sign}{size:.3g} s"
+    minutes, rest = divmod(round(size), 60)
+    if minutes < 60:
+        return f"{sign}{minutes} min {rest:02d} s"
+    return f"{sign}{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,309 @@
+"""`plan`: what every cut of a model would cost and save on a data set, before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .cache.build_plan import BuildPlan
+from .cache.materialize import find_misfit
+from .cache.planner import Plan, PlanRow, disk_room
+from .cache.rows import check_dataset
+from .cache.runs import ImageRuns
+from .cache.views import ViewSpec
+from .chain import BlockChain
+from .config import FreezeCacheConfig, parse_bytes
+from .distributed import Group
+from .geometry import DENSE, PROJECTIVE
+from .layout import FeatureLayout
+from .probing import Prober
+from .replay.survey import Augmentation, count_sensitive, make_view_spec, survey
+from .rng import preserve_rng
+from .session import FreezeSession
+from .tracing import override_forward
+from .trainer import FreezeCacheTrainer
+from .trial_steps import TrialSteps, timed
+
+logger = logging.get_logger(__name__)
+
+
+def plan(
+    model: nn.Module,
+    dataset: Any,
+    config: FreezeCacheConfig | None = None,
+    *,
+    args: TrainingArguments | None = None,
+    data_collator: Callable | None = None,
+    cuts: Sequence[int] | None = None,
+    batches: int = 3,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None = None,
+    **trainer_settings: Any,
+) -> Plan:
+    """Measures on a few batches what a store at every cut would take and what it would save.
+
+    Goes the way of a `FreezeCacheTrainer` with the same arguments: columns, collator, batch size, mixed precision,
+    loss and optimizer are those of the training. Model and random generators are left as they are; nothing is written.
+
+    Args:
+        model: as it would be trained.
+        dataset: map-style, as the trainer gets it: transform set.
+        config: the settings; the defaults if None.
+        args: of the training; the defaults of `TrainingArguments` if None.
+        data_collator: the trainer's; its default if None.
+        cuts: numbers of frozen blocks to look at; every one if None.
+        batches: that are measured at each cut, after one to warm up; medians count.
+        optimizer_cls_and_kwargs: the trainer's; what `args` name if None.
+        trainer_settings: what else the trainer gets, e.g. `processing_class` or `compute_loss_func`.
+
+    Raises:
+        ValueError: if the data set cannot be cached, the model cannot be split or a cut does not exist.
+    """
+    config = FreezeCacheConfig() if config is None else config
+    check_dataset(dataset)
+    if batches < 1:
+        raise ValueError(f"batches={batches!r} must be at least 1: something has to be measured.")
+    with _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings) as trainer:
+        session = _session(trainer, dataset)
+        numbers = _check_cuts(session.chain, cuts)
+        planner = _Planner(trainer, session, config, batches)
+        directory = _store_directory(config, args)
+        budget = None if config.cache_budget is None else parse_bytes(config.cache_budget)
+        room = disk_room(directory, budget)
+        bar = tqdm(numbers, desc="Planning", disable=trainer.args.disable_tqdm, leave=False)
+        rows = [planner.row(cut, room) for cut in bar]
+        step, epoch = planner.plain()
+        return Plan(tuple(rows), step, epoch, planner.probed())
+
+
+def codec_of(config: FreezeCacheConfig, cut: int, num_blocks: int) -> str:
+    """Name of the codec for a cut.
+
+    Args:
+        config: the settings.
+        cut: frozen blocks.
+        num_blocks: blocks there are.
+    """
+    return config.codec
+
+
+class _Planner:
+    """Measures cut by cut.
+
+    Args:
+        trainer: as the training's, but for where it writes.
+        session: its chain and samples.
+        config: the user's settings.
+        batches: to measure.
+    """
+
+    def __init__(self, trainer: FreezeCacheTrainer, session: FreezeSession, config: FreezeCacheConfig, batches: int):
+        self.trainer, self.session, self.config, self.batches = trainer, session, config, batches
+        self.chain, self.source = session.chain, session.source
+        with preserve_rng():
+            self.found = survey(self.source, self.chain.main_input)
+            self.probe = session._model_inputs(self.source.probe())
+            self.chain.trace(self.probe)
+        self.steps = TrialSteps(
+            self.chain,
+            loss=lambda model, inputs: trainer.compute_loss(model, inputs),
+            optimizer=_optimizer_of(trainer),
+            max_grad_norm=trainer.args.max_grad_norm or 0.0,
+            accumulation=trainer.args.gradient_accumulation_steps,
+        )
+        self.prober = Prober(
+            self.chain,
+            self.source,
+            session._model_inputs,
+            config=config,
+            processes=session.group.size,
+            steps=self.steps,
+        )
+
+    def row(self, cut: int, room: int) -> PlanRow:
+        """What a store at a cut would cost and save."""
+        # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
+        _, fixed = timed(lambda: (self.chain.trace(self.probe), self.chain.prove(self.probe, cut)))
+        build = self._settle_geometry(self._draft(cut))
+        costs = self.prober.measure(build, self.batches, with_suffix=True)
+        return self.prober.row(build, replace(costs, fixed=costs.fixed + fixed), room)
+
+    def plain(self) -> tuple[float, float]:
+        """Seconds of a step and of an epoch with nothing frozen."""
+        build = self._settle_geometry(self._draft(len(self.chain)))
+        return self.prober.plain(build, self.batches)
+
+    def probed(self) -> str:
+        """What was measured, in words."""
+        size, workers, views = self.source.batch_size, self.source.num_workers, self.config.views
+        if not self.found.random:
+            augmentation = "nothing random to store views of"
+        elif not views:
+            augmentation = "no views: augmentation ends at the freeze point"
+        elif self.found.replayable:
+            augmentation = f"{views} view{'s' if views > 1 else ''} beside the base view"
+        else:
+            augmentation = f"{views} whole view{'s' if views > 1 else ''} ({self.found.why_not})"
+        device = next(self.chain.model.parameters()).device.type
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        return (
+            f"Measured on {device}: {batches} of {min(size, len(self.source))} of {len(self.source):,} samples at "
+            f"every cut, {workers} loader processes; {augmentation}. The speed of the disk was not measured."
+        )
+
+    def _draft(self, cut: int) -> BuildPlan:
+        layout = self.chain.layout(cut)
+        codec = codec_of(self.config, cut, len(self.chain))
+        return BuildPlan(
+            chain=self.chain,
+            cut=cut,
+            source=self.source,
+            codec=codec,
+            layout=layout,
+            made_from={},
+            directory=Path(),
+            runs=ImageRuns(self.chain, cut, self.source, layout, self.session._model_inputs),
+            disable_tqdm=True,
+            views=draft_views(self.config, codec, layout, self.found, len(self.source)),
+        )
+
+    def _settle_geometry(self, build: BuildPlan) -> BuildPlan:
+        """The kind of geometry that a build would end with, as far as the probed samples tell."""
+        while not build.views.whole:
+            views = self.prober.load(build, self.batches)
+            if find_misfit(views, self.source.rows(0)) is None:
+                break
+            if build.views.geometry == PROJECTIVE:
+                build = replace(build, views=replace(build.views, geometry=DENSE))
+            else:
+                build = replace(build, views=ViewSpec(build.views.count))
+        return build
+
+
+def draft_views(
+    config: FreezeCacheConfig, codec: str, layout: FeatureLayout, found: Augmentation, rows: int
+) -> ViewSpec:
+    """What will be kept of the views, before the channels are known.
+
+    Args:
+        config: the settings.
+        codec: name of the codec.
+        layout: of the features.
+        found: what is random in the samples.
+        rows: samples.
+    """
+    budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+    count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
+    return make_view_spec(found, layout, config.views, count)
+
+
+@contextlib.contextmanager
+def _trainer(
+    model: nn.Module,
+    dataset: Any,
+    config: FreezeCacheConfig,
+    args: TrainingArguments | None,
+    data_collator: Callable | None,
+    optimizer: tuple[type, Mapping[str, Any]] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[FreezeCacheTrainer]:
+    """A trainer that writes nothing; the model runs under its mixed precision inside and is as it was after."""
+    device = next(model.parameters()).device
+    # Mixing is part of a step, and a small one; soft labels would need the mixer around the loss.
+    quiet = replace(config, cache="never", mixup_alpha=0.0, cutmix_alpha=0.0)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(preserve_rng())
+        own = TrainingArguments(output_dir=folder, report_to="none") if args is None else copy.copy(args)
+        own.output_dir, own.report_to, own.push_to_hub = folder, [], False
+        trainer = FreezeCacheTrainer(
+            model=model,
+            args=own,
+            train_dataset=dataset,
+            data_collator=data_collator,
+            optimizer_cls_and_kwargs=optimizer,
+            freeze_cache=quiet,
+            **settings,
+        )
+        stack.callback(lambda: None if next(model.parameters()).device == device else model.to(device))
+        stack.enter_context(_checkpointing(model, own))
+        accelerator = trainer.accelerator
+        if accelerator.mixed_precision in ("fp16", "bf16"):
+
+            def wrap(forward: Callable) -> Callable:
+                def run(*inputs, **named):
+                    with accelerator.autocast():
+                        return forward(*inputs, **named)
+
+                return convert_outputs_to_fp32(run)
+
+            stack.enter_context(override_forward(model, wrap))
+        yield trainer
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Activation checkpointing as the training would switch it on."""
+    if not args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def _session(trainer: FreezeCacheTrainer, dataset: Any) -> FreezeSession:
+    """The chain and the samples, as the training has them."""
+    collator = trainer.data_collator
+    if isinstance(dataset, datasets.Dataset):
+        dataset = trainer._remove_unused_columns(dataset)
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator)
+    group = Group(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    return trainer._make_session(dataset, collator, group)
+
+
+def _optimizer_of(trainer: FreezeCacheTrainer) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the trainer's optimizer for some parameters; AdamW where it takes more than parameters."""
+    given = trainer.optimizer_cls_and_kwargs
+    kind, settings = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    simple = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not simple or {"params", "model", "optimizer_dict"} & set(settings):
+        logger.info(f"Steps are measured with AdamW in place of {kind}, which is made from a whole model.")
+        return torch.optim.AdamW
+    return lambda parameters: kind(parameters, **settings)
+
+
+def _check_cuts(chain: BlockChain, cuts: Sequence[int] | None) -> list[int]:
+    if cuts is None:
+        return list(range(1, len(chain) + 1))
+    for cut in cuts:
+        if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut <= len(chain):
+            raise ValueError(
+                f"cut {cut!r} cannot be planned: {type(chain.model).__name__} has {len(chain)} blocks (stem "
+                f"included), so a cut is an integer from 1 to {len(chain)}."
+            )
+    if not cuts:
+        raise ValueError(f"cuts is empty: name some from 1 to {len(chain)}, or leave it out for all.")
+    return list(cuts)
+
+
+def _store_directory(config: FreezeCacheConfig, args: TrainingArguments | None) -> Path:
+    """Where stores of the training will lie."""
+    if config.feature_cache_dir is not None:
+        return Path(config.feature_cache_dir)
+    return (Path.cwd() if args is None else Path(args.output_dir)) / "_freeze_cache"
