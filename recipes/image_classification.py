@@ -11,7 +11,7 @@ with. Evaluation images are resized and cropped as the model's processor says.
 
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
 
 
 @dataclass
@@ -64,6 +64,10 @@ class DataArguments:
     )
     min_crop: float = field(default=0.35, metadata={"help": "Smallest share of an image that a random crop shows."})
     limit: int | None = field(default=None, metadata={"help": "Use this many shuffled images of each split."})
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Print what a store at every cut would take and save, measured on a few batches, and exit."},
+    )
 
     def __post_init__(self):
         if self.augmentation not in ("crop", "color", "none"):
@@ -202,7 +206,10 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Trains, evaluates, saves the model and `report.json` in the output folder; returns the report's content."""
+    """Trains, evaluates, saves the model and `report.json` in the output folder; returns the report's content.
+
+    With `--plan` it only prints and returns the plan.
+    """
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, FreezeCacheConfig))
     model_args, data_args, training_args, freeze_cache = parser.parse_args_into_dataclasses(argv)
     # The transform reads the image column, which no model knows by name.
@@ -216,13 +223,21 @@ def main(argv: list[str] | None = None) -> dict:
     base = make_transform(processor, model_args.image_size)
     train = make_train_transform(base, data_args)
 
+    train_dataset = splits["train"].with_transform(ReplayableTransform(train, base, data_args.image_column))
+    collator = Collator(data_args.label_column, interpolate)
+
+    if data_args.plan:
+        found = plan(model, train_dataset, freeze_cache, args=training_args, data_collator=collator)
+        print(found)
+        return asdict(found)
+
     stopwatch = Stopwatch()
     trainer = FreezeCacheTrainer(
         model=model,
         args=training_args,
-        train_dataset=splits["train"].with_transform(ReplayableTransform(train, base, data_args.image_column)),
+        train_dataset=train_dataset,
         eval_dataset=splits["validation"].with_transform(ReplayableTransform(base, base, data_args.image_column)),
-        data_collator=Collator(data_args.label_column, interpolate),
+        data_collator=collator,
         compute_metrics=make_compute_metrics(),
         processing_class=processor,
         callbacks=[stopwatch],

@@ -111,6 +111,19 @@ def test_image_classification_at_another_size_interpolates_positions(recipes_on_
     assert "replay" in modes(report)
 
 
+def test_image_classification_with_plan_prints_it_and_trains_nothing(
+    recipes_on_path, tiny_vit, parquet, tmp_path, capsys
+):
+    import image_classification
+
+    output = tmp_path / "run"
+    arguments = f"--model_name_or_path {tiny_vit} --train_files {parquet} --output_dir {output} --plan"
+    found = image_classification.main(f"{arguments} {TRAINING} {FREEZING}".split())
+    assert [row["cut"] for row in found["rows"]] == [1, 2, 3]
+    assert "Plain training, nothing frozen" in capsys.readouterr().out
+    assert not output.exists()
+
+
 def test_image_classification_without_data_names_the_options(recipes_on_path, tiny_vit, tmp_path):
     import image_classification
 
