@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from .cache.build_plan import BuildPlan
 from .cache.codec import make_codec
 from .cache.holdings import Holdings
 from .cache.materialize import BuildFailed, GeometryMisfit, OverLimit, materialize, open_matching
+from .cache.planner import disk_room
 from .cache.sizing import estimate_bytes
 from .cache.store import FeatureStore, StoreError, remove_store
 from .cache.views import ViewSpec
@@ -26,8 +26,6 @@ from .replay.deepening import DEEPENED_FROM, deepened, why_not_deepen
 
 logger = logging.get_logger(__name__)
 
-#: The part of the free disk that a store may take under `cache="auto"`: checkpoints need room too.
-_DISK_SHARE = 0.9
 #: Codecs that are taken, in this order, where the wanted one does not fit: none that is known to cost accuracy.
 _COARSER = ("fp16", "int8", "int4", "int3")
 
@@ -186,14 +184,10 @@ class FeatureCaching:
         room = self.holdings.room(None if without is None else without.path)
         if self.config.cache == "always":
             return room
-        free = int(_DISK_SHARE * self.group.on_main(self._free_disk))
+        free = self.group.on_main(partial(disk_room, self.cache_dir))
         if without is not None:
             free += without.total_bytes
         return free if room is None else min(room, free)
-
-    def _free_disk(self) -> int:
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.cache_dir).free
 
     def _needed(self, plan: BuildPlan) -> int:
         return self.group.on_main(partial(estimate_bytes, plan, self.group.size))

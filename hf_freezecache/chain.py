@@ -104,6 +104,27 @@ class BlockChain:
         if self.cut:
             self.freeze(self.cut)  # parameters outside the blocks are known only now
 
+    @contextlib.contextmanager
+    def traced(self, record: Mapping[str, Any] | Trace) -> Iterator[Trace]:
+        """Inside, the chain knows the model from another run, of inputs of another size; yields that run's record.
+
+        Args:
+            record: model inputs to trace the model with, or what this has yielded for some.
+
+        Raises:
+            ChainError: as `trace`.
+        """
+        kept = self._trace, self._proved
+        self._proved = set()
+        try:
+            if isinstance(record, Trace):
+                self._trace = record
+            else:
+                self.trace(record)
+            yield self._trace
+        finally:
+            self._trace, self._proved = kept
+
     def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 

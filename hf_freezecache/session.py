@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from .accounting import Ledger, Phase, counting_flops, measure_forward_flops, measure_training_flops
@@ -20,6 +21,7 @@ from .caching import FeatureCaching
 from .chain import BlockChain
 from .config import FreezeCacheConfig
 from .distributed import Group, rewrap_ddp
+from .evaluation import EvaluationCache
 from .policies import Moment, ObservedBlock
 from .replay.collator import take_codes
 from .replay.dataset import SourceSwitch
@@ -47,6 +49,7 @@ class FreezeSession:
         precision: mixed precision of the training.
         disable_tqdm: no progress bars.
         can_cache: False where features cannot be replayed (DataParallel).
+        evaluates_on_images: why evaluations cannot be from a store; None if they can.
 
     Raises:
         ChainError: if the model cannot be split.
@@ -66,6 +69,7 @@ class FreezeSession:
         precision: str,
         disable_tqdm: bool,
         can_cache: bool = True,
+        evaluates_on_images: str | None = None,
     ):
         self.model, self.source, self.config, self.group = model, source, config, group
         self.to_device, self.can_cache, self.label_names = to_device, can_cache, frozenset(label_names)
@@ -97,6 +101,10 @@ class FreezeSession:
             disable_tqdm=disable_tqdm,
         )
         self.caching = FeatureCaching(self.blueprints, explicit)
+        #: None where evaluations run on images, and after the training.
+        self.evaluation: EvaluationCache | None = None
+        if config.cache_eval:
+            self._cache_evaluations(evaluates_on_images)
 
     # What the callback calls
 
@@ -188,6 +196,9 @@ class FreezeSession:
     def stop(self) -> None:
         """The training has ended or broken off; status and report stay."""
         self.ledger.end_all()
+        if self.evaluation is not None:
+            self.evaluation.stop()
+            self.evaluation = None
         for handle in self._observers:
             handle.remove()
         self._observers.clear()
@@ -222,6 +233,29 @@ class FreezeSession:
         finally:
             self.in_step = False
 
+    def prepare_evaluation(self, loader: DataLoader) -> None:
+        """Gets the store that an evaluation will read, before its clock begins."""
+        if not self.evaluation.needs_store(loader):
+            return
+        with self.ledger.phase(self.chain.cut, "build") as phase:
+            store = self.evaluation.prepare(loader)
+            self._book_runs(phase)
+            if store is not None:
+                phase.epochs += 1
+                phase.store_bytes += store.bytes
+
+    @contextlib.contextmanager
+    def evaluation_loop(self, loader: DataLoader) -> Iterator[Callable[[int], None]]:
+        """Books one evaluation, from the loader's store if there is one; yields what takes its number of samples."""
+        replays = self.evaluation is not None and self.evaluation.replays(loader)
+        with self.ledger.phase(self.chain.cut, "eval") as phase:
+            samples: list[int] = []
+            with self.evaluation.replaying(loader) if replays else contextlib.nullcontext():
+                yield samples.append
+            phase.epochs += 1
+            flops = self.flops_per_sample("eval_replay" if replays else "eval")
+            phase.flops += flops * sum(samples) / self.group.size
+
     def before_forward(self) -> None:
         """After `model.train()`: what is frozen goes back to eval mode."""
         if self.in_step:
@@ -239,7 +273,7 @@ class FreezeSession:
         return flops
 
     def flops_per_sample(self, mode: str, cut: int | None = None) -> float:
-        """FLOPs of one sample in a training step (live, replay), in a build, or in evaluation."""
+        """FLOPs of one sample in a training step (live, replay), in a build, or in evaluation (eval, eval_replay)."""
         cut = self.chain.cut if cut is None else cut
         if (cut, mode) not in self._flops:
             with preserve_rng():
@@ -309,6 +343,15 @@ class FreezeSession:
             self._flops_seen += flops
         self.blueprints.samples_run.clear()
 
+    def _cache_evaluations(self, evaluates_on_images: str | None) -> None:
+        if self.config.cache == "never":
+            evaluates_on_images = "cache='never'"
+        if evaluates_on_images is not None or not self.can_cache:
+            if evaluates_on_images is not None and self.group.rank == 0:
+                logger.warning(f"cache_eval: evaluations during training run on images ({evaluates_on_images}).")
+            return
+        self.evaluation = EvaluationCache(self.blueprints, self.caching.holdings, self.to_device)
+
     # Helpers
 
     def _probe(self) -> Mapping[str, Any]:
@@ -345,8 +388,9 @@ class FreezeSession:
                 features = self.chain.prefix(self.probe, cut)
             return counter.get_total_flops() / rows
         features = self.chain.prefix(self.probe, cut)
+        measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops
         with self.chain.replay(cut):
-            return measure_training_flops(self.model, {**self.probe, self.chain.main_input: features})
+            return measure(self.model, {**self.probe, self.chain.main_input: features})
 
     def _record_activations(self) -> None:
         def keep(index):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_peft_available, logging
 
 from .cache.rows import RowSource, check_dataset
@@ -22,6 +26,7 @@ from .callback import FreezeCallback
 from .checkpoint import has_weights, load_weights
 from .config import FreezeCacheConfig
 from .distributed import Group
+from .evaluation import EvaluationCache
 from .layout import FeatureLayout
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
 from .replay.collator import ReplayCollator, take_codes
@@ -150,9 +155,21 @@ class FreezeCacheTrainer(Trainer):
             precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
             disable_tqdm=self.args.disable_tqdm,
             can_cache=self.args.n_gpu <= 1,
+            evaluates_on_images=self._why_on_images(),
         )
         self._freeze_policy.start(len(session.chain))
         return session
+
+    def _why_on_images(self) -> str | None:
+        """Why evaluations cannot be from a store; None if they can."""
+        if "inputs" in self.args.include_for_metrics:
+            return "include_for_metrics asks for the inputs"
+        if getattr(self.args, "predict_with_generate", False):
+            return "predict_with_generate"
+        others = [cls for cls in type(self).__mro__ if cls not in (FreezeCacheTrainer, Trainer)]
+        if any("prediction_step" in vars(cls) for cls in others):
+            return f"`{type(self).__name__}.prediction_step` is overridden"
+        return None
 
     def _cannot_freeze(self, error: Exception) -> None:
         """Raises under explicit settings; the defaults fall back to plain training."""
@@ -181,27 +198,53 @@ class FreezeCacheTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> DataLoader:
+        if not is_training and description == "Evaluation" and self._evaluation is not None:
+            loader = self._get_eval_loader(dataset, description, batch_size, sampler_fn, dataloader_key)
+            if loader is not None:
+                return loader
         if not is_training or not self._freezes or not self._starting:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         self._starting = False  # a loader that is asked for besides is plain
-        users_collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            inner, collator = self._remove_unused_columns(dataset, description=description), users_collator
-        else:
-            inner = dataset
-            collator = super()._get_collator_with_removed_columns(users_collator, description=description)
+        inner, collator = self._remove_columns(dataset, description)
         self._session = self._start_session(inner, collator)
         self._freeze_callback.attach(self._session)
         if self._session is None:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        self.data_collator = ReplayCollator(collator)
+        if self._evaluation is not None:
+            # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
+            self.__dict__.pop("_eval_dataloaders", None)
+        wrapped = ReplayDataset(inner, self._session.switch, self._session.source.seed)
+        return self._get_replay_loader(
+            wrapped, collator, description, batch_size, sampler_fn, is_training, dataloader_key
+        )
+
+    def _get_eval_loader(self, dataset, description, batch_size, sampler_fn, dataloader_key) -> DataLoader | None:
+        """A loader whose samples can come from a store; None if they cannot."""
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        inner, collator = self._remove_columns(dataset, description)
+        is_own = any(dataset is one for one in own)
+        wrapped = self._evaluation.wrap(dataset, inner, self.data_collator, collator, batch_size, is_own)
+        if wrapped is None:
+            return None
+        return self._get_replay_loader(wrapped, collator, description, batch_size, sampler_fn, False, dataloader_key)
+
+    def _remove_columns(self, dataset: Any, description: str) -> tuple[Any, Callable]:
+        """The data set and the collator without the columns that the model does not take."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description=description), self.data_collator
+        return dataset, super()._get_collator_with_removed_columns(self.data_collator, description=description)
+
+    def _get_replay_loader(
+        self, wrapped: ReplayDataset, collator, description, batch_size, sampler_fn, is_training, dataloader_key
+    ) -> DataLoader:
+        users_collator, self.data_collator = self.data_collator, ReplayCollator(collator)
         try:
             return super()._get_dataloader(
-                ReplayDataset(inner, self._session.switch, self._session.source.seed),
+                wrapped,
                 description,
                 batch_size,
                 # Samplers see the user's data set: lengths and columns are read from it.
-                None if sampler_fn is None else lambda _: sampler_fn(inner),
+                None if sampler_fn is None else lambda _: sampler_fn(wrapped.inner),
                 is_training,
                 dataloader_key,
             )
@@ -263,15 +306,62 @@ class FreezeCacheTrainer(Trainer):
         if take_codes(inputs) is None:  # codes are no tokens, and a warning in every step helps nobody
             super()._track_num_input_tokens(inputs)
 
+    # Evaluation
+
+    @property
+    def _evaluation(self) -> EvaluationCache | None:
+        return None if self._session is None else self._session.evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        run = partial(super().evaluate, ignore_keys=ignore_keys)
+        if self._evaluation is None:
+            return run(eval_dataset, metric_key_prefix=metric_key_prefix)
+        state, several = self.state, eval_dataset is None and isinstance(self.eval_dataset, dict)
+        return self._evaluation.evaluate(
+            self.eval_dataset if several else eval_dataset,
+            metric_key_prefix,
+            evaluate=lambda dataset, prefix: run(None if several else dataset, metric_key_prefix=prefix),
+            again=partial(self._evaluate_again, ignore_keys),
+            is_last=lambda: state.global_step >= state.max_steps or self.control.should_training_stop,
+            log_history=state.log_history,
+        )
+
+    def _evaluate_again(self, ignore_keys: list[str] | None, dataset: Any, prefix: str) -> dict[str, float]:
+        """Evaluates and logs; callbacks that count evaluations are not told."""
+        loader = self.get_eval_dataloader(dataset)
+        if not self._evaluation.wants_images and not self._evaluation.replays(loader):
+            return {}
+        start = time.time()
+        only_loss = True if self.compute_metrics is None else None
+        output = self.evaluation_loop(loader, "Evaluation", only_loss, ignore_keys, prefix)
+        steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
+        output.metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
+        self.log(output.metrics)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_evaluate(self.args, self.state, self.control)  # closes its bar
+        return output.metrics
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        loader = super().get_eval_dataloader(eval_dataset)
+        if self._evaluation is not None:
+            self._session.prepare_evaluation(loader)
+            self.current_flos += self._session.take_build_flops()  # a checkpoint may be written before the next step
+        return loader
+
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         if self._session is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
-        session = self._session
-        with session.ledger.phase(session.chain.cut, "eval") as phase:
+        with self._session.evaluation_loop(dataloader) as book_samples:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
-            phase.epochs += 1
-            phase.flops += session.flops_per_sample("eval") * output.num_samples / session.group.size
+            book_samples(output.num_samples)
         return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
+        if self._evaluation is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with self._evaluation.prediction_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
+            return super().prediction_step(model, step_inputs, prediction_loss_only, ignore_keys)
 
     # Checkpoints
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,3 +130,13 @@ class ReplayDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         # A mapped file does not travel to a loader process; it is opened again there.
         return {**self.__dict__, "_store": None}
+
+
+class EvaluationDataset(ReplayDataset):
+    """Wraps an evaluation set, whose source turns to a store for the length of an evaluation.
+
+    Images are fetched as without it: a random transform, a replayable one too, draws from the global generators.
+    """
+
+    def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:
+        return nullcontext()
