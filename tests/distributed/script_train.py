@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--points", default="1:2,3:4")
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
+    parser.add_argument("--cache_eval", action="store_true")
     options = parser.parse_args()
     model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
@@ -42,8 +43,14 @@ def main() -> None:
         dataset,
         options.output / "run",
         manual(
-            options.points, cache=options.cache, codec=options.codec, feature_cache_dir=str(options.output / "cache")
+            options.points,
+            cache=options.cache,
+            codec=options.codec,
+            cache_eval=options.cache_eval,
+            feature_cache_dir=str(options.output / "cache"),
         ),
+        eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
+        eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
         gradient_accumulation_steps=options.accumulate,
         remove_unused_columns=options.augmented is None,
@@ -54,6 +61,7 @@ def main() -> None:
     frozen = trainer._session.chain.prefix_buffers(status.cut)
     seen = {
         "losses": losses(trainer),
+        "evaluations": [entry for entry in trainer.state.log_history if any("eval" in name for name in entry)],
         "cut": status.cut,
         "replaying": status.replaying,
         "store": None if status.store_path is None else status.store_path.name,

@@ -98,3 +98,16 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     frozen, cached = seen_by(tmp_path / "frozen")[0], seen_by(tmp_path / "cached")[0]
     assert cached["losses"] == frozen["losses"]
     assert cached["weights"] == frozen["weights"]
+
+
+def test_two_processes_evaluate_from_one_store(tmp_path):
+    launch(SCRIPT, ["--output", tmp_path, "--points", "0:3", "--cache_eval"])
+    first, second = seen_by(tmp_path)
+    logged = [entry["eval_loss"] for entry in first["evaluations"] if "eval_loss" in entry]
+    [again] = [entry["eval_cached_loss"] for entry in first["evaluations"] if "eval_cached_loss" in entry]
+    assert len(logged) == 4 and again != logged[-1] and again == pytest.approx(logged[-1], rel=2e-3)
+    assert first["weights"] == second["weights"]
+
+    stores = [FeatureStore.open(path) for path in sorted((tmp_path / "cache").iterdir())]
+    [store] = [store for store in stores if store.manifest.codec == "fp16"]
+    assert len(store) == 30 and len(store.manifest.shards) == 2 and store.verify()

@@ -1,0 +1,542 @@
+"""`cache_eval`: evaluations during training skip the frozen prefix and say what those on images say."""
+
+import contextlib
+import copy
+import logging
+import shutil
+
+import pytest
+import torch
+from builds import Rows, collate
+from helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
+from images import picture_dataset, replayable
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache import evaluation as evaluation_room
+from hf_freezecache.cache.materialize import BuildFailed
+from hf_freezecache.cache.store import FeatureStore
+from hf_freezecache.evaluation import EvaluationCache
+
+POINTS = "1:2,2:4"
+TIMES = ("_runtime", "_per_second")
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def evaluations(trainer, prefix="eval_"):
+    """The logged evaluations without what differs from run to run."""
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(TIMES)}
+        for entry in trainer.state.log_history
+        if any(name.startswith(prefix) for name in entry)
+    ]
+
+
+def train(path, cache_eval=True, model=None, size=16, config=None, points=POINTS, **settings):
+    model = tiny_vit() if model is None else model
+    own = dict(eval_dataset=pixel_dataset(20, size, seed=5), compute_metrics=accuracy, eval_strategy="epoch")
+    config = manual(points, cache_eval=cache_eval, **(config or {}))
+    return run(model, settings.pop("train", pixel_dataset(32, size)), path, config, **{**own, **settings})
+
+
+def both(tmp_path, model=None, **settings):
+    """The same training with evaluations on images and with cached ones."""
+    trainers = []
+    for cached in (False, True):
+        name = "cached" if cached else "images"
+        trainers.append(train(tmp_path / name, cached, model=copy.deepcopy(model), **settings))
+    return trainers
+
+
+def without_cached(entries):
+    return [entry for entry in entries if not any("_cached_" in name for name in entry)]
+
+
+def assert_close(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+
+
+def messages(caplog, text):
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+def evaluation_stores(path):
+    stores = [FeatureStore.open(store) for store in sorted((path / "_freeze_cache").iterdir())]
+    return [store for store in stores if "for" in store.manifest.made_from["augmentation"]]
+
+
+@contextlib.contextmanager
+def counting(module):
+    """Counts the samples that a module computes; modules inside bypassed blocks are not called at all."""
+    counts = []
+    handle = module.register_forward_hook(lambda module, args, output: counts.append(len(output)))
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+class EvaluateAnother(TrainerCallback):
+    """Evaluates a data set of its own in every epoch; `fresh` makes a new object every time."""
+
+    def __init__(self, dataset, fresh=False):
+        self.dataset, self.fresh, self.metrics = dataset, fresh, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 4 != 2:
+            return
+        dataset = self.dataset() if self.fresh else self.dataset
+        self.metrics.append(self.trainer.evaluate(dataset, metric_key_prefix="other")["other_loss"])
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_cached_evaluations_equal_those_on_images_within_half_precision(name, tmp_path):
+    model, size = (tiny_vit(), 16) if name == "vit" else (tiny_resnet(), 32)
+    images, cached = both(tmp_path, model, size=size, config={"codec": "fp32"})
+    assert losses(cached) == losses(images)
+    assert_same_weights(weights(cached), weights(images))
+    assert_close(without_cached(evaluations(cached)), evaluations(images))
+    assert evaluations(cached)[0] == evaluations(images)[0]  # at cut 0
+    assert evaluations(cached)[3] == evaluations(images)[3]  # the last one
+    assert evaluations(cached)[1]["eval_loss"] != evaluations(images)[1]["eval_loss"]  # rounded to fp16
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_cached_evaluations_in_full_precision_equal_those_on_images_bit_for_bit(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_room, "_CODEC", "fp32")
+    model, size = (tiny_vit(), 16) if name == "vit" else (tiny_resnet(), 32)
+    images, cached = both(tmp_path, model, size=size, eval_accumulation_steps=1)
+    assert without_cached(evaluations(cached)) == evaluations(images)
+    [last] = evaluations(cached, "eval_cached_")
+    assert last["eval_cached_loss"] == evaluations(images)[-1]["eval_loss"]
+
+
+def test_both_numbers_of_the_last_evaluation_are_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = train(tmp_path, log_level="info")
+    usual, again = evaluations(trainer)[-2:]
+    assert (usual["step"], again["step"]) == (16, 16)
+    assert {name.replace("_cached", "") for name in again} == set(usual)
+    assert len(evaluations(trainer)) == 5
+    [line] = messages(caplog, "on images / from cached features")
+    assert f"eval_accuracy {usual['eval_accuracy']:.6g} / {again['eval_cached_accuracy']:.6g}" in line
+    assert not messages(caplog, "`trainer.evaluate()` runs on images")
+
+
+def test_prefix_is_not_run_in_cached_evaluations(tmp_path):
+    model = tiny_vit()
+    projection = model.vit.embeddings.patch_embeddings.projection
+
+    class Count(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.seen.append(sum(counts))
+            counts.clear()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            counts.clear()
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            counts.clear()
+
+    with counting(projection) as counts:
+        count = Count()
+        trainer = train(tmp_path, model=model, points="1:2", callbacks=[count])
+    per_evaluation = [count.seen[start : start + 3] for start in range(0, len(count.seen), 3)]
+    assert per_evaluation[0] == [8, 8, 4]  # cut 0
+    assert sum(per_evaluation[1]) > 0 and per_evaluation[1][1:] == [0, 0]  # the build came before its first batch
+    assert per_evaluation[2] == [0, 0, 0]
+    assert per_evaluation[3] == [8, 8, 4]  # the last one, on images
+    assert per_evaluation[4] == [2, 0, 0]  # and again; what an evaluation on images costs was measured on two samples
+    phases = {(phase.cut, phase.mode): phase for phase in trainer.freeze_cache_report().phases}
+    live, frozen = phases[0, "eval"], phases[2, "eval"]
+    assert frozen.epochs == 4 and frozen.flops < 0.9 * 4 * live.flops
+    assert phases[2, "build"].epochs == 2
+    assert trainer.freeze_cache_report().totals.flops == pytest.approx(trainer.state.total_flos)
+
+
+def test_store_of_an_earlier_cut_is_taken_away(tmp_path):
+    train(tmp_path, points="0:1,2:3")
+    [store] = evaluation_stores(tmp_path)
+    assert (store.manifest.cut, store.manifest.codec, store.manifest.views) == (3, "fp16", 0)
+    assert store.verify()
+
+
+def test_last_evaluation_alone_builds_no_store(tmp_path):
+    trainer = train(tmp_path, points="3:2")
+    assert evaluation_stores(tmp_path) == []
+    assert len(evaluations(trainer)) == 4 and not evaluations(trainer, "eval_cached_")
+
+
+def test_best_model_is_loaded_and_evaluated_on_images(tmp_path):
+    settings = dict(save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    images, cached = both(tmp_path, greater_is_better=True, **settings)
+    assert cached.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert_same_weights(weights(cached), weights(images))
+    assert cached.evaluate()["eval_loss"] == images.evaluate()["eval_loss"] == cached.state.best_metric
+
+
+def test_evaluation_and_prediction_after_training_run_on_images(tmp_path):
+    images, cached = both(tmp_path, config={"codec": "fp32"})
+    data = pixel_dataset(20, seed=5)
+    with counting(cached.model.vit.embeddings.patch_embeddings.projection) as counts:
+        metrics = cached.evaluate()
+        assert sum(counts) == 20
+        predicted = cached.predict(data).predictions
+        assert sum(counts) == 40
+    assert not any("_cached" in name for name in metrics)
+    assert metrics["eval_loss"] == images.evaluate()["eval_loss"]
+    assert (predicted == images.predict(data).predictions).all()
+
+
+def test_several_evaluation_sets_have_stores_of_their_own(tmp_path):
+    sets = {"near": pixel_dataset(20, seed=5), "far": pixel_dataset(12, seed=6)}
+    images, cached = both(tmp_path, eval_dataset=sets, points="1:2", config={"codec": "fp32"})
+    assert_close(without_cached(evaluations(cached)), evaluations(images))
+    assert sorted(len(store) for store in evaluation_stores(tmp_path / "cached")) == [12, 20]
+    for name in sets:
+        [last] = evaluations(cached, f"eval_{name}_cached_")
+        usual = evaluations(images, f"eval_{name}_")[-1]
+        assert last[f"eval_{name}_cached_loss"] == pytest.approx(usual[f"eval_{name}_loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_callbacks_evaluate_other_data_sets_rightly(kind, tmp_path):
+    metrics, stores = [], []
+    for cached in (False, True):
+        other = pixel_dataset(12, seed=6) if kind == "datasets" else Rows(12)
+        callback = EvaluateAnother(other)
+        model = tiny_vit()
+        config = manual("1:2", cache_eval=cached, codec="fp32")
+        path = tmp_path / str(cached)
+        trainer = FreezeCacheTrainer(
+            model=model,
+            args=make_args(path, eval_strategy="epoch"),
+            train_dataset=pixel_dataset(),
+            eval_dataset=pixel_dataset(20, seed=5),
+            data_collator=collate if kind == "torch" else None,
+            callbacks=[callback],
+            freeze_cache=config,
+        )
+        callback.trainer = trainer
+        trainer.train()
+        metrics.append(callback.metrics)
+        stores = sorted(len(store) for store in evaluation_stores(path))
+    assert metrics[1] == pytest.approx(metrics[0], rel=2e-3)
+    assert metrics[1][2] != metrics[0][2]  # from the store
+    assert stores == [12, 20]
+
+
+def test_data_sets_that_are_given_once_get_no_store(tmp_path):
+    callback = EvaluateAnother(lambda: Rows(12), fresh=True)
+    trainer = FreezeCacheTrainer(
+        model=tiny_vit(),
+        args=make_args(tmp_path, num_train_epochs=12, learning_rate=0.0),
+        train_dataset=Rows(32),
+        data_collator=collate,
+        callbacks=[callback],
+        freeze_cache=manual("0:2", cache_eval=True),
+    )
+    callback.trainer = trainer
+    trainer.train()
+    assert len(callback.metrics) == 12 and evaluation_stores(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_resumed_training_equals_the_uninterrupted_one(step, tmp_path):
+    settings = dict(save_strategy="epoch")
+    whole = train(tmp_path, **settings)
+    if step == 8:
+        shutil.rmtree(tmp_path / "_freeze_cache")  # built again
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    resumed = train(tmp_path, resume=str(checkpoint), model=tiny_vit(9), **settings)
+    assert_same_weights(weights(resumed), weights(whole))
+    assert evaluations(resumed) == evaluations(whole)
+    assert resumed.state.total_flos == whole.state.total_flos
+
+
+def test_second_training_caches_its_evaluations(tmp_path):
+    for workers in ({}, dict(dataloader_num_workers=1, dataloader_persistent_workers=True)):
+        trainer = FreezeCacheTrainer(
+            model=tiny_vit(),
+            args=make_args(tmp_path, eval_strategy="epoch", num_train_epochs=2, **workers),
+            train_dataset=pixel_dataset(),
+            eval_dataset=pixel_dataset(20, seed=5),
+            freeze_cache=manual("0:2", cache_eval=True),
+        )
+        trainer.evaluate()
+        for _ in range(2):
+            trainer.train()
+            assert len(evaluations(trainer, "eval_cached_")) == 1
+
+
+def test_persistent_workers_see_the_source_turn(tmp_path):
+    workers = dict(dataloader_num_workers=2, dataloader_persistent_workers=True)
+    images, cached = both(tmp_path, config={"codec": "fp32"}, **workers)
+    assert losses(cached) == losses(images)
+    assert_close(without_cached(evaluations(cached)), evaluations(images))
+    assert evaluations(cached)[1]["eval_loss"] != evaluations(images)[1]["eval_loss"]
+    assert cached.evaluate()["eval_loss"] == images.evaluate()["eval_loss"]
+
+
+def test_early_stopping_ends_with_an_evaluation_on_images(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    settings = dict(save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    images, cached = both(
+        tmp_path,
+        num_train_epochs=8,
+        greater_is_better=True,  # the loss falls: stops after two worse evaluations
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        points="0:2",
+        config={"codec": "fp32"},
+        log_level="info",
+        **settings,
+    )
+    assert cached.state.global_step == images.state.global_step < 32
+    entries = evaluations(cached)
+    assert [any("_cached_" in name for name in entry) for entry in entries] == [False, False, True, False]
+    assert entries[-1] == evaluations(images)[-1]  # exactly: on images
+    assert entries[-2]["eval_cached_loss"] == pytest.approx(entries[-1]["eval_loss"], rel=2e-3)
+    assert len(messages(caplog, "on images / from cached features")) == 1
+    assert_same_weights(weights(cached), weights(images))
+
+
+def test_metrics_get_labels_and_losses_as_on_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_room, "_CODEC", "fp32")
+    seen = {}
+
+    def keep(name):
+        def compute(prediction):
+            values = (prediction.predictions, prediction.label_ids, prediction.losses)
+            seen.setdefault(name, []).append([torch.tensor(value) for value in values])
+            return {"score": 1.0}
+
+        return compute
+
+    for cached in (False, True):
+        settings = dict(include_for_metrics=["loss"], label_names=["labels"], points="1:2")
+        train(tmp_path / str(cached), cached, compute_metrics=keep(cached), **settings)
+    assert len(seen[True]) == len(seen[False]) + 1
+    for one, other in zip(seen[False], seen[True][:-1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_batch_metrics_and_dropped_batches_stay(tmp_path):
+    class Mean:
+        def __init__(self):
+            self.right = []
+
+        def __call__(self, prediction, compute_result):
+            self.right += (prediction.predictions.argmax(-1) == prediction.label_ids).tolist()
+            if compute_result:
+                right, self.right = self.right, []
+                return {"accuracy": sum(right) / len(right), "samples": len(right)}
+            return {}
+
+    results = []
+    for cached in (False, True):
+        settings = dict(compute_metrics=Mean(), batch_eval_metrics=True, dataloader_drop_last=True)
+        results.append(train(tmp_path / str(cached), cached, config={"codec": "fp32"}, **settings))
+    images, cached = map(evaluations, results)
+    assert_close(without_cached(cached), images)
+    assert images[-1]["eval_samples"] == 16
+
+
+def test_replayable_evaluation_set_draws_as_under_trainer_and_repeats_its_base_view(tmp_path, caplog):
+    pictures = picture_dataset(20, seed=5)
+    settings = dict(eval_dataset=pictures.with_transform(replayable()), remove_unused_columns=False)
+    data = picture_dataset().with_transform(replayable())
+    plain = run(
+        tiny_vit(),
+        data,
+        tmp_path / "plain",
+        trainer_class=Trainer,
+        eval_strategy="epoch",
+        num_train_epochs=1,
+        **settings,
+    )
+    live = train(tmp_path / "live", train=data, points="3:2", num_train_epochs=1, **settings)
+    torch.manual_seed(1)
+    expected = plain.evaluate()["eval_loss"]
+    live.model.load_state_dict(plain.model.state_dict())
+    torch.manual_seed(1)
+    assert live.evaluate()["eval_loss"] == expected
+    assert not messages(caplog, "evaluation set is random")
+
+    cached = train(tmp_path / "cached", train=data, points="0:2", learning_rate=0.0, num_train_epochs=3, **settings)
+    base = pictures.with_transform(replayable(train=replayable().base))
+    assert evaluations(cached)[0]["eval_loss"] == evaluations(cached)[1]["eval_loss"]
+    assert cached.evaluate(base)["eval_loss"] == pytest.approx(evaluations(cached)[0]["eval_loss"], rel=2e-3)
+    assert len(messages(caplog, "repeat the base view")) == 1
+
+
+class Noisy(Rows):
+    def __getitem__(self, row):
+        sample = super().__getitem__(row)
+        return {**sample, "pixel_values": sample["pixel_values"] + torch.rand(1)}
+
+
+def test_random_transform_of_the_evaluation_set_is_said_once(tmp_path, caplog):
+    trainer = train(tmp_path, eval_dataset=Noisy(), data_collator=collate, train=Rows(), compute_metrics=None)
+    assert len(messages(caplog, "repeat one draw of it")) == 1
+    assert len(evaluations(trainer, "eval_cached_")) == 1
+
+
+def test_images_of_another_size_than_in_training_are_cached_too(tmp_path):
+    settings = dict(eval_dataset=pixel_dataset(20, 48, seed=5), config={"codec": "fp32"})
+    images, cached = both(tmp_path, tiny_resnet(), size=32, **settings)
+    assert losses(cached) == losses(images)
+    assert_close(without_cached(evaluations(cached)), evaluations(images))
+    assert len(evaluations(cached, "eval_cached_")) == 1
+
+
+def assert_as_on_images(images, cached, caplog, text):
+    assert evaluations(cached) == evaluations(images)
+    assert_same_weights(weights(cached), weights(images))
+    assert len(messages(caplog, text)) == 1
+
+
+def test_budget_that_does_not_hold_the_store_leaves_evaluation_on_images(tmp_path, caplog):
+    def no_room(self):
+        return 100
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationCache, "_limit", no_room)
+        images, cached = both(tmp_path, points="1:2")
+    assert_as_on_images(images, cached, caplog, "100 are left")
+    assert evaluation_stores(tmp_path / "cached") == []
+
+
+def test_outdated_store_makes_room_for_the_next_one(tmp_path):
+    class Tight(TrainerCallback):
+        """Leaves room for one store and a half."""
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            cache = self.trainer._evaluation
+            cache.room = lambda: 35_000 - cache.bytes
+
+    tight = Tight()
+    trainer = FreezeCacheTrainer(
+        model=tiny_vit(),
+        args=make_args(tmp_path, eval_strategy="epoch"),
+        train_dataset=pixel_dataset(),
+        eval_dataset=pixel_dataset(20, seed=5),
+        callbacks=[tight],
+        freeze_cache=manual("0:1,2:3", cache_eval=True, cache="always"),
+    )
+    tight.trainer = trainer
+    trainer.train()
+    [store] = evaluation_stores(tmp_path)
+    assert store.manifest.cut == 3 and 35_000 / 2 < store.bytes < 35_000
+    assert len(evaluations(trainer, "eval_cached_")) == 1
+
+
+@pytest.mark.parametrize("error", [BuildFailed("No space left on device"), RuntimeError("out of memory")])
+def test_build_that_fails_leaves_evaluation_on_images(error, tmp_path, caplog, monkeypatch):
+    def fail(plan, group):
+        raise error
+
+    monkeypatch.setattr(evaluation_room, "materialize", fail)
+    images, cached = both(tmp_path, points="1:2")
+    assert_as_on_images(images, cached, caplog, str(error))
+
+
+def test_features_beyond_half_precision_name_their_sample_and_stay_images(tmp_path, caplog):
+    class Huge(Rows):
+        def __getitem__(self, row):
+            sample = super().__getitem__(row)
+            return {**sample, "pixel_values": sample["pixel_values"] * (1e9 if row == 5 else 1)}
+
+    settings = dict(eval_dataset=Huge(), data_collator=collate, train=Rows(), compute_metrics=None, points="1:1")
+    images, cached = both(tmp_path, **settings)
+    assert_as_on_images(images, cached, caplog, "evaluations go on from images: ")
+    assert "sample 5" in messages(caplog, "evaluations go on from images: ")[0]
+
+
+def test_metrics_that_want_the_inputs_get_images(tmp_path, caplog):
+    shapes = set()
+
+    def compute(prediction):
+        shapes.add(prediction.inputs.shape)
+        return accuracy(prediction)
+
+    images, cached = both(tmp_path, compute_metrics=compute, include_for_metrics=["inputs"])
+    assert_as_on_images(images, cached, caplog, "include_for_metrics asks for the inputs")
+    assert shapes == {(20, 3, 16, 16)}
+
+
+def test_overridden_prediction_step_gets_images(tmp_path, caplog):
+    class Own(FreezeCacheTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            assert inputs["pixel_values"].shape[1:] == (3, 16, 16)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    trainer = Own(
+        model=tiny_vit(),
+        args=make_args(tmp_path, eval_strategy="epoch"),
+        train_dataset=pixel_dataset(),
+        eval_dataset=pixel_dataset(20, seed=5),
+        freeze_cache=manual("0:2", cache_eval=True),
+    )
+    trainer.train()
+    assert len(evaluations(trainer)) == 4 and len(messages(caplog, "prediction_step` is overridden")) == 1
+
+
+def test_other_weights_in_the_prefix_are_evaluated_on_images(tmp_path, caplog):
+    """As evaluation with averaged weights does: what was frozen is not what the average holds."""
+
+    class Averaged(FreezeCacheTrainer):
+        def evaluate(self, *args, **kwargs):
+            kept = copy.deepcopy(self.model.state_dict())
+            if self.state.epoch == 2:
+                for parameter in self.model.parameters():
+                    parameter.data.mul_(0.9)
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                self.model.load_state_dict(kept)
+
+    logs = []
+    for cached in (False, True):
+        trainer = Averaged(
+            model=tiny_vit(),
+            args=make_args(tmp_path / str(cached), eval_strategy="epoch"),
+            train_dataset=pixel_dataset(),
+            eval_dataset=pixel_dataset(20, seed=5),
+            freeze_cache=manual("0:2", cache_eval=cached, codec="fp32"),
+        )
+        trainer.train()
+        logs.append(evaluations(trainer))
+    assert logs[1][1] == logs[0][1]
+    assert logs[1][2]["eval_loss"] != logs[0][2]["eval_loss"]
+    assert logs[1][2]["eval_loss"] == pytest.approx(logs[0][2]["eval_loss"], rel=2e-3)
+    assert len(messages(caplog, "has other weights")) == 1
+
+
+def test_iterable_evaluation_set_is_evaluated_as_ever(tmp_path, caplog):
+    settings = dict(eval_dataset=pixel_dataset(20, seed=5).to_iterable_dataset(), points="1:2")
+    images, cached = both(tmp_path, **settings)
+    assert_as_on_images(images, cached, caplog, "no rows to cache")
+
+
+def test_without_a_cache_evaluations_run_on_images(tmp_path, caplog):
+    images, cached = both(tmp_path, config={"cache": "never"})
+    assert_as_on_images(images, cached, caplog, "cache='never'")
+
+
+def test_training_that_breaks_off_says_that_its_last_evaluation_was_cached(tmp_path, caplog):
+    class Break(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[Break()])
+    assert len(messages(caplog, "`trainer.evaluate()` runs on images")) == 1
