@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 #: Entries of a model's configuration that do not change what the prefix computes.
 _IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "id2label", "label2id", "architectures", "problem_type"}
+# `save_pretrained` writes it into a model's configuration; the tensors' own types count.
+_IRRELEVANT_CONFIG |= {"dtype", "torch_dtype"}
 
 
 def fingerprint_inputs(
