@@ -10,8 +10,8 @@ import torch
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache.codec import Codec
-from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.manifest import FORMAT_VERSION, Manifest
+from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.store import ShardWriter, complete, create_aside, shard_name, small_files
 from hf_freezecache.cache.views import ViewColumns, ViewSpec
 
