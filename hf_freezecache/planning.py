@@ -130,6 +130,7 @@ class _Planner:
             config=config,
             processes=session.group.size,
             steps=self.steps,
+            step_inputs=session.to_device,
         )
 
     def row(self, cut: int, room: int) -> PlanRow:

@@ -72,6 +72,7 @@ class Prober:
         config: how sensitive channels are chosen.
         processes: that train together.
         steps: how a training step is made, for costs with the suffix.
+        step_inputs: of a collated batch, what such a step takes; what the prefix takes if None.
     """
 
     def __init__(
@@ -83,9 +84,12 @@ class Prober:
         config: FreezeCacheConfig,
         processes: int = 1,
         steps: TrialSteps | None = None,
+        step_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ):
         self.chain, self.source, self.model_inputs, self.config = chain, source, model_inputs, config
         self.processes, self.steps = processes, TrialSteps(chain) if steps is None else steps
+        # Without labels a step is as dear, and a model's own loss need not be the training's.
+        self.step_inputs = model_inputs if step_inputs is None else step_inputs
         self._loaded: tuple[Any, _Sample] | None = None
         self._split: BatchSplit | None = None
 
@@ -164,9 +168,8 @@ class Prober:
         """
         with preserve_rng():
             sample = self._load(plan, batches)
-            device = next(self.chain.model.parameters()).device
-            # What a live epoch would show; an augmented view computes as a base view does.
-            loaded = [on_device(drawn.batch, device) for drawn in sample.base]
+            # An augmented view computes as a base view does.
+            loaded = [self.step_inputs(drawn.batch) for drawn in sample.base]
             computed, _ = self.steps.measure(0, loaded)
             step = overlapped(computed, sample.live, self.source.num_workers)
             return step, step * self.work(plan).ranges / self.processes
@@ -210,7 +213,8 @@ class Prober:
         )
         workers = self.source.num_workers
         if with_suffix or (workers and costs.load / workers > prefix):
-            suffix, peak = self.steps.measure(plan.cut, self._with_features(features, sample))
+            tried = self._with_features(features, sample)
+            suffix, peak = self.steps.measure(plan.cut, tried if with_suffix else tried[:1])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
         codec = make_codec(plan.codec, plan.layout)
@@ -281,7 +285,7 @@ class Prober:
 
     def _with_features(self, features: Sequence[torch.Tensor], sample: _Sample) -> list[dict[str, Any]]:
         return [
-            {**on_device(drawn.batch, each.device), self.chain.main_input: each}
+            {**self.step_inputs(drawn.batch), self.chain.main_input: each}
             for each, drawn in zip(features, sample.base, strict=True)
         ]
 

@@ -1,6 +1,7 @@
 """Plans of real models on real loaders: bytes to the byte, nothing touched, and builds that are declined."""
 
 import random
+import time
 from dataclasses import replace
 
 import helpers
@@ -316,8 +317,6 @@ def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path)
 
 def sleeping(build, prefix):
     """The build's chain, whose prefix takes some seconds more."""
-    import time
-
     run = build.chain.prefix
     build.chain.prefix = lambda *given: time.sleep(prefix) or run(*given)
     return build
@@ -375,3 +374,22 @@ def test_labels_of_any_kind_are_kept_by_the_probe(tmp_path):
     dataset = Rows(12, label=lambda row: f"class {row}")
     build = make_plan(zoo.make("vit"), tmp_path, dataset, collator=collate)
     assert make_prober(build).measure(build).encode > 0
+
+
+def test_training_that_waits_for_its_loader_is_measured_with_its_steps(tmp_path):
+    """Behind loader processes a prefix costs nothing, if loading takes longer: what is saved depends on the rest."""
+    build = make_plan(zoo.make("vit"), tmp_path, SlowRows(), num_workers=1)
+    prober = make_prober(build)
+    costs = prober.measure(build)
+    assert costs.suffix is not None and costs.load > costs.prefix + costs.suffix
+    row = prober.row(build, costs)
+    assert row.live_step_seconds == costs.load
+    assert row.replay_step_seconds == max(costs.read, costs.decode + costs.suffix)
+    fast = make_plan(zoo.make("vit"), tmp_path, num_workers=100)
+    assert make_prober(fast).measure(fast).suffix is None
+
+
+class SlowRows(Rows):
+    def __getitem__(self, row):
+        time.sleep(0.05)
+        return super().__getitem__(row)
