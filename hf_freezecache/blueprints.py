@@ -24,7 +24,7 @@ from .chain import BlockChain
 from .config import FreezeCacheConfig, parse_bytes
 from .distributed import Group
 from .layout import FeatureLayout
-from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
+from .replay.survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
 from .rng import preserve_rng
 
 #: Batches from all over the data on which a channel's weight in the loss is measured.
@@ -180,11 +180,7 @@ class Blueprints:
         return next(self.model.parameters()).device
 
     def _view_spec(self, layout: FeatureLayout, codec: str) -> ViewSpec:
-        config = self.config
-        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
-        rows, views = len(self.source), config.views
-        count = count_sensitive(codec, layout, rows, views, config.sensitive_fraction, budget)
-        return make_view_spec(self.augmentation, layout, views, count)
+        return draft_views(self.config, codec, layout, self.augmentation, len(self.source))
 
     def _augmentation_settings(self) -> dict[str, Any]:
         """What of the settings decides which views a store holds."""
@@ -194,3 +190,20 @@ class Blueprints:
             return {"views": self.config.views}
         names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
         return {name: getattr(self.config, name) for name in names}
+
+
+def draft_views(
+    config: FreezeCacheConfig, codec: str, layout: FeatureLayout, found: Augmentation, rows: int
+) -> ViewSpec:
+    """What will be kept of the views, before the channels are known.
+
+    Args:
+        config: the settings.
+        codec: name of the codec.
+        layout: of the features.
+        found: what is random in the samples.
+        rows: samples.
+    """
+    budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+    count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
+    return make_view_spec(found, layout, config.views, count)

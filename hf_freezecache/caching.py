@@ -22,6 +22,7 @@ from .cache.store import FeatureStore, StoreError, remove_store
 from .cache.views import ViewSpec
 from .config import parse_bytes
 from .geometry import DENSE, PROJECTIVE
+from .probing import Prober
 from .replay.deepening import DEEPENED_FROM, deepened, why_not_deepen
 
 logger = logging.get_logger(__name__)
@@ -61,6 +62,9 @@ class FeatureCaching:
         self.source, self.cache_dir = blueprints.source, blueprints.cache_dir
         budget = self.config.cache_budget
         self.holdings = Holdings(None if budget is None else parse_bytes(budget))
+        self._prober = Prober(
+            self.chain, self.source, blueprints.model_inputs, config=self.config, processes=self.group.size
+        )
         self._decisions: dict[int, Decision] = {}
         self._current: FeatureStore | None = None
         self._said_what_is_random = False
@@ -210,6 +214,14 @@ class FeatureCaching:
             return
         if epochs_left < 1:
             raise _Declined("less than one epoch remains")
+        reason, row = self.group.on_main(lambda: self._prober.refuse(plan, epochs_left, plan.limit))
+        if reason is not None:
+            raise _Declined(reason)
+        self._say(
+            f"Cut {plan.cut}: {row.codec}, {megabytes(row.bytes)} (base {megabytes(row.base_bytes)}, views "
+            f"{megabytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
+            f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: building."
+        )
 
     # Building
 

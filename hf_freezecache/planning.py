@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .blueprints import draft_views
 from .cache.build_plan import BuildPlan
 from .cache.materialize import find_misfit
 from .cache.planner import Plan, PlanRow, disk_room
@@ -28,9 +29,8 @@ from .chain import BlockChain
 from .config import FreezeCacheConfig, parse_bytes
 from .distributed import Group
 from .geometry import DENSE, PROJECTIVE
-from .layout import FeatureLayout
 from .probing import Prober
-from .replay.survey import Augmentation, count_sensitive, make_view_spec, survey
+from .replay.survey import survey
 from .rng import preserve_rng
 from .session import FreezeSession
 from .tracing import override_forward
@@ -86,17 +86,6 @@ def plan(
         rows = [planner.row(cut, room) for cut in bar]
         step, epoch = planner.plain()
         return Plan(tuple(rows), step, epoch, planner.probed())
-
-
-def codec_of(config: FreezeCacheConfig, cut: int, num_blocks: int) -> str:
-    """Name of the codec for a cut.
-
-    Args:
-        config: the settings.
-        cut: frozen blocks.
-        num_blocks: blocks there are.
-    """
-    return config.codec
 
 
 class _Planner:
@@ -166,7 +155,7 @@ class _Planner:
 
     def _draft(self, cut: int) -> BuildPlan:
         layout = self.chain.layout(cut)
-        codec = codec_of(self.config, cut, len(self.chain))
+        codec = self.config.codec_at(cut, len(self.chain))
         return BuildPlan(
             chain=self.chain,
             cut=cut,
@@ -191,23 +180,6 @@ class _Planner:
             else:
                 build = replace(build, views=ViewSpec(build.views.count))
         return build
-
-
-def draft_views(
-    config: FreezeCacheConfig, codec: str, layout: FeatureLayout, found: Augmentation, rows: int
-) -> ViewSpec:
-    """What will be kept of the views, before the channels are known.
-
-    Args:
-        config: the settings.
-        codec: name of the codec.
-        layout: of the features.
-        found: what is random in the samples.
-        rows: samples.
-    """
-    budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
-    count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
-    return make_view_spec(found, layout, config.views, count)
 
 
 @contextlib.contextmanager
