@@ -22,11 +22,11 @@ class Drawing:
         seed: of the training.
         samples: row numbers, in the order in which they are fetched.
         epoch: of a live epoch; None for the cache.
-        view: number of the view for the cache, 0 being the base; None in live epochs.
+        view: number of the view for the cache, 0 being the base, or one number per sample; None in live epochs.
         geometry: kind and feature grid `(h, w)` in which the views' geometry is wanted; None if it is not.
 
     Attributes:
-        geometries: what the transform has left, one row per sample taken.
+        geometries: what the transform has left, one row per sample taken whose view is not the base view.
         refused: why a transform could not tell the geometry; None if it could.
     """
 
@@ -35,13 +35,23 @@ class Drawing:
         seed: int,
         samples: Sequence[int],
         epoch: int | None = None,
-        view: int | None = None,
+        view: int | Sequence[int] | None = None,
         geometry: tuple[str, tuple[int, int]] | None = None,
     ):
-        self.seed, self.samples, self.epoch, self.view, self.geometry = seed, samples, epoch, view, geometry
+        if not (view is None or isinstance(view, int)) and len(view) != len(samples):
+            raise ValueError(f"got {len(view)} views for {len(samples)} samples: one each, or one number for all.")
+        self.seed, self.samples, self.epoch, self.geometry = seed, samples, epoch, geometry
+        self._view = view
         self.geometries: list[torch.Tensor] = []
         self.refused: str | None = None
         self.taken = 0
+
+    @property
+    def view(self) -> int | None:
+        """View of the sample that was taken last; None in live epochs."""
+        if self._view is None or isinstance(self._view, int):
+            return self._view
+        return self._view[max(self.taken - 1, 0)]
 
     def take(self) -> int:
         """Number of the sample whose image comes next.
@@ -58,10 +68,11 @@ class Drawing:
         return self.samples[self.taken - 1]
 
     def key(self, sample: int) -> tuple[int | str, ...]:
-        """What the random numbers of a sample depend on, and nothing else."""
-        if self.view is None:
+        """What the random numbers of the sample that was taken last depend on, and nothing else."""
+        view = self.view
+        if view is None:
             return ("live", self.seed, self.epoch, sample)
-        return ("view", self.seed, sample, self.view)
+        return ("view", self.seed, sample, view)
 
 
 @contextlib.contextmanager

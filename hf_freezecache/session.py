@@ -22,14 +22,16 @@ from .chain import BlockChain
 from .config import FreezeCacheConfig
 from .distributed import Group, rewrap_ddp
 from .evaluation import EvaluationCache
+from .layout import FeatureLayout
 from .policies import Moment, ObservedBlock
-from .replay.collator import take_codes
+from .replay.collator import take_codes, take_drawn
 from .replay.dataset import SourceSwitch
 from .replay.mixing import add_noise
 from .replay.views import replay_features
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .rng import preserve_rng
 from .tracing import eval_mode, main_input_name
+from .write_through import WriteThrough
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +103,7 @@ class FreezeSession:
             disable_tqdm=disable_tqdm,
         )
         self.caching = FeatureCaching(self.blueprints, explicit)
+        self.write_through = WriteThrough(self.caching, self.chain, self.switch, self._model_inputs)
         #: None where evaluations run on images, and after the training.
         self.evaluation: EvaluationCache | None = None
         if config.cache_eval:
@@ -135,6 +138,8 @@ class FreezeSession:
         phase = self.ledger.begin(self.chain.cut, mode)
         if mode == "replay":
             phase.store_bytes = self.store.bytes
+        elif self.write_through.running:
+            phase.store_bytes = self.write_through.bytes
 
     def end_epoch(self) -> None:
         if self.ledger.current is not None:
@@ -172,6 +177,7 @@ class FreezeSession:
             "phases": self.ledger.state(),
             "samples": self._samples_seen,
             "plain_flops_per_sample": self._flops.get((0, "live")),
+            "write_through": self.write_through.state(),
         }
 
     # What the trainer calls
@@ -184,6 +190,8 @@ class FreezeSession:
         self._samples_seen = state.get("samples", 0)
         if state.get("plain_flops_per_sample") is not None:
             self._flops[0, "live"] = state["plain_flops_per_sample"]
+        if self._samples_seen and "write_through" in state:  # a new training begins with an empty state of its own
+            self.write_through.load(cut, state["write_through"])
         if cut:
             self._freeze(cut)
 
@@ -199,6 +207,7 @@ class FreezeSession:
         if self.evaluation is not None:
             self.evaluation.stop()
             self.evaluation = None
+        self.write_through.close()
         for handle in self._observers:
             handle.remove()
         self._observers.clear()
@@ -211,24 +220,29 @@ class FreezeSession:
 
     @contextlib.contextmanager
     def training_step(self, inputs: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
-        """Yields the inputs for one training step; a batch of codes is decoded and the prefix bypassed.
+        """Yields the inputs for one training step, with features for the main input where the prefix is bypassed.
 
         Args:
-            inputs: a live batch as it is, or a replayed one.
+            inputs: a live batch as it is, a replayed one, or one whose features are written to a store.
             force_eager: run compiled code uncompiled where the prefix is bypassed.
         """
-        taken = take_codes(inputs)
+        taken, drawn = take_codes(inputs), take_drawn(inputs)
         self.in_step = True
         try:
-            if taken is None:
+            if taken is None and drawn is None:
                 yield inputs
                 return
-            codes, others = taken
-            features = replay_features(self.store, self.to_device(codes))
+            if taken is not None:
+                codes, others = taken
+                cut, features = self.store.manifest.cut, replay_features(self.store, self.to_device(codes))
+            else:
+                views, batch = drawn
+                cut, features = self.chain.cut, self.write_through.features(views, batch)
+                others = {name: value for name, value in batch.items() if name != self.chain.main_input}
             if self.config.feature_noise:
                 features = add_noise(features, self.config.feature_noise)
             eager = torch.compiler.set_stance("force_eager") if force_eager else contextlib.nullcontext()
-            with self.chain.replay(self.store.manifest.cut), eager:
+            with self.chain.replay(cut), eager:
                 yield {self.chain.main_input: features, **others}
         finally:
             self.in_step = False
@@ -255,6 +269,12 @@ class FreezeSession:
             phase.epochs += 1
             flops = self.flops_per_sample("eval_replay" if replays else "eval")
             phase.flops += flops * sum(samples) / self.group.size
+
+    def layout_of(self, inputs: Mapping[str, Any]) -> FeatureLayout | None:
+        """Layout of the features that stand for a batch's main input in its training step; None if none do."""
+        if take_drawn(inputs) is not None:
+            return self.write_through.layout
+        return None if take_codes(inputs) is None else self.store.codec.layout
 
     def before_forward(self) -> None:
         """After `model.train()`: what is frozen goes back to eval mode."""
@@ -323,13 +343,13 @@ class FreezeSession:
         self.switch.set(None)
         self.store = None
         with self.ledger.phase(moment.cut, "build") as phase, preserve_rng():
-            store, built = self.caching.obtain(moment.cut, epochs_left)
+            store, built = self.write_through.obtain(moment.cut, epochs_left)
             self._book_runs(phase)
             if built:
                 phase.epochs += 1
                 phase.store_bytes = store.bytes
         if store is None:
-            self._declined_cut = moment.cut
+            self._declined_cut = -1 if self.write_through.running else moment.cut
             return
         self.store = store
         self.switch.set(store.path)

@@ -282,9 +282,9 @@ class FreezeCacheTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         if self._session is None:
             return super().training_step(model, self._mix(inputs), num_items_in_batch)
-        layout = None if take_codes(inputs) is None else self._session.store.codec.layout
         with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
-            return super().training_step(model, self._mix(step_inputs, layout), num_items_in_batch)
+            mixed = self._mix(step_inputs, self._session.layout_of(inputs))
+            return super().training_step(model, mixed, num_items_in_batch)
 
     def _mix(self, inputs: Mapping[str, Any], layout: FeatureLayout | None = None) -> Mapping[str, Any]:
         """Mixes images of a live batch, or features of a replayed one."""

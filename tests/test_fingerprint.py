@@ -278,3 +278,11 @@ def test_fingerprint_is_the_same_in_another_process():
     for name in mine:
         different = [key for key in mine[name] if mine[name][key] != other[name][key]]
         assert different == [], f"{name}: {different}"
+
+
+def test_saving_the_model_changes_nothing(tmp_path):
+    """A training that has written a checkpoint and the one that is resumed from it share their stores."""
+    model = zoo.make("vit")
+    before = fingerprint(model=model)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(model=model) == before

@@ -98,12 +98,18 @@ def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
         found, problem = group.on_main(find)
         if problem is not None and group.rank == 0:
             logger.warning(f"A feature store could not be reused and is built again: {problem}")
-        return _open_everywhere(plan, group) if found else None
+        return open_everywhere(plan, group) if found else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
 
 
-def _open_everywhere(plan: BuildPlan, group: Group) -> FeatureStore:
+def open_everywhere(plan: BuildPlan, group: Group) -> FeatureStore:
+    """The plan's finished store, opened by every process.
+
+    Raises:
+        OSError: on every process, if one does not see it.
+    """
+
     def open_here() -> FeatureStore:
         try:
             return FeatureStore.open(plan.path)
@@ -173,10 +179,8 @@ class _Build:
         codec = make_codec(plan.codec, plan.layout)
         probe = split_batch(plan.source.probe(), plan.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
+        check_limit(plan, codec, probe, group)
         views = ViewColumns(plan.views, codec)
-        needed = group.on_main(lambda: None if plan.limit is None else self._needed(codec, views, probe))
-        if needed is not None and needed > plan.limit:
-            raise OverLimit(needed, plan.limit)
         mine = group.share(plan.source.num_batches)
         self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
         aside = group.on_main(lambda: create_aside(plan.path))
@@ -185,35 +189,23 @@ class _Build:
             misfits = [shard for shard in shards if isinstance(shard, str)]
             if misfits:
                 raise GeometryMisfit(misfits[0])
-            group.on_main(lambda: self._complete(aside, codec, views, probe, shards))
+            group.on_main(lambda: complete_store(plan, aside, codec, probe, shards))
         except BaseException:
             if group.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-        return _open_everywhere(plan, group)
+        return open_everywhere(plan, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
-        """Fits on features from all over the data set; what memory holds is kept, so as not to run twice."""
-        if codec.fitted:
-            return codec.tensors()
-        source, layout = self.plan.source, self.plan.layout
-        batch_bytes = source.batch_size * layout.values * 4
-        sample, every = [], fit_stride(fit_rows(self.plan), layout)
-        for number, views in self._run(fit_ranges(source, layout)):
-            sample += [view.features[::every].clone() for view in views if view.features is not None]
-            if (len(self.kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
-                self.kept[number] = views
-        return codec.fit(torch.cat(sample), weights=self.plan.weights).tensors()
-
-    def _run(self, numbers: list[int]) -> Iterator[tuple[int, list[ViewRun]]]:
-        views = self.plan.views
-        return self.plan.runs.run(numbers, views.count, views.geometry, views.needs_features(self.plan.layout))
+        """What memory holds of the features that the codec is fitted on is kept, so as not to run twice."""
+        self.kept = fit_codec(self.plan, codec)
+        return codec.tensors()
 
     def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard | str:
         """Returns the finished shard; why it cannot be written, if a view's geometry does not fit."""
         plan, group = self.plan, self.group
         mine = group.share(plan.source.num_batches)
-        fresh = self._run([number for number in mine if number not in self.kept])
+        fresh = run_views(plan, [number for number in mine if number not in self.kept])
         bar = tqdm(total=len(mine), desc="Building feature store", disable=plan.disable_tqdm or group.rank != 0)
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe()) as writer:
@@ -223,10 +215,10 @@ class _Build:
                 misfit = None if plan.views.whole else find_misfit(others, rows)
                 if misfit is not None:
                     return misfit
-                _check_inputs(base, probe, rows[0])
+                check_inputs(base, probe, rows[0])
                 codes, inputs = codec.encode(base.features, sample_ids=rows), dict(base.columns)
                 for view, ran in enumerate(others, start=1):
-                    _check_inputs(ran, probe, rows[0])
+                    check_inputs(ran, probe, rows[0])
                     codes |= views.encode(view, ran.features, ran.geometry, rows)
                     if plan.views.own_inputs:
                         inputs |= {own_input(view, name): value for name, value in ran.columns.items()}
@@ -234,38 +226,87 @@ class _Build:
                 bar.update()
         return writer.shard()
 
-    def _needed(self, codec: Codec, views: ViewColumns, probe: BatchSplit) -> int:
-        """Bytes of all files, to the byte but for the digits of numbers that are not known yet."""
-        plan, processes = self.plan, self.group.size
-        total = arrow_bytes(codec, plan.views, probe, len(plan.source), plan.source.batch_size, processes)
-        names = [shard_name(rank, processes) for rank in range(processes)]
+
+def fit_codec(plan: BuildPlan, codec: Codec) -> dict[int, list[ViewRun]]:
+    """Fits a codec on features from all over the data set.
+
+    Returns:
+        What memory holds of the ranges that were run for it; empty if the codec needs no fit.
+    """
+    kept: dict[int, list[ViewRun]] = {}
+    if codec.fitted:
+        return kept
+    source, layout = plan.source, plan.layout
+    batch_bytes = source.batch_size * layout.values * 4
+    sample, every = [], fit_stride(fit_rows(plan), layout)
+    for number, views in run_views(plan, fit_ranges(source, layout)):
+        sample += [view.features[::every].clone() for view in views if view.features is not None]
+        if (len(kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
+            kept[number] = views
+    codec.fit(torch.cat(sample), weights=plan.weights)
+    return kept
+
+
+def run_views(plan: BuildPlan, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
+    """Ranges of samples with what the plan keeps of their views."""
+    views = plan.views
+    return plan.runs.run(numbers, views.count, views.geometry, views.needs_features(plan.layout))
+
+
+def check_limit(plan: BuildPlan, codec: Codec, probe: BatchSplit, group: Group, beside: int = 0) -> None:
+    """Compares the bytes of all files, to the byte but for digits of numbers that are not known yet, to the limit.
+
+    Args:
+        plan: what would be built.
+        codec: fitted.
+        probe: a few rows' model inputs.
+        group: processes that would each write a shard.
+        beside: bytes that lie beside the store until it is finished.
+
+    Raises:
+        OverLimit: on every process, if the files would take more than `plan.limit`.
+    """
+
+    def measure() -> int | None:
+        if plan.limit is None:
+            return None
+        total = arrow_bytes(codec, plan.views, probe, len(plan.source), plan.source.batch_size, group.size)
+        names = [shard_name(rank, group.size) for rank in range(group.size)]
         shards = [Shard(name, len(plan.source), total, "0" * 64) for name in names]
-        files = small_files(codec, views, self._manifest(probe, shards), plan.notes)
-        return total + sum(len(content) for content in files.values())
+        files = small_files(codec, ViewColumns(plan.views, codec), make_manifest(plan, probe, shards), plan.notes)
+        return beside + total + sum(len(content) for content in files.values())
 
-    def _complete(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit, shards: list[Shard]) -> None:
-        complete(aside, self.plan.path, small_files(codec, views, self._manifest(probe, shards), self.plan.notes))
+    needed = group.on_main(measure)
+    if needed is not None and needed > plan.limit:
+        raise OverLimit(needed, plan.limit)
 
-    def _manifest(self, probe: BatchSplit, shards: list[Shard]) -> Manifest:
-        plan = self.plan
-        channels = plan.views.channels
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            fingerprint=plan.path.name,
-            made_from=dict(plan.made_from),
-            cut=plan.cut,
-            codec=plan.codec,
-            layout=plan.layout.to_json(),
-            rows=len(plan.source),
-            views=plan.views.count,
-            geometry=plan.views.geometry,
-            sensitive_channels=None if channels is None else channels.tolist(),
-            own_inputs=plan.views.own_inputs,
-            inputs=probe.describe(),
-            constants=probe.constants,
-            shards=shards,
-            files={},
-        )
+
+def complete_store(plan: BuildPlan, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
+    """Gives the shards in `aside` everything that makes them the plan's store."""
+    views = ViewColumns(plan.views, codec)
+    complete(aside, plan.path, small_files(codec, views, make_manifest(plan, probe, shards), plan.notes))
+
+
+def make_manifest(plan: BuildPlan, probe: BatchSplit, shards: list[Shard]) -> Manifest:
+    """The manifest of the plan's store; its `files` are not filled in yet."""
+    channels = plan.views.channels
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=plan.path.name,
+        made_from=dict(plan.made_from),
+        cut=plan.cut,
+        codec=plan.codec,
+        layout=plan.layout.to_json(),
+        rows=len(plan.source),
+        views=plan.views.count,
+        geometry=plan.views.geometry,
+        sensitive_channels=None if channels is None else channels.tolist(),
+        own_inputs=plan.views.own_inputs,
+        inputs=probe.describe(),
+        constants=probe.constants,
+        shards=shards,
+        files={},
+    )
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -284,7 +325,12 @@ def find_misfit(views: Sequence[ViewRun], rows: Sequence[int]) -> str | None:
     return None
 
 
-def _check_inputs(ran: ViewRun, probe: BatchSplit, first: int) -> None:
+def check_inputs(ran: ViewRun | BatchSplit, probe: BatchSplit, first: int) -> None:
+    """Compares a batch's model inputs to the probe's.
+
+    Raises:
+        ValueError: if the entries or the constants differ; `first`, a sample of the batch, is named.
+    """
     if ran.constants != probe.constants:
         raise ValueError(
             f"the collator's constants differ between batches: {ran.constants} at sample {first}, "

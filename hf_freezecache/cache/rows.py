@@ -182,7 +182,7 @@ class RowSource:
     def num_batches(self) -> int:
         return -(-len(self) // self.batch_size)
 
-    def rows(self, batch: int) -> range:
+    def rows(self, batch: int) -> Sequence[int]:
         """Row numbers of a range."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self)))
 
@@ -232,6 +232,32 @@ class RowSource:
             generator=torch.Generator().manual_seed(self.seed),
         )
         yield from zip(batches, loader, strict=True)
+
+
+class ChosenRows(RowSource):
+    """Some rows of another source alone, in ranges of its size.
+
+    Args:
+        source: the samples.
+        chosen: row numbers.
+    """
+
+    def __init__(self, source: RowSource, chosen: Sequence[int]):
+        super().__init__(
+            source.dataset,
+            source.collator,
+            source.batch_size,
+            source.seed,
+            source.num_workers,
+            source.multiprocessing_context,
+        )
+        self.chosen = list(chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def rows(self, batch: int) -> list[int]:
+        return self.chosen[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 class _Ranges(TorchDataset):

@@ -75,6 +75,10 @@ class ImageRuns:
         self.chain, self.cut, self.source, self.layout = chain, cut, source, layout
         self.model_inputs = model_inputs
 
+    def over(self, source: RowSource) -> ImageRuns:
+        """The same for other ranges of the samples."""
+        return ImageRuns(self.chain, self.cut, source, self.layout, self.model_inputs)
+
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
     ) -> Iterator[tuple[int, list[ViewRun]]]:

@@ -41,16 +41,20 @@ class FeatureStore:
         self.path, self.manifest, self.codec, self.views = path, manifest, codec, views
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> FeatureStore:
+    def open(cls, path: str | os.PathLike, manifest_name: str = MANIFEST) -> FeatureStore:
         """Opens a store; checks the manifest and the small files, and that the shards have their sizes.
+
+        Args:
+            path: of the store.
+            manifest_name: another one in a directory that is not complete.
 
         Raises:
             StoreError: if something is missing, of another version or edited; see `verify` for damage inside a file.
         """
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise StoreError(f"{path} is not a feature store: it has no {MANIFEST}.")
-        manifest = Manifest.from_json((path / MANIFEST).read_bytes(), path / MANIFEST)
+        if not (path / manifest_name).is_file():
+            raise StoreError(f"{path} is not a feature store: it has no {manifest_name}.")
+        manifest = Manifest.from_json((path / manifest_name).read_bytes(), path / manifest_name)
         for name, size in _sizes(manifest).items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:
@@ -189,13 +193,7 @@ class ShardStream:
             if column.is_list:
                 arrays[name] = pa.array(value)
                 continue
-            if tuple(value.shape[1:]) != column.shape or str(value.dtype) != f"torch.{column.dtype}":
-                raise RowError(
-                    f"the collator's '{name}' has rows of {tuple(value.shape[1:])} ({value.dtype}) at sample "
-                    f"{first_row} but of {column.shape} (torch.{column.dtype}) before: "
-                    "pad to a fixed size, or use cache='never'."
-                )
-            stored = column.to_numpy(value)
+            stored = stored_rows(name, column, value, first_row)
             arrays[name] = pa.array(stored.reshape(-1)) if column.shape == () else _fixed_size_list(stored)
         arrays["sample_id"] = pa.array(np.arange(first_row, first_row + rows, dtype=np.int64))
         batch = pa.record_batch([arrays[name] for name in self._schema.names], schema=self._schema)
@@ -353,6 +351,26 @@ def file_sha256(path: Path) -> str:
 def _check_sha256(path: Path, expected: str) -> None:
     if file_sha256(path) != expected:
         raise StoreError(f"{path} is damaged (sha256 differs): delete the store, it is built again.")
+
+
+def stored_rows(name: str, column: InputColumn, value: torch.Tensor, sample: int) -> np.ndarray:
+    """A tensor entry of a collated batch as it is stored: `(B, n)`.
+
+    Args:
+        name: of the entry.
+        column: what its rows are.
+        value: `(B, *column.shape)`.
+        sample: the first one's number, for error messages.
+
+    Raises:
+        RowError: if its rows have another shape or type than the column.
+    """
+    if tuple(value.shape[1:]) != column.shape or str(value.dtype) != f"torch.{column.dtype}":
+        raise RowError(
+            f"the collator's '{name}' has rows of {tuple(value.shape[1:])} ({value.dtype}) at sample {sample} but of "
+            f"{column.shape} (torch.{column.dtype}) before: pad to a fixed size, or use cache='never'."
+        )
+    return column.to_numpy(value)
 
 
 def _input_columns(inputs: Mapping[str, InputColumn], spec: ViewSpec) -> dict[str, InputColumn]:

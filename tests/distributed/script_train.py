@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--points", default="1:2,3:4")
+    parser.add_argument("--materialize", default="upfront")
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     parser.add_argument("--cache_eval", action="store_true")
     options = parser.parse_args()
@@ -47,6 +48,7 @@ def main() -> None:
             cache=options.cache,
             codec=options.codec,
             cache_eval=options.cache_eval,
+            materialize=options.materialize,
             feature_cache_dir=str(options.output / "cache"),
         ),
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,

@@ -83,6 +83,21 @@ def test_views_of_two_processes_are_those_of_one(kind, geometry, tmp_path):
     assert store.dataset[:] == together.dataset[:]
 
 
+@pytest.mark.parametrize(("kind", "geometry"), [("crop", "projective"), ("rarely erased", "dense")])
+def test_store_written_through_by_two_processes_is_that_of_a_build(kind, geometry, tmp_path):
+    """Erased: a process meets the view that does not fit while it trains, if not before, and both build upfront."""
+    launch(SCRIPT, ["--output", tmp_path, "--points", "0:3", "--augmented", kind, "--materialize", "write_through"])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    written = FeatureStore.open(path)
+    assert written.manifest.geometry == geometry and len(written.manifest.shards) == 2 and written.verify()
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False)
+    alone = run(tiny_vit(), augmented(kind), tmp_path / "run", config, **settings)
+    assert written.dataset[:] == FeatureStore.open(alone.freeze_status().store_path).dataset[:]
+
+
 @pytest.mark.parametrize("find_unused", ["true", "false"])
 def test_freezing_after_the_wrap_neither_hangs_nor_fails(find_unused, tmp_path):
     arguments = ["--cache", "never", "--find_unused", find_unused, "--accumulate", "2"]
