@@ -255,7 +255,8 @@ def test_fit_survives_extreme_ranges(name):
     codec = make_codec(name, layout_of((2000, 6))).fit(x)
     back = codec.decode(codec.encode(x))
     assert back.isfinite().all()
-    assert (back[..., 3] - x[..., 3]).abs().max() < 3e37
+    # Two bits clip a Gaussian at 1.5 sigma.
+    assert (back[..., 3] - x[..., 3]).abs().max() < 3.5e37
 
 
 @pytest.mark.parametrize("name", NAMES)

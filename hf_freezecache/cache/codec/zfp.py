@@ -68,5 +68,5 @@ class ZfpCodec(ReadyCodec, BodyCodec):
         for row, array in zip(base.cpu().numpy(), arrays.numpy(), strict=True):
             zfpy._decompress(row.tobytes(), kind, self._shape, out=array, rate=self.rate)
         if len(self.layout.shape) == 3:
-            arrays = arrays.view(len(base), *self.layout.grid or self.layout.shape[1:], -1).permute(0, 3, 1, 2)
-        out.copy_(arrays.reshape(len(base), -1))
+            arrays = arrays.view(len(base), *self.layout.shape[1:], self.layout.channels).permute(0, 3, 1, 2)
+        out.copy_(arrays.reshape(out.shape))
