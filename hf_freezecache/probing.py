@@ -25,16 +25,16 @@ from .cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, ow
 from .cache.views import ViewColumns, ViewSpec
 from .chain import BlockChain
 from .config import FreezeCacheConfig
-from .geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry
+from .geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry, is_mirrored
 from .replay.channel_map import ChannelMapFit
 from .replay.dataset import choose_views
-from .replay.sensitivity import SensitivityMeter
+from .replay.sensitivity import CHUNK, SensitivityMeter
 from .replay.views import replay_features
 from .rng import preserve_rng
 from .trial_steps import TrialSteps, timed
 
-#: Of features larger than this many values in all, a few samples are compared in place of the batch.
-_COMPARED_VALUES, _COMPARED_ROWS = 1 << 18, 8
+#: Of features too large to be compared at once, a few samples are in place of the batch.
+_COMPARED_ROWS = 8
 #: Replays that are timed.
 _REPLAYS = 3
 #: Unknowns of the linear system that is timed in place of a larger one.
@@ -225,7 +225,7 @@ class Prober:
         yield costs
         if not plan.views.whole:
             compare = self._time_comparison(plan, sample, features, of_views)
-            solving = _solving_seconds(plan) if self.config.channel_map else 0.0
+            solving = _solving_seconds(plan, self._count_maps(plan, sample))
             costs = replace(costs, compare=compare, fixed=fitting + solving)
             yield costs
 
@@ -306,7 +306,7 @@ class Prober:
         of_views: list[torch.Tensor],
     ) -> tuple[FeatureStore, float]:
         """A store of the sample in memory, and the seconds that a range of it took."""
-        views = ViewColumns(self._standing_for(plan), codec)
+        views = ViewColumns(self._standing_for(plan, sample), codec)
         splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in sample.base]
         sink, seconds = pa.BufferOutputStream(), []
         stream = ShardStream(sink, codec, views, splits[0].describe())
@@ -329,10 +329,25 @@ class Prober:
         store = _store_in_memory(plan, codec, views, splits[0], buffer)
         return store, median_low(seconds) + hashing / len(sample.rows)
 
-    def _standing_for(self, plan: BuildPlan) -> ViewSpec:
+    def _count_maps(self, plan: BuildPlan, sample: _Sample) -> int:
+        """Maps between channels that will be fitted: for mirrored views, for the others, or for both."""
+        if plan.views.whole or not self.config.channel_map:
+            return 0
+        layout = plan.layout
+        geometry = torch.cat([_geometry(plan, *drawn) for drawn in zip(sample.views, sample.rows, strict=True)])
+        mirrored = is_mirrored(decode_geometry(geometry, plan.views.geometry, layout.grid)).float().mean().item()
+        at_once = min(max(1, CHUNK // (layout.channels * layout.positions)), len(sample.rows[0]))
+        updates = self.work(plan).compared * -(-len(sample.rows[0]) // at_once)
+        fit = ChannelMapFit(layout.channels, layout.grid)
+        return sum(
+            fit.will_fit(len(plan.views.channels), share * at_once * layout.positions, updates)
+            for share in (mirrored, 1 - mirrored)
+        )
+
+    def _standing_for(self, plan: BuildPlan, sample: _Sample) -> ViewSpec:
         """The views, with a linear map between channels of the right size where there may be one."""
         views, layout = plan.views, plan.layout
-        if views.whole or views.channel_maps is not None or not self.config.channel_map:
+        if views.channel_maps is not None or not self._count_maps(plan, sample):
             return views
         inputs = ChannelMapFit(layout.channels, layout.grid).warped_inputs + len(views.channels) + 1
         generator = torch.Generator().manual_seed(0)
@@ -362,7 +377,7 @@ class Prober:
         self, plan: BuildPlan, sample: _Sample, features: list[torch.Tensor], of_views: list[torch.Tensor]
     ) -> float:
         base, view, rows = features[0], of_views[0], sample.rows[0]
-        count = len(base) if base.numel() <= _COMPARED_VALUES else min(len(base), _COMPARED_ROWS)
+        count = len(base) if base.numel() <= CHUNK else min(len(base), _COMPARED_ROWS)
         geometry = _geometry(plan, sample.views[0], rows)[:count].to(base.device)
         sources = decode_geometry(geometry, plan.views.geometry, plan.layout.grid)
         meter = SensitivityMeter(plan.layout, self.config.similarity)
@@ -422,8 +437,10 @@ def _store_in_memory(
     return store
 
 
-def _solving_seconds(plan: BuildPlan) -> float:
+def _solving_seconds(plan: BuildPlan, maps: int) -> float:
     """Seconds of `ChannelMapFit.solve`, from a system that is solved in as many operations a second."""
+    if not maps:
+        return 0.0
     channels = plan.layout.channels
     unknowns = ChannelMapFit(channels, plan.layout.grid).warped_inputs + len(plan.views.channels) + 1
     size, targets = min(unknowns, _SOLVED), min(channels, _SOLVED)
@@ -431,6 +448,6 @@ def _solving_seconds(plan: BuildPlan) -> float:
     right = torch.ones(size, targets, dtype=torch.float64)
     torch.linalg.solve(matrix[:8, :8], right[:8])
     _, seconds = timed(lambda: torch.linalg.solve(matrix, right))
-    # Two kinds of view, each solved for two halves and for both, and judged four times.
-    solved = 6 * (2 / 3 * unknowns**3 + 2 * unknowns**2 * channels) + 8 * 2 * unknowns**2 * channels
-    return seconds * solved / (2 / 3 * size**3 + 2 * size**2 * targets)
+    # A map is solved for two halves and for both, and judged with warping alone on either half.
+    solved = 3 * (2 / 3 * unknowns**3 + 2 * unknowns**2 * channels) + 4 * 2 * unknowns**2 * channels
+    return seconds * maps * solved / (2 / 3 * size**3 + 2 * size**2 * targets)

@@ -20,6 +20,7 @@ from hf_freezecache.cache.views import ViewSpec
 from hf_freezecache.chain import ChainError
 from hf_freezecache.geometry import DENSE, PROJECTIVE
 from hf_freezecache.probing import Prober
+from hf_freezecache.replay.survey import choose_channels
 from hf_freezecache.rng import preserve_rng
 from hf_freezecache.trial_steps import TrialSteps
 
@@ -393,3 +394,18 @@ class SlowRows(Rows):
     def __getitem__(self, row):
         time.sleep(0.05)
         return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(("compared", "maps"), [(2, 0), (10, 2)])
+def test_linear_maps_are_expected_where_they_will_be_fitted(compared, maps, tmp_path):
+    """A map of 8 channels has 75 inputs and needs 300 positions a half, 4 views of 64 positions have 256."""
+    dataset = images.picture_dataset(40, 32).with_transform(images.replayable(size=32))
+    build = with_views(make_plan(zoo.make("resnet"), tmp_path, dataset, cut=3), channels=2)
+    config = FreezeCacheConfig(sensitivity_batches=compared)
+    prober = make_prober(build, config)
+    assert build.layout.channels == 8 and build.layout.positions == 64
+    assert prober._count_maps(build, prober._load(build, 2)) == maps
+    settled = choose_channels(build, config.similarity, compared, channel_map=True)
+    assert (settled.views.channel_maps is not None) == bool(maps)
+    without = make_prober(build, FreezeCacheConfig(channel_map=False))
+    assert without._count_maps(build, without._load(build, 2)) == 0

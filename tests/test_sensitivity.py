@@ -204,7 +204,7 @@ def test_split_batch_gives_what_a_whole_one_gives(method, monkeypatch):
     base, view, sources = random_maps(), random_maps(seed=1), flip(16, (7, 7))
     sources[:, :2] = torch.nan
     whole = measure(base, view, sources, method)
-    monkeypatch.setattr("hf_freezecache.replay.sensitivity._CHUNK", 5 * 4 * 49)
+    monkeypatch.setattr("hf_freezecache.replay.sensitivity.CHUNK", 5 * 4 * 49)
     split = measure(base, view, sources, method)
     for name, value in whole.tensors().items():
         torch.testing.assert_close(split.tensors()[name], value, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -40,6 +40,17 @@ class ChannelMapFit:
         self._products = torch.zeros(2, 2, size, size, dtype=torch.float64)
         self._batches = 0
 
+    def will_fit(self, kept: int, positions: float, updates: int) -> bool:
+        """Whether a map for one kind of view will be fitted, mirrored ones or the others.
+
+        Args:
+            kept: channels that are kept of every view.
+            positions: of this kind, in an update.
+            updates: that there will be.
+        """
+        taken = positions / max(1, positions // _POSITIONS)
+        return updates // 2 * taken >= _POSITIONS_PER_INPUT * (self.warped_inputs + kept + 1)
+
     def update(self, warped: Tensor, true: Tensor, shown: Tensor, mirrored: Tensor) -> None:
         """Takes in a batch.
 

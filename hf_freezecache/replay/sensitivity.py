@@ -28,7 +28,7 @@ _DATA_RANGE = 6.0
 # Mean square, in squared deviations, below which a map counts as zero for the cosine.
 _COSINE_FLOOR = 1e-6
 # Values compared at once: bounds the memory, of which SSIM needs about fifteen times as much; caches hold this many.
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 _PREVIEW_CHANNELS = 6
 
 
@@ -146,7 +146,7 @@ class SensitivityMeter:
             )
         if len(base) == 0:
             return
-        rows = max(1, _CHUNK // base_maps[0].numel())
+        rows = max(1, CHUNK // base_maps[0].numel())
         bounds = [*range(0, len(base), rows), len(base)]
         if self._mean is None:
             self._fit(base_maps.split(rows))
