@@ -35,6 +35,8 @@ from .trial_steps import TrialSteps, timed
 
 #: Of features too large to be compared at once, a few samples are in place of the batch.
 _COMPARED_ROWS = 8
+#: Declined on one range: what would not pay with so many times the epochs either.
+_CLEARLY = 1.25
 #: Replays that are timed.
 _REPLAYS = 3
 #: Unknowns of the linear system that is timed in place of a larger one.
@@ -112,6 +114,11 @@ class Prober:
                     return decide(free, epochs_left), None
                 if isinstance(plan.runs, ImageRuns) and never_pays(epochs_left, self.work(plan)):
                     return f"the {show_epochs(epochs_left)} left cannot save what a build costs", None
+                # A single range settles what is clear.
+                row = self._row(plan, next(self._in_stages(plan, batches=1, with_suffix=False)), room)
+                reason = decide(row, _CLEARLY * epochs_left)
+                if reason is not None:
+                    return decide(row, epochs_left), row
                 for costs in self._in_stages(plan, batches=2, with_suffix=False):
                     row = self._row(plan, costs, room)
                     reason = decide(row, epochs_left)

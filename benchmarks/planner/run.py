@@ -314,7 +314,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sensitivity_batches", type=int, default=8)
     parser.add_argument("--replay_epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="predictions and trainings of each cut")
-    parser.add_argument("--epochs", type=int, default=4, help="of a training whose store does not pay")
+    parser.add_argument("--epochs", type=int, default=6, help="of a training whose store does not pay")
     parser.add_argument("--epochs_left", type=int, default=3, help="of these, after the freeze")
     parser.add_argument("--pairs", type=int, default=3, help="such trainings with auto and with never")
     options = parser.parse_args(argv)
