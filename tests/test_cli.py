@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import time
 
 import helpers
 import images
@@ -219,15 +220,19 @@ def crowded(plain, tmp_path):
     left = folder / f"{'a' * 32}.tmp-{host}-{dead.pid}-01234567"
     running = folder / f"{'a' * 32}.tmp-{host}-{os.getpid()}-01234567"
     elsewhere = folder / f"{'a' * 32}.tmp-another-machine-{dead.pid}-01234567"
-    for directory in (left, running, elsewhere):
+    removed, begun = (folder / f"{'d' * 32}{end}" for end in (".removed.tmp-0123abcd", ".partial"))
+    given_up = folder / f"{'e' * 32}.partial"
+    for directory in (left, running, elsewhere, removed, begun, given_up):
         directory.mkdir()
         (directory / "data-00000-of-00001.arrow").write_bytes(bytes(1000))
+    for path in (given_up, *given_up.iterdir()):
+        os.utime(path, (time.time() - 4000,) * 2)
     (folder / ("b" * 32)).mkdir()  # a name like a store's, and nothing that says so
     (folder / "photos").mkdir()
     (folder / "photos" / "manifest.json").write_text('{"fingerprint": "photos"}')
     (folder / "notes.txt").write_text("mine")
     os.symlink(plain.path, folder / ("c" * 32))
-    return folder, {store, damaged, left}, {running, elsewhere}
+    return folder, {store, damaged, left, removed, given_up}, {running, elsewhere, begun}
 
 
 def test_clean_lists_and_removes_nothing_unless_told(crowded, capsys):
@@ -237,7 +242,7 @@ def test_clean_lists_and_removes_nothing_unless_told(crowded, capsys):
         assert main(["clean", str(folder), *options]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert {line.split()[-1] for line in lines[:-1]} == {str(path) for path in stores | building}
-        assert sum("being built, stays" in line for line in lines) == 2
+        assert sum("being built, stays" in line for line in lines) == 3
         assert "nothing was" in lines[-1]
         assert sorted(folder.rglob("*")) == before
 

@@ -16,8 +16,12 @@ from .store import MANIFEST
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _LEFT = re.compile(r"[0-9a-f]{32}\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
+_REMOVED = re.compile(r"[0-9a-f]{32}\.removed\.tmp-[0-9a-f]+")
+_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
 #: Seconds without a change after which a build on another machine counts as dead.
 _DEAD_AFTER = 24 * 3600
+#: The same for what the epochs of a training write to, or a resumed one will.
+_GIVEN_UP_AFTER = 3600
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ def find_stores(directory: Path) -> list[Removable]:
         if left is not None:
             running = _may_run(path, left["host"], int(left["process"]))
             found.append(Removable(path, _size(path), finished=False, running=running))
+        elif _REMOVED.fullmatch(path.name):
+            found.append(Removable(path, _size(path), finished=False))
+        elif _PARTIAL.fullmatch(path.name):
+            running = _changed_within(path, _GIVEN_UP_AFTER)
+            found.append(Removable(path, _size(path), finished=False, running=running))
         elif _FINGERPRINT.fullmatch(path.name) and _is_store(path):
             found.append(Removable(path, _size(path), finished=True))
     return found
@@ -87,8 +96,11 @@ def _is_store(path: Path) -> bool:
 def _may_run(path: Path, host: str, process: int) -> bool:
     if host == socket.gethostname():
         return psutil.pid_exists(process)
-    changed = max((file.stat().st_mtime for file in (path, *path.rglob("*"))), default=0.0)
-    return time.time() - changed < _DEAD_AFTER
+    return _changed_within(path, _DEAD_AFTER)
+
+
+def _changed_within(path: Path, seconds: float) -> bool:
+    return time.time() - max(file.stat().st_mtime for file in (path, *path.rglob("*"))) < seconds
 
 
 def _size(path: Path) -> int:

@@ -20,6 +20,8 @@ from .sensitivity import SENSITIVITY, SensitivityMeter
 
 #: Rows that are drawn, and draws of each, to see what is random.
 _ROWS, _DRAWS = 8, 8
+#: Of these, how many with their geometry, and draws of the base view: what is seldom refused, a build finds out.
+_WITH_GEOMETRY, _BASE_DRAWS = 3, 4
 #: Share of the views' positions that may show nothing of the base view for warping it to be worth anything.
 _MOST_OUTSIDE = 0.5
 
@@ -53,7 +55,8 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     """
     rows = range(min(_ROWS, len(source)))
     base = source.draw(rows)
-    views = [source.draw(rows, view, geometry=(PROJECTIVE, (1, 1))) for view in range(1, _DRAWS + 1)]
+    wanted = [(PROJECTIVE, (1, 1)) if draw < _WITH_GEOMETRY else None for draw in range(_DRAWS)]
+    views = [source.draw(rows, view, geometry) for view, geometry in enumerate(wanted, start=1)]
     differ = any(not is_same(views[0].batch, view.batch) for view in views[1:])
     refused = next((view.refused for view in views if view.refused is not None), None)
     if refused is None and views[0].geometry is None:
@@ -61,7 +64,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
             return Augmentation()
         return Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
     _check_pipelines(base.batch[main_input], views[0].batch[main_input], differ)
-    if any(not is_same(base.batch, source.draw(rows, again=again).batch) for again in range(1, _DRAWS + 1)):
+    if any(not is_same(base.batch, source.draw(rows, again=again).batch) for again in range(1, _BASE_DRAWS + 1)):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
     if not differ:
         return Augmentation()
