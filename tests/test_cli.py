@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import time
 
 import helpers
 import images
