@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from builds import Rows
 from helpers import (
     CLASSES,
     assert_same_weights,
@@ -213,8 +215,8 @@ def test_max_steps_and_fractions_of_training(tmp_path):
 def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("hf_freezecache.caching.shutil.disk_usage", lambda path: usage)
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3", cache="auto"))
     assert not trainer.freeze_status().replaying and trainer.freeze_status().cut == 3
     assert any("No feature store" in record.message and "free" in record.message for record in caplog.records)
 
@@ -439,14 +441,23 @@ def test_evaluation_only_needs_no_training_data(tmp_path):
     assert trainer.freeze_status().cut == 0 and trainer.freeze_cache_report().phases == []
 
 
+class SlowRows(Rows):
+    """Images that take so long to load that stores of them pay in any case."""
+
+    def __getitem__(self, row):
+        time.sleep(0.003)
+        return super().__getitem__(row)
+
+
 def test_default_settings_freeze_and_cache(tmp_path):
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, None)
+    trainer = run(tiny_vit(), SlowRows(16), tmp_path, None, num_train_epochs=16)
     assert [(p.cut, p.mode) for p in trainer.freeze_cache_report().phases if p.mode != "build"] == [
         (0, "live"),
         (2, "replay"),
         (3, "replay"),
     ]
-    assert trainer.freeze_status().store_path.parent == tmp_path / "_freeze_cache"
+    # The store of the cut before is gone.
+    assert list((tmp_path / "_freeze_cache").iterdir()) == [trainer.freeze_status().store_path]
 
 
 def test_training_on_the_head_only_from_the_start(tmp_path):

@@ -214,20 +214,16 @@ def test_views_that_show_little_of_the_base_view_are_kept_whole(tmp_path, caplog
     assert "% of what views show is not in their base view" in caplog.text and "MB in all" in caplog.text
 
 
-def test_fallback_that_the_disk_cannot_hold_is_declined(tmp_path, monkeypatch):
-    """What turned out to be necessary is more than what was planned: the disk is looked at again."""
-    asked = []
-
-    def disk_usage(path):
-        asked.append(path)
-        return type("Usage", (), {"free": 10**9 if len(asked) == 1 else 0})
-
-    monkeypatch.setattr("hf_freezecache.caching.shutil.disk_usage", disk_usage)
+def test_fallback_that_the_budget_cannot_hold_is_declined(tmp_path, caplog):
+    """What turned out to be necessary is more than what was planned."""
+    _, planned = train(picture_dataset().with_transform(replayable()), tmp_path / "free", codec="int3")
     erasing = replayable(v2.Compose([*TO_PIXELS, v2.RandomErasing(p=1.0)]))
+    config = manual("0:2", codec="int3", cache_budget=str(planned.total_bytes))
     settings = dict(num_train_epochs=1, remove_unused_columns=False)
-    trainer = run(tiny_vit(), picture_dataset().with_transform(erasing), tmp_path, manual("0:2"), **settings)
-    assert len(asked) == 2 and not trainer.freeze_status().replaying
-    assert not list((tmp_path / "_freeze_cache").glob("*"))
+    trainer = run(tiny_vit(), picture_dataset().with_transform(erasing), tmp_path / "run", config, **settings)
+    assert "Geometry is kept for every position" in caplog.text and "are left." in caplog.text
+    assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
+    assert not list((tmp_path / "run" / "_freeze_cache").glob("*"))
 
 
 @pytest.mark.parametrize(
