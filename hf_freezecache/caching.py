@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,25 +12,18 @@ import torch
 from transformers.utils import logging
 
 from .blueprints import Blueprints
+from .budget import StoreBudget, megabytes
 from .cache.build_plan import BuildPlan
-from .cache.codec import make_codec
-from .cache.holdings import Holdings
 from .cache.materialize import BuildFailed, GeometryMisfit, OverLimit, materialize, open_matching
 from .cache.partial import PartialStore
-from .cache.planner import disk_room
-from .cache.sizing import estimate_bytes
 from .cache.store import FeatureStore, StoreError, remove_store
 from .cache.views import ViewSpec
-from .config import parse_bytes
 from .distributed import Group
 from .geometry import DENSE, PROJECTIVE
 from .probing import Prober
 from .replay.deepening import DEEPENED_FROM, deepened, why_not_deepen
 
 logger = logging.get_logger(__name__)
-
-#: Codecs that are taken, in this order, where the wanted one does not fit: none that is known to cost accuracy.
-_COARSER = ("fp16", "int8", "int4", "int3")
 
 #: Entry of a fingerprint's inputs that says that live epochs have written the store.
 WRITTEN = "materialize"
@@ -42,10 +35,12 @@ class Decision:
 
     Args:
         codec: of its store.
-        parent: cut of the store from which it was deepened; None if it was built from images.
+        store: name of the store; None while live epochs write it.
+        parent: cut of the store from which it was deepened; None if it was made from images.
     """
 
     codec: str
+    store: str | None = None
     parent: int | None = None
 
 
@@ -85,33 +80,44 @@ class FeatureCaching:
         self.blueprints, self.explicit = blueprints, explicit
         self.config, self.group, self.chain = blueprints.config, blueprints.group, blueprints.chain
         self.source, self.cache_dir = blueprints.source, blueprints.cache_dir
-        budget = self.config.cache_budget
-        self.holdings = Holdings(None if budget is None else parse_bytes(budget))
+        self.budget = StoreBudget(self.config, self.group, self.cache_dir)
+        self.holdings = self.budget.holdings
         self._prober = Prober(
             self.chain, self.source, blueprints.model_inputs, config=self.config, processes=self.group.size
         )
         self._decisions: dict[int, Decision] = {}
         self._current: FeatureStore | None = None
-        self._said_what_is_random = False
+        # Cut of a store that the checkpoint had and the disk has not.
+        self._lost_cut: int | None = None
+        self._said: set[str] = set()
 
     def state(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
+        current = self._current
         return {
-            "decisions": {str(cut): [made.codec, made.parent] for cut, made in self._decisions.items()},
+            "decisions": {str(cut): [made.codec, made.store, made.parent] for cut, made in self._decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.blueprints.weights.items()},
             "stores": self.holdings.state(),
-            "current": None if self._current is None else self._current.path.name,
+            "current": None if current is None else [current.path.name, current.manifest.cut],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from `state()`."""
-        self._decisions = {int(cut): Decision(*made) for cut, made in state.get("decisions", {}).items()}
-        self.blueprints.weights = {
-            int(cut): torch.tensor(weights) for cut, weights in state.get("channel_weights", {}).items()
-        }
-        self.holdings.load(state.get("stores", []), self.cache_dir)
-        if state.get("current") is not None:
-            self._current = self.group.on_main(partial(_open_if_there, self.cache_dir / state["current"]))
+        if not state:
+            return
+        self._decisions = {int(cut): Decision(*made) for cut, made in state["decisions"].items()}
+        self.blueprints.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+
+        def look() -> tuple[list[dict[str, Any]], bool]:
+            there = [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
+            return there, state["current"] is not None and self._is_sound(self.cache_dir / state["current"][0])
+
+        there, sound = self.group.on_main(look)
+        self.holdings.load(there, self.cache_dir)
+        if sound:
+            self._current = self.group.locally(lambda: FeatureStore.open(self.cache_dir / state["current"][0]))
+        elif state["current"] is not None:
+            self._lost_cut = state["current"][1]
 
     def obtain(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
         """Opens the matching store or builds it, if that is wanted and possible.
@@ -129,14 +135,18 @@ class FeatureCaching:
         Raises:
             ValueError: under explicit settings, if the features cannot be kept (not finite, of several sizes).
         """
-        store, built = self._guarded(cut, lambda: self._find_or_make(cut, epochs_left, self._current, _BUILDING))
+        self._drop_evaluations(cut)
+        store, built = self._guarded(cut, lambda: self._find_or_make(cut, epochs_left, _BUILDING))
         self._replace_current(store)
         return store, built
 
     def begin_writing(
         self, cut: int, epochs_left: float, decided: bool = False, upfront: bool = True
-    ) -> PartialStore | FeatureStore | None:
+    ) -> tuple[PartialStore | FeatureStore | None, bool]:
         """Settles what live epochs write through, as for a build, and begins the directory they write to.
+
+        Where there are too few epochs for it, or no room for the directory and the store beside it, the store is
+        built upfront, if that pays and fits.
 
         Args:
             cut: frozen blocks.
@@ -145,30 +155,31 @@ class FeatureCaching:
             upfront: whether a store that a build has made does as well.
 
         Returns:
-            The directory; the store, if a complete one matches; None if training goes on live.
+            The directory; a store, if a complete one matches or was built; None if training goes on live. And whether
+            a store was built now.
 
         Raises:
             ValueError: under explicit settings, if the features cannot be kept (not finite).
         """
+        self._drop_evaluations(cut)
         way = _Way(PartialStore.begin, writing=True, decided=decided, upfront=upfront)
-        found, _ = self._guarded(cut, lambda: self._find_or_make(cut, epochs_left, self._current, way))
+        found, made = self._guarded(cut, lambda: self._find_or_make(cut, epochs_left, way))
         if not isinstance(found, PartialStore):
             self._replace_current(found)
-            return found
-        # Reserved: what is written now, and the store that will be made of it.
-        self.holdings.add(found.path, found.bytes + self._needed(found.plan), built=True)
+            return found, made
+        self.holdings.add(found.path, found.reserved, built=True)
         rounds = found.views.spec.count + 1
         self.say(
             f"Cut {cut}: the features of {rounds} live epoch{'s' if rounds > 1 else ''} are written to {found.path} "
             f"({megabytes(found.bytes)}), then replay begins.",
             logging.INFO,
         )
-        return found
+        return found, False
 
     def written(self, writing: PartialStore, store: FeatureStore) -> None:
         """Takes the store in that live epochs have written."""
-        self.forget(writing.path)
-        self.holdings.add(store.path, store.total_bytes, built=True)
+        self.holdings.drop(writing.path)
+        self._take(store, True)
         self._replace_current(store)
         self._say_built(store)
 
@@ -187,7 +198,7 @@ class FeatureCaching:
             self.say(f"The feature store could not be built, training goes on frozen, from images: {error}")
         return None, False
 
-    def _find_or_make(self, cut: int, epochs_left: float, current: FeatureStore | None, way: _Way) -> tuple[Any, bool]:
+    def _find_or_make(self, cut: int, epochs_left: float, way: _Way) -> tuple[Any, bool]:
         """A matching store, or what `way` makes; and whether it was made now.
 
         Raises:
@@ -195,124 +206,113 @@ class FeatureCaching:
         """
         known = self._decisions.get(cut)
         wanted = self.config.codec_at(cut, len(self.chain)) if known is None else known.codec
-        first = self.blueprints.plan(cut, wanted)
-        parent = None if way.writing else self._parent_cut(cut, known)
-        if parent is not None:
-            current = self._parent(parent, current)
-        too_large = None
-        for codec in self._codecs(wanted, first):
+        first, reason = self.blueprints.plan(cut, wanted), None
+        if self.config.cutmix_alpha and first.layout.grid is None:
+            raise _Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
+        for codec in [wanted] if way.writing else self.budget.codecs(wanted, first):
             images = first if codec == wanted else self.blueprints.with_codec(first, codec)
-            if way.writing:
-                plan = replace(images, made_from={**images.made_from, WRITTEN: "write_through"})
-            else:
-                plan = self._deepened(images, current)
-            found = self._find(plan, images, way)
+            found = self._find(images, known, way)
             if found is not None:
-                if isinstance(found, FeatureStore):
-                    self._take(found, False, known)
                 return found, False
-            if way.writing and not way.decided and epochs_left < plan.views.count + 2:
-                raise _Declined(f"writing it takes {plan.views.count + 1} epochs, and {epochs_left:g} remain")
-            for attempt, goes_first in self._attempts(plan, images, current, way):
-                if known is None and not way.decided:
-                    self._check_worth(attempt, epochs_left)
-                self._say_what_is_random(attempt)
-                if goes_first is not None:
-                    self.say(
-                        f"The feature store of cut {goes_first.manifest.cut} is removed before the one of cut {cut} "
-                        "is built: the budget does not hold both."
-                    )
-                    self._remove(goes_first)
-                try:
-                    made = self._make(attempt, images, None if known or way.decided else epochs_left, way)
-                except OverLimit as error:
-                    too_large = error
-                    continue
-                if way.writing:
-                    self._decisions.setdefault(cut, Decision(codec))
-                else:
-                    self._take(made, True, known)
-                    self._say_built(made)
-                return made, True
-            too_large = too_large or self._too_large(plan)
-        raise _Declined(too_large)
+            rounds = images.views.count + 1
+            if way.writing and not way.decided and epochs_left < rounds + 1:
+                reason = f"writing it takes {rounds} epochs, and {epochs_left:g} remain"
+                break
+            try:
+                return self._make_if_it_fits(images, epochs_left, known, way), True
+            except OverLimit as error:
+                reason = self.budget.too_large(images, error.needed)
+            except ValueError as error:
+                if codec == wanted:
+                    raise
+                # A coarser codec than was asked for, e.g. beyond float16's range.
+                reason = f"{wanted} does not fit, and {codec} fails: {error}"
+        if way.writing and not way.decided:
+            self.say(f"Cut {cut}: the store is built upfront, not written by training epochs: {reason}.", logging.INFO)
+            return self._find_or_make(cut, epochs_left, _BUILDING)
+        raise _Declined(reason)
 
-    def _find(self, plan: BuildPlan, images: BuildPlan, way: _Way) -> FeatureStore | PartialStore | None:
+    def _find(self, images: BuildPlan, known: Decision | None, way: _Way) -> FeatureStore | PartialStore | None:
         """A finished store, or one that was begun."""
+        plan = images
+        if way.writing:
+            plan = _written(images)
+        elif known is not None and known.parent is not None:
+            # A store is named by what it was made from.
+            parent = self._decisions[known.parent].store
+            plan = replace(images, made_from={**images.made_from, DEEPENED_FROM: parent})
+        elif self._source_store(images, known) is not None:
+            plan = self._deepened(images, self._source_store(images, known))
         store = open_matching(plan, self.group)
         if store is None and way.writing and way.upfront:
             store = open_matching(images, self.group)
-        if store is not None and self._holds(store.total_bytes):
+        if store is not None and self.budget.holds(store, self._current):
             self._say_what_is_random(plan)
             self.say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
+            self._take(store, False)
             return store
         return PartialStore.reopen(plan, self.group) if way.writing else None
 
-    # What fits
+    def _make_if_it_fits(
+        self, images: BuildPlan, epochs_left: float, known: Decision | None, way: _Way
+    ) -> FeatureStore | PartialStore:
+        """Makes a store, or begins it, in the first way that fits.
 
-    def _codecs(self, wanted: str, plan: BuildPlan) -> Iterator[str]:
-        """The wanted codec, then those that are smaller."""
-        yield wanted
-        row_bytes = make_codec(wanted, plan.layout).row_bytes
-        for codec in _COARSER:
-            smaller = make_codec(codec, plan.layout).row_bytes
-            if smaller < row_bytes:
-                row_bytes = smaller
-                yield codec
-
-    def _attempts(
-        self, plan: BuildPlan, images: BuildPlan, current: FeatureStore | None, way: _Way
-    ) -> Iterator[tuple[BuildPlan, FeatureStore | None]]:
-        """The ways to build a plan that may fit: beside the current store, or after that one is removed."""
-        # What is written through lies there twice in the end: as it was written, and as the store made of it.
-        needed = self._needed(plan) * (2 if way.writing else 1)
-        room = self._room()
-        if room is None or needed <= room:
-            yield replace(plan, limit=room), None
-        if current is None or not self.holdings.has_built(current.path):
-            return
-        room = self._room(without=current)
-        if room is not None and needed <= room:
-            yield replace(plan if way.writing else images, limit=room), current
-
-    def _room(self, without: FeatureStore | None = None) -> int | None:
-        """Bytes for another store: of the budget, and of the free disk unless a store is wanted in any case."""
-        room = self.holdings.room(None if without is None else without.path)
-        if self.config.cache == "always":
-            return room
-        free = self.group.on_main(partial(disk_room, self.cache_dir))
-        if without is not None:
-            free += without.total_bytes
-        return free if room is None else min(room, free)
-
-    def _needed(self, plan: BuildPlan) -> int:
-        return self.group.on_main(partial(estimate_bytes, plan, self.group.size))
-
-    def _holds(self, total_bytes: int) -> bool:
-        return self.holdings.budget is None or total_bytes <= self.holdings.budget
-
-    def _too_large(self, plan: BuildPlan) -> str:
-        place = "the budget" if self.holdings.budget is not None else f"the disk of {self.cache_dir}"
-        room = megabytes(max(self._room() or 0, 0))
-        return f"it needs {megabytes(self._needed(plan))} even as {plan.codec}, and {room} are left of {place}"
+        Raises:
+            OverLimit: if none does.
+            _Declined: if it is not wanted or would not pay.
+        """
+        source = None if way.writing else self._source_store(images, known)
+        plan = _written(images) if way.writing else images if source is None else self._deepened(images, source)
+        problem = None
+        for limit, replaces in self.budget.attempts(plan, self._current, copies=2 if way.writing else 1):
+            if known is None and not way.decided:
+                self._check_worth(plan, epochs_left, limit)
+            self._say_what_is_random(plan)
+            if replaces:
+                self.say(
+                    f"The feature store of cut {self._current.manifest.cut} goes before the one of cut {plan.cut} is "
+                    "built: the budget does not hold both."
+                )
+                self._replace_current(None)
+                if self._current is not None:
+                    continue  # it could not be removed
+                plan = _written(images) if way.writing else images
+            try:
+                made = self._make(replace(plan, limit=limit), images, None if known else epochs_left, way)
+            except OverLimit as error:
+                problem = error
+                continue
+            if way.writing:
+                self._decisions.setdefault(plan.cut, Decision(plan.codec))
+            else:
+                self._take(made, True)
+                self._say_built(made)
+            return made
+        raise problem or OverLimit(self.budget.needed(plan), self.budget.room() or 0)
 
     # What pays
 
-    def _check_worth(self, plan: BuildPlan, epochs_left: float) -> None:
-        """Raises _Declined if a store of this plan is not wanted or would not pay."""
-        if self.config.cutmix_alpha and plan.layout.grid is None:
-            raise _Declined(f"cutmix pastes a box of positions, and features of shape {plan.layout.shape} have none")
+    def _check_worth(self, plan: BuildPlan, epochs_left: float, room: int | None) -> None:
+        """Raises _Declined if a store of this plan would not pay."""
         if self.config.cache == "always":
             return
         if epochs_left < 1:
             raise _Declined("less than one epoch remains")
-        reason, row = self.group.on_main(lambda: self._prober.refuse(plan, epochs_left, plan.limit))
+
+        def measure() -> tuple[str | None, Any]:
+            try:
+                return self._prober.refuse(plan, epochs_left, room)
+            except Exception as error:  # what cannot even be measured is not worth a training
+                return f"what it would save could not be measured: {error}", None
+
+        reason, row = self.group.on_main(measure)
         if reason is not None:
             raise _Declined(reason)
-        self.say(
+        self._say_once(
             f"Cut {plan.cut}: {row.codec}, {megabytes(row.bytes)} (base {megabytes(row.base_bytes)}, views "
             f"{megabytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
-            f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: building."
+            f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: it pays."
         )
 
     # Building
@@ -344,85 +344,105 @@ class FeatureCaching:
                     views = ViewSpec(plan.views.count)
                     how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
                 plan = replace(plan if way.writing else images, views=views, notes={}, limit=limit)
-                needed = self._needed(plan)
+                needed = self.budget.needed(plan)
                 self.say(f"{how} ({megabytes(needed)} in all), because {misfit}.")
                 if limit is not None and needed > limit:
                     raise OverLimit(needed, limit) from misfit
             if epochs_left is not None:
-                self._check_worth(plan, epochs_left)
+                self._check_worth(plan, epochs_left, limit)
 
-    def _deepened(self, plan: BuildPlan, current: FeatureStore | None) -> BuildPlan:
-        """The plan with the current store as its source, if that is wanted and possible."""
-        if self.config.deepen != "cache" or current is None:
-            return plan
-        reason = self.group.on_main(partial(why_not_deepen, current, plan))
+    def _deepened(self, images: BuildPlan, source: FeatureStore) -> BuildPlan:
+        """The plan with a store as its source, if that is possible."""
+        reason = self.group.on_main(partial(why_not_deepen, source, images))
         if reason is not None:
-            self.say(f"The store of cut {plan.cut} is built from images, not from the one before: {reason}.")
-            return plan
+            self._say_once(f"The store of cut {images.cut} is built from images, not from the one before: {reason}.")
+            return images
         return deepened(
-            plan, current, self.blueprints.counting(current.manifest.cut, plan.cut), self.blueprints.device
+            images, source, self.blueprints.counting(source.manifest.cut, images.cut), self.blueprints.device
         )
 
-    def _parent_cut(self, cut: int, known: Decision | None) -> int | None:
-        """The cut whose store the one of `cut` is deepened from; None if it is built from images."""
+    def _source_store(self, images: BuildPlan, known: Decision | None) -> FeatureStore | None:
+        """The store from which a deeper one is made; built again if it is gone. None: it is made from images."""
         if known is not None:
-            return known.parent
-        decided = [earlier for earlier in self._decisions if earlier < cut]
-        return max(decided, default=None) if self.config.deepen == "cache" else None
-
-    def _parent(self, cut: int, current: FeatureStore | None) -> FeatureStore | None:
-        """The store from which the one of a resumed training was deepened; built again if it is gone."""
-        if current is not None and current.manifest.cut == cut:
-            return current
-        try:
-            return self._find_or_build(cut, 0, None)[0]
-        except _Declined as reason:
-            self.say(f"The store of cut {cut} cannot be built again, the deeper one comes from images: {reason}.")
+            cut = known.parent
+        else:
+            cut = self._lost_cut if self._current is None else self._current.manifest.cut
+            cut = cut if self.config.deepen == "cache" else None
+        if cut is None or cut >= images.cut:
             return None
+        if self._current is None or self._current.manifest.cut != cut:
+            try:
+                self._current, self._lost_cut = self._find_or_make(cut, 0, _BUILDING)[0], None
+            except _Declined as reason:
+                self.say(f"The store of cut {cut} cannot be built again, the deeper one comes from images: {reason}.")
+                return None
+        return self._current
 
     # Keeping count
 
-    def _take(self, store: FeatureStore, built: bool, known: Decision | None) -> None:
+    def _is_sound(self, path: Path) -> bool:
+        """Whether a store is there; checked to the last byte if another one may be made from it."""
+        try:
+            store = FeatureStore.open(path)
+            return self.config.deepen != "cache" or store.verify()
+        except (StoreError, OSError):
+            return False
+
+    def _take(self, store: FeatureStore, built: bool) -> None:
+        manifest = store.manifest
         self.holdings.add(store.path, store.total_bytes, built)
-        if known is None:
-            manifest = store.manifest
+        known = self._decisions.get(manifest.cut)
+        if known is None or known.store is None:
             before = self._current if DEEPENED_FROM in manifest.made_from else None
-            self._decisions[manifest.cut] = Decision(manifest.codec, None if before is None else before.manifest.cut)
+            parent = None if before is None else before.manifest.cut
+            self._decisions[manifest.cut] = Decision(manifest.codec, store.path.name, parent)
 
     def _replace_current(self, store: FeatureStore | None) -> None:
         """A store takes the place of the one of the cut before, or none does."""
-        if self._current is not None and (store is None or store.path != self._current.path):
-            self._remove(self._current)
-        self._current = store
+        old, self._current = self._current, store
+        if old is None or (store is not None and store.path == old.path):
+            return
+        if not self._remove(old.path) and store is None:
+            self._current = old
 
-    def _remove(self, store: FeatureStore) -> None:
-        """Removes a store that this training has built and needs no more; what others have built stays."""
-        if self.holdings.has_built(store.path):
-            self.group.on_main(partial(remove_store, store.path))
-        self.holdings.drop(store.path)
+    def _drop_evaluations(self, cut: int) -> None:
+        for path in self.holdings.evaluations_before(cut):
+            self._remove(path)
+
+    def _remove(self, path: Path) -> bool:
+        """Removes a store that this training has built and needs no more; what others have built stays.
+
+        Returns:
+            Whether it does not count any more.
+        """
+        if self.holdings.has_built(path):
+            try:
+                self.group.on_main(partial(remove_store, path))
+            except OSError as error:
+                self.say(f"A feature store that is not needed any more could not be removed: {error}")
+                return False
+        self.holdings.drop(path)
+        return True
 
     # Saying so
 
     def _say_what_is_random(self, plan: BuildPlan) -> None:
         found, views = self.blueprints.augmentation, self.config.views
-        if self._said_what_is_random:
-            return
-        self._said_what_is_random = True
         if hasattr(self.source.dataset, "set_epoch"):
-            self.say(
+            self._say_once(
                 "The train data set changes with the epoch: what it is when the feature store is built is repeated in "
                 "every replay epoch."
             )
         if not found.random:
             return
         if not views:
-            self.say(
+            self._say_once(
                 "The train data set is random (transform or collator): what is drawn when the feature store is built "
                 "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
         elif not found.replayable:
-            size = megabytes(self._needed(plan))
-            self.say(
+            size = megabytes(self.budget.needed(plan))
+            self._say_once(
                 f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
                 f"draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay epochs "
                 "repeat them."
@@ -439,17 +459,20 @@ class FeatureCaching:
             "training."
         )
 
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self.say(message)
+
     def say(self, message: str, level: int = logging.WARNING) -> None:
         """Logs on the main process. What writes to the disk or ends caching is said at the default log level."""
         if self.group.rank == 0:
             logger.log(level, message)
 
 
-def _open_if_there(path: Path) -> FeatureStore | None:
-    try:
-        return FeatureStore.open(path)
-    except StoreError:
-        return None
+def _written(images: BuildPlan) -> BuildPlan:
+    """The plan of a store that live epochs write."""
+    return replace(images, made_from={**images.made_from, WRITTEN: "write_through"})
 
 
 def _describe_views(store: FeatureStore) -> str:
@@ -458,7 +481,3 @@ def _describe_views(store: FeatureStore) -> str:
         return ""
     views = f", {spec.count} augmented view{'s' if spec.count > 1 else ''} each"
     return f"{views}, whole" if spec.whole else f"{views}, {len(spec.channels)} of {layout.channels} channels of it"
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

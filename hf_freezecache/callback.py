@@ -100,7 +100,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         change = self.policy.next_change(self._moment(state))
         if change is not None:
             epochs_left = min(epochs_left, change - self._epoch)
-        self._mover.begin_epoch(self._moment(state), epochs_left)
+        self._mover.begin_epoch(self._moment(state), self._mover.agree(epochs_left))
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._mover is not None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .cache.codec import CODEC_NAMES, check_codec_name
+import torch
+
+from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.progression import Progression
+from .layout import FeatureLayout
 from .policies.schedule import parse_freeze_points
 from .replay.sensitivity import SIMILARITIES
 
@@ -14,6 +17,7 @@ POLICY_NAMES = ("none", "manual", "linear")
 CACHE_MODES = ("auto", "always", "never")
 MATERIALIZE_MODES = ("upfront", "write_through")
 DEEPEN_MODES = ("raw", "cache")
+_ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
 @dataclass
@@ -25,6 +29,7 @@ class FreezeCacheConfig:
 
     Raises:
         ValueError: on construction, if a value is not possible; the message says what is.
+        ImportError: on construction, if the codec's library is not installed.
     """
 
     policy: str = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
@@ -149,8 +154,16 @@ class FreezeCacheConfig:
         _one_of("policy", self.policy, POLICY_NAMES)
         _one_of("cache", self.cache, CACHE_MODES)
         check_codec_name(self.codec)
+        codecs = [self.codec]
         if self.progressive is not None:
-            Progression.parse(self.progressive)
+            codecs = [codec for _, codec in Progression.parse(self.progressive).steps]
+        for codec in codecs:
+            make_codec(codec, _ANY_LAYOUT)  # one that is not installed is found out now
+        if self.materialize == "write_through" and self.deepen == "cache":
+            raise ValueError(
+                "deepen='cache' builds a deeper store from the one before; materialize='write_through' writes it in "
+                "training epochs: choose one of them."
+            )
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("materialize", self.materialize, MATERIALIZE_MODES)
         _one_of("deepen", self.deepen, DEEPEN_MODES)

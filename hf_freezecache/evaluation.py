@@ -264,7 +264,7 @@ class EvaluationCache:
             if built:
                 store = self._build(plan, entry)
         outdated, entry.store, entry.trace = entry.store, store, trace
-        self.holdings.add(store.path, store.total_bytes, built)
+        self.holdings.add(store.path, store.total_bytes, built, evaluation_cut=cut)
         entry.checksums = self._checksums(cut)
         if outdated is not None and outdated.path != store.path:
             self._remove(outdated)

@@ -195,7 +195,7 @@ def _trainer(
     """A trainer that writes nothing; the model runs under its mixed precision inside and is as it was after."""
     device = next(model.parameters()).device
     # Mixing is part of a step, and a small one; soft labels would need the mixer around the loss.
-    quiet = replace(config, cache="never", mixup_alpha=0.0, cutmix_alpha=0.0)
+    quiet = replace(config, cache="never", cache_eval=False, mixup_alpha=0.0, cutmix_alpha=0.0)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(preserve_rng())

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
+from torch import nn
 
 from .cache.build_plan import BuildPlan
 from .cache.codec import Codec, make_codec
@@ -219,7 +220,9 @@ class Prober:
             run=None if isinstance(plan.runs, ImageRuns) else self._time_runs(plan, batches),
         )
         workers = self.source.num_workers
-        if with_suffix or (workers and costs.load / workers > prefix):
+        # One process alone cannot run what the processes of a training normalize together.
+        alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
+        if with_suffix or (workers and alone and costs.load / workers > prefix):
             tried = self._with_features(features, sample)
             suffix, peak = self.steps.measure(plan.cut, tried if with_suffix else tried[:1])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)

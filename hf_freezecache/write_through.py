@@ -144,12 +144,12 @@ class WriteThrough:
         self._problem = None if state["problem"] is None else tuple(state["problem"])
 
     def _begin(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
-        kept = self.caching.begin_writing(cut, epochs_left)
+        kept, built = self.caching.begin_writing(cut, epochs_left)
         if kept is None:
             return None, False
         if isinstance(kept, FeatureStore) and not self._wrote_it_before(kept, cut, epochs_left):
             self._done = cut
-            return kept, False
+            return kept, built
         self._cut, self._start = cut, self.switch.epoch
         self._draw_for(kept)
         return None, False
@@ -162,9 +162,9 @@ class WriteThrough:
 
     def _again(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
         """The store that a resumed training replayed from already; made anew where it is gone."""
-        kept = self.caching.begin_writing(cut, epochs_left, decided=True)
+        kept, built = self.caching.begin_writing(cut, epochs_left, decided=True)
         if not isinstance(kept, PartialStore):
-            return kept, False
+            return kept, built
         self._kept, self._cut = kept, cut
         return self._finish(epochs_left)
 
@@ -175,9 +175,9 @@ class WriteThrough:
         if problems:
             return self._give_up(*max(problems), epochs_left)  # a misfit first: a build may still do
         if self._kept is None:
-            kept = self.caching.begin_writing(self._cut, epochs_left, decided=True, upfront=False)
+            kept, _ = self.caching.begin_writing(self._cut, epochs_left, decided=True, upfront=False)
             if kept is None:
-                self._cut = -1
+                self._remove()
                 return None, False
             self._kept = kept
         if self.switch.epoch - self._start <= self._kept.views.spec.count:
@@ -220,7 +220,9 @@ class WriteThrough:
         if isinstance(self._kept, PartialStore):
             self._kept.remove()
             self.caching.forget(self._kept.path)
-        elif self._kept is None and self._fingerprint is not None and self.group.rank == 0:
+        elif self._kept is None and self._fingerprint is not None:
             left = self.caching.cache_dir / f"{self._fingerprint}.partial"  # resumed, and not opened again
-            shutil.rmtree(left, ignore_errors=True)
+            self.caching.forget(left)
+            if self.group.rank == 0:
+                shutil.rmtree(left, ignore_errors=True)
         self._kept, self._cut, self._problem, self._fingerprint = None, -1, None, None

@@ -15,7 +15,7 @@ import psutil
 from .store import MANIFEST
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-_LEFT = re.compile(r"[0-9a-f]{32}\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
+_LEFT = re.compile(r"[0-9a-f]{32}(\.partial)?\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
 _REMOVED = re.compile(r"[0-9a-f]{32}\.removed\.tmp-[0-9a-f]+")
 _PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
 #: Seconds without a change after which a build on another machine counts as dead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ class Holding:
     Args:
         bytes: of all its files.
         built: whether this training has built it: what others have built is not removed.
+        evaluation_cut: frozen blocks, if it is one of an evaluation set; None for the training's own.
     """
 
     bytes: int
     built: bool
+    evaluation_cut: int | None = None
 
 
 class Holdings:
@@ -31,18 +34,26 @@ class Holdings:
         self.budget = budget
         self._stores: dict[Path, Holding] = {}
 
-    def add(self, path: Path, total_bytes: int, built: bool) -> None:
+    def add(self, path: Path, total_bytes: int, built: bool, evaluation_cut: int | None = None) -> None:
         """Takes a store in. One that this training has built stays so when it is found again after a resume."""
-        known = self._stores.get(path)
-        self._stores[path] = Holding(total_bytes, built or (known is not None and known.built))
+        self._stores[path] = Holding(total_bytes, built or self.has_built(path), evaluation_cut)
 
     def drop(self, path: Path) -> None:
         """Forgets a store."""
         self._stores.pop(path, None)
 
+    def has(self, path: Path) -> bool:
+        """Whether a store is counted."""
+        return path in self._stores
+
     def has_built(self, path: Path) -> bool:
         """Whether this training has built a store, and may so remove it."""
         return path in self._stores and self._stores[path].built
+
+    def evaluations_before(self, cut: int) -> list[Path]:
+        """Stores of evaluation sets at earlier cuts: nothing will read them again."""
+        found = ((path, held.evaluation_cut) for path, held in self._stores.items())
+        return [path for path, own in found if own is not None and own < cut]
 
     def room(self, without: Path | None = None) -> int | None:
         """Bytes that another store may take; None: no limit.
@@ -56,10 +67,12 @@ class Holdings:
 
     def state(self) -> list[dict[str, Any]]:
         """The stores as JSON values."""
-        return [{"name": path.name, "bytes": held.bytes, "built": held.built} for path, held in self._stores.items()]
+        return [
+            {"name": path.name, "bytes": held.bytes, "built": held.built, "evaluation_cut": held.evaluation_cut}
+            for path, held in self._stores.items()
+        ]
 
-    def load(self, state: list[dict[str, Any]], directory: Path) -> None:
-        """Continues from `state()`; what is gone from the directory meanwhile is not counted."""
+    def load(self, state: Iterable[Mapping[str, Any]], directory: Path) -> None:
+        """Continues from `state()`, or from the part of it that is still there."""
         for entry in state:
-            if (directory / entry["name"]).exists():
-                self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"])
+            self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"], entry["evaluation_cut"])

@@ -179,7 +179,8 @@ class _Build:
         codec = make_codec(plan.codec, plan.layout)
         probe = split_batch(plan.source.probe(), plan.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
-        check_limit(plan, codec, probe, group)
+        if plan.limit is not None:
+            check_limit(plan, group.on_main(lambda: store_bytes(plan, codec, probe, group.size)))
         views = ViewColumns(plan.views, codec)
         mine = group.share(plan.source.num_batches)
         self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
@@ -253,31 +254,24 @@ def run_views(plan: BuildPlan, numbers: Sequence[int]) -> Iterator[tuple[int, li
     return plan.runs.run(numbers, views.count, views.geometry, views.needs_features(plan.layout))
 
 
-def check_limit(plan: BuildPlan, codec: Codec, probe: BatchSplit, group: Group, beside: int = 0) -> None:
-    """Compares the bytes of all files, to the byte but for digits of numbers that are not known yet, to the limit.
+def store_bytes(plan: BuildPlan, codec: Codec, probe: BatchSplit, processes: int) -> int:
+    """Bytes of all files of the plan's store, to the byte but for digits of numbers that are not known yet.
 
     Args:
         plan: what would be built.
         codec: fitted.
         probe: a few rows' model inputs.
-        group: processes that would each write a shard.
-        beside: bytes that lie beside the store until it is finished.
-
-    Raises:
-        OverLimit: on every process, if the files would take more than `plan.limit`.
+        processes: that would each write a shard.
     """
+    total = arrow_bytes(codec, plan.views, probe, len(plan.source), plan.source.batch_size, processes)
+    shards = [Shard(shard_name(rank, processes), len(plan.source), total, "0" * 64) for rank in range(processes)]
+    files = small_files(codec, ViewColumns(plan.views, codec), make_manifest(plan, probe, shards), plan.notes)
+    return total + sum(len(content) for content in files.values())
 
-    def measure() -> int | None:
-        if plan.limit is None:
-            return None
-        total = arrow_bytes(codec, plan.views, probe, len(plan.source), plan.source.batch_size, group.size)
-        names = [shard_name(rank, group.size) for rank in range(group.size)]
-        shards = [Shard(name, len(plan.source), total, "0" * 64) for name in names]
-        files = small_files(codec, ViewColumns(plan.views, codec), make_manifest(plan, probe, shards), plan.notes)
-        return beside + total + sum(len(content) for content in files.values())
 
-    needed = group.on_main(measure)
-    if needed is not None and needed > plan.limit:
+def check_limit(plan: BuildPlan, needed: int) -> None:
+    """Raises OverLimit if files would take more bytes than `plan.limit`."""
+    if plan.limit is not None and needed > plan.limit:
         raise OverLimit(needed, plan.limit)
 
 

@@ -33,6 +33,7 @@ from .materialize import (
     make_manifest,
     open_everywhere,
     open_matching,
+    store_bytes,
 )
 from .rows import ChosenRows, InputColumn, split_batch
 from .runs import ViewRun
@@ -72,10 +73,13 @@ class PartialStore:
         plan: settled; its `runs` compute what is missing in the end.
         group: the processes.
         codec: fitted.
+
+    Attributes:
+        reserved: bytes of this directory and of the store made of it, which lie there together in the end.
     """
 
     def __init__(self, plan: BuildPlan, group: Group, codec: Codec):
-        self.plan, self.group, self.codec = plan, group, codec
+        self.plan, self.group, self.codec, self.reserved = plan, group, codec, 0
         self.views = ViewColumns(plan.views, codec)
         self.probe = split_batch(plan.source.probe(), plan.chain.main_input)
         self.path = partial_path(plan)
@@ -101,7 +105,8 @@ class PartialStore:
 
                 codec.load_tensors(group.on_main(fit))
                 partial = cls(plan, group, codec)
-                check_limit(plan, codec, partial.probe, group, beside=partial.bytes)
+                partial._reserve()
+                check_limit(plan, partial.reserved)
                 group.on_main(partial._create)
                 group.locally(partial._open)
                 return partial
@@ -148,10 +153,16 @@ class PartialStore:
                 tensors, views, notes = found
                 codec = make_codec(plan.codec, plan.layout).load_tensors(tensors)
                 partial = cls(replace(plan, views=views, notes=notes), group, codec)
+                partial._reserve()
                 group.locally(partial._open)
                 return partial
         except OSError as error:
             raise BuildFailed(str(error)) from error
+
+    def _reserve(self) -> None:
+        # The notes are the main process's.
+        finished = self.group.on_main(lambda: store_bytes(self.plan, self.codec, self.probe, self.group.size))
+        self.reserved = self.bytes + finished
 
     @property
     def bytes(self) -> int:
