@@ -20,7 +20,7 @@ from .cache.codec import Codec, make_codec
 from .cache.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
 from .cache.planner import Costs, PlanRow, Work, decide, make_row, never_pays, overlapped, show_epochs
 from .cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
-from .cache.runs import ImageRuns
+from .cache.runs import ImageRuns, check_shape
 from .cache.sizing import arrow_bytes
 from .cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
 from .cache.views import ViewColumns, ViewSpec
@@ -267,7 +267,11 @@ class Prober:
         return sample
 
     def _run_prefix(self, plan: BuildPlan, sample: _Sample) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
-        """Features of the base views and of the augmented views, and seconds of a run."""
+        """Features of the base views and of the augmented views, and seconds of a run.
+
+        Raises:
+            ValueError: if the features have several sizes.
+        """
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
             return self.chain.prefix(self.model_inputs(drawn.batch), plan.cut)
@@ -275,8 +279,9 @@ class Prober:
         run(sample.base[0])
         base, of_views, seconds = [], [], []
         for kept, drawn_views in ((base, sample.base), (of_views, sample.views)):
-            for drawn in drawn_views:
+            for rows, drawn in zip(sample.rows, drawn_views, strict=False):
                 features, spent = timed(lambda drawn=drawn: run(drawn))
+                check_shape(features, plan.layout, rows)
                 kept.append(features)
                 seconds.append(spent)
         return base, of_views, median_low(seconds)

@@ -1,6 +1,7 @@
 """Faults and unusual uses: a training is never lost, and never silently another one."""
 
 import pickle
+import time
 
 import datasets
 import numpy as np
@@ -109,13 +110,20 @@ class MixedSizes(torch.utils.data.Dataset):
 
 
 def test_images_of_several_sizes_cost_the_defaults_nothing_but_the_cache(tmp_path, caplog):
-    settings = dict(per_device_train_batch_size=1, num_train_epochs=2, logging_steps=8)
-    trainer = run(tiny_resnet(), MixedSizes(), tmp_path, None, **settings)
-    assert trainer.state.global_step == 32
+    class Slow(MixedSizes):
+        def __getitem__(self, index):
+            time.sleep(0.003)  # a store would pay
+            return super().__getitem__(index)
+
+    settings = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=8)
+    trainer = run(tiny_resnet(), Slow(), tmp_path, None, num_train_epochs=12, **settings)
+    assert trainer.state.global_step == 48
     assert trainer.freeze_status().cut > 0 and not trainer.freeze_status().replaying
     assert any("one size" in record.message for record in caplog.records)
-    with pytest.raises(ValueError, match="sample 1[2-5] .*one size"):
-        run(tiny_resnet(), MixedSizes(), tmp_path / "explicit", manual("1:2"), **settings)
+    for cache in ("always", "auto"):
+        with pytest.raises(ValueError, match="sample 1[2-5] .*one size"):
+            config = manual("0:2", cache=cache)
+            run(tiny_resnet(), Slow(), tmp_path / cache, config, num_train_epochs=8, **settings)
 
 
 def test_features_that_are_not_finite_name_their_sample(tmp_path):

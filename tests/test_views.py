@@ -120,9 +120,9 @@ def test_least_similar_channels_are_kept(tmp_path):
     "settings", [{}, dict(views=2), dict(sensitive_fraction=1.0), dict(views=0), dict(codec="fp32")]
 )
 def test_estimated_bytes_are_those_of_the_files(settings, tmp_path):
-    trainer, store = train(picture_dataset(200).with_transform(replayable()), tmp_path, **settings)
-    estimate = estimate_bytes(trainer._session.caching._plan(2))
-    assert store.bytes == estimate
+    trainer, store = train(picture_dataset(100).with_transform(replayable()), tmp_path, **settings)
+    blueprints = trainer._session.blueprints
+    assert store.bytes == estimate_bytes(blueprints.plan(2, blueprints.config.codec))
 
 
 def test_budget_decides_the_number_of_channels(tmp_path):

@@ -93,10 +93,23 @@ class ImageRuns:
 
     def _features(self, batch: Mapping[str, Any], number: int) -> torch.Tensor:
         features = self.chain.prefix(self.model_inputs(batch), self.cut)
-        if tuple(features.shape[1:]) != self.layout.shape:
-            raise ValueError(
-                f"the feature of sample {self.source.rows(number)[0]} and those after it has shape "
-                f"{tuple(features.shape[1:])} instead of {self.layout.shape}: a store needs inputs of one size. "
-                "Resize them, or use cache='never'."
-            )
+        check_shape(features, self.layout, self.source.rows(number))
         return features
+
+
+def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: range) -> None:
+    """Whether features are what a store of a layout holds.
+
+    Args:
+        features: of a range.
+        layout: of the store.
+        rows: the range's row numbers.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if tuple(features.shape[1:]) != layout.shape:
+        raise ValueError(
+            f"the feature of sample {rows[0]} and those after it has shape {tuple(features.shape[1:])} instead of "
+            f"{layout.shape}: a store needs inputs of one size. Resize them, or use cache='never'."
+        )
