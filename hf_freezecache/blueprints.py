@@ -15,6 +15,7 @@ from .cache.build_plan import BuildPlan
 from .cache.codec import make_codec
 from .cache.fingerprint import fingerprint_inputs, tensors_digest
 from .cache.fisher import fisher_weights
+from .cache.lossless import LOSSLESS
 from .cache.materialize import GeometryMisfit, spread
 from .cache.rows import RowSource
 from .cache.runs import ImageRuns
@@ -87,7 +88,7 @@ class Blueprints:
             self.chain.prove(probe, cut)
 
         def made_from():
-            return fingerprint_inputs(
+            inputs = fingerprint_inputs(
                 augmentation=self._augmentation_settings(),
                 source=self.source,
                 model=self.model,
@@ -98,6 +99,7 @@ class Blueprints:
                 precision=self.precision,
                 format_version=FORMAT_VERSION,
             )
+            return {**inputs, **LOSSLESS} if self.config.lossless else inputs
 
         self.group.locally(prove)
         self.augmentation = self.group.from_main(self.augmentation)
@@ -113,6 +115,7 @@ class Blueprints:
             directory=self.cache_dir,
             runs=self.image_runs(cut, layout),
             disable_tqdm=self.disable_tqdm,
+            lossless=self.config.lossless,
         )
         return self.with_codec(plan, codec)
 

@@ -100,7 +100,7 @@ def describe(store: FeatureStore) -> str:
     facts = [
         ("path", str(store.path)),
         ("cut", f"{manifest.cut} frozen blocks"),
-        ("codec", manifest.codec),
+        ("codec", f"{manifest.codec}, every row packed with zstd" if manifest.lossless else manifest.codec),
         ("feature", f"{_times(layout.shape)}, {str(layout.dtype).removeprefix('torch.')}"),
         ("grid", "none" if layout.grid is None else _times(layout.grid)),
         ("special tokens", str(layout.special_tokens)),
@@ -183,6 +183,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU, even if there is an accelerator")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--codec", help="how features become bytes (default: that of FreezeCacheConfig)")
+    parser.add_argument("--lossless", action="store_true", help="pack every row's codes with zstd")
     parser.add_argument("--progressive", help="codec by depth, e.g. 0.25:int8,0.5:int4")
     parser.add_argument("--views", type=int, help="augmented views beside the base view (default: 1)")
     parser.add_argument("--budget", metavar="SIZE", help="most bytes of a store, e.g. 20GB")

@@ -64,7 +64,9 @@ def plan_images(options: argparse.Namespace) -> Plan:
     return plan(
         model,
         dataset.with_transform(_transform(processor, sides, options.augmentation, image_column)),
-        FreezeCacheConfig(**{field: value for field, value in settings.items() if value is not None}),
+        FreezeCacheConfig(
+            lossless=options.lossless, **{field: value for field, value in settings.items() if value is not None}
+        ),
         args=TrainingArguments(
             output_dir=".",
             per_device_train_batch_size=options.batch_size,

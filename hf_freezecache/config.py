@@ -67,6 +67,13 @@ class FreezeCacheConfig:
     codec: str = field(
         default="int4", metadata={"help": f"How a feature becomes bytes: one of {', '.join(CODEC_NAMES)}."}
     )
+    lossless: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack every row's codes with zstd: smaller files, a little more time to read; most with int4 and "
+            "convolution maps. A budget counts the bytes of rows that do not pack, until a store is built."
+        },
+    )
     progressive: str | None = field(
         default=None,
         metadata={

@@ -17,6 +17,7 @@ from .blueprints import Blueprints
 from .cache.build_plan import BuildPlan
 from .cache.fingerprint import fingerprint_inputs
 from .cache.holdings import Holdings
+from .cache.lossless import LOSSLESS
 from .cache.materialize import OverLimit, materialize, open_matching
 from .cache.planner import disk_room
 from .cache.rows import RowSource, check_dataset
@@ -292,10 +293,10 @@ class EvaluationCache:
             return materialize(replace(plan, limit=limit), self.group)
 
     def _plan(self, entry: _CachedSet, probe: Mapping[str, Any], cut: int) -> BuildPlan:
-        source, chain = entry.source, self.chain
+        source, chain, lossless = entry.source, self.chain, self.blueprints.config.lossless
 
         def made_from() -> dict[str, Any]:
-            return fingerprint_inputs(
+            inputs = fingerprint_inputs(
                 # Whose store it is stands there too: an outdated one is taken away, a training's is not.
                 augmentation={"views": 0, "for": "evaluation"},
                 source=source,
@@ -307,6 +308,7 @@ class EvaluationCache:
                 precision=self.blueprints.precision,
                 format_version=FORMAT_VERSION,
             )
+            return {**inputs, **LOSSLESS} if lossless else inputs
 
         self.group.locally(lambda: chain.prove(probe, cut))
         layout = chain.layout(cut)
@@ -321,6 +323,7 @@ class EvaluationCache:
             runs=ImageRuns(chain, cut, source, layout, self.blueprints.counting(0, cut)),
             disable_tqdm=self.blueprints.disable_tqdm,
             limit=self.group.on_main(self._limit),
+            lossless=lossless,
         )
 
     def _limit(self) -> int | None:

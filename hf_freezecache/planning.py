@@ -147,10 +147,11 @@ class _Planner:
         else:
             augmentation = f"{views} whole view{'s' if views > 1 else ''} ({self.found.why_not})"
         device = next(self.chain.model.parameters()).device.type
+        packed = "Rows are packed; their bytes are estimated from these batches. " if self.config.lossless else ""
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         return (
             f"Measured on {device}: {batches} of {min(size, len(self.source))} of {len(self.source):,} samples at "
-            f"every cut, {workers} loader processes; {augmentation}. The speed of the disk was not measured."
+            f"every cut, {workers} loader processes; {augmentation}. {packed}The speed of the disk was not measured."
         )
 
     def _draft(self, cut: int) -> BuildPlan:
@@ -166,6 +167,7 @@ class _Planner:
             directory=Path(),
             runs=ImageRuns(self.chain, cut, self.source, layout, self.session._model_inputs),
             disable_tqdm=True,
+            lossless=self.config.lossless,
             views=draft_views(self.config, codec, layout, self.found, len(self.source)),
         )
 

@@ -21,7 +21,7 @@ from .cache.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twi
 from .cache.planner import Costs, PlanRow, Work, decide, make_row, never_pays, overlapped, show_epochs
 from .cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
 from .cache.runs import ImageRuns, check_shape
-from .cache.sizing import arrow_bytes
+from .cache.sizing import plan_bytes
 from .cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
 from .cache.views import ViewColumns, ViewSpec
 from .chain import BlockChain
@@ -188,12 +188,14 @@ class Prober:
             return self._load(plan, batches).views
 
     def _row(self, plan: BuildPlan, costs: Costs, room: int | None) -> PlanRow:
-        codec, count, size = make_codec(plan.codec, plan.layout), len(self.source), self.source.batch_size
+        codec = make_codec(plan.codec, plan.layout)
         if self._split is None:
             self._split = split_batch(self.source.probe(), self.chain.main_input)
         both, base = (
-            arrow_bytes(codec, views, self._split, count, size, self.processes) for views in (plan.views, ViewSpec())
+            plan_bytes(plan, codec, self._split, self.processes, views, costs.frame_bytes)
+            for views in (plan.views, ViewSpec())
         )
+        most = plan_bytes(plan, codec, self._split, self.processes) if plan.lossless else None
         return make_row(
             cut=plan.cut,
             block=self.chain.names[plan.cut - 1],
@@ -203,6 +205,7 @@ class Prober:
             costs=costs,
             work=self.work(plan),
             room=room,
+            most_bytes=most,
         )
 
     def _in_stages(self, plan: BuildPlan, batches: int, with_suffix: bool):
@@ -231,7 +234,8 @@ class Prober:
         fitting = 0.0 if codec.fitted else self._fit(plan, codec, [*features, *of_views])
         store, encode = self._encode(plan, codec, sample, features, of_views)
         read, decode = self._time_replay(store)
-        costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting)
+        packed = store.frame_bytes() if plan.lossless else None
+        costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting, frame_bytes=packed)
         yield costs
         if not plan.views.whole:
             compare = self._time_comparison(plan, sample, features, of_views)
@@ -324,7 +328,7 @@ class Prober:
         views = ViewColumns(self._standing_for(plan, sample), codec)
         splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in sample.base]
         sink, seconds = pa.BufferOutputStream(), []
-        stream = ShardStream(sink, codec, views, splits[0].describe())
+        stream = ShardStream(sink, codec, views, splits[0].describe(), plan.lossless)
         for place, (rows, split) in enumerate(zip(sample.rows, splits, strict=True)):
             geometry = _geometry(plan, sample.views[place], rows) if sample.views and not plan.views.whole else None
             view_features = of_views[place] if of_views else None
@@ -446,6 +450,7 @@ def _store_in_memory(
         constants=split.constants,
         shards=[],
         files={},
+        lossless=plan.lossless,
     )
     store = FeatureStore(plan.path, manifest, codec, views)
     store.__dict__["dataset"] = Dataset(InMemoryTable(table))

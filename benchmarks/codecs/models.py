@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class Case:
 
 def make_cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every model at every cut, one after the other."""
-    for name, load in (("deit", _load_deit), ("resnet56", _load_resnet)):
+    for name, load in load_models().items():
         model, blocks, train, test = load(options)
         chain = BlockChain.from_model(model.eval(), blocks=blocks, probe={"pixel_values": train[:2]})
         fisher = [{"pixel_values": batch} for batch in train[: options.fisher_images].split(options.batch_size)]
@@ -72,6 +72,11 @@ def make_cases(options: argparse.Namespace) -> Iterator[Case]:
                 test=features,
                 log_probabilities=run_suffix(chain, features, cut, options),
             )
+
+
+def load_models() -> dict[str, Callable]:
+    """What loads each model: itself, its blocks if they are not declared, training images and others."""
+    return {"deit": _load_deit, "resnet56": _load_resnet}
 
 
 def run_prefix(chain: BlockChain, images: torch.Tensor, cut: int, options: argparse.Namespace) -> torch.Tensor:

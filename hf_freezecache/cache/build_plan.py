@@ -35,6 +35,7 @@ class BuildPlan:
         notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
         weights: float32 `(C,)`, what the loss loses by an error in each channel, for codecs that use it.
         limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
+        lossless: whether every row's codes are packed with zstd; `made_from` says so too.
     """
 
     chain: BlockChain
@@ -50,6 +51,7 @@ class BuildPlan:
     notes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     limit: int | None = None
+    lossless: bool = False
 
     @property
     def path(self) -> Path:

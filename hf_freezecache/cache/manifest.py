@@ -49,6 +49,7 @@ class Manifest:
         constants: model inputs that are the same for every batch.
         shards: the Arrow files, in the order of their rows.
         files: size and sha256 of every other file.
+        lossless: whether every row's codes are a zstd frame.
     """
 
     format_version: int
@@ -66,6 +67,7 @@ class Manifest:
     constants: dict[str, Any]
     shards: list[Shard]
     files: dict[str, dict[str, Any]]
+    lossless: bool = False
 
     def to_json(self) -> str:
         """The manifest as text; its last field is the checksum of all others."""

@@ -1,9 +1,11 @@
-"""Fixed-width columns read straight out of memory-mapped Arrow files."""
+"""Columns of rows of equal width read straight out of memory-mapped Arrow files."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+
+from .manifest import StoreError
 
 
 class MappedColumn:
@@ -38,8 +40,7 @@ class MappedColumn:
         Raises:
             IndexError: if a row does not exist.
         """
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"rows {rows.min()}..{rows.max()} are asked for; there are {len(self)}.")
+        _check_range(rows, len(self))
         if len(self._runs) == 1:
             return _take(self._runs[0][1], rows)
         taken = np.empty((len(rows), self.width), self.dtype)
@@ -48,6 +49,74 @@ class MappedColumn:
             here = run_of_row == run
             taken[here] = _take(self._runs[run][1], rows[here] - self._starts[run])
         return taken
+
+
+class PackedColumn:
+    """One column of a store whose rows are zstd frames, each read and unpacked by itself.
+
+    Args:
+        column: frames as large binaries; no nulls.
+        width: bytes of a row that is unpacked.
+        name: of the column and its store, for error messages.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, column: pa.ChunkedArray, width: int, name: str):
+        self._column = column  # keeps all files mapped
+        self.width, self.name = width, name
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        self._ends = [
+            np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            for chunk in chunks
+        ]
+        self._contents = [chunk.buffers()[2] for chunk in chunks]
+        self._codec = pa.Codec("zstd")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def frame_bytes(self) -> float:
+        """Bytes of a packed row, on average."""
+        return sum(int(ends[-1] - ends[0]) for ends in self._ends) / len(self)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Unpacks rows.
+
+        Args:
+            rows: int64 row numbers `(B,)`, in any order.
+
+        Returns:
+            uint8 `(B, width)`.
+
+        Raises:
+            IndexError: if a row does not exist.
+            StoreError: if a frame is damaged; the row is named.
+        """
+        _check_range(rows, len(self))
+        taken = np.empty((len(rows), self.width), self.dtype)
+        chunk_of_row = np.searchsorted(self._starts, rows, "right") - 1
+        for place, (row, chunk) in enumerate(zip(rows.tolist(), chunk_of_row.tolist(), strict=True)):
+            here = row - self._starts[chunk]
+            first, last = self._ends[chunk][here : here + 2].tolist()
+            content = self._contents[chunk]
+            try:
+                if not 0 <= first <= last <= content.size:
+                    raise OSError(f"bytes {first} to {last} of {content.size}")
+                unpacked = self._codec.decompress(content.slice(first, last - first), self.width)
+            except OSError as error:
+                raise StoreError(
+                    f"row {row} of {self.name} is damaged ({error}): delete the store, it is built again."
+                ) from error
+            taken[place] = np.frombuffer(unpacked, np.uint8)
+        return taken
+
+
+def _check_range(rows: np.ndarray, count: int) -> None:
+    if len(rows) and not (0 <= rows.min() and rows.max() < count):
+        raise IndexError(f"rows {rows.min()}..{rows.max()} are asked for; there are {count}.")
 
 
 def _take(batches: np.ndarray, rows: np.ndarray) -> np.ndarray:

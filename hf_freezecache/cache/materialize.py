@@ -18,7 +18,7 @@ from .codec import Codec, make_codec
 from .fingerprint import digest
 from .rows import BatchSplit, RowSource, split_batch
 from .runs import ViewRun
-from .sizing import arrow_bytes
+from .sizing import plan_bytes
 from .store import (
     FORMAT_VERSION,
     FeatureStore,
@@ -209,7 +209,7 @@ class _Build:
         fresh = run_views(plan, [number for number in mine if number not in self.kept])
         bar = tqdm(total=len(mine), desc="Building feature store", disable=plan.disable_tqdm or group.rank != 0)
         path = aside / shard_name(group.rank, group.size)
-        with bar, ShardWriter(path, codec, views, probe.describe()) as writer:
+        with bar, ShardWriter(path, codec, views, probe.describe(), plan.lossless) as writer:
             for number in mine:
                 base, *others = self.kept.pop(number) if number in self.kept else next(fresh)[1]
                 rows = plan.source.rows(number)
@@ -257,13 +257,15 @@ def run_views(plan: BuildPlan, numbers: Sequence[int]) -> Iterator[tuple[int, li
 def store_bytes(plan: BuildPlan, codec: Codec, probe: BatchSplit, processes: int) -> int:
     """Bytes of all files of the plan's store, to the byte but for digits of numbers that are not known yet.
 
+    Of rows that are packed it counts the most bytes that they can take.
+
     Args:
         plan: what would be built.
         codec: fitted.
         probe: a few rows' model inputs.
         processes: that would each write a shard.
     """
-    total = arrow_bytes(codec, plan.views, probe, len(plan.source), plan.source.batch_size, processes)
+    total = plan_bytes(plan, codec, probe, processes)
     shards = [Shard(shard_name(rank, processes), len(plan.source), total, "0" * 64) for rank in range(processes)]
     files = small_files(codec, ViewColumns(plan.views, codec), make_manifest(plan, probe, shards), plan.notes)
     return total + sum(len(content) for content in files.values())
@@ -300,6 +302,7 @@ def make_manifest(plan: BuildPlan, probe: BatchSplit, shards: list[Shard]) -> Ma
         constants=probe.constants,
         shards=shards,
         files={},
+        lossless=plan.lossless,
     )
 
 

@@ -350,7 +350,7 @@ class PartialStore:
     def _write_shard(self, aside: Path) -> Shard:
         source = self.plan.source
         path = aside / shard_name(self.group.rank, self.group.size)
-        with ShardWriter(path, self.codec, self.views, self.probe.describe()) as writer:
+        with ShardWriter(path, self.codec, self.views, self.probe.describe(), self.plan.lossless) as writer:
             for number in self.group.share(source.num_batches):
                 samples, codes, inputs = source.rows(number), {}, {}
                 for view in range(len(self._columns)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Costs:
         suffix: forward, backward and optimizer of the rest; None if it was not measured.
         compare: comparing a view with its base view, for choosing sensitive channels.
         run: what a build needs for one range, all views of it, where it does not run the prefix on images.
+        frame_bytes: mean size of a packed row's codes, by column; None where rows are not packed, or not yet measured.
         fixed: what a build costs once: proving the cut, fitting the codec, solving for the channels' linear map.
         peak_memory_bytes: of a replay step; None if it was not measured.
     """
@@ -47,6 +49,7 @@ class Costs:
     compare: float = 0.0
     run: float | None = None
     fixed: float = 0.0
+    frame_bytes: Mapping[str, float] | None = None
     peak_memory_bytes: int | None = None
 
 
@@ -90,6 +93,7 @@ class PlanRow:
         replay_step_seconds: of one batch from the store.
         peak_memory_bytes: of a replay step; None if it was not measured.
         room: bytes that the store may take; None if that is not known.
+        most_bytes: of the Arrow files, the most that they can take where rows are packed; None: they take `bytes`.
 
     Where the suffix was not measured, steps and epochs lack it; what is saved is right.
     """
@@ -106,11 +110,17 @@ class PlanRow:
     replay_step_seconds: float
     peak_memory_bytes: int | None = None
     room: int | None = None
+    most_bytes: int | None = None
 
     @property
     def bytes(self) -> int:
-        """Of the Arrow files."""
+        """Of the Arrow files; estimated where rows are packed."""
         return self.base_bytes + self.view_bytes
+
+    @property
+    def needed(self) -> int:
+        """Bytes that must be there for the Arrow files before they are built."""
+        return self.bytes if self.most_bytes is None else self.most_bytes
 
     @property
     def seconds_saved_per_epoch(self) -> float:
@@ -126,13 +136,13 @@ class PlanRow:
     @property
     def fits(self) -> bool:
         """Whether budget and disk hold the store."""
-        return self.room is None or self.bytes <= self.room
+        return self.room is None or self.needed <= self.room
 
     @property
     def verdict(self) -> str:
         """One phrase for a person."""
         if not self.fits:
-            return f"does not fit: needs {show_bytes(self.bytes)}, {show_bytes(self.room)} left"
+            return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.room)} left"
         if self.seconds_saved_per_epoch <= 0:
             return "does not pay: a replay step is no faster"
         epochs = math.floor(self.break_even_epochs * MARGIN) + 1
@@ -208,7 +218,16 @@ def _pad(cells: tuple[str, ...], widths: list[int]) -> list[str]:
 
 
 def make_row(
-    *, cut: int, block: str, codec: str, base_bytes: int, view_bytes: int, costs: Costs, work: Work, room: int | None
+    *,
+    cut: int,
+    block: str,
+    codec: str,
+    base_bytes: int,
+    view_bytes: int,
+    costs: Costs,
+    work: Work,
+    room: int | None,
+    most_bytes: int | None = None,
 ) -> PlanRow:
     """Puts what was measured on one range together for all of them.
 
@@ -221,6 +240,7 @@ def make_row(
         costs: of one range.
         work: how many there are.
         room: bytes that the store may take; None if that is not known.
+        most_bytes: of the Arrow files, the most that they can take where rows are packed.
     """
     live, replay = step_seconds(costs, work.workers)
     ranges = work.ranges / work.processes
@@ -237,6 +257,7 @@ def make_row(
         replay_step_seconds=replay,
         peak_memory_bytes=costs.peak_memory_bytes,
         room=room,
+        most_bytes=most_bytes,
     )
 
 
@@ -298,8 +319,8 @@ def decide(row: PlanRow, epochs_left: float, room: int | None = None) -> str | N
         None; or why not, in one phrase.
     """
     room = row.room if room is None else room
-    if room is not None and row.bytes > room:
-        return f"it needs {show_bytes(row.bytes)}, and {show_bytes(room)} are left"
+    if room is not None and row.needed > room:
+        return f"it needs {show_bytes(row.needed)}, and {show_bytes(room)} are left"
     saved = row.seconds_saved_per_epoch
     if saved <= 0:
         return "a replay step would be no faster than a live one"

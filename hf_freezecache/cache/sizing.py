@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from .build_plan import BuildPlan
-from .codec import make_codec
+from .codec import Codec, make_codec
+from .lossless import blank_frames, largest_frame
 from .rows import BatchSplit, split_batch
 from .store import ShardStream, own_input
 from .views import ViewColumns, ViewSpec
@@ -18,16 +20,49 @@ from .views import ViewColumns, ViewSpec
 def estimate_bytes(plan: BuildPlan, processes: int = 1) -> int:
     """Bytes of the Arrow files that the plan would write; exact where rows have fixed sizes (all but strings).
 
+    Where rows are packed, these are the most bytes that they can take.
+
     Args:
         plan: what would be built.
         processes: that would each write a shard.
     """
     split = split_batch(plan.source.probe(), plan.chain.main_input)
-    codec = make_codec(plan.codec, plan.layout)
-    return arrow_bytes(codec, plan.views, split, len(plan.source), plan.source.batch_size, processes)
+    return plan_bytes(plan, make_codec(plan.codec, plan.layout), split, processes)
 
 
-def arrow_bytes(codec: Any, views: ViewSpec, split: BatchSplit, rows: int, batch_size: int, processes: int = 1) -> int:
+def plan_bytes(
+    plan: BuildPlan,
+    codec: Codec,
+    split: BatchSplit,
+    processes: int = 1,
+    views: ViewSpec | None = None,
+    frame_bytes: Mapping[str, float] | None = None,
+) -> int:
+    """Bytes of the Arrow files that the plan would write.
+
+    Args:
+        plan: what would be built.
+        codec: of the base view; need not be fitted.
+        split: a few rows' model inputs.
+        processes: that would each write a shard.
+        views: in place of the plan's.
+        frame_bytes: mean size of a packed row, by column; the largest possible ones if None.
+    """
+    views = plan.views if views is None else views
+    rows, batch_size = len(plan.source), plan.source.batch_size
+    return arrow_bytes(codec, views, split, rows, batch_size, processes, plan.lossless, frame_bytes)
+
+
+def arrow_bytes(
+    codec: Codec,
+    views: ViewSpec,
+    split: BatchSplit,
+    rows: int,
+    batch_size: int,
+    processes: int = 1,
+    lossless: bool = False,
+    frame_bytes: Mapping[str, float] | None = None,
+) -> int:
     """Bytes of Arrow files.
 
     Args:
@@ -37,12 +72,14 @@ def arrow_bytes(codec: Any, views: ViewSpec, split: BatchSplit, rows: int, batch
         rows: samples.
         batch_size: samples of a record batch; the last one may be shorter.
         processes: that each write a file.
+        lossless: whether every row's codes are packed.
+        frame_bytes: mean size of a packed row, by column; the largest possible ones if None.
     """
     columns, described = ViewColumns(views, codec), split.describe()
 
     def written(sizes: list[int]) -> int:
         sink = pa.MockOutputStream()
-        stream = ShardStream(sink, codec, columns, described)
+        stream = _BlankStream(sink, codec, columns, described, lossless, frame_bytes)
         for size in sizes:
             codes = {
                 name: torch.zeros(size, length, dtype=dtype)
@@ -56,6 +93,26 @@ def arrow_bytes(codec: Any, views: ViewSpec, split: BatchSplit, rows: int, batch
     whole, rest = divmod(rows, batch_size)
     total = processes * empty + (whole * (written([batch_size]) - empty) if whole else 0)
     return total + (written([rest]) - empty if rest else 0)
+
+
+class _BlankStream(ShardStream):
+    """Where rows are packed, nothing stands for them but their size."""
+
+    def __init__(
+        self,
+        sink: Any,
+        codec: Codec,
+        views: ViewColumns,
+        inputs: Mapping[str, Any],
+        lossless: bool,
+        frame_bytes: Mapping[str, float] | None,
+    ):
+        super().__init__(sink, codec, views, inputs, lossless)
+        largest = {name: largest_frame(width) for name, width in self.packed.items()}
+        self._frame_bytes = largest if frame_bytes is None else frame_bytes
+
+    def _pack(self, name: str, rows: np.ndarray) -> pa.Array:
+        return blank_frames(len(rows), self._frame_bytes[name])
 
 
 def _repeated_inputs(split: BatchSplit, views: ViewSpec, rows: int) -> Mapping[str, Any]:

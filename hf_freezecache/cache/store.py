@@ -24,9 +24,10 @@ import torch
 
 from ..layout import FeatureLayout
 from .codec import Codec, make_codec
+from .lossless import pack_rows, packed_columns
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import MANIFEST, Manifest, Shard, StoreError
-from .mapped import MappedColumn
+from .mapped import MappedColumn, PackedColumn
 from .rows import InputColumn, RowError
 from .views import VIEW_TENSORS, ViewColumns, ViewSpec
 
@@ -134,6 +135,10 @@ class FeatureStore:
         batch.update(self.manifest.constants)
         return batch
 
+    def frame_bytes(self) -> dict[str, float]:
+        """Mean size of a packed row, by column; empty where rows are not packed."""
+        return {name: column.frame_bytes for name, column in self._columns.items() if isinstance(column, PackedColumn)}
+
     def code_names(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
         """Which entries of `read_rows` are codes."""
         return tuple(
@@ -157,14 +162,21 @@ class FeatureStore:
         return values
 
     @cached_property
-    def _columns(self) -> dict[str, MappedColumn]:
+    def _columns(self) -> dict[str, MappedColumn | PackedColumn]:
         stored = _input_columns(self.manifest.inputs, self.views.spec)
+        packed = packed_columns({**self.codec.columns, **self.views.columns}, self.manifest.lossless)
         names = [
             *self.codec.columns,
             *self.views.columns,
             *(name for name, kind in stored.items() if not kind.is_list),
         ]
-        return {name: MappedColumn(self.dataset.data.column(name)) for name in names}
+        columns = {name: self.dataset.data.column(name) for name in names}
+        return {
+            name: PackedColumn(column, packed[name], f"column {name!r} of {self.path}")
+            if name in packed
+            else MappedColumn(column)
+            for name, column in columns.items()
+        }
 
 
 class ShardStream:
@@ -175,18 +187,28 @@ class ShardStream:
         codec: of the base view.
         views: columns of the other views.
         inputs: model inputs that are kept per row.
+        lossless: whether every row's codes are packed.
     """
 
-    def __init__(self, sink: Any, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
+    def __init__(
+        self,
+        sink: Any,
+        codec: Codec,
+        views: ViewColumns,
+        inputs: Mapping[str, InputColumn],
+        lossless: bool = False,
+    ):
         self.inputs, self.rows = _input_columns(inputs, views.spec), 0
-        self._schema = _features(codec, views, inputs).arrow_schema
+        self.packed = packed_columns({**codec.columns, **views.columns}, lossless)
+        self._schema = _features(codec, views, inputs, lossless).arrow_schema
         self._writer = pa.ipc.new_stream(sink, self._schema)
 
     def write(self, first_row: int, codes: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> None:
         """Appends a batch whose rows follow each other from `first_row`."""
         arrays = {}
         for name, value in codes.items():
-            arrays[name] = _fixed_size_list(value.cpu().contiguous().numpy())
+            stored = value.cpu().contiguous().numpy()
+            arrays[name] = self._pack(name, stored) if name in self.packed else _fixed_size_list(stored)
             rows = len(value)
         for name, column in self.inputs.items():
             value = inputs[name]
@@ -200,6 +222,9 @@ class ShardStream:
         self._writer.write_batch(batch)
         self.rows += rows
 
+    def _pack(self, name: str, rows: np.ndarray) -> pa.Array:
+        return pack_rows(rows)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -212,12 +237,20 @@ class ShardWriter(ShardStream, contextlib.AbstractContextManager):
         codec: of the base view.
         views: columns of the other views.
         inputs: model inputs that are kept per row.
+        lossless: whether every row's codes are packed.
     """
 
-    def __init__(self, path: Path, codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]):
+    def __init__(
+        self,
+        path: Path,
+        codec: Codec,
+        views: ViewColumns,
+        inputs: Mapping[str, InputColumn],
+        lossless: bool = False,
+    ):
         self.path = path
         self._file = open(path, "wb")
-        super().__init__(self._file, codec, views, inputs)
+        super().__init__(self._file, codec, views, inputs, lossless)
 
     def close(self) -> None:
         super().close()
@@ -293,7 +326,7 @@ def small_files(
         "_split": None,
     }
     with tempfile.TemporaryDirectory() as directory:
-        info = datasets.DatasetInfo(features=_features(codec, views, manifest.inputs))
+        info = datasets.DatasetInfo(features=_features(codec, views, manifest.inputs, manifest.lossless))
         info.write_to_directory(directory)
         contents = {"dataset_info.json": (Path(directory) / "dataset_info.json").read_bytes()}
     contents["state.json"] = json.dumps(state, indent=2, sort_keys=True).encode()
@@ -379,9 +412,16 @@ def _input_columns(inputs: Mapping[str, InputColumn], spec: ViewSpec) -> dict[st
     return {**inputs, **{own_input(view, name): column for view in views for name, column in inputs.items()}}
 
 
-def _features(codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn]) -> datasets.Features:
+def _features(
+    codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn], lossless: bool
+) -> datasets.Features:
     features = {"sample_id": datasets.Value("int64")}
-    for name, (dtype, length) in {**codec.columns, **views.columns}.items():
+    codes = {**codec.columns, **views.columns}
+    packed = packed_columns(codes, lossless)
+    for name, (dtype, length) in codes.items():
+        if name in packed:
+            features[name] = datasets.Value("large_binary")
+            continue
         features[name] = datasets.List(datasets.Value(str(dtype).removeprefix("torch.")), length=length)
     for name, column in _input_columns(inputs, views.spec).items():
         if column.is_list:
