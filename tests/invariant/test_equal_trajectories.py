@@ -70,17 +70,24 @@ def test_reused_store_is_built_store(model_and_data, tmp_path):
     first = run(make_model(), dataset, tmp_path / "first", manual(POINTS, **config))
     second = run(make_model(), dataset, tmp_path / "second", manual(POINTS, **config))
     assert [phase.epochs for phase in first.freeze_cache_report().phases if phase.mode == "build"] == [1, 1]
-    assert [phase.epochs for phase in second.freeze_cache_report().phases if phase.mode == "build"] == [0, 0]
+    # The store of the first cut was removed when that of the second one was complete.
+    assert [phase.epochs for phase in second.freeze_cache_report().phases if phase.mode == "build"] == [1, 0]
     assert losses(second) == losses(first)
     assert_same_weights(weights(second), weights(first))
 
 
 # Freeze points are at steps 4 and 12 of 20: before, at, just after, and in the middle of a live and of replay epochs.
-@pytest.mark.parametrize("step", [2, 4, 5, 8, 11, 12, 14, 16])
-@pytest.mark.parametrize("settings", [{}, {"codec": "int4"}, {"cache": "never"}], ids=["auto", "int4", "never"])
-def test_resumed_is_uninterrupted(model_and_data, step, settings, tmp_path):
+@pytest.mark.parametrize(
+    ("kept", "step"),
+    [
+        *(("fp32", step) for step in (2, 4, 5, 8, 11, 12, 14, 16)),
+        *(("int4", step) for step in (2, 5, 8, 14)),
+        *(("never", step) for step in (4, 11, 16)),
+    ],
+)
+def test_resumed_is_uninterrupted(model_and_data, kept, step, tmp_path):
     make_model, dataset = model_and_data
-    config = manual(POINTS, **{"codec": "fp32", **settings})
+    config = manual(POINTS, **({"cache": "never"} if kept == "never" else {"codec": kept}))
     whole = run(make_model(), dataset, tmp_path / "run", config, num_train_epochs=5, callbacks=[SaveAt([step])])
     resumed = run(make_model(seed=7), dataset, tmp_path / "run", config, resume=True, num_train_epochs=5)
     assert resumed.state.global_step == 20
