@@ -99,7 +99,8 @@ def make_trainer(arm: str, options: argparse.Namespace, splits: DatasetDict, sto
     if arm == "none":
         config = FreezeCacheConfig(policy="none")
     else:
-        config = FreezeCacheConfig(policy="manual", freeze_points=options.freeze_points)
+        # Whether a store pays is not asked here: the arms shall differ in it.
+        config = FreezeCacheConfig(policy="manual", freeze_points=options.freeze_points, cache="always")
     return FreezeCacheTrainer(**kwargs, freeze_cache=config)
 
 

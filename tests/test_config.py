@@ -17,7 +17,7 @@ from hf_freezecache.trainer import make_policy
     [
         ({"policy": "sometimes"}, "policy='sometimes'.*none, manual, linear"),
         ({"cache": "maybe"}, "cache='maybe'.*auto, always, never"),
-        ({"codec": "int5"}, "codec='int5'.*int4"),
+        ({"codec": "int5"}, "unknown codec 'int5'.*int4"),
         ({"policy": "manual"}, "freeze_points='1:4,3:8'"),
         ({"policy": "manual", "freeze_points": "1-4"}, "'1-4'"),
         ({"policy": "manual", "freeze_points": ""}, "freeze point"),
