@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+
+from hf_freezecache import FreezeCacheConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINING = "--num_train_epochs 2 --per_device_train_batch_size 4 --use_cpu --save_strategy epoch --report_to none"
@@ -171,6 +174,7 @@ def test_quickstart_arm_measures_accuracy_time_and_flops(recipes_on_path, arm, t
     import quickstart
 
     monkeypatch.setattr(quickstart, "make_model", lambda: ViTForImageClassification(TINY))
+    monkeypatch.setattr(quickstart, "FreezeCacheConfig", partial(FreezeCacheConfig, cache="always"))
     options = f"--arm {arm} --limit 64 --epochs 2 --output_dir {tmp_path} --freeze_points 1:2"
     (result,) = quickstart.main(options.split())
     assert result == json.loads((tmp_path / f"{arm}.json").read_text())
