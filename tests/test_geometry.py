@@ -209,6 +209,9 @@ def test_warp_of_a_ramp_is_the_source_coordinates(matrix, grid):
     last = 1 - 1 / torch.tensor([grid[1], grid[0]])
     inside = (sources.abs() <= 1).all(-1, keepdim=True)
     expected = torch.where(inside, torch.maximum(torch.minimum(sources, last), -last), torch.nan)
+    # On the border itself rounding decides whether a point is shown.
+    border = ((sources.abs() - 1).abs() < 1e-5).any(-1)
+    warped[border] = expected[border] = 0.0
     same_points(warped, expected, 1e-4)
 
 
