@@ -35,6 +35,26 @@ def test_fractions_round_up_to_an_epoch(fraction, epochs, epoch):
     assert cuts(ManualPolicy(f"{fraction}:8"), epochs) == [0] * epoch + [8] * (epochs - epoch)
 
 
+@pytest.mark.parametrize("policy", [ManualPolicy("1:4,3:8"), ManualPolicy("0.2:4,0.6:8"), LinearPolicy()])
+def test_next_change_is_the_epoch_at_which_the_cut_moves(policy):
+    epochs, decided = 5, cuts(policy, 5)
+    for epoch, cut in enumerate(decided):
+        later = [other for other in range(epoch + 1, epochs) if decided[other] > cut]
+        moment = Moment(epoch, epochs, 0, 100, cut, 12)
+        assert policy.next_change(moment) == (later[0] if later else None)
+
+
+def test_next_change_is_unknown_to_a_rule_that_does_not_say():
+    assert Answers(1).next_change(Moment(0, 5, 0, 100, 1, 12)) is None
+
+
+def test_callback_ends_a_store_where_the_cut_moves_on():
+    callback, mover = FreezeCallback(ManualPolicy("0:1,2:2")), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 4)
+    assert mover.epochs_left == [2, 1, 3, 2]
+
+
 def test_integer_is_an_epoch_and_number_with_a_point_a_fraction():
     assert parse_freeze_points("1:4") == [FreezePoint(1, 4)]
     assert parse_freeze_points("1.0:4") == [FreezePoint(1.0, 4)]
