@@ -303,7 +303,7 @@ class FeatureCaching:
         def measure() -> tuple[str | None, Any]:
             try:
                 return self._prober.refuse(plan, epochs_left, room)
-            except Exception as error:  # what cannot even be measured is not worth a training
+            except (RuntimeError, OSError) as error:  # out of memory is not worth a training; what is wrong is said
                 return f"what it would save could not be measured: {error}", None
 
         reason, row = self.group.on_main(measure)
