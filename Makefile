@@ -16,8 +16,9 @@ demo test slow: export OMP_NUM_THREADS ?= 1
 # The suite must never wait for a network.
 test slow: export HF_HUB_OFFLINE := 1
 
+# One file of tests a process: those that start processes of their own stay together.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
