@@ -228,7 +228,7 @@ class FeatureCaching:
                 # A coarser codec than was asked for, e.g. beyond float16's range.
                 reason = f"{wanted} does not fit, and {codec} fails: {error}"
         if way.writing and not way.decided:
-            self.say(f"Cut {cut}: the store is built upfront, not written by training epochs: {reason}.", logging.INFO)
+            self.say(f"Cut {cut}: the store is built upfront, not written by training epochs: {reason}.")
             return self._find_or_make(cut, epochs_left, _BUILDING)
         raise _Declined(reason)
 

@@ -30,11 +30,11 @@ def test_only_what_was_built_here_may_be_removed(tmp_path):
     assert not holdings.has_built(tmp_path / "c")
 
 
-def test_state_comes_back_without_what_is_gone(tmp_path):
+def test_state_comes_back(tmp_path):
     holdings = Holdings(100)
-    (tmp_path / "a").mkdir()
     holdings.add(tmp_path / "a", 30, built=True)
-    holdings.add(tmp_path / "b", 20, built=False)
+    holdings.add(tmp_path / "b", 20, built=False, evaluation_cut=2)
     again = Holdings(100)
     again.load(holdings.state(), tmp_path)
-    assert again.room() == 70 and again.has_built(tmp_path / "a")
+    assert again.room() == 50 and again.has_built(tmp_path / "a") and not again.has_built(tmp_path / "b")
+    assert again.evaluations_before(3) == [tmp_path / "b"] and again.evaluations_before(2) == []

@@ -248,13 +248,14 @@ def test_status_and_report_tell_the_writing_epochs(tmp_path, caplog):
     assert "Built the feature store" in messages(caplog)
 
 
-def test_too_few_epochs_train_live_and_say_so(tmp_path, caplog):
+def test_too_few_epochs_build_upfront_and_say_so(tmp_path, caplog):
     dataset = picture_dataset().with_transform(replayable())
-    declined = run(tiny_vit(), dataset, tmp_path / "w", through("2:2"), **SETTINGS)
-    live = run(tiny_vit(), dataset, tmp_path / "f", through("2:2", cache="never"), **SETTINGS)
-    assert losses(declined) == losses(live)
-    assert "writing it takes 2 epochs, and 2 remain" in messages(caplog)
-    assert not declined.freeze_status().replaying
+    late = run(tiny_vit(), dataset, tmp_path / "w", through("2:2"), **SETTINGS)
+    upfront = run(tiny_vit(), dataset, tmp_path / "u", through("2:2", materialize="upfront"), **SETTINGS)
+    assert losses(late) == losses(upfront)
+    assert "built upfront, not written by training epochs: writing it takes 2 epochs, and 2 remain" in messages(caplog)
+    assert late.freeze_status().replaying
+    assert [phase.epochs for phase in late.freeze_cache_report().phases if phase.mode == "build"] == [1]
 
 
 def test_next_freeze_gives_an_unfinished_store_up(tmp_path):
