@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
+# Every process of a test would compile all that it imports: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test slow quality style clean
 
