@@ -21,6 +21,17 @@ from transformers.utils import logging
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_VARIABLE = "FREEZECACHE_SHARED"
+#: Of `TrainingArguments`: nothing is printed, moved or written; callbacks ask for evaluations and checkpoints.
+QUIET = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+}
 _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "accelerate", "numpy", "safetensors")
 
 

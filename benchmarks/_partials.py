@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable
@@ -9,7 +10,27 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ._common import write_json
+import torch
+
+from ._common import REPOSITORY, available_cores, write_json
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What a long run of several seeds can be told."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
+    parser.add_argument("--collect", action="store_true", help="tables and plots of what is finished, no training")
+    parser.add_argument("--fresh", action="store_true", help="forget what is finished of what would be run")
+    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
+
+
+def settle_run_options(options: argparse.Namespace, name: str) -> None:
+    """Fills in the folder of partial results and the threads of a process."""
+    if options.output_dir is None:
+        folder = f"{name}-smoke" if options.smoke else name
+        options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / folder / "partial")
+    if options.threads is None:
+        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
 
 
 def partial_file(folder: str | Path, name: str, seed: int) -> Path:

@@ -25,7 +25,7 @@ from .chain import BlockChain
 from .config import FreezeCacheConfig, parse_bytes
 from .distributed import Group
 from .layout import FeatureLayout
-from .replay.survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
+from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
 from .rng import preserve_rng
 
 #: Batches from all over the data on which a channel's weight in the loss is measured.
@@ -103,21 +103,29 @@ class Blueprints:
 
         self.group.locally(prove)
         self.augmentation = self.group.from_main(self.augmentation)
+        return self.with_codec(replace(self.draft(cut, codec), made_from=self.group.on_main(made_from)), codec)
+
+    def draft(self, cut: int, codec: str) -> BuildPlan:
+        """A plan without a fingerprint: for measuring, not for building.
+
+        Args:
+            cut: frozen blocks; traced.
+            codec: name of the codec.
+        """
         layout = self.chain.layout(cut)
-        plan = BuildPlan(
+        return BuildPlan(
             chain=self.chain,
             cut=cut,
             source=self.source,
             codec=codec,
             layout=layout,
             views=self._view_spec(layout, codec),
-            made_from=self.group.on_main(made_from),
+            made_from={},
             directory=self.cache_dir,
-            runs=self.image_runs(cut, layout),
+            runs=ImageRuns(self.chain, cut, self.source, layout, self.counting(0, cut)),
             disable_tqdm=self.disable_tqdm,
             lossless=self.config.lossless,
         )
-        return self.with_codec(plan, codec)
 
     def with_codec(self, plan: BuildPlan, codec: str) -> BuildPlan:
         """The same features by another codec."""
@@ -163,10 +171,6 @@ class Blueprints:
             self.weights[cut] = self.group.on_main(measure)
         return self.weights[cut]
 
-    def image_runs(self, cut: int, layout: FeatureLayout) -> ImageRuns:
-        """Features from images."""
-        return ImageRuns(self.chain, cut, self.source, layout, self.counting(0, cut))
-
     def counting(self, from_cut: int, to_cut: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
         """Takes what the model takes of a batch, and counts its samples as run through the blocks between two cuts."""
 
@@ -183,7 +187,10 @@ class Blueprints:
         return next(self.model.parameters()).device
 
     def _view_spec(self, layout: FeatureLayout, codec: str) -> ViewSpec:
-        return draft_views(self.config, codec, layout, self.augmentation, len(self.source))
+        config, rows = self.config, len(self.source)
+        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+        count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
+        return make_view_spec(self.augmentation, layout, config.views, count)
 
     def _augmentation_settings(self) -> dict[str, Any]:
         """What of the settings decides which views a store holds."""
@@ -193,20 +200,3 @@ class Blueprints:
             return {"views": self.config.views}
         names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
         return {name: getattr(self.config, name) for name in names}
-
-
-def draft_views(
-    config: FreezeCacheConfig, codec: str, layout: FeatureLayout, found: Augmentation, rows: int
-) -> ViewSpec:
-    """What will be kept of the views, before the channels are known.
-
-    Args:
-        config: the settings.
-        codec: name of the codec.
-        layout: of the features.
-        found: what is random in the samples.
-        rows: samples.
-    """
-    budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
-    count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
-    return make_view_spec(found, layout, config.views, count)

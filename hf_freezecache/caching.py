@@ -421,6 +421,7 @@ class FeatureCaching:
             except OSError as error:
                 self.say(f"A feature store that is not needed any more could not be removed: {error}")
                 return False
+            self.say(f"Removed the feature store {path}: no epoch will read it any more.", logging.INFO)
         self.holdings.drop(path)
         return True
 

@@ -18,12 +18,10 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .blueprints import draft_views
 from .cache.build_plan import BuildPlan
 from .cache.materialize import find_misfit
 from .cache.planner import Plan, PlanRow, disk_room
 from .cache.rows import check_dataset
-from .cache.runs import ImageRuns
 from .cache.views import ViewSpec
 from .chain import BlockChain
 from .config import FreezeCacheConfig, parse_bytes
@@ -102,7 +100,8 @@ class _Planner:
         self.trainer, self.session, self.config, self.batches = trainer, session, config, batches
         self.chain, self.source = session.chain, session.source
         with preserve_rng():
-            self.found = survey(self.source, self.chain.main_input)
+            # The session, which builds nothing, has not looked.
+            self.found = session.blueprints.augmentation = survey(self.source, self.chain.main_input)
             self.probe = session._model_inputs(self.source.probe())
             self.chain.trace(self.probe)
         self.steps = TrialSteps(
@@ -155,21 +154,7 @@ class _Planner:
         )
 
     def _draft(self, cut: int) -> BuildPlan:
-        layout = self.chain.layout(cut)
-        codec = self.config.codec_at(cut, len(self.chain))
-        return BuildPlan(
-            chain=self.chain,
-            cut=cut,
-            source=self.source,
-            codec=codec,
-            layout=layout,
-            made_from={},
-            directory=Path(),
-            runs=ImageRuns(self.chain, cut, self.source, layout, self.session._model_inputs),
-            disable_tqdm=True,
-            lossless=self.config.lossless,
-            views=draft_views(self.config, codec, layout, self.found, len(self.source)),
-        )
+        return self.session.blueprints.draft(cut, self.config.codec_at(cut, len(self.chain)))
 
     def _settle_geometry(self, build: BuildPlan) -> BuildPlan:
         """The kind of geometry that a build would end with, as far as the probed samples tell."""

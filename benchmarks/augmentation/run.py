@@ -15,15 +15,13 @@ from typing import Any
 import torch
 
 from .._common import (
-    REPOSITORY,
-    available_cores,
     make_parser,
     prepare,
     quiet,
     result_folder,
     write_result,
 )
-from .._partials import partial_file, read_done, run_tasks, write_done
+from .._partials import add_run_options, partial_file, read_done, run_tasks, settle_run_options, write_done
 from .experiments import Arm, Data, Experiment, make_experiments
 from .features import FEATURES, feature_settings, measure_seed
 from .tables import compare, make_claims, plot, summarize_features, table
@@ -131,18 +129,10 @@ def collect(options: argparse.Namespace) -> None:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add_run_options(parser)
     parser.add_argument("--experiments", nargs="+", default=[*TRAININGS, FEATURES], choices=[*TRAININGS, FEATURES])
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
-    parser.add_argument("--collect", action="store_true", help="tables and plots of what is finished, no training")
-    parser.add_argument("--fresh", action="store_true", help="forget what is finished of these experiments and seeds")
-    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
     options = parser.parse_args(argv)
-    if options.output_dir is None:
-        name = f"{NAME}-smoke" if options.smoke else NAME
-        options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / name / "partial")
-    if options.threads is None:
-        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
+    settle_run_options(options, NAME)
     return options
 
 

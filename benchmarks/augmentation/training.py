@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 from hf_freezecache.cache.store import file_sha256
 
-from .._common import silence
+from .._common import QUIET, silence
 from ..finetune_caltech.arms import EpochClock, accuracy
 from .experiments import Arm, Data, Experiment
 
@@ -109,14 +109,7 @@ def _arguments(
         lr_scheduler_type="cosine",
         **experiment.arguments,
         # `EpochClock` asks for evaluations and for the checkpoint.
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
+        **QUIET,
         seed=seed,
     )
     return {

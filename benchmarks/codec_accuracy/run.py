@@ -25,9 +25,8 @@ from hf_freezecache.cache.progression import DEFAULT
 from hf_freezecache.cache.store import file_sha256
 
 from .._common import (
-    REPOSITORY,
+    QUIET,
     Claim,
-    available_cores,
     make_parser,
     prepare,
     quiet,
@@ -37,7 +36,7 @@ from .._common import (
     write_result,
 )
 from .._images import WEIGHTS, Pixels, as_interpolated_batch
-from .._partials import partial_file, read_done, run_tasks, write_done
+from .._partials import add_run_options, partial_file, read_done, run_tasks, settle_run_options, write_done
 from ..finetune_caltech.arms import EpochClock, accuracy
 from ..finetune_caltech.tables import paired
 
@@ -175,14 +174,7 @@ def make_args(seed: int, target: Path, options: argparse.Namespace) -> TrainingA
         warmup_steps=0.1,
         weight_decay=options.weight_decay,
         # `EpochClock` asks for the evaluation at the end and for the checkpoint.
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
+        **QUIET,
         seed=seed,
     )
 
@@ -242,7 +234,7 @@ def table(arms: dict[str, dict[str, Any]], seeds: int) -> str:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add_run_options(parser)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test_rows", type=int, default=5000)
     parser.add_argument("--image_size", type=int, default=96)
@@ -253,19 +245,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
-    parser.add_argument("--collect", action="store_true", help="the table of what is finished, no training")
-    parser.add_argument("--fresh", action="store_true", help="forget what is finished")
-    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
     options = parser.parse_args(argv)
     if options.smoke:
         options.rows, options.test_rows, options.image_size, options.seeds = 64, 50, 48, [0, 1]
         options.epochs, options.points = 3, "1:5,2:10"
-    if options.output_dir is None:
-        name = f"{NAME}-smoke" if options.smoke else NAME
-        options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / name / "partial")
-    if options.threads is None:
-        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
+    settle_run_options(options, NAME)
     return options
 
 

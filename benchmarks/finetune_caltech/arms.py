@@ -16,7 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.accounting import measure_training_flops
 
-from .._common import silence
+from .._common import QUIET, silence
 from .._images import Pixels, as_interpolated_batch, load_caltech, load_deit
 
 PLAIN = "plain"
@@ -118,14 +118,7 @@ def make_args(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) ->
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         # `EpochClock` asks for evaluations and checkpoints.
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
+        **QUIET,
         seed=seed,
     )
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 
-from .._common import Claim, make_parser, prepare, result_folder, silence, write_result
+from .._common import QUIET, Claim, make_parser, prepare, result_folder, silence, write_result
 from .._images import Pixels, as_batch
 
 STATUS = Path("/proc/self/status")
@@ -105,13 +105,7 @@ def train(folder: str, sampler: MemorySampler, options: argparse.Namespace) -> F
             output_dir=folder,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_size,
-            logging_strategy="no",
-            save_strategy="no",
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            report_to="none",
-            use_cpu=True,
+            **QUIET,
             seed=options.seed,
         ),
         train_dataset=rows,

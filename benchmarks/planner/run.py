@@ -33,7 +33,7 @@ from transformers import (
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
 from hf_freezecache.cache.planner import PlanRow
 
-from .._common import Claim, in_turn, make_parser, prepare, shared_folder, silence, summary, write_result
+from .._common import QUIET, Claim, in_turn, make_parser, prepare, shared_folder, silence, summary, write_result
 from .._images import CLASSES
 
 #: Largest error of a prediction, as a share of what was measured.
@@ -114,13 +114,7 @@ def make_args(folder: str, epochs: float, options: argparse.Namespace) -> Traini
         num_train_epochs=epochs,
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-4,
-        logging_strategy="no",
-        save_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
+        **QUIET,
         seed=options.seed,
     )
 

@@ -19,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
-from .._common import Claim, in_turn, make_parser, prepare, silence, summary, write_result
+from .._common import QUIET, Claim, in_turn, make_parser, prepare, silence, summary, write_result
 from ..augmentation.experiments import Data, Experiment, make_experiments
 from ..finetune_caltech.arms import EpochClock, accuracy
 
@@ -54,14 +54,7 @@ def train(
             lr_scheduler_type="cosine",
             **experiment.arguments,
             # `EpochClock` asks for the evaluation.
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            report_to="none",
-            use_cpu=True,
+            **QUIET,
             seed=seed,
         ),
         train_dataset=data.train.with_transform(ReplayableTransform(train=experiment.train, base=experiment.base)),

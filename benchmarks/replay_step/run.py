@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
-from .._common import Claim, in_turn, make_parser, prepare, silence, summary, write_result
+from .._common import QUIET, Claim, in_turn, make_parser, prepare, silence, summary, write_result
 from .._images import Pixels, as_batch, load_caltech, load_deit
 
 #: By augmented views in the store.
@@ -93,13 +93,7 @@ def make_args(folder: str, options: argparse.Namespace) -> TrainingArguments:
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
-        logging_strategy="no",
-        save_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
+        **QUIET,
         seed=options.seed,
     )
 
