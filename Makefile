@@ -28,6 +28,7 @@ slow: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

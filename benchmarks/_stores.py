@@ -13,7 +13,7 @@ from hf_freezecache.cache.codec import Codec
 from hf_freezecache.cache.manifest import FORMAT_VERSION, Manifest
 from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.store import ShardWriter, complete, create_aside, shard_name, small_files
-from hf_freezecache.cache.views import ViewColumns, ViewSpec
+from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 LABELS = {"labels": InputColumn("int64")}
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 
+from .augment.sensitivity import SIMILARITIES
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
-from .cache.progression import Progression
-from .layout import FeatureLayout
+from .cache.codec.progression import Progression
+from .model.layout import FeatureLayout
 from .policies.schedule import parse_freeze_points
-from .replay.sensitivity import SIMILARITIES
+from .units import parse_bytes
 
 POLICY_NAMES = ("none", "manual", "linear")
 CACHE_MODES = ("auto", "always", "never")
@@ -220,27 +220,6 @@ class FreezeCacheConfig:
                     parse_bytes(size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-
-
-_UNITS = {"": 1, "B": 1} | {
-    unit: base**power
-    for base, units in ((1000, ("KB", "MB", "GB", "TB")), (1024, ("KIB", "MIB", "GIB", "TIB")))
-    for power, unit in enumerate(units, start=1)
-}
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as 4096, '4096', '2GB' or '1.5 GiB'.
-
-    Raises:
-        ValueError: if it is none; the message names the units.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(
-            f"{size!r} is not a size: a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, e.g. 2GB"
-        )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -66,11 +66,11 @@ class Group:
 
     def together(self, step: Callable[[], Any]) -> list[Any]:
         """As `locally`, but returns every process's result, by rank."""
-        return self.gather(self.locally(step))
+        return self.gather(self.on_all(step))
 
     def on_main(self, step: Callable[[], Any]) -> Any:
         """Runs a step on the main process; its result, or its failure, is everybody's."""
-        return self.from_main(self.locally(lambda: step() if self.rank == 0 else None))
+        return self.broadcast(self.on_all(lambda: step() if self.rank == 0 else None))
 
     def share(self, batches: int) -> range:
         """The contiguous range of `batches` that is this process's part."""

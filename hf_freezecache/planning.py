@@ -18,22 +18,24 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .cache.build_plan import BuildPlan
-from .cache.materialize import find_misfit
-from .cache.planner import Plan, PlanRow, disk_room
+from .augment.geometry import DENSE, PROJECTIVE
+from .build.materialize import find_misfit
+from .build.store_spec import StoreSpec
+from .build.survey import survey
+from .cache.holdings import disk_limit
 from .cache.rows import check_dataset
-from .cache.views import ViewSpec
-from .chain import BlockChain
-from .config import FreezeCacheConfig, parse_bytes
+from .cache.view_columns import ViewSpec
+from .config import FreezeCacheConfig
 from .distributed import Group
-from .geometry import DENSE, PROJECTIVE
-from .probing import Prober
-from .replay.survey import survey
+from .estimate.costs import Plan, PlanRow
+from .estimate.probing import Prober
+from .estimate.trial_steps import TrialSteps, timed
+from .model.chain import BlockChain
+from .model.tracing import override_forward
 from .rng import preserve_rng
-from .session import FreezeSession
-from .tracing import override_forward
 from .trainer import FreezeCacheTrainer
-from .trial_steps import TrialSteps, timed
+from .training.session import FreezeSession
+from .units import parse_bytes
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +81,7 @@ def plan(
         planner = _Planner(trainer, session, config, batches)
         directory = _store_directory(config, args)
         budget = None if config.cache_budget is None else parse_bytes(config.cache_budget)
-        room = disk_room(directory, budget)
+        room = disk_limit(directory, budget)
         bar = tqdm(numbers, desc="Planning", disable=trainer.args.disable_tqdm, leave=False)
         rows = [planner.row(cut, room) for cut in bar]
         step, epoch = planner.plain()
@@ -101,7 +103,7 @@ class _Planner:
         self.chain, self.source = session.chain, session.source
         with preserve_rng():
             # The session, which builds nothing, has not looked.
-            self.found = session.blueprints.augmentation = survey(self.source, self.chain.main_input)
+            self.found = session.spec_maker.augmentation = survey(self.source, self.chain.main_input)
             self.probe = session._model_inputs(self.source.probe())
             self.chain.trace(self.probe)
         self.steps = TrialSteps(
@@ -153,10 +155,10 @@ class _Planner:
             f"every cut, {workers} loader processes; {augmentation}. {packed}The speed of the disk was not measured."
         )
 
-    def _draft(self, cut: int) -> BuildPlan:
-        return self.session.blueprints.draft(cut, self.config.codec_at(cut, len(self.chain)))
+    def _draft(self, cut: int) -> StoreSpec:
+        return self.session.spec_maker.draft(cut, self.config.codec_at(cut, len(self.chain)))
 
-    def _settle_geometry(self, build: BuildPlan) -> BuildPlan:
+    def _settle_geometry(self, build: StoreSpec) -> StoreSpec:
         """The kind of geometry that a build would end with, as far as the probed samples tell."""
         while not build.views.whole:
             views = self.prober.load(build, self.batches)

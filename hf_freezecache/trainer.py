@@ -20,21 +20,21 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_peft_available, logging
 
+from .augment.mixing import Mixer, soft_cross_entropy
 from .cache.rows import RowSource, check_dataset
 from .cache.store import check_writable
-from .callback import FreezeCallback
-from .checkpoint import has_weights, load_weights
 from .config import FreezeCacheConfig
 from .distributed import Group
-from .evaluation import EvaluationCache
-from .layout import FeatureLayout
+from .model.checkpoint import has_weights, load_weights
+from .model.layout import FeatureLayout
+from .model.tracing import main_input_name
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
 from .replay.collator import ReplayCollator, take_codes
 from .replay.dataset import ReplayDataset
-from .replay.mixing import Mixer, soft_cross_entropy
-from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
-from .session import FreezeSession
-from .tracing import main_input_name
+from .training.callback import FreezeCallback
+from .training.evaluation import EvaluationCache
+from .training.report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
+from .training.session import FreezeSession
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +127,7 @@ class FreezeCacheTrainer(Trainer):
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         group = Group(self.accelerator.process_index, self.accelerator.num_processes)
         try:
-            session = group.locally(lambda: self._make_session(dataset, collator, group))
+            session = group.on_all(lambda: self._make_session(dataset, collator, group))
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None

@@ -1,4 +1,4 @@
-"""Puts this folder on the path (`from helpers import ...`, from subfolders too) and keeps torch to one thread."""
+"""Puts this folder on the path (`from support.helpers import ...`) and keeps torch to one thread."""
 
 import sys
 from pathlib import Path

@@ -7,9 +7,9 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.config import parse_bytes
 from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
 from hf_freezecache.trainer import make_policy
+from hf_freezecache.units import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,23 @@ import random
 import time
 from dataclasses import replace
 
-import helpers
-import images
 import numpy as np
 import pytest
 import torch
-import zoo
-from builds import Rows, collate, make_plan
+from support import helpers, images, zoo
+from support.builds import Rows, collate, make_spec
 from torchvision.transforms import v2
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_freezecache import FreezeCacheConfig, plan
-from hf_freezecache.cache.planner import Work, decide
-from hf_freezecache.cache.views import ViewSpec
-from hf_freezecache.chain import ChainError
-from hf_freezecache.geometry import DENSE, PROJECTIVE
-from hf_freezecache.probing import Prober
-from hf_freezecache.replay.survey import choose_channels
+from hf_freezecache.augment.geometry import DENSE, PROJECTIVE
+from hf_freezecache.build.survey import choose_channels
+from hf_freezecache.cache.view_columns import ViewSpec
+from hf_freezecache.estimate.costs import Work, decide
+from hf_freezecache.estimate.probing import Prober
+from hf_freezecache.estimate.trial_steps import TrialSteps
+from hf_freezecache.model.chain import ChainError
 from hf_freezecache.rng import preserve_rng
-from hf_freezecache.trial_steps import TrialSteps
 
 
 def snapshot(model):
@@ -130,7 +128,7 @@ def test_plan_has_a_row_a_cut_with_everything_in_it(tmp_path):
 
 def test_peak_memory_counts_weights_gradients_optimizer_and_activations(tmp_path):
     """A linear head on one vector: its input is all that is kept for the backward pass."""
-    chain = make_plan(zoo.make("vit"), tmp_path).chain
+    chain = make_spec(zoo.make("vit"), tmp_path).chain
     network = torch.nn.Linear(10, 3)
     steps = TrialSteps(chain, loss=lambda model, inputs: network(inputs["x"]).sum())
     steps.chain = type(
@@ -271,7 +269,7 @@ def test_bad_input_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_probe_leaves_model_and_generators_alone(name, kind, pictures, tmp_path):
     model = zoo.make(name)
-    build = make_plan(model, tmp_path, pictures if name == "vit" else Rows(22, 32), cut=2, codec="int8")
+    build = make_spec(model, tmp_path, pictures if name == "vit" else Rows(22, 32), cut=2, codec="int8")
     if kind == "whole":
         build = replace(build, views=ViewSpec(2))
     elif kind != "none":
@@ -288,7 +286,7 @@ def test_probe_leaves_model_and_generators_alone(name, kind, pictures, tmp_path)
 
 
 def test_probe_without_suffix_is_a_handful_of_prefix_runs(pictures, tmp_path):
-    build = with_views(make_plan(zoo.make("vit"), tmp_path, pictures))
+    build = with_views(make_spec(zoo.make("vit"), tmp_path, pictures))
     prober, loaded, ran = make_prober(build), [], []
     draw, prefix = build.source.draw, build.chain.prefix
     build.source.draw = lambda rows, *rest, **named: loaded.append(rows) or draw(rows, *rest, **named)
@@ -302,7 +300,7 @@ def test_probe_without_suffix_is_a_handful_of_prefix_runs(pictures, tmp_path):
 
 
 def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path):
-    build = make_plan(zoo.make("vit"), tmp_path, pictures)
+    build = make_spec(zoo.make("vit"), tmp_path, pictures)
     prober = make_prober(build)
 
     def never(*args):
@@ -324,7 +322,7 @@ def sleeping(build, prefix):
 
 
 def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path):
-    slow = sleeping(make_plan(zoo.make("vit"), tmp_path, pictures), 0.05)
+    slow = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.05)
     reason, row = make_prober(slow).refuse(slow, 3.0, room=None)
     assert reason is None
     assert row.seconds_saved_per_epoch > 0.05 * 10 and row.build_seconds > 0.05 * 10
@@ -338,7 +336,7 @@ def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures,
 
 
 def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path):
-    build = sleeping(make_plan(zoo.make("vit"), tmp_path, pictures), 0.01)
+    build = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.01)
     prober = make_prober(build)
 
     def never(*args):
@@ -350,20 +348,20 @@ def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path)
 
 
 def test_work_counts_what_a_build_does(pictures, tmp_path):
-    build = make_plan(zoo.make("vit"), tmp_path, pictures, batch_size=6)
+    build = make_spec(zoo.make("vit"), tmp_path, pictures, batch_size=6)
     prober = make_prober(build, FreezeCacheConfig(sensitivity_batches=3), processes=2)
     assert prober.work(build) == Work(ranges=40 / 6, processes=2)
     assert prober.work(with_views(build, count=2)) == Work(40 / 6, views=2, views_run=2, compared=3, processes=2)
     assert prober.work(replace(build, views=ViewSpec(1))) == Work(40 / 6, views=1, views_run=1, processes=2)
-    stem = with_views(make_plan(zoo.make("resnet"), tmp_path, Rows(8, 32), cut=2), channels=0)
+    stem = with_views(make_spec(zoo.make("resnet"), tmp_path, Rows(8, 32), cut=2), channels=0)
     assert make_prober(stem).work(stem).views_run == 0
 
 
 def test_build_that_memory_cannot_hold_is_run_twice_in_part(pictures, tmp_path, monkeypatch):
-    build = make_plan(zoo.make("vit"), tmp_path, pictures)
+    build = make_spec(zoo.make("vit"), tmp_path, pictures)
     assert make_prober(build).work(build).run_twice == 0
     batch_bytes = 4 * build.layout.values * 4
-    monkeypatch.setattr("hf_freezecache.cache.materialize._FIT_BYTES", 3 * batch_bytes)
+    monkeypatch.setattr("hf_freezecache.build.materialize._FIT_BYTES", 3 * batch_bytes)
     views = replace(build, views=ViewSpec(1))
     assert make_prober(build).work(build).run_twice == 0
     assert make_prober(views).work(views).run_twice == 2
@@ -373,20 +371,20 @@ def test_build_that_memory_cannot_hold_is_run_twice_in_part(pictures, tmp_path, 
 
 def test_labels_of_any_kind_are_kept_by_the_probe(tmp_path):
     dataset = Rows(12, label=lambda row: f"class {row}")
-    build = make_plan(zoo.make("vit"), tmp_path, dataset, collator=collate)
+    build = make_spec(zoo.make("vit"), tmp_path, dataset, collator=collate)
     assert make_prober(build).measure(build).encode > 0
 
 
 def test_training_that_waits_for_its_loader_is_measured_with_its_steps(tmp_path):
     """Behind loader processes a prefix costs nothing, if loading takes longer: what is saved depends on the rest."""
-    build = make_plan(zoo.make("vit"), tmp_path, SlowRows(), num_workers=1)
+    build = make_spec(zoo.make("vit"), tmp_path, SlowRows(), num_workers=1)
     prober = make_prober(build)
     costs = prober.measure(build)
     assert costs.suffix is not None and costs.load > costs.prefix + costs.suffix
     row = prober.row(build, costs)
     assert row.live_step_seconds == costs.load
     assert row.replay_step_seconds == max(costs.read, costs.decode + costs.suffix)
-    fast = make_plan(zoo.make("vit"), tmp_path, num_workers=100)
+    fast = make_spec(zoo.make("vit"), tmp_path, num_workers=100)
     assert make_prober(fast).measure(fast).suffix is None
 
 
@@ -400,7 +398,7 @@ class SlowRows(Rows):
 def test_linear_maps_are_expected_where_they_will_be_fitted(compared, maps, tmp_path):
     """A map of 8 channels has 75 inputs and needs 300 positions a half, 4 views of 64 positions have 256."""
     dataset = images.picture_dataset(40, 32).with_transform(images.replayable(size=32))
-    build = with_views(make_plan(zoo.make("resnet"), tmp_path, dataset, cut=3), channels=2)
+    build = with_views(make_spec(zoo.make("resnet"), tmp_path, dataset, cut=3), channels=2)
     config = FreezeCacheConfig(sensitivity_batches=compared)
     prober = make_prober(build, config)
     assert build.layout.channels == 8 and build.layout.positions == 64

@@ -5,14 +5,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers import assert_same_weights, losses, manual, run, weights
+from support.helpers import assert_same_weights, losses, manual, run, weights
 from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from hf_freezecache import BlockChain, FeatureStore, ReplayableTransform
+from hf_freezecache.augment.geometry import PROJECTIVE, decode_geometry, warp
+from hf_freezecache.augment.maps import to_maps
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.geometry import PROJECTIVE, decode_geometry, warp
-from hf_freezecache.replay.maps import to_maps
 
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS, IMAGES = SHARED / "weights" / "deit-tiny-patch16-224", SHARED / "data" / "caltech101" / "train.parquet"

@@ -7,14 +7,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, losses, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit
+from support.helpers import CLASSES, losses, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.build.survey import survey
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.distributed import Group
-from hf_freezecache.replay.survey import survey
 
 
 class EpochDependent(torch.utils.data.Dataset):
@@ -199,9 +199,9 @@ def test_failure_of_one_process_is_everybodys():
             return [("ValueError", "sample 3"), value]
 
     with pytest.raises(ValueError, match="process 0: sample 3"):
-        Second(rank=1, size=2).locally(lambda: None)
+        Second(rank=1, size=2).on_all(lambda: None)
     with pytest.raises(KeyError, match="mine"):
-        Second(rank=1, size=2).locally(lambda: {}["mine"])
+        Second(rank=1, size=2).on_all(lambda: {}["mine"])
 
 
 def test_label_columns_of_many_kinds_are_replayed(tmp_path):

@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from builds import Rows
-from helpers import (
+from support.builds import Rows
+from support.helpers import (
     CLASSES,
     assert_same_weights,
     losses,

@@ -12,11 +12,11 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import set_seed
 
 from hf_freezecache import BlockChain, ReplayableTransform
-from hf_freezecache.drawing import Drawing, drawing
-from hf_freezecache.geometry import PROJECTIVE, decode_geometry, warp
-from hf_freezecache.layout import FeatureLayout
-from hf_freezecache.replay.maps import to_maps
-from hf_freezecache.replay.sensitivity import channel_similarity
+from hf_freezecache.augment.draws import Draw, use_draw
+from hf_freezecache.augment.geometry import PROJECTIVE, decode_geometry, warp
+from hf_freezecache.augment.maps import to_maps
+from hf_freezecache.augment.sensitivity import channel_similarity
+from hf_freezecache.model.layout import FeatureLayout
 
 from .._common import shared_folder
 from .._images import load_deit
@@ -63,19 +63,19 @@ def measure_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, 
     dataset = load_dataset("parquet", data_files=str(path), split="train")
     images = [image.convert("RGB") for image in dataset.select(range(seed * count, (seed + 1) * count))["image"]]
     layout = chain.layout(CUTS[0])
-    base, _ = draw_view(images, Drawing(seed, range(count), view=0))
-    view, rows = draw_view(images, Drawing(seed, range(count), view=1, geometry=(PROJECTIVE, layout.grid)))
+    base, _ = draw_view(images, Draw(seed, range(count), view=0))
+    view, rows = draw_view(images, Draw(seed, range(count), view=1, geometry=(PROJECTIVE, layout.grid)))
     sources = decode_geometry(rows, PROJECTIVE, layout.grid)
     return {str(cut): compare_at(chain, cut, base, view, sources) for cut in CUTS}
 
 
-def draw_view(images: list[Image.Image], wanted: Drawing) -> tuple[torch.Tensor, torch.Tensor | None]:
+def draw_view(images: list[Image.Image], wanted: Draw) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pixels `(N, 3, H, W)` of a view of every image, and the rows of its geometry, if they are wanted.
 
     Raises:
         RuntimeError: if the transform cannot tell the geometry.
     """
-    with drawing(wanted):
+    with use_draw(wanted):
         rows = make_transform()({"image": images})
     if wanted.refused is not None:
         raise RuntimeError(wanted.refused)

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, set_seed
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.cache.progression import DEFAULT
+from hf_freezecache.cache.codec.progression import DEFAULT
 from hf_freezecache.cache.store import file_sha256
 
 from .._common import (

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from transformers import ViTForImageClassification
 
 from hf_freezecache import BlockChain, FeatureStore
-from hf_freezecache.cache.build_plan import BuildPlan
+from hf_freezecache.build.deepening import deepened, why_not_deepen
+from hf_freezecache.build.feature_sources import ImageFeatures
+from hf_freezecache.build.materialize import materialize
+from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.codec import CODEC_NAMES
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
-from hf_freezecache.cache.materialize import materialize
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.runs import ImageRuns
 from hf_freezecache.cache.store import FORMAT_VERSION
 from hf_freezecache.distributed import Group
-from hf_freezecache.replay.deepening import deepened, why_not_deepen
 
 from .._common import Claim, make_parser, prepare, shared_folder, write_result
 from .._images import WEIGHTS, Pixels, as_batch, load_caltech
@@ -74,7 +74,7 @@ class Builder:
             self._built[path] = store, time.process_time() - start
         return self._built[path]
 
-    def _plan(self, cut: int) -> BuildPlan:
+    def _plan(self, cut: int) -> StoreSpec:
         chain, source, layout = self.chain, self.source, self.chain.layout(cut)
         made_from = fingerprint_inputs(
             source=source,
@@ -87,7 +87,7 @@ class Builder:
             precision="no",
             format_version=FORMAT_VERSION,
         )
-        return BuildPlan(
+        return StoreSpec(
             chain=chain,
             cut=cut,
             source=source,
@@ -95,7 +95,7 @@ class Builder:
             layout=layout,
             made_from=made_from,
             directory=self.folder,
-            runs=ImageRuns(chain, cut, source, layout, lambda batch: batch),
+            feature_source=ImageFeatures(chain, cut, source, layout, lambda batch: batch),
             disable_tqdm=True,
         )
 

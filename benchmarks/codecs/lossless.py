@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from hf_freezecache import BlockChain, make_codec
+from hf_freezecache.build.fisher import fisher_weights
 from hf_freezecache.cache.codec import Codec
-from hf_freezecache.cache.fisher import fisher_weights
 from hf_freezecache.cache.lossless import LEVEL, pack_rows
 from hf_freezecache.cache.mapped import MappedColumn, PackedColumn
 from hf_freezecache.cache.store import ShardWriter
-from hf_freezecache.cache.views import ViewColumns, ViewSpec
+from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 from .._common import Claim, interleave, make_parser, prepare, summary, write_result
 from .models import CUTS, load_models, run_prefix

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from hf_freezecache import BlockChain
-from hf_freezecache.cache.fisher import fisher_weights
-from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.build.fisher import fisher_weights
+from hf_freezecache.model.layout import FeatureLayout
 
 from .._common import shared_folder
 from .._images import WEIGHTS, load_caltech

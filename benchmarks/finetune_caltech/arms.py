@@ -14,7 +14,7 @@ import numpy as np
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.accounting import measure_training_flops
+from hf_freezecache.training.accounting import measure_training_flops
 
 from .._common import QUIET, silence
 from .._images import Pixels, as_interpolated_batch, load_caltech, load_deit

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from hf_freezecache import BlockChain
-from hf_freezecache.cache.build_plan import BuildPlan
-from hf_freezecache.cache.materialize import materialize
+from hf_freezecache.build.feature_sources import ImageFeatures
+from hf_freezecache.build.materialize import materialize
+from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.runs import ImageRuns
 from hf_freezecache.distributed import Group
 
 from .._common import Claim, interleave, make_parser, prepare, summary, write_result
@@ -41,7 +41,7 @@ def measure_cut(cut: int, model: nn.Module, images: Pixels, options: argparse.Na
     with tempfile.TemporaryDirectory() as folder:
 
         def build() -> None:
-            plan = BuildPlan(
+            plan = StoreSpec(
                 chain=chain,
                 cut=cut,
                 source=source,
@@ -49,7 +49,7 @@ def measure_cut(cut: int, model: nn.Module, images: Pixels, options: argparse.Na
                 layout=chain.layout(cut),
                 made_from={"build": next(numbers)},
                 directory=Path(folder),
-                runs=ImageRuns(chain, cut, source, chain.layout(cut), lambda batch: batch),
+                feature_source=ImageFeatures(chain, cut, source, chain.layout(cut), lambda batch: batch),
                 disable_tqdm=True,
             )
             stores.append(materialize(plan, Group()))

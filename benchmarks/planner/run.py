@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
-from hf_freezecache.cache.planner import PlanRow
+from hf_freezecache.estimate.costs import PlanRow
 
 from .._common import QUIET, Claim, in_turn, make_parser, prepare, shared_folder, silence, summary, write_result
 from .._images import CLASSES

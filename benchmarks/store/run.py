@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from hf_freezecache import FeatureStore, ReplayCollator, make_codec
-from hf_freezecache.cache.materialize import fit_stride
-from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.build.materialize import fit_stride
+from hf_freezecache.model.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
 

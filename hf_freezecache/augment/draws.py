@@ -12,10 +12,10 @@ from contextvars import ContextVar
 
 import torch
 
-_current: ContextVar[Drawing | None] = ContextVar("freezecache_drawing", default=None)
+_current: ContextVar[Draw | None] = ContextVar("freezecache_draw", default=None)
 
 
-class Drawing:
+class Draw:
     """What the rows that are being fetched are for.
 
     Args:
@@ -76,24 +76,24 @@ class Drawing:
 
 
 @contextlib.contextmanager
-def drawing(drawing: Drawing) -> Iterator[Drawing]:
+def use_draw(draw: Draw) -> Iterator[Draw]:
     """Inside, replayable transforms draw for these samples.
 
     Raises:
         ValueError: on leaving, if a transform was called for some of the samples, but not for all.
     """
-    token = _current.set(drawing)
+    token = _current.set(draw)
     try:
-        yield drawing
+        yield draw
     finally:
         _current.reset(token)
-    if drawing.taken not in (0, len(drawing.samples)):
+    if draw.taken not in (0, len(draw.samples)):
         raise ValueError(
-            f"the transform was called for {drawing.taken} of {len(drawing.samples)} samples fetched: which image "
+            f"the transform was called for {draw.taken} of {len(draw.samples)} samples fetched: which image "
             "belongs to which sample is unknown. A data set that keeps transformed images cannot be replayed."
         )
 
 
-def current_drawing() -> Drawing | None:
+def current_draw() -> Draw | None:
     """What is being fetched; None where a data set is read by somebody else."""
     return _current.get()

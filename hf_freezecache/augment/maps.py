@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import FeatureLayout
+from ..model.layout import FeatureLayout
 
 
 def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:

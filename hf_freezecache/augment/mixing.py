@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from ..layout import FeatureLayout
+from ..model.layout import FeatureLayout
 from .maps import put_maps, to_maps
 
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..geometry import is_mirrored, warp
-from ..layout import FeatureLayout
+from ..model.layout import FeatureLayout
 from .channel_map import ChannelMapFit, denormalized
+from .geometry import is_mirrored, warp
 from .maps import check_grid, to_maps
 
 SIMILARITIES = ("ssim", "cosine")

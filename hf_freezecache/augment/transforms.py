@@ -19,9 +19,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .drawing import Drawing, current_drawing
+from ..rng import preserve_rng, seed_rng
+from .draws import Draw, current_draw
 from .geometry import cell_centres, encode_geometry, fit_affine, map_points
-from .rng import preserve_rng, seed_rng
 
 # A coordinate grid's third channel: far from what images hold, so that a transform that treats the grid as an image
 # is found out.
@@ -95,7 +95,7 @@ class ReplayableTransform:
                 "ReplayableTransform(..., image_column=...)"
             )
         images = [_to_rgb(image) for image in rows[self.image_column]]
-        current = current_drawing()
+        current = current_draw()
         if current is None:
             pixels = [_draw(self.train, image, "train") for image in images]
         else:
@@ -104,7 +104,7 @@ class ReplayableTransform:
         others = {name: values for name, values in rows.items() if name != self.image_column}
         return {**others, "pixel_values": pixels}
 
-    def _draw_sample(self, image: Any, current: Drawing) -> torch.Tensor:
+    def _draw_sample(self, image: Any, current: Draw) -> torch.Tensor:
         key = current.key(current.take())
         seed_rng(*key)
         if current.view == 0:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache.build_plan import BuildPlan
+from ..augment.geometry import DENSE
 from ..cache.fingerprint import config_digest, tensors_digest
 from ..cache.rows import RowSource, split_batch
-from ..cache.runs import ViewRun
 from ..cache.store import FeatureStore
-from ..chain import BlockChain
-from ..geometry import DENSE
-from ..layout import FeatureLayout
-from .views import replay_features
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from ..replay.decode import replay_features
+from .feature_sources import ViewRun
+from .store_spec import StoreSpec
 
 #: Entry of a fingerprint's inputs: the fingerprint of the store that a deeper one was made from.
 DEEPENED_FROM = "deepened_from"
@@ -35,7 +35,7 @@ _SHARED = {
 }
 
 
-class StoreRuns:
+class StoreFeatures:
     """Runs the blocks between two cuts on a store's features, decoded and replayed as training gets them.
 
     The codec's error of the store goes through the blocks in between and adds to the new one's. What is kept of views
@@ -71,7 +71,7 @@ class StoreRuns:
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
     ) -> Iterator[tuple[int, list[ViewRun]]]:
-        """As `FeatureRuns.run`.
+        """As `FeatureSource.run`.
 
         Raises:
             ValueError: if the store does not hold so many views, or their geometry in another kind;
@@ -106,49 +106,49 @@ class StoreRuns:
 
 
 def deepened(
-    plan: BuildPlan,
+    spec: StoreSpec,
     store: FeatureStore,
     model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     device: torch.device | str = "cpu",
-) -> BuildPlan:
-    """The plan with a store in place of the images; for a store that `why_not_deepen` has nothing against.
+) -> StoreSpec:
+    """The spec with a store in place of the images; for a store that `why_not_deepen` has nothing against.
 
     Its fingerprint is another one: what is made from coarse features is never taken for what is made from images.
     Geometry is kept as the store keeps it, which fits every view. If a build finds that it does not, by a
-    `GeometryMisfit`, the plan for images is the way on.
+    `GeometryMisfit`, the spec for images is the way on.
 
     Args:
-        plan: for images.
-        store: at a cut before the plan's.
-        model_inputs, device: see `StoreRuns`.
+        spec: for images.
+        store: at a cut before the spec's.
+        model_inputs, device: see `StoreFeatures`.
     """
-    runs = StoreRuns(plan.chain, plan.cut, plan.source, plan.layout, store, model_inputs, device)
-    views = plan.views
+    features = StoreFeatures(spec.chain, spec.cut, spec.source, spec.layout, store, model_inputs, device)
+    views = spec.views
     if not views.whole:
         views = replace(views, geometry=store.views.spec.geometry)
-    made_from = {**plan.made_from, DEEPENED_FROM: store.manifest.fingerprint}
-    return replace(plan, runs=runs, views=views, made_from=made_from)
+    made_from = {**spec.made_from, DEEPENED_FROM: store.manifest.fingerprint}
+    return replace(spec, feature_source=features, views=views, made_from=made_from)
 
 
-def why_not_deepen(store: FeatureStore, plan: BuildPlan) -> str | None:
+def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
     """Why a planned store cannot be made from another one; None if it can.
 
     Args:
         store: complete, its files checked.
-        plan: for images.
+        spec: for images.
 
     Returns:
         The reason, as the end of a sentence that begins with what is not done.
     """
-    manifest, chain = store.manifest, plan.chain
+    manifest, chain = store.manifest, spec.chain
     cut, made_from = manifest.cut, manifest.made_from
-    if not 0 < cut < plan.cut:
-        return f"the store at cut {cut} is not before cut {plan.cut}"
+    if not 0 < cut < spec.cut:
+        return f"the store at cut {cut} is not before cut {spec.cut}"
     for name, words in _SHARED.items():
-        if made_from.get(name) != plan.made_from.get(name):
+        if made_from.get(name) != spec.made_from.get(name):
             return f"{words} is not what the store at cut {cut} was made with"
-    if len(store) != len(plan.source):
-        return f"the store at cut {cut} holds {len(store)} samples instead of {len(plan.source)}"
+    if len(store) != len(spec.source):
+        return f"the store at cut {cut} holds {len(store)} samples instead of {len(spec.source)}"
     blocks = chain.names[:cut]
     if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks):
         return f"the model's configuration is not what the store at cut {cut} was made with"
@@ -156,14 +156,14 @@ def why_not_deepen(store: FeatureStore, plan: BuildPlan) -> str | None:
         return f"the features at cut {cut} have another layout by now: {chain.layout(cut)}, not {store.codec.layout}"
     if made_from.get("prefix") != tensors_digest({**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)}):
         return f"the {cut} blocks before the store's cut have other weights by now"
-    split = split_batch(plan.source.probe(), chain.main_input)
+    split = split_batch(spec.source.probe(), chain.main_input)
     if split.describe() != manifest.inputs or split.constants != manifest.constants:
         return f"the store at cut {cut} keeps other model inputs than the collator returns"
-    return _why_not_views(store, plan)
+    return _why_not_views(store, spec)
 
 
-def _why_not_views(store: FeatureStore, plan: BuildPlan) -> str | None:
-    wanted, kept, cut = plan.views, store.views.spec, store.manifest.cut
+def _why_not_views(store: FeatureStore, spec: StoreSpec) -> str | None:
+    wanted, kept, cut = spec.views, store.views.spec, store.manifest.cut
     if wanted.count > kept.count:
         return f"the store at cut {cut} holds {kept.count} augmented views of a sample and {wanted.count} are wanted"
     if wanted.own_inputs and not kept.own_inputs:
@@ -173,8 +173,8 @@ def _why_not_views(store: FeatureStore, plan: BuildPlan) -> str | None:
     if kept.whole:
         return f"the store at cut {cut} keeps views whole, without the geometry that is wanted"
     grid = store.codec.layout.grid
-    if kept.geometry == DENSE and grid != plan.layout.grid:
-        return f"the store at cut {cut} keeps geometry for a grid of {grid}, and cut {plan.cut} has {plan.layout.grid}"
+    if kept.geometry == DENSE and grid != spec.layout.grid:
+        return f"the store at cut {cut} keeps geometry for a grid of {grid}, and cut {spec.cut} has {spec.layout.grid}"
     if wanted.geometry == DENSE and kept.geometry != DENSE:
         return f"the store at cut {cut} keeps {kept.geometry} geometry, and {DENSE} geometry is wanted"
     return None

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..chain import BlockChain
-from ..layout import FeatureLayout
-from .rows import RowSource, split_batch
+from ..cache.rows import RowSource, split_batch
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ViewRun:
     refused: str | None = None
 
 
-class FeatureRuns(Protocol):
+class FeatureSource(Protocol):
     """Computes the features at one cut, range by range; the ranges are those of the `RowSource`."""
 
     def run(
@@ -53,7 +53,7 @@ class FeatureRuns(Protocol):
         """
 
 
-class ImageRuns:
+class ImageFeatures:
     """Runs the prefix on images.
 
     Args:
@@ -75,9 +75,9 @@ class ImageRuns:
         self.chain, self.cut, self.source, self.layout = chain, cut, source, layout
         self.model_inputs = model_inputs
 
-    def over(self, source: RowSource) -> ImageRuns:
+    def over(self, source: RowSource) -> ImageFeatures:
         """The same for other ranges of the samples."""
-        return ImageRuns(self.chain, self.cut, source, self.layout, self.model_inputs)
+        return ImageFeatures(self.chain, self.cut, source, self.layout, self.model_inputs)
 
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..chain import BlockChain
+from ..cache.codec.haar import to_bands
+from ..model.chain import BlockChain
+from ..model.tracing import eval_mode, first_tensor
 from ..rng import preserve_rng
-from ..tracing import eval_mode, first_tensor
-from .codec.haar import to_bands
 
 
 def fisher_weights(

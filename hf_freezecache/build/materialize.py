@@ -10,16 +10,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..distributed import Group
-from ..layout import FeatureLayout
-from ..rng import preserve_rng
-from .build_plan import BuildPlan
-from .codec import Codec, make_codec
-from .fingerprint import digest
-from .rows import BatchSplit, RowSource, split_batch
-from .runs import ViewRun
-from .sizing import plan_bytes
-from .store import (
+from ..cache.codec import Codec, make_codec
+from ..cache.fingerprint import digest
+from ..cache.rows import BatchSplit, RowSource, split_batch
+from ..cache.store import (
     FORMAT_VERSION,
     FeatureStore,
     Manifest,
@@ -33,7 +27,13 @@ from .store import (
     shard_name,
     small_files,
 )
-from .views import ViewColumns
+from ..cache.view_columns import ViewColumns
+from ..distributed import Group
+from ..model.layout import FeatureLayout
+from ..rng import preserve_rng
+from .feature_sources import ViewRun
+from .sizing import spec_bytes
+from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class GeometryMisfit(ValueError):
         self.for_all_kinds = for_all_kinds
 
 
-def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
+def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
     """The finished store of this fingerprint, checked to the last byte by the main process; None if there is none.
 
     A damaged one is taken away and reported: it is built again.
@@ -83,28 +83,28 @@ def open_matching(plan: BuildPlan, group: Group) -> FeatureStore | None:
     """
 
     def find() -> tuple[bool, str | None]:
-        if not plan.path.exists():
+        if not spec.path.exists():
             return False, None
         try:
-            store = FeatureStore.open(plan.path)
-            if not store.manifest.fingerprint == digest(store.manifest.made_from) == plan.path.name:
-                raise StoreError(f"{plan.path} holds another store: its manifest does not match its name.")
+            store = FeatureStore.open(spec.path)
+            if not store.manifest.fingerprint == digest(store.manifest.made_from) == spec.path.name:
+                raise StoreError(f"{spec.path} holds another store: its manifest does not match its name.")
             return store.verify(), None
         except StoreError as error:
-            remove_store(plan.path)
+            remove_store(spec.path)
             return False, str(error)
 
     try:
         found, problem = group.on_main(find)
         if problem is not None and group.rank == 0:
             logger.warning(f"A feature store could not be reused and is built again: {problem}")
-        return open_everywhere(plan, group) if found else None
+        return open_everywhere(spec, group) if found else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
 
 
-def open_everywhere(plan: BuildPlan, group: Group) -> FeatureStore:
-    """The plan's finished store, opened by every process.
+def open_everywhere(spec: StoreSpec, group: Group) -> FeatureStore:
+    """The spec's finished store, opened by every process.
 
     Raises:
         OSError: on every process, if one does not see it.
@@ -112,14 +112,14 @@ def open_everywhere(plan: BuildPlan, group: Group) -> FeatureStore:
 
     def open_here() -> FeatureStore:
         try:
-            return FeatureStore.open(plan.path)
+            return FeatureStore.open(spec.path)
         except StoreError as error:
             raise OSError(f"{error} The feature cache directory must be one that all processes see.") from error
 
-    return group.locally(open_here)
+    return group.on_all(open_here)
 
 
-def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
+def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """Runs the prefix over all samples and writes the store.
 
     Every process writes the shard of a contiguous range of samples; the main process fits the codec before and
@@ -128,13 +128,13 @@ def materialize(plan: BuildPlan, group: Group) -> FeatureStore:
 
     Raises:
         BuildFailed: if some process could not write; nothing is left behind.
-        OverLimit: on every process, if the files would take more than `plan.limit`.
-        GeometryMisfit: on every process, if some view's geometry cannot be kept as `plan.views` says.
+        OverLimit: on every process, if the files would take more than `spec.limit`.
+        GeometryMisfit: on every process, if some view's geometry cannot be kept as `spec.views` says.
         ValueError: if a feature is not finite (the sample is named) or a batch cannot be kept per row.
     """
     try:
         with preserve_rng():
-            return _Build(plan, group).run()
+            return _Build(spec, group).run()
     except OSError as error:
         raise BuildFailed(str(error)) from error
 
@@ -153,67 +153,67 @@ def fit_stride(rows: int, layout: FeatureLayout) -> int:
 def fit_ranges(source: RowSource, layout: FeatureLayout) -> list[int]:
     """The ranges whose features a codec is fitted on."""
     batch_bytes = source.batch_size * layout.values * 4
-    return spread(source.num_batches, max(1, min(_FIT_BATCHES, source.num_batches, _FIT_BYTES // batch_bytes)))
+    return spread(source.num_ranges, max(1, min(_FIT_BATCHES, source.num_ranges, _FIT_BYTES // batch_bytes)))
 
 
-def fit_rows(plan: BuildPlan) -> int:
+def fit_rows(spec: StoreSpec) -> int:
     """Features that there are in these ranges, those of views included."""
-    views_run = plan.views.count if plan.views.needs_features(plan.layout) else 0
-    rows = sum(len(plan.source.rows(number)) for number in fit_ranges(plan.source, plan.layout))
+    views_run = spec.views.count if spec.views.needs_features(spec.layout) else 0
+    rows = sum(len(spec.source.rows(number)) for number in fit_ranges(spec.source, spec.layout))
     return rows * (1 + views_run)
 
 
-def ranges_run_twice(plan: BuildPlan) -> int:
+def ranges_run_twice(spec: StoreSpec) -> int:
     """Ranges that a build runs for the codec and again for the shard, as memory does not hold their features."""
-    batch_bytes = plan.source.batch_size * plan.layout.values * 4 * (1 + plan.views.count)
-    return max(0, len(fit_ranges(plan.source, plan.layout)) - _FIT_BYTES // batch_bytes)
+    batch_bytes = spec.source.batch_size * spec.layout.values * 4 * (1 + spec.views.count)
+    return max(0, len(fit_ranges(spec.source, spec.layout)) - _FIT_BYTES // batch_bytes)
 
 
 class _Build:
-    def __init__(self, plan: BuildPlan, group: Group):
-        self.plan, self.group = plan, group
+    def __init__(self, spec: StoreSpec, group: Group):
+        self.spec, self.group = spec, group
         self.kept: dict[int, list[ViewRun]] = {}
 
     def run(self) -> FeatureStore:
-        plan, group = self.plan, self.group
-        codec = make_codec(plan.codec, plan.layout)
-        probe = split_batch(plan.source.probe(), plan.chain.main_input)
+        spec, group = self.spec, self.group
+        codec = make_codec(spec.codec, spec.layout)
+        probe = split_batch(spec.source.probe(), spec.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
-        if plan.limit is not None:
-            check_limit(plan, group.on_main(lambda: store_bytes(plan, codec, probe, group.size)))
-        views = ViewColumns(plan.views, codec)
-        mine = group.share(plan.source.num_batches)
+        if spec.limit is not None:
+            check_limit(spec, group.on_main(lambda: store_bytes(spec, codec, probe, group.size)))
+        views = ViewColumns(spec.views, codec)
+        mine = group.share(spec.source.num_ranges)
         self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
-        aside = group.on_main(lambda: create_aside(plan.path))
+        aside = group.on_main(lambda: create_aside(spec.path))
         try:
             shards = group.together(lambda: self._write_shard(aside, codec, views, probe))
             misfits = [shard for shard in shards if isinstance(shard, str)]
             if misfits:
                 raise GeometryMisfit(misfits[0])
-            group.on_main(lambda: complete_store(plan, aside, codec, probe, shards))
+            group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
         except BaseException:
             if group.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-        return open_everywhere(plan, group)
+        return open_everywhere(spec, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
         """What memory holds of the features that the codec is fitted on is kept, so as not to run twice."""
-        self.kept = fit_codec(self.plan, codec)
+        self.kept = fit_codec(self.spec, codec)
         return codec.tensors()
 
     def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard | str:
         """Returns the finished shard; why it cannot be written, if a view's geometry does not fit."""
-        plan, group = self.plan, self.group
-        mine = group.share(plan.source.num_batches)
-        fresh = run_views(plan, [number for number in mine if number not in self.kept])
-        bar = tqdm(total=len(mine), desc="Building feature store", disable=plan.disable_tqdm or group.rank != 0)
+        spec, group = self.spec, self.group
+        mine = group.share(spec.source.num_ranges)
+        fresh = run_views(spec, [number for number in mine if number not in self.kept])
+        bar = tqdm(total=len(mine), desc="Building feature store", disable=spec.disable_tqdm or group.rank != 0)
         path = aside / shard_name(group.rank, group.size)
-        with bar, ShardWriter(path, codec, views, probe.describe(), plan.lossless) as writer:
+        with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
             for number in mine:
                 base, *others = self.kept.pop(number) if number in self.kept else next(fresh)[1]
-                rows = plan.source.rows(number)
-                misfit = None if plan.views.whole else find_misfit(others, rows)
+                rows = spec.source.rows(number)
+                misfit = None if spec.views.whole else find_misfit(others, rows)
                 if misfit is not None:
                     return misfit
                 check_inputs(base, probe, rows[0])
@@ -221,14 +221,14 @@ class _Build:
                 for view, ran in enumerate(others, start=1):
                     check_inputs(ran, probe, rows[0])
                     codes |= views.encode(view, ran.features, ran.geometry, rows)
-                    if plan.views.own_inputs:
+                    if spec.views.own_inputs:
                         inputs |= {own_input(view, name): value for name, value in ran.columns.items()}
                 writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
 
 
-def fit_codec(plan: BuildPlan, codec: Codec) -> dict[int, list[ViewRun]]:
+def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
     """Fits a codec on features from all over the data set.
 
     Returns:
@@ -237,72 +237,72 @@ def fit_codec(plan: BuildPlan, codec: Codec) -> dict[int, list[ViewRun]]:
     kept: dict[int, list[ViewRun]] = {}
     if codec.fitted:
         return kept
-    source, layout = plan.source, plan.layout
+    source, layout = spec.source, spec.layout
     batch_bytes = source.batch_size * layout.values * 4
-    sample, every = [], fit_stride(fit_rows(plan), layout)
-    for number, views in run_views(plan, fit_ranges(source, layout)):
+    sample, every = [], fit_stride(fit_rows(spec), layout)
+    for number, views in run_views(spec, fit_ranges(source, layout)):
         sample += [view.features[::every].clone() for view in views if view.features is not None]
         if (len(kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
             kept[number] = views
-    codec.fit(torch.cat(sample), weights=plan.weights)
+    codec.fit(torch.cat(sample), weights=spec.weights)
     return kept
 
 
-def run_views(plan: BuildPlan, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
-    """Ranges of samples with what the plan keeps of their views."""
-    views = plan.views
-    return plan.runs.run(numbers, views.count, views.geometry, views.needs_features(plan.layout))
+def run_views(spec: StoreSpec, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
+    """Ranges of samples with what the spec keeps of their views."""
+    views = spec.views
+    return spec.feature_source.run(numbers, views.count, views.geometry, views.needs_features(spec.layout))
 
 
-def store_bytes(plan: BuildPlan, codec: Codec, probe: BatchSplit, processes: int) -> int:
-    """Bytes of all files of the plan's store, to the byte but for digits of numbers that are not known yet.
+def store_bytes(spec: StoreSpec, codec: Codec, probe: BatchSplit, processes: int) -> int:
+    """Bytes of all files of the spec's store, to the byte but for digits of numbers that are not known yet.
 
     Of rows that are packed it counts the most bytes that they can take.
 
     Args:
-        plan: what would be built.
+        spec: what would be built.
         codec: fitted.
         probe: a few rows' model inputs.
         processes: that would each write a shard.
     """
-    total = plan_bytes(plan, codec, probe, processes)
-    shards = [Shard(shard_name(rank, processes), len(plan.source), total, "0" * 64) for rank in range(processes)]
-    files = small_files(codec, ViewColumns(plan.views, codec), make_manifest(plan, probe, shards), plan.notes)
+    total = spec_bytes(spec, codec, probe, processes)
+    shards = [Shard(shard_name(rank, processes), len(spec.source), total, "0" * 64) for rank in range(processes)]
+    files = small_files(codec, ViewColumns(spec.views, codec), make_manifest(spec, probe, shards), spec.notes)
     return total + sum(len(content) for content in files.values())
 
 
-def check_limit(plan: BuildPlan, needed: int) -> None:
-    """Raises OverLimit if files would take more bytes than `plan.limit`."""
-    if plan.limit is not None and needed > plan.limit:
-        raise OverLimit(needed, plan.limit)
+def check_limit(spec: StoreSpec, needed: int) -> None:
+    """Raises OverLimit if files would take more bytes than `spec.limit`."""
+    if spec.limit is not None and needed > spec.limit:
+        raise OverLimit(needed, spec.limit)
 
 
-def complete_store(plan: BuildPlan, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
-    """Gives the shards in `aside` everything that makes them the plan's store."""
-    views = ViewColumns(plan.views, codec)
-    complete(aside, plan.path, small_files(codec, views, make_manifest(plan, probe, shards), plan.notes))
+def complete_store(spec: StoreSpec, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
+    """Gives the shards in `aside` everything that makes them the spec's store."""
+    views = ViewColumns(spec.views, codec)
+    complete(aside, spec.path, small_files(codec, views, make_manifest(spec, probe, shards), spec.notes))
 
 
-def make_manifest(plan: BuildPlan, probe: BatchSplit, shards: list[Shard]) -> Manifest:
-    """The manifest of the plan's store; its `files` are not filled in yet."""
-    channels = plan.views.channels
+def make_manifest(spec: StoreSpec, probe: BatchSplit, shards: list[Shard]) -> Manifest:
+    """The manifest of the spec's store; its `files` are not filled in yet."""
+    channels = spec.views.channels
     return Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=plan.path.name,
-        made_from=dict(plan.made_from),
-        cut=plan.cut,
-        codec=plan.codec,
-        layout=plan.layout.to_json(),
-        rows=len(plan.source),
-        views=plan.views.count,
-        geometry=plan.views.geometry,
+        fingerprint=spec.path.name,
+        made_from=dict(spec.made_from),
+        cut=spec.cut,
+        codec=spec.codec,
+        layout=spec.layout.to_json(),
+        rows=len(spec.source),
+        views=spec.views.count,
+        geometry=spec.views.geometry,
         sensitive_channels=None if channels is None else channels.tolist(),
-        own_inputs=plan.views.own_inputs,
+        own_inputs=spec.views.own_inputs,
         inputs=probe.describe(),
         constants=probe.constants,
         shards=shards,
         files={},
-        lossless=plan.lossless,
+        lossless=spec.lossless,
     )
 
 

@@ -18,10 +18,25 @@ import safetensors.torch
 import torch
 from transformers.utils import logging
 
+from ..cache.codec import Codec, make_codec
+from ..cache.rows import ChosenRows, InputColumn, split_batch
+from ..cache.store import (
+    CODEC_FILE,
+    MANIFEST,
+    FeatureStore,
+    Shard,
+    ShardWriter,
+    StoreError,
+    create_aside,
+    own_input,
+    shard_name,
+    small_files,
+    stored_rows,
+)
+from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..rng import preserve_rng
-from .build_plan import BuildPlan
-from .codec import Codec, make_codec
+from .feature_sources import ViewRun
 from .materialize import (
     BuildFailed,
     GeometryMisfit,
@@ -35,33 +50,18 @@ from .materialize import (
     open_matching,
     store_bytes,
 )
-from .rows import ChosenRows, InputColumn, split_batch
-from .runs import ViewRun
-from .store import (
-    CODEC_FILE,
-    MANIFEST,
-    FeatureStore,
-    Shard,
-    ShardWriter,
-    StoreError,
-    create_aside,
-    own_input,
-    shard_name,
-    small_files,
-    stored_rows,
-)
-from .views import ViewColumns
+from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
 
 #: What stands for the manifest until the store is finished: nobody takes the directory for a store.
-PLAN = "plan.json"
+PLAN = "spec.json"
 _MARKS = "marks"
 _SUFFIX = ".partial"
 
 
 class PartialStore:
-    """The directory `<fingerprint>.partial`: what a plan will keep, in rows of fixed size that may come in any order.
+    """The directory `<fingerprint>.partial`: what a spec will keep, in rows of fixed size that may come in any order.
 
     All processes share it, and it outlives them. Per view it has one file of rows (all columns side by side), and all
     views have one file of marks: a row's mark is the checksum of its bytes and follows them, so that a row counts only
@@ -70,7 +70,7 @@ class PartialStore:
     fixed size) go to a file of lines per process, and into the checksum.
 
     Args:
-        plan: settled; its `runs` compute what is missing in the end.
+        spec: settled; its `runs` compute what is missing in the end.
         group: the processes.
         codec: fitted.
 
@@ -78,53 +78,53 @@ class PartialStore:
         reserved: bytes of this directory and of the store made of it, which lie there together in the end.
     """
 
-    def __init__(self, plan: BuildPlan, group: Group, codec: Codec):
-        self.plan, self.group, self.codec, self.reserved = plan, group, codec, 0
-        self.views = ViewColumns(plan.views, codec)
-        self.probe = split_batch(plan.source.probe(), plan.chain.main_input)
-        self.path = partial_path(plan)
-        self._columns = [_RowColumns(self, view) for view in range(plan.views.count + 1)]
+    def __init__(self, spec: StoreSpec, group: Group, codec: Codec):
+        self.spec, self.group, self.codec, self.reserved = spec, group, codec, 0
+        self.views = ViewColumns(spec.views, codec)
+        self.probe = split_batch(spec.source.probe(), spec.chain.main_input)
+        self.path = partial_path(spec)
+        self._columns = [_RowColumns(self, view) for view in range(spec.views.count + 1)]
         self._files: list[int] = []
         self._marks, self._lines = -1, None
 
     @classmethod
-    def begin(cls, plan: BuildPlan, group: Group) -> PartialStore:
+    def begin(cls, spec: StoreSpec, group: Group) -> PartialStore:
         """Fits the codec and reserves the space.
 
         Raises:
             BuildFailed: if some process cannot write there.
-            OverLimit: on every process, if store and directory together would take more than `plan.limit`.
+            OverLimit: on every process, if store and directory together would take more than `spec.limit`.
         """
         try:
             with preserve_rng():
-                codec = make_codec(plan.codec, plan.layout)
+                codec = make_codec(spec.codec, spec.layout)
 
                 def fit() -> dict[str, torch.Tensor]:
-                    fit_codec(plan, codec)
+                    fit_codec(spec, codec)
                     return codec.tensors()
 
                 codec.load_tensors(group.on_main(fit))
-                partial = cls(plan, group, codec)
+                partial = cls(spec, group, codec)
                 partial._reserve()
-                check_limit(plan, partial.reserved)
+                check_limit(spec, partial.reserved)
                 group.on_main(partial._create)
-                group.locally(partial._open)
+                group.on_all(partial._open)
                 return partial
         except OSError as error:
             raise BuildFailed(str(error)) from error
 
     @classmethod
-    def reopen(cls, plan: BuildPlan, group: Group) -> PartialStore | None:
+    def reopen(cls, spec: StoreSpec, group: Group) -> PartialStore | None:
         """Goes on with what another run of the same training has left; None if there is nothing that matches.
 
         Args:
-            plan: views and notes need not be settled; they are what was settled then.
+            spec: views and notes need not be settled; they are what was settled then.
             group: the processes.
 
         Raises:
             BuildFailed: if files cannot be read, or not by every process.
         """
-        path = partial_path(plan)
+        path = partial_path(spec)
 
         def find() -> tuple[Any, ...] | None:
             if not path.exists():
@@ -133,7 +133,7 @@ class PartialStore:
                 kept = FeatureStore.open(path, PLAN)
                 notes = [name for name in kept.manifest.files if name.endswith(".safetensors") and name != CODEC_FILE]
                 notes = {name: safetensors.torch.load_file(path / name) for name in notes}
-                settled = replace(plan, views=kept.views.spec, notes={Path(name).stem: notes[name] for name in notes})
+                settled = replace(spec, views=kept.views.spec, notes={Path(name).stem: notes[name] for name in notes})
                 partial = cls(settled, group, kept.codec)
                 expected = make_manifest(settled, partial.probe, [])
                 if replace(kept.manifest, files={}).to_json() != expected.to_json():
@@ -151,23 +151,23 @@ class PartialStore:
                 if found is None:
                     return None
                 tensors, views, notes = found
-                codec = make_codec(plan.codec, plan.layout).load_tensors(tensors)
-                partial = cls(replace(plan, views=views, notes=notes), group, codec)
+                codec = make_codec(spec.codec, spec.layout).load_tensors(tensors)
+                partial = cls(replace(spec, views=views, notes=notes), group, codec)
                 partial._reserve()
-                group.locally(partial._open)
+                group.on_all(partial._open)
                 return partial
         except OSError as error:
             raise BuildFailed(str(error)) from error
 
     def _reserve(self) -> None:
         # The notes are the main process's.
-        finished = self.group.on_main(lambda: store_bytes(self.plan, self.codec, self.probe, self.group.size))
+        finished = self.group.on_main(lambda: store_bytes(self.spec, self.codec, self.probe, self.group.size))
         self.reserved = self.bytes + finished
 
     @property
     def bytes(self) -> int:
         """Bytes that the files of rows and marks take."""
-        rows = len(self.plan.source)
+        rows = len(self.spec.source)
         return rows * sum(columns.width for columns in self._columns) + rows * len(self._columns) * 4
 
     def write(self, samples: Sequence[int], views: np.ndarray, ran: ViewRun) -> None:
@@ -179,7 +179,7 @@ class PartialStore:
             ran: the batch; geometry of base views is ignored.
 
         Raises:
-            GeometryMisfit: if a view's geometry cannot be kept as the plan says.
+            GeometryMisfit: if a view's geometry cannot be kept as the spec says.
             ValueError: if a feature is not finite (the sample is named) or the batch cannot be kept per row.
             OSError: if it cannot be written.
         """
@@ -193,13 +193,13 @@ class PartialStore:
 
         Raises:
             BuildFailed: if some process could not write.
-            GeometryMisfit: on every process, if a missing view's geometry cannot be kept as the plan says.
+            GeometryMisfit: on every process, if a missing view's geometry cannot be kept as the spec says.
             ValueError: if a missing feature is not finite or a batch cannot be kept per row.
         """
-        plan, group = self.plan, self.group
+        spec, group = self.spec, self.group
         try:
             with preserve_rng():
-                store = open_matching(plan, group)  # another training of the same settings may have been faster
+                store = open_matching(spec, group)  # another training of the same settings may have been faster
                 if store is None:
                     misfits = [misfit for misfit in group.together(self._fill) if misfit is not None]
                     if misfits:
@@ -228,15 +228,15 @@ class PartialStore:
     # Files
 
     def _sizes(self) -> dict[str, int]:
-        rows = len(self.plan.source)
+        rows = len(self.spec.source)
         sizes = {f"view-{view}.rows": rows * columns.width for view, columns in enumerate(self._columns)}
         return {**sizes, _MARKS: 4 * rows * len(self._columns)}
 
     def _create(self) -> None:
         aside = create_aside(self.path)
         try:
-            manifest = make_manifest(self.plan, self.probe, [])
-            contents = small_files(self.codec, self.views, manifest, self.plan.notes)
+            manifest = make_manifest(self.spec, self.probe, [])
+            contents = small_files(self.codec, self.views, manifest, self.spec.notes)
             contents[PLAN] = contents.pop(MANIFEST)
             for name, content in contents.items():
                 (aside / name).write_bytes(content)
@@ -281,7 +281,7 @@ class PartialStore:
     # Writing
 
     def _put(self, view: int, samples: Sequence[int], ran: ViewRun) -> None:
-        if view and not self.plan.views.whole:
+        if view and not self.spec.views.whole:
             misfit = find_misfit([ran], samples)
             if misfit is not None:
                 raise GeometryMisfit(misfit)
@@ -296,7 +296,7 @@ class PartialStore:
         for sample, row, values in zip(samples, rows, lists, strict=True):
             self._write_at(view, row.data, sample * columns.width)
             mark = np.uint32(_checksum(row.data, values)).tobytes()
-            self._write_at(-1, mark, 4 * (view * len(self.plan.source) + sample))
+            self._write_at(-1, mark, 4 * (view * len(self.spec.source) + sample))
 
     def _write_lines(self, view: int, samples: Sequence[int], lists: Sequence[str]) -> None:
         if self._lines is None:
@@ -309,21 +309,21 @@ class PartialStore:
 
     def _fill(self) -> str | None:
         """Computes what is missing of this process's share; why it cannot be kept, if a view's geometry misfits."""
-        mine = self.group.share(self.plan.source.num_batches)
+        mine = self.group.share(self.spec.source.num_ranges)
         if not len(mine):
             return None
-        first, last = self.plan.source.rows(mine[0])[0], self.plan.source.rows(mine[-1])[-1]
+        first, last = self.spec.source.rows(mine[0])[0], self.spec.source.rows(mine[-1])[-1]
         lacking = np.stack([self._read_marks(view, first, last) == 0 for view in range(len(self._columns))])
         rows = np.flatnonzero(lacking.any(0)) + first
         return self._compute(rows.tolist(), lambda view, row: lacking[view, row - first])
 
     def _compute(self, rows: Sequence[int], is_lacking: Callable[[int, int], bool]) -> str | None:
         """Runs the prefix on rows and writes the views of them that are lacking."""
-        views = self.plan.views
-        source = ChosenRows(self.plan.source, rows)
-        runs = self.plan.runs.over(source)
-        needed = views.needs_features(self.plan.layout)
-        for number, ran in runs.run(range(source.num_batches), views.count, views.geometry, needed):
+        views = self.spec.views
+        source = ChosenRows(self.spec.source, rows)
+        runs = self.spec.feature_source.over(source)
+        needed = views.needs_features(self.spec.layout)
+        for number, ran in runs.run(range(source.num_ranges), views.count, views.geometry, needed):
             samples = source.rows(number)
             for view, part in enumerate(ran):
                 check_inputs(part, self.probe, samples[0])
@@ -336,22 +336,22 @@ class PartialStore:
         return None
 
     def _write_store(self) -> FeatureStore:
-        plan, group = self.plan, self.group
-        aside = group.on_main(lambda: create_aside(plan.path))
+        spec, group = self.spec, self.group
+        aside = group.on_main(lambda: create_aside(spec.path))
         try:
             shards = group.together(lambda: self._write_shard(aside))
-            group.on_main(lambda: complete_store(plan, aside, self.codec, self.probe, shards))
+            group.on_main(lambda: complete_store(spec, aside, self.codec, self.probe, shards))
         except BaseException:
             if group.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
-        return open_everywhere(plan, group)
+        return open_everywhere(spec, group)
 
     def _write_shard(self, aside: Path) -> Shard:
-        source = self.plan.source
+        source = self.spec.source
         path = aside / shard_name(self.group.rank, self.group.size)
-        with ShardWriter(path, self.codec, self.views, self.probe.describe(), self.plan.lossless) as writer:
-            for number in self.group.share(source.num_batches):
+        with ShardWriter(path, self.codec, self.views, self.probe.describe(), self.spec.lossless) as writer:
+            for number in self.group.share(source.num_ranges):
                 samples, codes, inputs = source.rows(number), {}, {}
                 for view in range(len(self._columns)):
                     read_codes, read_inputs = self._read(view, samples)
@@ -394,7 +394,7 @@ class PartialStore:
         return found
 
     def _read_marks(self, view: int, first: int, last: int) -> np.ndarray:
-        offset = 4 * (view * len(self.plan.source) + first)
+        offset = 4 * (view * len(self.spec.source) + first)
         return np.frombuffer(self._read_at(-1, 4 * (last - first + 1), offset), np.uint32)
 
 
@@ -402,7 +402,7 @@ class _RowColumns:
     """What a row of one view consists of: columns of fixed size side by side, and lists."""
 
     def __init__(self, partial: PartialStore, view: int):
-        spec = partial.plan.views
+        spec = partial.spec.views
         if view:
             self.codes = {f"{name}_{view}": column for name, column in partial.views.entries.items()}
         else:
@@ -441,9 +441,9 @@ class _RowColumns:
         return codes, inputs | {self._stored[name]: [row[i] for row in values] for i, name in enumerate(self.lists)}
 
 
-def partial_path(plan: BuildPlan) -> Path:
-    """Where the plan's store is written to until it is finished."""
-    return plan.path.with_name(plan.path.name + _SUFFIX)
+def partial_path(spec: StoreSpec) -> Path:
+    """Where the spec's store is written to until it is finished."""
+    return spec.path.with_name(spec.path.name + _SUFFIX)
 
 
 def _rows_of(ran: ViewRun, positions: np.ndarray) -> ViewRun:

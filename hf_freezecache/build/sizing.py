@@ -9,48 +9,48 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .build_plan import BuildPlan
-from .codec import Codec, make_codec
-from .lossless import blank_frames, largest_frame
-from .rows import BatchSplit, split_batch
-from .store import ShardStream, own_input
-from .views import ViewColumns, ViewSpec
+from ..cache.codec import Codec, make_codec
+from ..cache.lossless import blank_frames, largest_frame
+from ..cache.rows import BatchSplit, split_batch
+from ..cache.store import ShardStream, own_input
+from ..cache.view_columns import ViewColumns, ViewSpec
+from .store_spec import StoreSpec
 
 
-def estimate_bytes(plan: BuildPlan, processes: int = 1) -> int:
-    """Bytes of the Arrow files that the plan would write; exact where rows have fixed sizes (all but strings).
+def estimate_bytes(spec: StoreSpec, processes: int = 1) -> int:
+    """Bytes of the Arrow files that the spec would write; exact where rows have fixed sizes (all but strings).
 
     Where rows are packed, these are the most bytes that they can take.
 
     Args:
-        plan: what would be built.
+        spec: what would be built.
         processes: that would each write a shard.
     """
-    split = split_batch(plan.source.probe(), plan.chain.main_input)
-    return plan_bytes(plan, make_codec(plan.codec, plan.layout), split, processes)
+    split = split_batch(spec.source.probe(), spec.chain.main_input)
+    return spec_bytes(spec, make_codec(spec.codec, spec.layout), split, processes)
 
 
-def plan_bytes(
-    plan: BuildPlan,
+def spec_bytes(
+    spec: StoreSpec,
     codec: Codec,
     split: BatchSplit,
     processes: int = 1,
     views: ViewSpec | None = None,
     frame_bytes: Mapping[str, float] | None = None,
 ) -> int:
-    """Bytes of the Arrow files that the plan would write.
+    """Bytes of the Arrow files that the spec would write.
 
     Args:
-        plan: what would be built.
+        spec: what would be built.
         codec: of the base view; need not be fitted.
         split: a few rows' model inputs.
         processes: that would each write a shard.
-        views: in place of the plan's.
+        views: in place of the spec's.
         frame_bytes: mean size of a packed row, by column; the largest possible ones if None.
     """
-    views = plan.views if views is None else views
-    rows, batch_size = len(plan.source), plan.source.batch_size
-    return arrow_bytes(codec, views, split, rows, batch_size, processes, plan.lossless, frame_bytes)
+    views = spec.views if views is None else views
+    rows, batch_size = len(spec.source), spec.source.batch_size
+    return arrow_bytes(codec, views, split, rows, batch_size, processes, spec.lossless, frame_bytes)
 
 
 def arrow_bytes(

@@ -11,29 +11,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache.build_plan import BuildPlan
-from .cache.codec import make_codec
-from .cache.fingerprint import fingerprint_inputs, tensors_digest
-from .cache.fisher import fisher_weights
-from .cache.lossless import LOSSLESS
-from .cache.materialize import GeometryMisfit, spread
-from .cache.rows import RowSource
-from .cache.runs import ImageRuns
-from .cache.store import FORMAT_VERSION
-from .cache.views import ViewSpec
-from .chain import BlockChain
-from .config import FreezeCacheConfig, parse_bytes
-from .distributed import Group
-from .layout import FeatureLayout
-from .replay.survey import choose_channels, count_sensitive, make_view_spec, survey
-from .rng import preserve_rng
+from ..cache.codec import make_codec
+from ..cache.fingerprint import fingerprint_inputs, tensors_digest
+from ..cache.lossless import LOSSLESS
+from ..cache.rows import RowSource
+from ..cache.store import FORMAT_VERSION
+from ..cache.view_columns import ViewSpec
+from ..config import FreezeCacheConfig
+from ..distributed import Group
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from ..rng import preserve_rng
+from ..units import parse_bytes
+from .feature_sources import ImageFeatures
+from .fisher import fisher_weights
+from .materialize import GeometryMisfit, spread
+from .store_spec import StoreSpec
+from .survey import choose_channels, count_sensitive, make_view_spec, survey
 
 #: Batches from all over the data on which a channel's weight in the loss is measured.
 _WEIGHT_BATCHES = 8
 
 
-class Blueprints:
-    """Makes the `BuildPlan` of a cut and a codec.
+class SpecMaker:
+    """Makes the `StoreSpec` of a cut and a codec.
 
     Args:
         model: the model itself, not wrapped.
@@ -74,7 +75,7 @@ class Blueprints:
         self.weights: dict[int, torch.Tensor] = {}
         self._notes: Mapping[str, Any] = {}
 
-    def plan(self, cut: int, codec: str) -> BuildPlan:
+    def make(self, cut: int, codec: str) -> StoreSpec:
         """What a store of this cut would be, before sensitive channels are chosen.
 
         Raises:
@@ -101,19 +102,19 @@ class Blueprints:
             )
             return {**inputs, **LOSSLESS} if self.config.lossless else inputs
 
-        self.group.locally(prove)
-        self.augmentation = self.group.from_main(self.augmentation)
+        self.group.on_all(prove)
+        self.augmentation = self.group.broadcast(self.augmentation)
         return self.with_codec(replace(self.draft(cut, codec), made_from=self.group.on_main(made_from)), codec)
 
-    def draft(self, cut: int, codec: str) -> BuildPlan:
-        """A plan without a fingerprint: for measuring, not for building.
+    def draft(self, cut: int, codec: str) -> StoreSpec:
+        """A spec without a fingerprint: for measuring, not for building.
 
         Args:
             cut: frozen blocks; traced.
             codec: name of the codec.
         """
         layout = self.chain.layout(cut)
-        return BuildPlan(
+        return StoreSpec(
             chain=self.chain,
             cut=cut,
             source=self.source,
@@ -122,33 +123,33 @@ class Blueprints:
             views=self._view_spec(layout, codec),
             made_from={},
             directory=self.cache_dir,
-            runs=ImageRuns(self.chain, cut, self.source, layout, self.counting(0, cut)),
+            feature_source=ImageFeatures(self.chain, cut, self.source, layout, self.counting(0, cut)),
             disable_tqdm=self.disable_tqdm,
             lossless=self.config.lossless,
         )
 
-    def with_codec(self, plan: BuildPlan, codec: str) -> BuildPlan:
+    def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
         """The same features by another codec."""
-        made_from, weights = {**plan.made_from, "codec": codec}, None
+        made_from, weights = {**spec.made_from, "codec": codec}, None
         made_from.pop("channel_weights", None)
-        if make_codec(codec, plan.layout).uses_weights:
-            weights = self._channel_weights(plan.cut)
+        if make_codec(codec, spec.layout).uses_weights:
+            weights = self._channel_weights(spec.cut)
             made_from["channel_weights"] = tensors_digest({"weights": weights})
-        views = self._view_spec(plan.layout, codec)
-        return replace(plan, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
+        views = self._view_spec(spec.layout, codec)
+        return replace(spec, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
 
-    def settle(self, plan: BuildPlan) -> BuildPlan:
+    def settle(self, spec: StoreSpec) -> StoreSpec:
         """Chooses the sensitive channels, on the main process.
 
         Raises:
-            GeometryMisfit: on every process, if a view's geometry cannot be kept as the plan says.
+            GeometryMisfit: on every process, if a view's geometry cannot be kept as the spec says.
         """
 
         def choose() -> ViewSpec | tuple[str, bool]:
             try:
                 with preserve_rng():
                     config = self.config
-                    chosen = choose_channels(plan, config.similarity, config.sensitivity_batches, config.channel_map)
+                    chosen = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
             except GeometryMisfit as misfit:
                 return str(misfit), misfit.for_all_kinds
             self._notes = chosen.notes  # pictures stay here: the main process writes them
@@ -157,13 +158,13 @@ class Blueprints:
         settled = self.group.on_main(choose)
         if isinstance(settled, tuple):
             raise GeometryMisfit(*settled)
-        return replace(plan, views=settled, notes=self._notes)
+        return replace(spec, views=settled, notes=self._notes)
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
-        """Measured where the first plan needs them; the same ever after, though the suffix goes on learning."""
+        """Measured where the first spec needs them; the same ever after, though the suffix goes on learning."""
 
         def measure() -> torch.Tensor:
-            numbers = spread(self.source.num_batches, min(_WEIGHT_BATCHES, self.source.num_batches))
+            numbers = spread(self.source.num_ranges, min(_WEIGHT_BATCHES, self.source.num_ranges))
             batches = (self.model_inputs(self.source.collate(self.source.rows(number))) for number in numbers)
             return fisher_weights(self.chain, cut, batches, self.source.seed, bands=True)
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from ..chain import BlockChain
-from ..layout import FeatureLayout
-from .fingerprint import digest
-from .rows import RowSource
-from .runs import FeatureRuns
-from .views import ViewSpec
+from ..cache.fingerprint import digest
+from ..cache.rows import RowSource
+from ..cache.view_columns import ViewSpec
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from .feature_sources import FeatureSource
 
 
 @dataclass(frozen=True)
-class BuildPlan:
+class StoreSpec:
     """What to build.
 
     Args:
@@ -29,7 +29,7 @@ class BuildPlan:
         layout: the feature as the prefix returns it in this training (mixed precision included).
         made_from: the fingerprint's inputs, the main process's on every process.
         directory: where stores lie.
-        runs: where the features come from.
+        feature_source: computes the features.
         disable_tqdm: no progress bar.
         views: which augmented views to keep, and what of them.
         notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
@@ -45,7 +45,7 @@ class BuildPlan:
     layout: FeatureLayout
     made_from: Mapping[str, Any]
     directory: Path
-    runs: FeatureRuns
+    feature_source: FeatureSource
     disable_tqdm: bool = False
     views: ViewSpec = field(default_factory=ViewSpec)
     notes: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache.build_plan import BuildPlan
+from ..augment.geometry import PROJECTIVE, decode_geometry
+from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
-from ..cache.materialize import GeometryMisfit, find_misfit
 from ..cache.rows import RowSource, is_same
-from ..cache.views import ViewSpec
-from ..geometry import PROJECTIVE, decode_geometry
-from ..layout import FeatureLayout
-from .sensitivity import SENSITIVITY, SensitivityMeter
+from ..cache.view_columns import ViewSpec
+from ..model.layout import FeatureLayout
+from .materialize import GeometryMisfit, find_misfit
+from .store_spec import StoreSpec
 
 #: Rows that are drawn, and draws of each, to see what is random.
 _ROWS, _DRAWS = 8, 8
@@ -127,41 +127,41 @@ def count_sensitive(
     return max((count for count, size in row_bytes.items() if rows * views * size <= budget), default=0)
 
 
-def choose_channels(plan: BuildPlan, similarity: str, batches: int, channel_map: bool) -> BuildPlan:
-    """Measures which channels do not follow the augmentation, and completes the plan with them.
+def choose_channels(spec: StoreSpec, similarity: str, batches: int, channel_map: bool) -> StoreSpec:
+    """Measures which channels do not follow the augmentation, and completes the spec with them.
 
     Args:
-        plan: whose `views` say how many channels are wanted.
+        spec: whose `views` say how many channels are wanted.
         similarity: how the true features of a view and the warped ones of its base view are compared.
         batches: ranges of samples, drawn from the seed, that are compared at most.
         channel_map: whether to fit how the other channels follow from all of them.
 
     Raises:
-        GeometryMisfit: if a view's geometry cannot be kept as the plan says.
+        GeometryMisfit: if a view's geometry cannot be kept as the spec says.
     """
-    if plan.views.whole:
-        return plan
-    meter = measure_sensitivity(plan, similarity, batches)
+    if spec.views.whole:
+        return spec
+    meter = measure_sensitivity(spec, similarity, batches)
     measured = meter.result()
-    channels = measured.choose(len(plan.views.channels))
+    channels = measured.choose(len(spec.views.channels))
     maps, limits = (meter.channel_maps(channels) if channel_map else None) or (None, None)
-    spec = replace(
-        plan.views,
+    views = replace(
+        spec.views,
         channels=channels,
         outside=measured.outside.to(torch.float32),
         channel_maps=maps,
         limits=limits,
     )
-    return replace(plan, views=spec, notes={**plan.notes, SENSITIVITY: measured.tensors()})
+    return replace(spec, views=views, notes={**spec.notes, SENSITIVITY: measured.tensors()})
 
 
-def measure_sensitivity(plan: BuildPlan, similarity: str, batches: int) -> SensitivityMeter:
+def measure_sensitivity(spec: StoreSpec, similarity: str, batches: int) -> SensitivityMeter:
     """Compares the channels over a sample of the data; see `choose_channels`."""
-    source, kind, grid = plan.source, plan.views.geometry, plan.layout.grid
-    count = min(batches, source.num_batches)
-    chosen = np.random.default_rng(source.seed).choice(source.num_batches, count, replace=False)
-    meter = SensitivityMeter(plan.layout, similarity)
-    for number, (base, view) in plan.runs.run(sorted(chosen.tolist()), views=1, geometry=kind):
+    source, kind, grid = spec.source, spec.views.geometry, spec.layout.grid
+    count = min(batches, source.num_ranges)
+    chosen = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
+    meter = SensitivityMeter(spec.layout, similarity)
+    for number, (base, view) in spec.feature_source.run(sorted(chosen.tolist()), views=1, geometry=kind):
         rows = source.rows(number)
         misfit = find_misfit([view], rows)
         if misfit is not None:

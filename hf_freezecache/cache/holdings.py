@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+#: The part of the free disk that stores may take: checkpoints need some too.
+DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,15 @@ class Holdings:
         """Continues from `state()`, or from the part of it that is still there."""
         for entry in state:
             self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"], entry["evaluation_cut"])
+
+
+def disk_limit(directory: Path, budget: int | None = None) -> int:
+    """Bytes that a store in a directory may take: the budget, and not more than a share of the free disk.
+
+    Args:
+        directory: where stores will lie; need not exist yet.
+        budget: bytes; None: the disk alone limits.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+    room = int(DISK_SHARE * shutil.disk_usage(existing).free)
+    return room if budget is None else min(room, budget)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from ..drawing import Drawing, drawing
+from ..augment.draws import Draw, use_draw
 from ..rng import seeded_rng
 
 #: torch dtypes that a column can have -> the NumPy type in which Arrow keeps it.
@@ -179,7 +179,7 @@ class RowSource:
         return len(self.dataset)
 
     @property
-    def num_batches(self) -> int:
+    def num_ranges(self) -> int:
         return -(-len(self) // self.batch_size)
 
     def rows(self, batch: int) -> Sequence[int]:
@@ -201,9 +201,9 @@ class RowSource:
             geometry: kind and feature grid in which the view's geometry is wanted.
             again: another draw of what is random besides a `ReplayableTransform`.
         """
-        wanted = Drawing(self.seed, indices, view=view, geometry=geometry)
+        wanted = Draw(self.seed, indices, view=view, geometry=geometry)
         with seeded_rng(self.seed, indices[0], view, *([again] if again else [])):
-            with drawing(wanted):
+            with use_draw(wanted):
                 samples = fetch(self.dataset, indices)
             batch = self.collator(samples)
         complete = len(wanted.geometries) == len(indices)
@@ -265,7 +265,7 @@ class _Ranges(TorchDataset):
         self.source, self.views, self.geometry = source, views, geometry
 
     def __len__(self) -> int:
-        return self.source.num_batches
+        return self.source.num_ranges
 
     def __getitem__(self, batch: int) -> list[DrawnBatch]:
         rows = self.source.rows(batch)

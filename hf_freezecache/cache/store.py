@@ -22,14 +22,14 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
-from ..layout import FeatureLayout
+from ..model.layout import FeatureLayout
 from .codec import Codec, make_codec
 from .lossless import pack_rows, packed_columns
 from .manifest import FORMAT_VERSION as FORMAT_VERSION
 from .manifest import MANIFEST, Manifest, Shard, StoreError
 from .mapped import MappedColumn, PackedColumn
 from .rows import InputColumn, RowError
-from .views import VIEW_TENSORS, ViewColumns, ViewSpec
+from .view_columns import VIEW_TENSORS, ViewColumns, ViewSpec
 
 CODEC_FILE = "codec.safetensors"
 _REMOVED = ".removed.tmp-"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..geometry import geometry_column
-from ..layout import FeatureLayout
+from ..augment.geometry import geometry_column
+from ..model.layout import FeatureLayout
 from .codec import Codec
 
 #: Fields of a `ViewSpec` that are tensors.

@@ -10,12 +10,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .cache.cleaning import Removable, find_stores, remove
-from .cache.planner import show_bytes
-from .cache.store import MANIFEST, FeatureStore, StoreError
-from .layout import FeatureLayout
+from ..augment.sensitivity import SENSITIVITY, Sensitivity
+from ..cache.cleaning import Removable, find_stores, remove
+from ..cache.store import MANIFEST, FeatureStore, StoreError
+from ..model.layout import FeatureLayout
+from ..units import show_bytes
 from .plots import plot_sensitivity
-from .replay.sensitivity import SENSITIVITY, Sensitivity
 
 _SENSITIVITY_FILE = f"{SENSITIVITY}.safetensors"
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "plan":
             # Transformers and torchvision take seconds to import; the other commands do without.
-            from .cli_plan import plan_images
+            from .plan import plan_images
 
             print(plan_images(options))
         elif options.command == "clean":

@@ -14,10 +14,10 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
 
-from .cache.planner import Plan
-from .config import FreezeCacheConfig
-from .planning import plan
-from .transforms import ReplayableTransform
+from ..augment.transforms import ReplayableTransform
+from ..config import FreezeCacheConfig
+from ..estimate.costs import Plan
+from ..planning import plan
 
 
 @dataclass(frozen=True)

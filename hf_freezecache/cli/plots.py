@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .replay.sensitivity import Sensitivity
+from ..augment.sensitivity import Sensitivity
 
 _CHOSEN, _FOLLOWS, _EMPTY = "#d95f02", "#5b7fa6", "#c8c8c8"
 _COLUMNS = ("base view", "augmented view", "base, warped", "|difference|")

@@ -7,13 +7,11 @@ live epoch too, a replay epoch reads it instead.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-#: The part of the free disk that stores may take: checkpoints need room too.
-DISK_SHARE = 0.9
+from ..units import show_bytes, show_epochs, show_seconds
+
 #: What is saved must exceed what a build costs by this factor: both are estimates.
 MARGIN = 1.05
 
@@ -330,42 +328,3 @@ def decide(row: PlanRow, epochs_left: float, room: int | None = None) -> str | N
             f"save {show_seconds(saved * epochs_left)}"
         )
     return None
-
-
-def disk_room(directory: Path, budget: int | None = None) -> int:
-    """Bytes that a store in a directory may take: the budget, and not more than a share of the free disk.
-
-    Args:
-        directory: where stores will lie; need not exist yet.
-        budget: bytes; None: the disk alone limits.
-    """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
-    room = int(DISK_SHARE * shutil.disk_usage(existing).free)
-    return room if budget is None else min(room, budget)
-
-
-def show_epochs(epochs: float) -> str:
-    """Epochs for a person, e.g. `1 epoch`, `2.5 epochs`."""
-    number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
-    return f"{number} epoch{'' if number == '1' else 's'}"
-
-
-def show_bytes(count: int) -> str:
-    """Bytes for a person, e.g. `1.23 GB`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.3g} {unit}" if abs(count) < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count} B"
-
-
-def show_seconds(seconds: float) -> str:
-    """Seconds for a person, e.g. `12 ms`, `3.4 s`, `2 min 05 s`, `1 h 20 min`."""
-    sign, size = ("-", -seconds) if seconds < 0 else ("", seconds)
-    if size < 0.9995:
-        return f"{sign}{1000 * size:.3g} ms"
-    if size < 99.95:
-        return f"{sign}{size:.3g} s"
-    minutes, rest = divmod(round(size), 60)
-    if minutes < 60:
-        return f"{sign}{minutes} min {rest:02d} s"
-    return f"{sign}{minutes // 60} h {minutes % 60:02d} min"

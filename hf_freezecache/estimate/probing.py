@@ -15,23 +15,24 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from torch import nn
 
-from .cache.build_plan import BuildPlan
-from .cache.codec import Codec, make_codec
-from .cache.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
-from .cache.planner import Costs, PlanRow, Work, decide, make_row, never_pays, overlapped, show_epochs
-from .cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
-from .cache.runs import ImageRuns, check_shape
-from .cache.sizing import plan_bytes
-from .cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
-from .cache.views import ViewColumns, ViewSpec
-from .chain import BlockChain
-from .config import FreezeCacheConfig
-from .geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry, is_mirrored
-from .replay.channel_map import ChannelMapFit
-from .replay.dataset import choose_views
-from .replay.sensitivity import CHUNK, SensitivityMeter
-from .replay.views import replay_features
-from .rng import preserve_rng
+from ..augment.channel_map import ChannelMapFit
+from ..augment.geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry, is_mirrored
+from ..augment.sensitivity import CHUNK, SensitivityMeter
+from ..build.feature_sources import ImageFeatures, check_shape
+from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
+from ..build.sizing import spec_bytes
+from ..build.store_spec import StoreSpec
+from ..cache.codec import Codec, make_codec
+from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
+from ..cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
+from ..cache.view_columns import ViewColumns, ViewSpec
+from ..config import FreezeCacheConfig
+from ..model.chain import BlockChain
+from ..replay.dataset import choose_views
+from ..replay.decode import replay_features
+from ..rng import preserve_rng
+from ..units import show_epochs
+from .costs import Costs, PlanRow, Work, decide, make_row, never_pays, overlapped
 from .trial_steps import TrialSteps, timed
 
 #: Of features too large to be compared at once, a few samples are in place of the batch.
@@ -96,11 +97,11 @@ class Prober:
         self._loaded: tuple[Any, _Sample] | None = None
         self._split: BatchSplit | None = None
 
-    def refuse(self, plan: BuildPlan, epochs_left: float, room: int | None) -> tuple[str | None, PlanRow | None]:
+    def refuse(self, spec: StoreSpec, epochs_left: float, room: int | None) -> tuple[str | None, PlanRow | None]:
         """Decides whether a build pays, with as little measuring as the decision needs.
 
         Args:
-            plan: the build; its sensitive channels need not be settled.
+            spec: the build; its sensitive channels need not be settled.
             epochs_left: epochs of training that remain.
             room: bytes that the store may take.
 
@@ -110,18 +111,18 @@ class Prober:
         """
         with preserve_rng():
             try:
-                free = self._row(plan, _NOTHING, room)
+                free = self._row(spec, _NOTHING, room)
                 if not free.fits:
                     return decide(free, epochs_left), None
-                if isinstance(plan.runs, ImageRuns) and never_pays(epochs_left, self.work(plan)):
+                if isinstance(spec.feature_source, ImageFeatures) and never_pays(epochs_left, self.work(spec)):
                     return f"the {show_epochs(epochs_left)} left cannot save what a build costs", None
                 # A single range settles what is clear.
-                row = self._row(plan, next(self._in_stages(plan, batches=1, with_suffix=False)), room)
+                row = self._row(spec, next(self._in_stages(spec, batches=1, with_suffix=False)), room)
                 reason = decide(row, _CLEARLY * epochs_left)
                 if reason is not None:
                     return decide(row, epochs_left), row
-                for costs in self._in_stages(plan, batches=2, with_suffix=False):
-                    row = self._row(plan, costs, room)
+                for costs in self._in_stages(spec, batches=2, with_suffix=False):
+                    row = self._row(spec, costs, room)
                     reason = decide(row, epochs_left)
                     if reason is not None:
                         break
@@ -129,125 +130,125 @@ class Prober:
             finally:
                 self._loaded = None
 
-    def measure(self, plan: BuildPlan, batches: int = 2, with_suffix: bool = False) -> Costs:
+    def measure(self, spec: StoreSpec, batches: int = 2, with_suffix: bool = False) -> Costs:
         """What one range costs. Weights, gradients, buffers and generators stay; nothing is written to disk.
 
         Args:
-            plan: the build; the first channels stand for sensitive ones that are not settled.
+            spec: the build; the first channels stand for sensitive ones that are not settled.
             batches: ranges that are loaded; they are kept for the next call.
             with_suffix: also measure training steps on the features, and their memory.
         """
         with preserve_rng():
-            *_, costs = self._in_stages(plan, batches, with_suffix)
+            *_, costs = self._in_stages(spec, batches, with_suffix)
             return costs
 
-    def row(self, plan: BuildPlan, costs: Costs, room: int | None = None) -> PlanRow:
+    def row(self, spec: StoreSpec, costs: Costs, room: int | None = None) -> PlanRow:
         """What a build would cost and save.
 
         Args:
-            plan: the build.
+            spec: the build.
             costs: what was measured for it.
             room: bytes that the store may take; None if that is not known.
         """
         with preserve_rng():
-            return self._row(plan, costs, room)
+            return self._row(spec, costs, room)
 
-    def work(self, plan: BuildPlan) -> Work:
+    def work(self, spec: StoreSpec) -> Work:
         """How much a build has to do."""
-        views = plan.views
+        views = spec.views
         ranges = len(self.source) / min(self.source.batch_size, len(self.source))
-        compared = 0 if views.whole else min(self.config.sensitivity_batches, self.source.num_batches)
+        compared = 0 if views.whole else min(self.config.sensitivity_batches, self.source.num_ranges)
         return Work(
             ranges=ranges,
             views=views.count,
-            views_run=views.count if views.needs_features(plan.layout) else 0,
+            views_run=views.count if views.needs_features(spec.layout) else 0,
             compared=compared,
-            run_twice=0 if make_codec(plan.codec, plan.layout).fitted else ranges_run_twice(plan),
+            run_twice=0 if make_codec(spec.codec, spec.layout).fitted else ranges_run_twice(spec),
             workers=self.source.num_workers,
             processes=self.processes,
         )
 
-    def plain(self, plan: BuildPlan, batches: int) -> tuple[float, float]:
+    def plain(self, spec: StoreSpec, batches: int) -> tuple[float, float]:
         """Seconds of a step and of an epoch of plain training, from images, with nothing frozen.
 
         Args:
-            plan: any build; its samples are taken.
+            spec: any build; its samples are taken.
             batches: that are measured.
         """
         with preserve_rng():
-            sample = self._load(plan, batches)
+            sample = self._load(spec, batches)
             # An augmented view computes as a base view does.
             loaded = [self.step_inputs(drawn.batch) for drawn in sample.base]
             computed, _ = self.steps.measure(0, loaded)
             step = overlapped(computed, sample.live, self.source.num_workers)
-            return step, step * self.work(plan).ranges / self.processes
+            return step, step * self.work(spec).ranges / self.processes
 
-    def load(self, plan: BuildPlan, batches: int) -> list[DrawnBatch]:
+    def load(self, spec: StoreSpec, batches: int) -> list[DrawnBatch]:
         """The augmented views that are probed with."""
         with preserve_rng():
-            return self._load(plan, batches).views
+            return self._load(spec, batches).views
 
-    def _row(self, plan: BuildPlan, costs: Costs, room: int | None) -> PlanRow:
-        codec = make_codec(plan.codec, plan.layout)
+    def _row(self, spec: StoreSpec, costs: Costs, room: int | None) -> PlanRow:
+        codec = make_codec(spec.codec, spec.layout)
         if self._split is None:
             self._split = split_batch(self.source.probe(), self.chain.main_input)
         both, base = (
-            plan_bytes(plan, codec, self._split, self.processes, views, costs.frame_bytes)
-            for views in (plan.views, ViewSpec())
+            spec_bytes(spec, codec, self._split, self.processes, views, costs.frame_bytes)
+            for views in (spec.views, ViewSpec())
         )
-        most = plan_bytes(plan, codec, self._split, self.processes) if plan.lossless else None
+        most = spec_bytes(spec, codec, self._split, self.processes) if spec.lossless else None
         return make_row(
-            cut=plan.cut,
-            block=self.chain.names[plan.cut - 1],
-            codec=plan.codec,
+            cut=spec.cut,
+            block=self.chain.names[spec.cut - 1],
+            codec=spec.codec,
             base_bytes=base,
             view_bytes=both - base,
             costs=costs,
-            work=self.work(plan),
+            work=self.work(spec),
             room=room,
             most_bytes=most,
         )
 
-    def _in_stages(self, plan: BuildPlan, batches: int, with_suffix: bool):
+    def _in_stages(self, spec: StoreSpec, batches: int, with_suffix: bool):
         """Yields costs of which each has more in it: what is added can only speak against the build.
 
         But for the suffix: it comes first, where loader processes may be what a live epoch waits for.
         """
-        sample = self._load(plan, batches)
-        features, of_views, prefix = self._run_prefix(plan, sample)
+        sample = self._load(spec, batches)
+        features, of_views, prefix = self._run_prefix(spec, sample)
         costs = Costs(
             load=sample.live,
             prefix=prefix,
             load_base=median_low(sample.base_seconds),
             load_view=median_low(sample.view_seconds) if sample.view_seconds else 0.0,
-            run=None if isinstance(plan.runs, ImageRuns) else self._time_runs(plan, batches),
+            run=None if isinstance(spec.feature_source, ImageFeatures) else self._time_runs(spec, batches),
         )
         workers = self.source.num_workers
         # One process alone cannot run what the processes of a training normalize together.
         alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
         if with_suffix or (workers and alone and costs.load / workers > prefix):
             tried = self._with_features(features, sample)
-            suffix, peak = self.steps.measure(plan.cut, tried if with_suffix else tried[:1])
+            suffix, peak = self.steps.measure(spec.cut, tried if with_suffix else tried[:1])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
-        codec = make_codec(plan.codec, plan.layout)
-        fitting = 0.0 if codec.fitted else self._fit(plan, codec, [*features, *of_views])
-        store, encode = self._encode(plan, codec, sample, features, of_views)
+        codec = make_codec(spec.codec, spec.layout)
+        fitting = 0.0 if codec.fitted else self._fit(spec, codec, [*features, *of_views])
+        store, encode = self._encode(spec, codec, sample, features, of_views)
         read, decode = self._time_replay(store)
-        packed = store.frame_bytes() if plan.lossless else None
+        packed = store.frame_bytes() if spec.lossless else None
         costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting, frame_bytes=packed)
         yield costs
-        if not plan.views.whole:
-            compare = self._time_comparison(plan, sample, features, of_views)
-            solving = _solving_seconds(plan, self._count_maps(plan, sample))
+        if not spec.views.whole:
+            compare = self._time_comparison(spec, sample, features, of_views)
+            solving = _solving_seconds(spec, self._count_maps(spec, sample))
             costs = replace(costs, compare=compare, fixed=fitting + solving)
             yield costs
 
     # What a range costs, step by step
 
-    def _load(self, plan: BuildPlan, batches: int) -> _Sample:
-        views = plan.views
-        geometry = None if views.whole else (views.geometry, plan.layout.grid)
+    def _load(self, spec: StoreSpec, batches: int) -> _Sample:
+        views = spec.views
+        geometry = None if views.whole else (views.geometry, spec.layout.grid)
         key = (batches, bool(views.count), geometry)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
@@ -270,7 +271,7 @@ class Prober:
         self._loaded = key, sample
         return sample
 
-    def _run_prefix(self, plan: BuildPlan, sample: _Sample) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    def _run_prefix(self, spec: StoreSpec, sample: _Sample) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
         """Features of the base views and of the augmented views, and seconds of a run.
 
         Raises:
@@ -278,26 +279,26 @@ class Prober:
         """
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
-            return self.chain.prefix(self.model_inputs(drawn.batch), plan.cut)
+            return self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
 
         run(sample.base[0])
         base, of_views, seconds = [], [], []
         for kept, drawn_views in ((base, sample.base), (of_views, sample.views)):
             for rows, drawn in zip(sample.rows, drawn_views, strict=False):
                 features, spent = timed(lambda drawn=drawn: run(drawn))
-                check_shape(features, plan.layout, rows)
+                check_shape(features, spec.layout, rows)
                 kept.append(features)
                 seconds.append(spent)
         return base, of_views, median_low(seconds)
 
-    def _time_runs(self, plan: BuildPlan, batches: int) -> float:
+    def _time_runs(self, spec: StoreSpec, batches: int) -> float:
         """Seconds of a range that does not come from images; the first of the ranges warms up."""
-        views, seconds = plan.views, []
-        for number in [0, *spread(max(1, self.source.num_batches - 1), batches)]:
-            own = views.needs_features(plan.layout)
+        views, seconds = spec.views, []
+        for number in [0, *spread(max(1, self.source.num_ranges - 1), batches)]:
+            own = views.needs_features(spec.layout)
 
             def run(number=number, own=own):
-                return list(plan.runs.run([number], views.count, views.geometry, own))
+                return list(spec.feature_source.run([number], views.count, views.geometry, own))
 
             seconds.append(timed(run)[1])
         return median_low(seconds[1:])
@@ -308,36 +309,36 @@ class Prober:
             for each, drawn in zip(features, sample.base, strict=True)
         ]
 
-    def _fit(self, plan: BuildPlan, codec: Codec, features: list[torch.Tensor]) -> float:
+    def _fit(self, spec: StoreSpec, codec: Codec, features: list[torch.Tensor]) -> float:
         """Fits the codec; seconds that it takes on as many rows as a build fits it on."""
-        rows = fit_rows(plan)
-        stride = fit_stride(rows, plan.layout)
+        rows = fit_rows(spec)
+        stride = fit_stride(rows, spec.layout)
         wanted, pooled = -(-rows // stride), torch.cat(features)
         pooled = pooled[:: max(1, len(pooled) // wanted)]
         return timed(lambda: codec.fit(pooled))[1] * max(1.0, wanted / len(pooled))
 
     def _encode(
         self,
-        plan: BuildPlan,
+        spec: StoreSpec,
         codec: Codec,
         sample: _Sample,
         features: list[torch.Tensor],
         of_views: list[torch.Tensor],
     ) -> tuple[FeatureStore, float]:
         """A store of the sample in memory, and the seconds that a range of it took."""
-        views = ViewColumns(self._standing_for(plan, sample), codec)
+        views = ViewColumns(self._standing_for(spec, sample), codec)
         splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in sample.base]
         sink, seconds = pa.BufferOutputStream(), []
-        stream = ShardStream(sink, codec, views, splits[0].describe(), plan.lossless)
+        stream = ShardStream(sink, codec, views, splits[0].describe(), spec.lossless)
         for place, (rows, split) in enumerate(zip(sample.rows, splits, strict=True)):
-            geometry = _geometry(plan, sample.views[place], rows) if sample.views and not plan.views.whole else None
+            geometry = _geometry(spec, sample.views[place], rows) if sample.views and not spec.views.whole else None
             view_features = of_views[place] if of_views else None
 
             def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
                 codes, inputs = codec.encode(base, sample_ids=rows), dict(split.columns)
-                for view in range(1, plan.views.count + 1):
+                for view in range(1, spec.views.count + 1):
                     codes |= views.encode(view, view_features, geometry, rows)
-                    if plan.views.own_inputs:
+                    if spec.views.own_inputs:
                         inputs |= {own_input(view, name): value for name, value in split.columns.items()}
                 stream.write(rows[0], codes, inputs)
 
@@ -345,28 +346,28 @@ class Prober:
         stream.close()
         buffer = sink.getvalue()
         _, hashing = timed(lambda: hashlib.sha256(buffer).hexdigest())
-        store = _store_in_memory(plan, codec, views, splits[0], buffer)
+        store = _store_in_memory(spec, codec, views, splits[0], buffer)
         return store, median_low(seconds) + hashing / len(sample.rows)
 
-    def _count_maps(self, plan: BuildPlan, sample: _Sample) -> int:
+    def _count_maps(self, spec: StoreSpec, sample: _Sample) -> int:
         """Maps between channels that will be fitted: for mirrored views, for the others, or for both."""
-        if plan.views.whole or not self.config.channel_map:
+        if spec.views.whole or not self.config.channel_map:
             return 0
-        layout = plan.layout
-        geometry = torch.cat([_geometry(plan, *drawn) for drawn in zip(sample.views, sample.rows, strict=True)])
-        mirrored = is_mirrored(decode_geometry(geometry, plan.views.geometry, layout.grid)).float().mean().item()
+        layout = spec.layout
+        geometry = torch.cat([_geometry(spec, *drawn) for drawn in zip(sample.views, sample.rows, strict=True)])
+        mirrored = is_mirrored(decode_geometry(geometry, spec.views.geometry, layout.grid)).float().mean().item()
         at_once = min(max(1, CHUNK // (layout.channels * layout.positions)), len(sample.rows[0]))
-        updates = self.work(plan).compared * -(-len(sample.rows[0]) // at_once)
+        updates = self.work(spec).compared * -(-len(sample.rows[0]) // at_once)
         fit = ChannelMapFit(layout.channels, layout.grid)
         return sum(
-            fit.will_fit(len(plan.views.channels), share * at_once * layout.positions, updates)
+            fit.will_fit(len(spec.views.channels), share * at_once * layout.positions, updates)
             for share in (mirrored, 1 - mirrored)
         )
 
-    def _standing_for(self, plan: BuildPlan, sample: _Sample) -> ViewSpec:
+    def _standing_for(self, spec: StoreSpec, sample: _Sample) -> ViewSpec:
         """The views, with a linear map between channels of the right size where there may be one."""
-        views, layout = plan.views, plan.layout
-        if views.channel_maps is not None or not self._count_maps(plan, sample):
+        views, layout = spec.views, spec.layout
+        if views.channel_maps is not None or not self._count_maps(spec, sample):
             return views
         inputs = ChannelMapFit(layout.channels, layout.grid).warped_inputs + len(views.channels) + 1
         generator = torch.Generator().manual_seed(0)
@@ -393,13 +394,13 @@ class Prober:
         return median_low(reading[1:]), median_low(decoding[1:])
 
     def _time_comparison(
-        self, plan: BuildPlan, sample: _Sample, features: list[torch.Tensor], of_views: list[torch.Tensor]
+        self, spec: StoreSpec, sample: _Sample, features: list[torch.Tensor], of_views: list[torch.Tensor]
     ) -> float:
         base, view, rows = features[0], of_views[0], sample.rows[0]
         count = len(base) if base.numel() <= CHUNK else min(len(base), _COMPARED_ROWS)
-        geometry = _geometry(plan, sample.views[0], rows)[:count].to(base.device)
-        sources = decode_geometry(geometry, plan.views.geometry, plan.layout.grid)
-        meter = SensitivityMeter(plan.layout, self.config.similarity)
+        geometry = _geometry(spec, sample.views[0], rows)[:count].to(base.device)
+        sources = decode_geometry(geometry, spec.views.geometry, spec.layout.grid)
+        meter = SensitivityMeter(spec.layout, self.config.similarity)
 
         def compare():
             meter.update(base[:count], view[:count], sources, rows[:count])
@@ -416,9 +417,9 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def _geometry(plan: BuildPlan, drawn: DrawnBatch, rows: range) -> torch.Tensor:
+def _geometry(spec: StoreSpec, drawn: DrawnBatch, rows: range) -> torch.Tensor:
     """A view's geometry; that of a view that shows all of its base view, where it cannot be told."""
-    kind, grid = plan.views.geometry, plan.layout.grid
+    kind, grid = spec.views.geometry, spec.layout.grid
     if drawn.geometry is not None and find_misfit([drawn], rows) is None:
         return drawn.geometry
     if kind == PROJECTIVE:
@@ -429,40 +430,40 @@ def _geometry(plan: BuildPlan, drawn: DrawnBatch, rows: range) -> torch.Tensor:
 
 
 def _store_in_memory(
-    plan: BuildPlan, codec: Codec, views: ViewColumns, split: BatchSplit, buffer: pa.Buffer
+    spec: StoreSpec, codec: Codec, views: ViewColumns, split: BatchSplit, buffer: pa.Buffer
 ) -> FeatureStore:
     """What was written as a store without files."""
     table = pa.ipc.open_stream(buffer).read_all()
-    spec = views.spec
+    kept = views.spec
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint="",
         made_from={},
-        cut=plan.cut,
-        codec=plan.codec,
-        layout=plan.layout.to_json(),
+        cut=spec.cut,
+        codec=spec.codec,
+        layout=spec.layout.to_json(),
         rows=len(table),
-        views=spec.count,
-        geometry=spec.geometry,
-        sensitive_channels=None if spec.channels is None else spec.channels.tolist(),
-        own_inputs=spec.own_inputs,
+        views=kept.count,
+        geometry=kept.geometry,
+        sensitive_channels=None if kept.channels is None else kept.channels.tolist(),
+        own_inputs=kept.own_inputs,
         inputs=split.describe(),
         constants=split.constants,
         shards=[],
         files={},
-        lossless=plan.lossless,
+        lossless=spec.lossless,
     )
-    store = FeatureStore(plan.path, manifest, codec, views)
+    store = FeatureStore(spec.path, manifest, codec, views)
     store.__dict__["dataset"] = Dataset(InMemoryTable(table))
     return store
 
 
-def _solving_seconds(plan: BuildPlan, maps: int) -> float:
+def _solving_seconds(spec: StoreSpec, maps: int) -> float:
     """Seconds of `ChannelMapFit.solve`, from a system that is solved in as many operations a second."""
     if not maps:
         return 0.0
-    channels = plan.layout.channels
-    unknowns = ChannelMapFit(channels, plan.layout.grid).warped_inputs + len(plan.views.channels) + 1
+    channels = spec.layout.channels
+    unknowns = ChannelMapFit(channels, spec.layout.grid).warped_inputs + len(spec.views.channels) + 1
     size, targets = min(unknowns, _SOLVED), min(channels, _SOLVED)
     matrix = torch.eye(size, dtype=torch.float64) + 1 / size
     right = torch.ones(size, targets, dtype=torch.float64)

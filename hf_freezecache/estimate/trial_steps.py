@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .chain import BlockChain
-from .rng import preserve_rng
-from .tracing import eval_mode, first_tensor
+from ..model.chain import BlockChain
+from ..model.tracing import eval_mode, first_tensor
+from ..rng import preserve_rng
 
 #: Steps before the ones that count: the first makes the optimizer's state and the allocator's buffers.
 _WARMUP = 1

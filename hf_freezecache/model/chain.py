@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rng import preserve_rng
 from .families import FAMILIES, block_groups
 from .layout import FeatureLayout
-from .rng import preserve_rng
 from .tracing import (
     Block,
     Captured,

@@ -19,7 +19,7 @@ from transformers.utils import (
     logging,
 )
 
-from .rng import preserve_rng
+from ..rng import preserve_rng
 
 logger = logging.get_logger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rng import preserve_rng
 from .layout import FeatureLayout
-from .rng import preserve_rng
 
 
 class ChainError(ValueError):

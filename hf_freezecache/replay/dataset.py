@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..augment.draws import Draw, use_draw
+from ..augment.geometry import GEOMETRY_KINDS, geometry_column
 from ..cache.rows import fetch
 from ..cache.store import FeatureStore
-from ..drawing import Drawing, drawing
-from ..geometry import GEOMETRY_KINDS, geometry_column
 from ..rng import hash_key, seeded_rng
 
 _MAX_PATH = 4096
@@ -188,14 +188,14 @@ class ReplayDataset(Dataset):
             return fetch(self.inner, indices)
 
     def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:
-        return drawing(Drawing(self.seed, indices, epoch=self.switch.epoch))
+        return use_draw(Draw(self.seed, indices, epoch=self.switch.epoch))
 
     def _draw(self, round: WriteRound, indices: Sequence[int], fetch_samples: Callable[[], Any]) -> DrawnRows:
         """Samples as the views that this round is for; what no `ReplayableTransform` draws depends on the batch."""
         views = rotate_views(self.seed, round, indices)
-        wanted = Drawing(self.seed, indices, view=views.tolist(), geometry=round.geometry)
+        wanted = Draw(self.seed, indices, view=views.tolist(), geometry=round.geometry)
         key = ("write", self.seed, indices[0], round.number)
-        with seeded_rng(*key), drawing(wanted):
+        with seeded_rng(*key), use_draw(wanted):
             samples = fetch_samples()
         geometry, augmented = None, torch.from_numpy(views > 0)
         if round.geometry is not None and len(wanted.geometries) == int(augmented.sum()):

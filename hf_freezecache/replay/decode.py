@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ..augment.channel_map import apply_channel_map
+from ..augment.geometry import decode_geometry, is_mirrored, is_shown, warp
+from ..augment.maps import put_maps, to_maps
 from ..cache.store import FeatureStore
-from ..geometry import decode_geometry, is_mirrored, is_shown, warp
-from .channel_map import apply_channel_map
-from .maps import put_maps, to_maps
 
 
 def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> torch.Tensor:

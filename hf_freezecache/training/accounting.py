@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from .rng import preserve_rng
-from .tracing import eval_mode, first_tensor, main_input_name
+from ..model.tracing import eval_mode, first_tensor, main_input_name
+from ..rng import preserve_rng
 
 MODES = ("live", "build", "replay", "eval")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .policies import FreezePolicy, Moment, ObservedBlock
+from ..policies import FreezePolicy, Moment, ObservedBlock
 
 
 class CutMover(Protocol):

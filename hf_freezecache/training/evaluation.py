@@ -13,22 +13,21 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from .blueprints import Blueprints
-from .cache.build_plan import BuildPlan
-from .cache.fingerprint import fingerprint_inputs
-from .cache.holdings import Holdings
-from .cache.lossless import LOSSLESS
-from .cache.materialize import OverLimit, materialize, open_matching
-from .cache.planner import disk_room
-from .cache.rows import RowSource, check_dataset
-from .cache.runs import ImageRuns
-from .cache.store import FORMAT_VERSION, FeatureStore, remove_store
-from .replay.collator import ReplayCollator, take_codes
-from .replay.dataset import EvaluationDataset, SourceSwitch
-from .replay.survey import survey
-from .replay.views import replay_features
-from .rng import preserve_rng
-from .tracing import Trace
+from ..build.feature_sources import ImageFeatures
+from ..build.materialize import OverLimit, materialize, open_matching
+from ..build.spec_maker import SpecMaker
+from ..build.store_spec import StoreSpec
+from ..build.survey import survey
+from ..cache.fingerprint import fingerprint_inputs
+from ..cache.holdings import Holdings, disk_limit
+from ..cache.lossless import LOSSLESS
+from ..cache.rows import RowSource, check_dataset
+from ..cache.store import FORMAT_VERSION, FeatureStore, remove_store
+from ..model.tracing import Trace
+from ..replay.collator import ReplayCollator, take_codes
+from ..replay.dataset import EvaluationDataset, SourceSwitch
+from ..replay.decode import replay_features
+from ..rng import preserve_rng
 
 logger = logging.get_logger(__name__)
 
@@ -91,19 +90,19 @@ class EvaluationCache:
     goes wrong is said once, and evaluations go on from images.
 
     Args:
-        blueprints: of the training, whose model, cache directory and processes are the same.
+        spec_maker: of the training, whose model, cache directory and processes are the same.
         holdings: the training's stores, which share its budget.
         to_device: moves a batch to where the model is.
     """
 
     def __init__(
         self,
-        blueprints: Blueprints,
+        spec_maker: SpecMaker,
         holdings: Holdings,
         to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     ):
-        self.blueprints, self.holdings, self.to_device = blueprints, holdings, to_device
-        self.model, self.chain, self.group = blueprints.model, blueprints.chain, blueprints.group
+        self.spec_maker, self.holdings, self.to_device = spec_maker, holdings, to_device
+        self.model, self.chain, self.group = spec_maker.model, spec_maker.chain, spec_maker.group
         self._sets: list[_CachedSet] = []
         self._running: _CachedSet | None = None
         self._pass: _Pass | None = None
@@ -212,7 +211,7 @@ class EvaluationCache:
                     f"An evaluation set ({type(dataset).__name__}) has no rows to cache: no cached evaluation."
                 )
                 return None
-            train = self.blueprints.source
+            train = self.spec_maker.source
             source = RowSource(
                 inner, collator, batch_size, train.seed, train.num_workers, train.multiprocessing_context
             )
@@ -252,18 +251,18 @@ class EvaluationCache:
             return None
 
     def _prepare(self, entry: _CachedSet, cut: int) -> FeatureStore | None:
-        probe = self.group.locally(lambda: self.blueprints.model_inputs(entry.source.probe()))
+        probe = self.group.on_all(lambda: self.spec_maker.model_inputs(entry.source.probe()))
         with contextlib.ExitStack() as stack:
             # Of its own: the evaluation's images may have another size than those of the training.
-            trace = self.group.locally(lambda: stack.enter_context(self.chain.traced(probe)))
-            plan = self._plan(entry, probe, cut)
-            store = open_matching(plan, self.group)
+            trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
+            spec = self._make_spec(entry, probe, cut)
+            store = open_matching(spec, self.group)
             if store is None and not self._pass.build:
                 return None
             self._say_what_is_random(entry)
             built = store is None
             if built:
-                store = self._build(plan, entry)
+                store = self._build(spec, entry)
         outdated, entry.store, entry.trace = entry.store, store, trace
         self.holdings.add(store.path, store.total_bytes, built, evaluation_cut=cut)
         entry.checksums = self._checksums(cut)
@@ -278,9 +277,9 @@ class EvaluationCache:
         )
         return store
 
-    def _build(self, plan: BuildPlan, entry: _CachedSet) -> FeatureStore:
+    def _build(self, spec: StoreSpec, entry: _CachedSet) -> FeatureStore:
         try:
-            return materialize(plan, self.group)
+            return materialize(spec, self.group)
         except OverLimit as error:
             if entry.store is None or not self.holdings.has_built(entry.store.path):
                 raise
@@ -290,10 +289,10 @@ class EvaluationCache:
             limit = self.group.on_main(self._limit)
             if limit is not None and error.needed > limit:
                 raise OverLimit(error.needed, limit) from error
-            return materialize(replace(plan, limit=limit), self.group)
+            return materialize(replace(spec, limit=limit), self.group)
 
-    def _plan(self, entry: _CachedSet, probe: Mapping[str, Any], cut: int) -> BuildPlan:
-        source, chain, lossless = entry.source, self.chain, self.blueprints.config.lossless
+    def _make_spec(self, entry: _CachedSet, probe: Mapping[str, Any], cut: int) -> StoreSpec:
+        source, chain, lossless = entry.source, self.chain, self.spec_maker.config.lossless
 
         def made_from() -> dict[str, Any]:
             inputs = fingerprint_inputs(
@@ -305,30 +304,30 @@ class EvaluationCache:
                 cut=cut,
                 blocks=chain.names[:cut],
                 codec=_CODEC,
-                precision=self.blueprints.precision,
+                precision=self.spec_maker.precision,
                 format_version=FORMAT_VERSION,
             )
             return {**inputs, **LOSSLESS} if lossless else inputs
 
-        self.group.locally(lambda: chain.prove(probe, cut))
+        self.group.on_all(lambda: chain.prove(probe, cut))
         layout = chain.layout(cut)
-        return BuildPlan(
+        return StoreSpec(
             chain=chain,
             cut=cut,
             source=source,
             codec=_CODEC,
             layout=layout,
             made_from=self.group.on_main(made_from),
-            directory=self.blueprints.cache_dir,
-            runs=ImageRuns(chain, cut, source, layout, self.blueprints.counting(0, cut)),
-            disable_tqdm=self.blueprints.disable_tqdm,
+            directory=self.spec_maker.cache_dir,
+            feature_source=ImageFeatures(chain, cut, source, layout, self.spec_maker.counting(0, cut)),
+            disable_tqdm=self.spec_maker.disable_tqdm,
             limit=self.group.on_main(self._limit),
             lossless=lossless,
         )
 
     def _limit(self) -> int | None:
         room = self.holdings.room()
-        return room if self.blueprints.config.cache == "always" else disk_room(self.blueprints.cache_dir, room)
+        return room if self.spec_maker.config.cache == "always" else disk_limit(self.spec_maker.cache_dir, room)
 
     # Replay
 

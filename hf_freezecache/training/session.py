@@ -13,24 +13,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from ..augment.mixing import add_noise
+from ..build.spec_maker import SpecMaker
+from ..cache.rows import RowSource, split_batch
+from ..cache.store import FeatureStore
+from ..config import FreezeCacheConfig
+from ..distributed import Group, rewrap_ddp
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from ..model.tracing import eval_mode, main_input_name
+from ..policies import Moment, ObservedBlock
+from ..replay.collator import take_codes, take_drawn
+from ..replay.dataset import SourceSwitch
+from ..replay.decode import replay_features
+from ..rng import preserve_rng
 from .accounting import Ledger, Phase, counting_flops, measure_forward_flops, measure_training_flops
-from .blueprints import Blueprints
-from .cache.rows import RowSource, split_batch
-from .cache.store import FeatureStore
-from .caching import FeatureCaching
-from .chain import BlockChain
-from .config import FreezeCacheConfig
-from .distributed import Group, rewrap_ddp
 from .evaluation import EvaluationCache
-from .layout import FeatureLayout
-from .policies import Moment, ObservedBlock
-from .replay.collator import take_codes, take_drawn
-from .replay.dataset import SourceSwitch
-from .replay.mixing import add_noise
-from .replay.views import replay_features
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
-from .rng import preserve_rng
-from .tracing import eval_mode, main_input_name
+from .store_keeper import StoreKeeper
 from .write_through import WriteThrough
 
 logger = logging.get_logger(__name__)
@@ -91,7 +91,7 @@ class FreezeSession:
             self._settle_labels()
             self.probe = self._probe()
             self.chain = BlockChain.from_model(model, config.blocks, probe=self.probe)
-        self.blueprints = Blueprints(
+        self.spec_maker = SpecMaker(
             model=model,
             chain=self.chain,
             source=source,
@@ -102,7 +102,7 @@ class FreezeSession:
             precision=precision,
             disable_tqdm=disable_tqdm,
         )
-        self.caching = FeatureCaching(self.blueprints, explicit)
+        self.caching = StoreKeeper(self.spec_maker, explicit)
         self.write_through = WriteThrough(self.caching, self.chain, self.switch, self._model_inputs)
         #: None where evaluations run on images, and after the training.
         self.evaluation: EvaluationCache | None = None
@@ -116,7 +116,7 @@ class FreezeSession:
         return len(self.chain)
 
     def agree(self, value: Any) -> Any:
-        return self.group.from_main(value)
+        return self.group.broadcast(value)
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
@@ -356,12 +356,12 @@ class FreezeSession:
 
     def _book_runs(self, phase: Phase) -> None:
         """Books what builds have run since the last call."""
-        for (start, end), samples in self.blueprints.samples_run.items():
+        for (start, end), samples in self.spec_maker.samples_run.items():
             before = self.flops_per_sample("build", start) if start else 0.0
             flops = (self.flops_per_sample("build", end) - before) * samples
             phase.flops += flops
             self._flops_seen += flops
-        self.blueprints.samples_run.clear()
+        self.spec_maker.samples_run.clear()
 
     def _cache_evaluations(self, evaluates_on_images: str | None) -> None:
         if self.config.cache == "never":
@@ -370,7 +370,7 @@ class FreezeSession:
             if evaluates_on_images is not None and self.group.rank == 0:
                 logger.warning(f"cache_eval: evaluations during training run on images ({evaluates_on_images}).")
             return
-        self.evaluation = EvaluationCache(self.blueprints, self.caching.holdings, self.to_device)
+        self.evaluation = EvaluationCache(self.spec_maker, self.caching.holdings, self.to_device)
 
     # Helpers
 

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .blueprints import Blueprints
-from .budget import StoreBudget, megabytes
-from .cache.build_plan import BuildPlan
-from .cache.materialize import BuildFailed, GeometryMisfit, OverLimit, materialize, open_matching
-from .cache.partial import PartialStore
-from .cache.store import FeatureStore, StoreError, remove_store
-from .cache.views import ViewSpec
-from .distributed import Group
-from .geometry import DENSE, PROJECTIVE
-from .probing import Prober
-from .replay.deepening import DEEPENED_FROM, deepened, why_not_deepen
+from ..augment.geometry import DENSE, PROJECTIVE
+from ..build.deepening import DEEPENED_FROM, deepened, why_not_deepen
+from ..build.materialize import BuildFailed, GeometryMisfit, OverLimit, materialize, open_matching
+from ..build.partial import PartialStore
+from ..build.spec_maker import SpecMaker
+from ..build.store_spec import StoreSpec
+from ..cache.store import FeatureStore, StoreError, remove_store
+from ..cache.view_columns import ViewSpec
+from ..distributed import Group
+from ..estimate.probing import Prober
+from ..units import show_bytes
+from .budget import StoreBudget
 
 logger = logging.get_logger(__name__)
 
@@ -49,13 +50,13 @@ class _Way:
     """How features get into a store.
 
     Args:
-        make: from a settled plan.
+        make: from a settled spec.
         writing: whether live epochs write them, and `make` only begins.
         decided: whether a checkpoint has decided for it.
         upfront: whether a store that was built in one go does as well.
     """
 
-    make: Callable[[BuildPlan, Group], FeatureStore | PartialStore]
+    make: Callable[[StoreSpec, Group], FeatureStore | PartialStore]
     writing: bool = False
     decided: bool = False
     upfront: bool = True
@@ -68,22 +69,22 @@ class _Declined(Exception):
     """No store is built, and why."""
 
 
-class FeatureCaching:
+class StoreKeeper:
     """Gets the store for a cut.
 
     Args:
-        blueprints: what would be built.
+        spec_maker: what would be built.
         explicit: whether the user gave the settings; the defaults never cost a training.
     """
 
-    def __init__(self, blueprints: Blueprints, explicit: bool):
-        self.blueprints, self.explicit = blueprints, explicit
-        self.config, self.group, self.chain = blueprints.config, blueprints.group, blueprints.chain
-        self.source, self.cache_dir = blueprints.source, blueprints.cache_dir
+    def __init__(self, spec_maker: SpecMaker, explicit: bool):
+        self.spec_maker, self.explicit = spec_maker, explicit
+        self.config, self.group, self.chain = spec_maker.config, spec_maker.group, spec_maker.chain
+        self.source, self.cache_dir = spec_maker.source, spec_maker.cache_dir
         self.budget = StoreBudget(self.config, self.group, self.cache_dir)
         self.holdings = self.budget.holdings
         self._prober = Prober(
-            self.chain, self.source, blueprints.model_inputs, config=self.config, processes=self.group.size
+            self.chain, self.source, spec_maker.model_inputs, config=self.config, processes=self.group.size
         )
         self._decisions: dict[int, Decision] = {}
         self._current: FeatureStore | None = None
@@ -96,7 +97,7 @@ class FeatureCaching:
         current = self._current
         return {
             "decisions": {str(cut): [made.codec, made.store, made.parent] for cut, made in self._decisions.items()},
-            "channel_weights": {str(cut): weights.tolist() for cut, weights in self.blueprints.weights.items()},
+            "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state(),
             "current": None if current is None else [current.path.name, current.manifest.cut],
         }
@@ -106,7 +107,7 @@ class FeatureCaching:
         if not state:
             return
         self._decisions = {int(cut): Decision(*made) for cut, made in state["decisions"].items()}
-        self.blueprints.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+        self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
 
         def look() -> tuple[list[dict[str, Any]], bool]:
             there = [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
@@ -115,7 +116,7 @@ class FeatureCaching:
         there, sound = self.group.on_main(look)
         self.holdings.load(there, self.cache_dir)
         if sound:
-            self._current = self.group.locally(lambda: FeatureStore.open(self.cache_dir / state["current"][0]))
+            self._current = self.group.on_all(lambda: FeatureStore.open(self.cache_dir / state["current"][0]))
         elif state["current"] is not None:
             self._lost_cut = state["current"][1]
 
@@ -171,7 +172,7 @@ class FeatureCaching:
         rounds = found.views.spec.count + 1
         self.say(
             f"Cut {cut}: the features of {rounds} live epoch{'s' if rounds > 1 else ''} are written to {found.path} "
-            f"({megabytes(found.bytes)}), then replay begins.",
+            f"({show_bytes(found.bytes)}), then replay begins.",
             logging.INFO,
         )
         return found, False
@@ -206,11 +207,11 @@ class FeatureCaching:
         """
         known = self._decisions.get(cut)
         wanted = self.config.codec_at(cut, len(self.chain)) if known is None else known.codec
-        first, reason = self.blueprints.plan(cut, wanted), None
+        first, reason = self.spec_maker.make(cut, wanted), None
         if self.config.cutmix_alpha and first.layout.grid is None:
             raise _Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
         for codec in [wanted] if way.writing else self.budget.codecs(wanted, first):
-            images = first if codec == wanted else self.blueprints.with_codec(first, codec)
+            images = first if codec == wanted else self.spec_maker.with_codec(first, codec)
             found = self._find(images, known, way)
             if found is not None:
                 return found, False
@@ -232,29 +233,29 @@ class FeatureCaching:
             return self._find_or_make(cut, epochs_left, _BUILDING)
         raise _Declined(reason)
 
-    def _find(self, images: BuildPlan, known: Decision | None, way: _Way) -> FeatureStore | PartialStore | None:
+    def _find(self, images: StoreSpec, known: Decision | None, way: _Way) -> FeatureStore | PartialStore | None:
         """A finished store, or one that was begun."""
-        plan = images
+        spec = images
         if way.writing:
-            plan = _written(images)
+            spec = _written(images)
         elif known is not None and known.parent is not None:
             # A store is named by what it was made from.
             parent = self._decisions[known.parent].store
-            plan = replace(images, made_from={**images.made_from, DEEPENED_FROM: parent})
+            spec = replace(images, made_from={**images.made_from, DEEPENED_FROM: parent})
         elif self._source_store(images, known) is not None:
-            plan = self._deepened(images, self._source_store(images, known))
-        store = open_matching(plan, self.group)
+            spec = self._deepened(images, self._source_store(images, known))
+        store = open_matching(spec, self.group)
         if store is None and way.writing and way.upfront:
             store = open_matching(images, self.group)
         if store is not None and self.budget.holds(store, self._current):
-            self._say_what_is_random(plan)
-            self.say(f"Reusing the feature store {store.path} ({megabytes(store.bytes)}).", logging.INFO)
+            self._say_what_is_random(spec)
+            self.say(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).", logging.INFO)
             self._take(store, False)
             return store
-        return PartialStore.reopen(plan, self.group) if way.writing else None
+        return PartialStore.reopen(spec, self.group) if way.writing else None
 
     def _make_if_it_fits(
-        self, images: BuildPlan, epochs_left: float, known: Decision | None, way: _Way
+        self, images: StoreSpec, epochs_left: float, known: Decision | None, way: _Way
     ) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
 
@@ -263,38 +264,38 @@ class FeatureCaching:
             _Declined: if it is not wanted or would not pay.
         """
         source = None if way.writing else self._source_store(images, known)
-        plan = _written(images) if way.writing else images if source is None else self._deepened(images, source)
+        spec = _written(images) if way.writing else images if source is None else self._deepened(images, source)
         problem = None
-        for limit, replaces in self.budget.attempts(plan, self._current, copies=2 if way.writing else 1):
+        for limit, replaces in self.budget.attempts(spec, self._current, copies=2 if way.writing else 1):
             if known is None and not way.decided:
-                self._check_worth(plan, epochs_left, limit)
-            self._say_what_is_random(plan)
+                self._check_worth(spec, epochs_left, limit)
+            self._say_what_is_random(spec)
             if replaces:
                 self.say(
-                    f"The feature store of cut {self._current.manifest.cut} goes before the one of cut {plan.cut} is "
+                    f"The feature store of cut {self._current.manifest.cut} goes before the one of cut {spec.cut} is "
                     "built: the budget does not hold both."
                 )
                 self._replace_current(None)
                 if self._current is not None:
                     continue  # it could not be removed
-                plan = _written(images) if way.writing else images
+                spec = _written(images) if way.writing else images
             try:
-                made = self._make(replace(plan, limit=limit), images, None if known else epochs_left, way)
+                made = self._make(replace(spec, limit=limit), images, None if known else epochs_left, way)
             except OverLimit as error:
                 problem = error
                 continue
             if way.writing:
-                self._decisions.setdefault(plan.cut, Decision(plan.codec))
+                self._decisions.setdefault(spec.cut, Decision(spec.codec))
             else:
                 self._take(made, True)
                 self._say_built(made)
             return made
-        raise problem or OverLimit(self.budget.needed(plan), self.budget.room() or 0)
+        raise problem or OverLimit(self.budget.needed(spec), self.budget.room() or 0)
 
     # What pays
 
-    def _check_worth(self, plan: BuildPlan, epochs_left: float, room: int | None) -> None:
-        """Raises _Declined if a store of this plan would not pay."""
+    def _check_worth(self, spec: StoreSpec, epochs_left: float, room: int | None) -> None:
+        """Raises _Declined if a store of this spec would not pay."""
         if self.config.cache == "always":
             return
         if epochs_left < 1:
@@ -302,7 +303,7 @@ class FeatureCaching:
 
         def measure() -> tuple[str | None, Any]:
             try:
-                return self._prober.refuse(plan, epochs_left, room)
+                return self._prober.refuse(spec, epochs_left, room)
             except (RuntimeError, OSError) as error:  # out of memory is not worth a training; what is wrong is said
                 return f"what it would save could not be measured: {error}", None
 
@@ -310,20 +311,20 @@ class FeatureCaching:
         if reason is not None:
             raise _Declined(reason)
         self._say_once(
-            f"Cut {plan.cut}: {row.codec}, {megabytes(row.bytes)} (base {megabytes(row.base_bytes)}, views "
-            f"{megabytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
+            f"Cut {spec.cut}: {row.codec}, {show_bytes(row.bytes)} (base {show_bytes(row.base_bytes)}, views "
+            f"{show_bytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
             f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: it pays."
         )
 
     # Building
 
     def _make(
-        self, plan: BuildPlan, images: BuildPlan, epochs_left: float | None, way: _Way
+        self, spec: StoreSpec, images: StoreSpec, epochs_left: float | None, way: _Way
     ) -> FeatureStore | PartialStore:
         """Builds with the smallest kind of geometry that fits every view; whole views if none does.
 
         Args:
-            plan: what to build.
+            spec: what to build.
             images: the same from images.
             epochs_left: epochs in which what turns out to be necessary must pay; None: it was decided before.
             way: how.
@@ -332,36 +333,36 @@ class FeatureCaching:
             OverLimit: if it does not fit.
             _Declined: if what turned out to be necessary is not wanted.
         """
-        limit = plan.limit
+        limit = spec.limit
         while True:
             try:
-                return way.make(self.blueprints.settle(plan), self.group)
+                return way.make(self.spec_maker.settle(spec), self.group)
             except GeometryMisfit as misfit:
-                if plan.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
+                if spec.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
                     views = replace(images.views, geometry=DENSE)
                     how = "Geometry is kept for every position of a feature"
                 else:
-                    views = ViewSpec(plan.views.count)
+                    views = ViewSpec(spec.views.count)
                     how = "Views are kept whole, whatever sensitive_fraction and sensitive_budget say"
-                plan = replace(plan if way.writing else images, views=views, notes={}, limit=limit)
-                needed = self.budget.needed(plan)
-                self.say(f"{how} ({megabytes(needed)} in all), because {misfit}.")
+                spec = replace(spec if way.writing else images, views=views, notes={}, limit=limit)
+                needed = self.budget.needed(spec)
+                self.say(f"{how} ({show_bytes(needed)} in all), because {misfit}.")
                 if limit is not None and needed > limit:
                     raise OverLimit(needed, limit) from misfit
             if epochs_left is not None:
-                self._check_worth(plan, epochs_left, limit)
+                self._check_worth(spec, epochs_left, limit)
 
-    def _deepened(self, images: BuildPlan, source: FeatureStore) -> BuildPlan:
-        """The plan with a store as its source, if that is possible."""
+    def _deepened(self, images: StoreSpec, source: FeatureStore) -> StoreSpec:
+        """The spec with a store as its source, if that is possible."""
         reason = self.group.on_main(partial(why_not_deepen, source, images))
         if reason is not None:
             self._say_once(f"The store of cut {images.cut} is built from images, not from the one before: {reason}.")
             return images
         return deepened(
-            images, source, self.blueprints.counting(source.manifest.cut, images.cut), self.blueprints.device
+            images, source, self.spec_maker.counting(source.manifest.cut, images.cut), self.spec_maker.device
         )
 
-    def _source_store(self, images: BuildPlan, known: Decision | None) -> FeatureStore | None:
+    def _source_store(self, images: StoreSpec, known: Decision | None) -> FeatureStore | None:
         """The store from which a deeper one is made; built again if it is gone. None: it is made from images."""
         if known is not None:
             cut = known.parent
@@ -427,8 +428,8 @@ class FeatureCaching:
 
     # Saying so
 
-    def _say_what_is_random(self, plan: BuildPlan) -> None:
-        found, views = self.blueprints.augmentation, self.config.views
+    def _say_what_is_random(self, spec: StoreSpec) -> None:
+        found, views = self.spec_maker.augmentation, self.config.views
         if hasattr(self.source.dataset, "set_epoch"):
             self._say_once(
                 "The train data set changes with the epoch: what it is when the feature store is built is repeated in "
@@ -442,7 +443,7 @@ class FeatureCaching:
                 "is repeated in every replay epoch (views=0); augmentation ends at the freeze point."
             )
         elif not found.replayable:
-            size = megabytes(self.budget.needed(plan))
+            size = show_bytes(self.budget.needed(spec))
             self._say_once(
                 f"Augmentation cannot be replayed from one base view, because {found.why_not}: {views + 1} whole "
                 f"draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay epochs "
@@ -455,7 +456,7 @@ class FeatureCaching:
         codec = manifest.codec if manifest.codec == wanted else f"{manifest.codec}, since {wanted} does not fit"
         source = "from the store before it, " if DEEPENED_FROM in manifest.made_from else ""
         self.say(
-            f"Built the feature store {store.path} ({source}{megabytes(store.bytes)}, {codec}, {len(store)} "
+            f"Built the feature store {store.path} ({source}{show_bytes(store.bytes)}, {codec}, {len(store)} "
             f"samples{_describe_views(store)}): {manifest.cut} of {len(self.chain)} blocks are not run any more in "
             "training."
         )
@@ -471,8 +472,8 @@ class FeatureCaching:
             logger.log(level, message)
 
 
-def _written(images: BuildPlan) -> BuildPlan:
-    """The plan of a store that live epochs write."""
+def _written(images: StoreSpec) -> StoreSpec:
+    """The spec of a store that live epochs write."""
     return replace(images, made_from={**images.made_from, WRITTEN: "write_through"})
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .cache.materialize import GeometryMisfit
-from .cache.partial import PartialStore
-from .cache.rows import split_batch
-from .cache.runs import ViewRun
-from .cache.store import FeatureStore
-from .caching import WRITTEN, FeatureCaching
-from .chain import BlockChain
-from .layout import FeatureLayout
-from .replay.collator import DrawnViews
-from .replay.dataset import SourceSwitch, WriteRound
+from ..build.feature_sources import ViewRun
+from ..build.materialize import GeometryMisfit
+from ..build.partial import PartialStore
+from ..cache.rows import split_batch
+from ..cache.store import FeatureStore
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from ..replay.collator import DrawnViews
+from ..replay.dataset import SourceSwitch, WriteRound
+from .store_keeper import WRITTEN, StoreKeeper
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class WriteThrough:
 
     def __init__(
         self,
-        caching: FeatureCaching,
+        caching: StoreKeeper,
         chain: BlockChain,
         switch: SourceSwitch,
         model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
@@ -77,7 +77,7 @@ class WriteThrough:
         return self.chain.layout(self._cut)
 
     def obtain(self, cut: int, epochs_left: float) -> tuple[FeatureStore | None, bool]:
-        """The store to replay from in the epoch that begins; see `FeatureCaching.obtain`.
+        """The store to replay from in the epoch that begins; see `StoreKeeper.obtain`.
 
         Returns:
             The store, None if the epoch runs live (`running` says whether its features are kept); and whether it was
@@ -189,7 +189,7 @@ class WriteThrough:
         spec, layout = kept.views.spec, kept.codec.layout
         geometry = None if spec.whole else (spec.geometry, layout.grid)
         self._kept = kept
-        self._fingerprint = kept.plan.path.name if isinstance(kept, PartialStore) else kept.path.name
+        self._fingerprint = kept.spec.path.name if isinstance(kept, PartialStore) else kept.path.name
         self.switch.write(WriteRound(self.switch.epoch - self._start, spec.count, geometry))
 
     def _finish(self, epochs_left: float) -> tuple[FeatureStore | None, bool]:

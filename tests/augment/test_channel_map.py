@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import manual, run, tiny_resnet
-from images import picture_dataset, replayable
+from support.helpers import manual, run, tiny_resnet
+from support.images import picture_dataset, replayable
 
+from hf_freezecache.augment.channel_map import ChannelMapFit, apply_channel_map, denormalized
 from hf_freezecache.cache.store import FeatureStore
-from hf_freezecache.replay.channel_map import ChannelMapFit, apply_channel_map, denormalized
 
 CHANNELS, GRID = 6, (8, 8)
 NONE = torch.zeros(0, dtype=torch.int64)

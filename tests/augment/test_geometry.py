@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import identity_geometry
+from support.images import identity_geometry
 
-from hf_freezecache.geometry import (
+from hf_freezecache.augment.geometry import (
     DENSE,
     GEOMETRY_KINDS,
     PROJECTIVE,

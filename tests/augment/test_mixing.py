@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from hf_freezecache.layout import FeatureLayout
-from hf_freezecache.replay.mixing import Mixer, add_noise
+from hf_freezecache.augment.mixing import Mixer, add_noise
+from hf_freezecache.model.layout import FeatureLayout
 
 CLASSES = 5
 TOKENS = FeatureLayout((2 + 20, 6), (4, 5), 2, torch.float32)

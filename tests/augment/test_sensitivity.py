@@ -5,13 +5,13 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from images import identity_geometry
+from support.images import identity_geometry
 
-from hf_freezecache.geometry import PROJECTIVE, decode_geometry
-from hf_freezecache.layout import FeatureLayout
-from hf_freezecache.plots import plot_sensitivity
-from hf_freezecache.replay.maps import put_maps, to_maps
-from hf_freezecache.replay.sensitivity import SIMILARITIES, Sensitivity, SensitivityMeter
+from hf_freezecache.augment.geometry import PROJECTIVE, decode_geometry
+from hf_freezecache.augment.maps import put_maps, to_maps
+from hf_freezecache.augment.sensitivity import SIMILARITIES, Sensitivity, SensitivityMeter
+from hf_freezecache.cli.plots import plot_sensitivity
+from hf_freezecache.model.layout import FeatureLayout
 
 GRIDS = [(1, 1), (1, 6), (2, 2), (4, 4), (7, 7), (14, 14), (16, 16), (2, 9)]
 both = pytest.mark.parametrize("method", SIMILARITIES)
@@ -204,7 +204,7 @@ def test_split_batch_gives_what_a_whole_one_gives(method, monkeypatch):
     base, view, sources = random_maps(), random_maps(seed=1), flip(16, (7, 7))
     sources[:, :2] = torch.nan
     whole = measure(base, view, sources, method)
-    monkeypatch.setattr("hf_freezecache.replay.sensitivity.CHUNK", 5 * 4 * 49)
+    monkeypatch.setattr("hf_freezecache.augment.sensitivity.CHUNK", 5 * 4 * 49)
     split = measure(base, view, sources, method)
     for name, value in whole.tensors().items():
         torch.testing.assert_close(split.tensors()[name], value, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -9,14 +9,14 @@ import torch
 from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import identity_geometry
 from PIL import Image
+from support.images import identity_geometry
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from hf_freezecache import ReplayableTransform
-from hf_freezecache.drawing import Drawing, drawing
-from hf_freezecache.geometry import DENSE, PROJECTIVE, cell_centres, decode_geometry, warp
+from hf_freezecache.augment.draws import Draw, use_draw
+from hf_freezecache.augment.geometry import DENSE, PROJECTIVE, cell_centres, decode_geometry, warp
 from hf_freezecache.rng import seeded_rng
 
 KINDS = (PROJECTIVE, DENSE)
@@ -97,8 +97,8 @@ def replayable(transforms, base=(RESIZE,)):
 
 def fetch(transform, images, samples=None, **settings):
     """Pixels of what is drawn for the samples, and the drawing."""
-    drawn = Drawing(settings.pop("seed", 0), samples or list(range(len(images))), **settings)
-    with drawing(drawn):
+    drawn = Draw(settings.pop("seed", 0), samples or list(range(len(images))), **settings)
+    with use_draw(drawn):
         return torch.stack(transform({"image": list(images)})["pixel_values"]), drawn
 
 
@@ -431,7 +431,7 @@ def test_dataset_draws_the_samples_that_are_fetched():
     dataset = image_dataset().with_transform(transform)
 
     def rows_of(samples, **settings):
-        with drawing(Drawing(0, samples, **settings)) as drawn:
+        with use_draw(Draw(0, samples, **settings)) as drawn:
             return dataset.__getitems__(samples), drawn
 
     for wanted in ({"epoch": 2}, {"view": 0}, {"view": 1}):
@@ -442,7 +442,7 @@ def test_dataset_draws_the_samples_that_are_fetched():
         assert torch.equal(first[2]["pixel_values"], second[0]["pixel_values"])
     _, drawn = rows_of([4, 0, 3], view=1, geometry=(PROJECTIVE, (4, 4)))
     assert torch.stack(drawn.geometries).isfinite().all() and len(drawn.geometries) == 3
-    with drawing(Drawing(0, [2], epoch=2)):
+    with use_draw(Draw(0, [2], epoch=2)):
         single = dataset[2]["pixel_values"]
     assert torch.equal(single, rows_of([1, 2], epoch=2)[0][1]["pixel_values"])
 

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builds import Rows, collate, make_plan, on_every_process
-from helpers import tiny_resnet, tiny_vit
-from images import TO_PIXELS, picture_dataset, replayable
+from support.builds import Rows, collate, make_spec, on_every_process
+from support.helpers import tiny_resnet, tiny_vit
+from support.images import TO_PIXELS, picture_dataset, replayable
 from torchvision.transforms import v2
 
 from hf_freezecache import FeatureStore
-from hf_freezecache.cache.materialize import materialize, open_matching
+from hf_freezecache.augment.geometry import DENSE
+from hf_freezecache.build.deepening import DEEPENED_FROM, StoreFeatures, deepened, why_not_deepen
+from hf_freezecache.build.materialize import materialize, open_matching
+from hf_freezecache.build.survey import choose_channels, make_view_spec, survey
 from hf_freezecache.cache.store import create_aside, remove_store
-from hf_freezecache.cache.views import ViewSpec
+from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
-from hf_freezecache.geometry import DENSE
-from hf_freezecache.replay.deepening import DEEPENED_FROM, StoreRuns, deepened, why_not_deepen
-from hf_freezecache.replay.survey import choose_channels, make_view_spec, survey
-from hf_freezecache.replay.views import replay_features
+from hf_freezecache.replay.decode import replay_features
 
 
 def settled_resnet():
@@ -45,31 +45,31 @@ def pair(request):
     return build().eval(), picture_dataset(22, size).with_transform(replayable(size=size))
 
 
-def plan_views(plan, views=2, fraction=0.25):
-    """The plan with views, as the trainer makes it."""
-    found = survey(plan.source, "pixel_values")
-    count = round(fraction * plan.layout.channels)
-    return replace(plan, views=make_view_spec(found, plan.layout, views, count))
+def plan_views(spec, views=2, fraction=0.25):
+    """The spec with views, as the trainer makes it."""
+    found = survey(spec.source, "pixel_values")
+    count = round(fraction * spec.layout.channels)
+    return replace(spec, views=make_view_spec(found, spec.layout, views, count))
 
 
-def settle(plan):
-    return choose_channels(plan, "ssim", 4, True)
+def settle(spec):
+    return choose_channels(spec, "ssim", 4, True)
 
 
-def from_store(plan, store):
-    """The plan with the store's features in place of images."""
-    assert why_not_deepen(store, plan) is None
-    return deepened(plan, store, lambda batch: batch)
+def from_store(spec, store):
+    """The spec with the store's features in place of images."""
+    assert why_not_deepen(store, spec) is None
+    return deepened(spec, store, lambda batch: batch)
 
 
 def build_both(model, dataset, folder: Path, codec, cut=1, to_cut=3, **views):
     """A store from images and one from the store before, at the same cut."""
-    before, plan = (make_plan(model, folder, dataset, cut=at, codec=codec) for at in (cut, to_cut))
+    before, spec = (make_spec(model, folder, dataset, cut=at, codec=codec) for at in (cut, to_cut))
     if views:
-        before, plan = plan_views(before, **views), plan_views(plan, **views)
+        before, spec = plan_views(before, **views), plan_views(spec, **views)
     old = materialize(settle(before), Group())
-    chained = materialize(settle(from_store(plan, old)), Group())
-    return materialize(settle(plan), Group()), chained
+    chained = materialize(settle(from_store(spec, old)), Group())
+    return materialize(settle(spec), Group()), chained
 
 
 def shard_sums(store):
@@ -110,18 +110,18 @@ def test_deepening_a_quantized_store_adds_its_error(pair, codec, most, tmp_path)
 
 def test_deepening_in_two_steps_is_possible(tmp_path):
     model = tiny_vit().eval()
-    first, second, third = (make_plan(model, tmp_path, cut=cut, codec="fp32") for cut in (1, 2, 4))
+    first, second, third = (make_spec(model, tmp_path, cut=cut, codec="fp32") for cut in (1, 2, 4))
     store = materialize(first, Group())
-    for plan in (second, third):
-        store = materialize(from_store(plan, store), Group())
+    for spec in (second, third):
+        store = materialize(from_store(spec, store), Group())
     assert shard_sums(store) == shard_sums(materialize(third, Group()))
     assert store.manifest.made_from[DEEPENED_FROM] != store.manifest.fingerprint
 
 
 def test_deepening_keeps_views_by_their_sensitive_channels(pair, tmp_path):
     raw, chained = build_both(*pair, tmp_path, "fp32", views=2, fraction=0.75)
-    plan = make_plan(pair[0], tmp_path, pair[1], cut=3)
-    source, chain = plan.source, plan.chain
+    spec = make_spec(pair[0], tmp_path, pair[1], cut=3)
+    source, chain = spec.source, spec.chain
     assert chained.manifest.geometry == raw.manifest.geometry == "projective"
     assert len(chained.manifest.sensitive_channels) == len(raw.manifest.sensitive_channels)
     assert chained.bytes == raw.bytes
@@ -140,11 +140,11 @@ def test_deepening_keeps_views_by_their_sensitive_channels(pair, tmp_path):
 
 def test_deepening_from_sensitive_channels_to_whole_views_replays_them(pair, tmp_path):
     model, dataset = pair
-    old = materialize(settle(plan_views(make_plan(model, tmp_path, dataset, cut=1, codec="fp32"))), Group())
-    plan = plan_views(make_plan(model, tmp_path, dataset, cut=3, codec="fp32"), fraction=1.0)
-    store = materialize(settle(from_store(plan, old)), Group())
+    old = materialize(settle(plan_views(make_spec(model, tmp_path, dataset, cut=1, codec="fp32"))), Group())
+    spec = plan_views(make_spec(model, tmp_path, dataset, cut=3, codec="fp32"), fraction=1.0)
+    store = materialize(settle(from_store(spec, old)), Group())
     assert store.views.spec.whole and store.manifest.views == 2
-    expected = plan.chain.advance({"pixel_values": view_features(old, 2)}, 1, 3)
+    expected = spec.chain.advance({"pixel_values": view_features(old, 2)}, 1, 3)
     torch.testing.assert_close(view_features(store, 2), expected)
 
 
@@ -152,11 +152,11 @@ def test_dense_geometry_is_taken_over_without_being_asked_for_again(tmp_path):
     pipeline = v2.Compose([*TO_PIXELS, v2.RandomErasing(p=1.0)])
     dataset = picture_dataset(22).with_transform(replayable(pipeline))
     model = tiny_vit().eval()
-    old = plan_views(make_plan(model, tmp_path, dataset, cut=1, codec="int8"))
+    old = plan_views(make_spec(model, tmp_path, dataset, cut=1, codec="int8"))
     old = materialize(settle(replace(old, views=replace(old.views, geometry=DENSE))), Group())
-    plan = plan_views(make_plan(model, tmp_path, dataset, cut=3, codec="int8"))
-    store = materialize(settle(from_store(plan, old)), Group())
-    assert plan.views.geometry == "projective" and store.manifest.geometry == DENSE
+    spec = plan_views(make_spec(model, tmp_path, dataset, cut=3, codec="int8"))
+    store = materialize(settle(from_store(spec, old)), Group())
+    assert spec.views.geometry == "projective" and store.manifest.geometry == DENSE
     one, other = (each.read_rows(range(22), np.full(22, 1))["geometry"] for each in (old, store))
     assert torch.equal(one, other)
 
@@ -167,7 +167,7 @@ def test_inputs_of_every_kind_come_from_the_store(tmp_path):
         return {**batch, "name": [f"class {label}" for label in batch["labels"]], "scale": 2.0}
 
     model = tiny_vit().eval()
-    old, plan = (make_plan(model, tmp_path, cut=cut, codec="fp32", collator=described) for cut in (2, 3))
+    old, spec = (make_spec(model, tmp_path, cut=cut, codec="fp32", collator=described) for cut in (2, 3))
     old = materialize(old, Group())
     seen = []
 
@@ -175,10 +175,10 @@ def test_inputs_of_every_kind_come_from_the_store(tmp_path):
         seen.append(batch)
         return {"pixel_values": batch["pixel_values"]}
 
-    assert why_not_deepen(old, plan) is None
-    plan = deepened(plan, old, model_inputs)
-    store = materialize(plan, Group())
-    expected = plan.source.collate(range(22))
+    assert why_not_deepen(old, spec) is None
+    spec = deepened(spec, old, model_inputs)
+    store = materialize(spec, Group())
+    expected = spec.source.collate(range(22))
     read = store.read_rows(range(22))
     assert torch.equal(read["labels"], expected["labels"]) and read["name"] == expected["name"]
     assert read["scale"] == 2.0
@@ -191,15 +191,15 @@ def test_labels_of_views_go_with_their_view(tmp_path):
         return {**batch, "weight": torch.rand(len(samples))}
 
     model, dataset = tiny_vit().eval(), picture_dataset(22).with_transform(replayable())
-    old, plan = (
+    old, spec = (
         replace(
-            make_plan(model, tmp_path, dataset, cut=cut, codec="fp32", collator=drawing_labels),
+            make_spec(model, tmp_path, dataset, cut=cut, codec="fp32", collator=drawing_labels),
             views=ViewSpec(2, own_inputs=True),
         )
         for cut in (1, 3)
     )
-    chained = materialize(from_store(plan, materialize(old, Group())), Group())
-    assert shard_sums(chained) == shard_sums(materialize(plan, Group()))
+    chained = materialize(from_store(spec, materialize(old, Group())), Group())
+    assert shard_sums(chained) == shard_sums(materialize(spec, Group()))
     weights = [chained.read_rows(range(22), np.full(22, view))["weight"] for view in (0, 1, 2)]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
@@ -209,8 +209,8 @@ def test_labels_of_views_go_with_their_view(tmp_path):
 
 def test_only_the_blocks_in_between_run(tmp_path):
     model = tiny_vit().eval()
-    old, plan = (make_plan(model, tmp_path, cut=cut) for cut in (2, 3))
-    plan = from_store(plan, materialize(old, Group()))
+    old, spec = (make_spec(model, tmp_path, cut=cut) for cut in (2, 3))
+    spec = from_store(spec, materialize(old, Group()))
     ran = [0] * 4
 
     def count(index):
@@ -219,26 +219,26 @@ def test_only_the_blocks_in_between_run(tmp_path):
 
         return hook
 
-    handles = [block.modules[-1].register_forward_hook(count(index)) for index, block in enumerate(plan.chain.blocks)]
+    handles = [block.modules[-1].register_forward_hook(count(index)) for index, block in enumerate(spec.chain.blocks)]
     before = list(ran)
-    materialize(plan, Group())
+    materialize(spec, Group())
     for handle in handles:
         handle.remove()
     # Block 3 is begun, and left before it computes; what is bypassed returns placeholders.
     assert [now - then for now, then in zip(ran, before, strict=True)][2:] == [22, 0]
-    assert plan.runs.samples == 22
+    assert spec.feature_source.samples == 22
 
 
 @both
 def test_two_processes_write_the_rows_of_one(name, tmp_path):
     build, size = MODELS[name]
     model, dataset = build().eval(), picture_dataset(22, size).with_transform(replayable(size=size))
-    old = materialize(settle(plan_views(make_plan(model, tmp_path / "old", dataset, cut=1))), Group())
+    old = materialize(settle(plan_views(make_spec(model, tmp_path / "old", dataset, cut=1))), Group())
 
     def work(group, folder):
-        plan = from_store(plan_views(make_plan(model, folder, dataset, cut=3)), old)
-        settled = group.on_main(lambda: settle(plan).views)
-        return materialize(replace(plan, views=settled), group)
+        spec = from_store(plan_views(make_spec(model, folder, dataset, cut=3)), old)
+        settled = group.on_main(lambda: settle(spec).views)
+        return materialize(replace(spec, views=settled), group)
 
     one = work(Group(), tmp_path / "one")
     together = on_every_process(2, lambda group: work(group, tmp_path / "two"))
@@ -251,14 +251,14 @@ def test_two_processes_write_the_rows_of_one(name, tmp_path):
 
 def test_deepening_leaves_generators_alone(pair, tmp_path):
     model, dataset = pair
-    old = materialize(settle(plan_views(make_plan(model, tmp_path, dataset, cut=1))), Group())
-    plan = plan_views(make_plan(model.train(), tmp_path, dataset, cut=3))
+    old = materialize(settle(plan_views(make_spec(model, tmp_path, dataset, cut=1))), Group())
+    spec = plan_views(make_spec(model.train(), tmp_path, dataset, cut=3))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    plan = from_store(plan, old)
-    for _ in plan.runs.run(range(plan.source.num_batches), views=2, geometry="projective"):
+    spec = from_store(spec, old)
+    for _ in spec.feature_source.run(range(spec.source.num_ranges), views=2, geometry="projective"):
         pass
-    materialize(settle(plan), Group())
+    materialize(settle(spec), Group())
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
     assert [module.training for module in model.modules()] == modes
@@ -266,19 +266,19 @@ def test_deepening_leaves_generators_alone(pair, tmp_path):
 
 def test_finished_deepening_is_found_again(tmp_path):
     model = tiny_vit().eval()
-    old = materialize(make_plan(model, tmp_path, cut=1), Group())
-    plan = make_plan(model, tmp_path, cut=3)
-    store = materialize(from_store(plan, old), Group())
-    assert open_matching(plan, Group()) is None
-    assert open_matching(from_store(plan, old), Group()).path == store.path
+    old = materialize(make_spec(model, tmp_path, cut=1), Group())
+    spec = make_spec(model, tmp_path, cut=3)
+    store = materialize(from_store(spec, old), Group())
+    assert open_matching(spec, Group()) is None
+    assert open_matching(from_store(spec, old), Group()).path == store.path
 
 
 def test_geometry_alone_needs_no_run_on_the_views(tmp_path):
     model, dataset = settled_resnet(), picture_dataset(22, 32).with_transform(replayable(size=32))
-    old, plan = (plan_views(make_plan(model, tmp_path, dataset, cut=cut), fraction=0.0) for cut in (1, 2))
-    plan = from_store(plan, materialize(settle(old), Group()))
-    runs = [views for _, views in plan.runs.run(range(6), 2, "projective", own_features=False)]
-    assert plan.runs.samples == 22
+    old, spec = (plan_views(make_spec(model, tmp_path, dataset, cut=cut), fraction=0.0) for cut in (1, 2))
+    spec = from_store(spec, materialize(settle(old), Group()))
+    runs = [views for _, views in spec.feature_source.run(range(6), 2, "projective", own_features=False)]
+    assert spec.feature_source.samples == 22
     assert all(len(views) == 3 and views[1].features is None and views[2].geometry.shape[1] == 8 for views in runs)
 
 
@@ -287,10 +287,10 @@ def test_geometry_alone_needs_no_run_on_the_views(tmp_path):
 
 def test_store_that_can_be_deepened_has_no_reason_against_it(pair, tmp_path):
     model, dataset = pair
-    old = materialize(settle(plan_views(make_plan(model, tmp_path, dataset, cut=1))), Group())
+    old = materialize(settle(plan_views(make_spec(model, tmp_path, dataset, cut=1))), Group())
     for views, fraction in ((0, 0.25), (1, 0.25), (2, 0.5), (2, 1.0)):
-        plan = plan_views(make_plan(model, tmp_path, dataset, cut=3), views, fraction)
-        assert why_not_deepen(old, plan) is None
+        spec = plan_views(make_spec(model, tmp_path, dataset, cut=3), views, fraction)
+        assert why_not_deepen(old, spec) is None
 
 
 def _other_weights(model):
@@ -317,26 +317,26 @@ def _other_attention(model):
 )
 def test_other_origin_is_a_reason_not_to_deepen(change, settings, reason, tmp_path):
     model = tiny_vit().eval()
-    old = materialize(make_plan(model, tmp_path, cut=2), Group())
+    old = materialize(make_spec(model, tmp_path, cut=2), Group())
     if change is not None:
         change(model)
-    plan = make_plan(model, tmp_path, **{"cut": 3, **settings})
-    assert reason in why_not_deepen(old, plan)
+    spec = make_spec(model, tmp_path, **{"cut": 3, **settings})
+    assert reason in why_not_deepen(old, spec)
 
 
 def test_other_precision_is_a_reason_not_to_deepen(tmp_path):
     model = tiny_vit().eval()
-    old = materialize(make_plan(model, tmp_path, cut=2), Group())
-    plan = make_plan(model, tmp_path, cut=3)
-    assert "mixed precision" in why_not_deepen(old, replace(plan, made_from={**plan.made_from, "precision": "bf16"}))
+    old = materialize(make_spec(model, tmp_path, cut=2), Group())
+    spec = make_spec(model, tmp_path, cut=3)
+    assert "mixed precision" in why_not_deepen(old, replace(spec, made_from={**spec.made_from, "precision": "bf16"}))
 
 
 def test_other_layout_is_a_reason_not_to_deepen(tmp_path):
     model = settled_resnet()
-    old = materialize(make_plan(model, tmp_path, Rows(size=32), cut=2), Group())
-    plan = make_plan(model, tmp_path, Rows(size=32), cut=3)
-    plan.chain.trace({"pixel_values": torch.randn(2, 3, 48, 48)})
-    assert "another layout" in why_not_deepen(old, plan)
+    old = materialize(make_spec(model, tmp_path, Rows(size=32), cut=2), Group())
+    spec = make_spec(model, tmp_path, Rows(size=32), cut=3)
+    spec.chain.trace({"pixel_values": torch.randn(2, 3, 48, 48)})
+    assert "another layout" in why_not_deepen(old, spec)
 
 
 def test_other_model_inputs_are_a_reason_not_to_deepen(tmp_path):
@@ -352,18 +352,18 @@ def test_other_model_inputs_are_a_reason_not_to_deepen(tmp_path):
             return str, ("a collator",)
 
     model = tiny_vit().eval()
-    old = materialize(make_plan(model, tmp_path, cut=2, collator=Switched()), Group())
-    plan = make_plan(model, tmp_path, cut=3, collator=Switched())
+    old = materialize(make_spec(model, tmp_path, cut=2, collator=Switched()), Group())
+    spec = make_spec(model, tmp_path, cut=3, collator=Switched())
     Switched.extra = True
-    assert "other model inputs" in why_not_deepen(old, plan)
+    assert "other model inputs" in why_not_deepen(old, spec)
 
 
 def test_views_that_are_missing_are_a_reason_not_to_deepen(tmp_path):
     dataset, model = picture_dataset(22, 32).with_transform(replayable(size=32)), settled_resnet()
 
     def planned(cut, geometry=None, views=1, fraction=0.25):
-        plan = plan_views(make_plan(model, tmp_path, dataset, cut=cut), views, fraction)
-        return plan if geometry is None else replace(plan, views=replace(plan.views, geometry=geometry))
+        spec = plan_views(make_spec(model, tmp_path, dataset, cut=cut), views, fraction)
+        return spec if geometry is None else replace(spec, views=replace(spec.views, geometry=geometry))
 
     projective = materialize(settle(planned(1)), Group())
     assert "holds 1 augmented views of a sample and 2 are wanted" in why_not_deepen(projective, planned(2, views=2))
@@ -381,19 +381,19 @@ def test_views_that_are_missing_are_a_reason_not_to_deepen(tmp_path):
 
 def test_runs_refuse_views_that_the_store_does_not_hold(tmp_path):
     model = tiny_vit().eval()
-    store = materialize(make_plan(model, tmp_path, cut=2), Group())
-    plan = make_plan(model, tmp_path, cut=3)
-    runs = StoreRuns(plan.chain, 3, plan.source, plan.layout, store, lambda batch: batch)
+    store = materialize(make_spec(model, tmp_path, cut=2), Group())
+    spec = make_spec(model, tmp_path, cut=3)
+    features = StoreFeatures(spec.chain, 3, spec.source, spec.layout, store, lambda batch: batch)
     for wanted in (dict(views=1), dict(geometry="projective")):
         with pytest.raises(ValueError, match="from images"):
-            next(runs.run([0], **wanted))
+            next(features.run([0], **wanted))
 
 
 # Taking a store away
 
 
 def test_removed_store_is_gone_while_its_readers_read_on(tmp_path):
-    store = materialize(make_plan(tiny_vit().eval(), tmp_path), Group())
+    store = materialize(make_spec(tiny_vit().eval(), tmp_path), Group())
     expected = store.read(range(4))
     remove_store(store.path)
     assert list(tmp_path.iterdir()) == []
@@ -403,8 +403,8 @@ def test_removed_store_is_gone_while_its_readers_read_on(tmp_path):
 
 @pytest.mark.parametrize("deleted", [0, 1])
 def test_removal_that_is_killed_leaves_nothing_under_the_stores_name(deleted, tmp_path, monkeypatch):
-    plan = make_plan(tiny_vit().eval(), tmp_path)
-    store = materialize(plan, Group())
+    spec = make_spec(tiny_vit().eval(), tmp_path)
+    store = materialize(spec, Group())
 
     def killed(path, **settings):
         for file in sorted(path.iterdir())[:deleted]:
@@ -415,7 +415,7 @@ def test_removal_that_is_killed_leaves_nothing_under_the_stores_name(deleted, tm
         patched.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             remove_store(store.path)
-    assert not store.path.exists() and open_matching(plan, Group()) is None
+    assert not store.path.exists() and open_matching(spec, Group()) is None
     (left,) = tmp_path.iterdir()
     assert ".tmp-" in left.name
     aside = create_aside(tmp_path / "another")
@@ -423,7 +423,7 @@ def test_removal_that_is_killed_leaves_nothing_under_the_stores_name(deleted, tm
 
 
 def test_store_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch):
-    store = materialize(make_plan(tiny_vit().eval(), tmp_path), Group())
+    store = materialize(make_spec(tiny_vit().eval(), tmp_path), Group())
 
     def refused(*paths):
         raise PermissionError("not yours")
@@ -436,9 +436,9 @@ def test_store_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch):
 
 
 def test_damaged_store_is_taken_away_at_once(tmp_path, monkeypatch):
-    plan = make_plan(tiny_vit().eval(), tmp_path)
-    store = materialize(plan, Group())
+    spec = make_spec(tiny_vit().eval(), tmp_path)
+    store = materialize(spec, Group())
     (store.path / "data-00000-of-00001.arrow").write_bytes(b"")
     monkeypatch.setattr(shutil, "rmtree", lambda path, **settings: None)
-    assert open_matching(plan, Group()) is None
+    assert open_matching(spec, Group()) is None
     assert not store.path.exists() and len(list(tmp_path.iterdir())) == 1

@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
-import zoo
+from support import zoo
 from torch import nn
 
 from hf_freezecache import BlockChain
+from hf_freezecache.build.fisher import fisher_weights
 from hf_freezecache.cache.codec import make_codec
 from hf_freezecache.cache.codec.haar import to_bands
-from hf_freezecache.cache.fisher import fisher_weights
 
 
 class Linear(nn.Module):

@@ -9,20 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builds import Rows, build, collate, make_plan, on_every_process
-from helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
-from images import FlipAndErase, OpaqueFlip, picture_dataset, pictures_with_a_marked_one, replayable
+from support.builds import Rows, build, collate, make_spec, on_every_process
+from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
+from support.images import FlipAndErase, OpaqueFlip, picture_dataset, pictures_with_a_marked_one, replayable
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, default_data_collator
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache.cache.partial import PartialStore, partial_path
-from hf_freezecache.cache.runs import ViewRun
+from hf_freezecache.augment.draws import Draw, use_draw
+from hf_freezecache.augment.geometry import PROJECTIVE
+from hf_freezecache.build.feature_sources import ViewRun
+from hf_freezecache.build.partial import PartialStore, partial_path
 from hf_freezecache.cache.store import FeatureStore
-from hf_freezecache.cache.views import ViewSpec
+from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
-from hf_freezecache.drawing import Drawing, drawing
-from hf_freezecache.geometry import PROJECTIVE
 from hf_freezecache.replay.collator import ReplayCollator, take_codes, take_drawn
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch, WriteRound, rotate_views
 
@@ -51,11 +51,11 @@ def test_rounds_draw_each_view_of_a_sample_once(views):
 def test_views_drawn_side_by_side_are_the_views_drawn_alone():
     dataset = picture_dataset(6).with_transform(replayable())
     samples, views = [4, 1, 3, 0], [1, 0, 2, 1]
-    with drawing(Drawing(7, samples, view=views, geometry=(PROJECTIVE, (4, 4)))) as together:
+    with use_draw(Draw(7, samples, view=views, geometry=(PROJECTIVE, (4, 4)))) as together:
         rows = dataset.__getitems__(samples)
     geometries = iter(together.geometries)
     for sample, view, row in zip(samples, views, rows, strict=True):
-        with drawing(Drawing(7, [sample], view=view, geometry=(PROJECTIVE, (4, 4)))) as alone:
+        with use_draw(Draw(7, [sample], view=view, geometry=(PROJECTIVE, (4, 4)))) as alone:
             [expected] = dataset.__getitems__([sample])
         assert torch.equal(row["pixel_values"], expected["pixel_values"])
         assert all(torch.equal(next(geometries), geometry) for geometry in alone.geometries)
@@ -64,7 +64,7 @@ def test_views_drawn_side_by_side_are_the_views_drawn_alone():
 
 def test_drawing_refuses_another_number_of_views_than_samples():
     with pytest.raises(ValueError, match="got 1 views for 2 samples"):
-        Drawing(0, [1, 2], view=[1])
+        Draw(0, [1, 2], view=[1])
 
 
 def test_switch_keeps_a_round_until_it_is_set():
@@ -114,10 +114,10 @@ def test_rows_fetched_one_by_one_are_rows_fetched_together():
 
 
 def write_rows(partial: PartialStore, rows, views=None) -> None:
-    source, chain = partial.plan.source, partial.plan.chain
+    source, chain = partial.spec.source, partial.spec.chain
     batch = source.collate(rows)
     inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
-    features = chain.prefix({"pixel_values": batch["pixel_values"]}, partial.plan.cut)
+    features = chain.prefix({"pixel_values": batch["pixel_values"]}, partial.spec.cut)
     views = np.zeros(len(rows), np.int64) if views is None else views
     partial.write(rows, views, ViewRun(inputs, {}, features))
 
@@ -148,10 +148,10 @@ def test_rows_in_any_order_become_the_store_of_a_build(codec, processes, tmp_pat
     settings = dict(dataset=Labelled(), codec=codec, collator=collate_labelled)
     built = build(tiny_vit(), tmp_path / "built", **settings)
     order = np.random.default_rng(0).permutation(22).tolist()
-    plan = make_plan(tiny_vit(), tmp_path / "written", **settings)
+    spec = make_spec(tiny_vit(), tmp_path / "written", **settings)
 
     def write(group):
-        partial = PartialStore.begin(plan, group)
+        partial = PartialStore.begin(spec, group)
         for first in range(4 * group.rank, 20, 4 * group.size):  # the last two are missing
             write_rows(partial, order[first : first + 4])
         group.gather(None)
@@ -160,64 +160,64 @@ def test_rows_in_any_order_become_the_store_of_a_build(codec, processes, tmp_pat
     for store in on_every_process(processes, write):
         assert store.verify() and store.dataset[:] == built.dataset[:]
         assert len(store.manifest.shards) == processes
-    assert [path.name for path in plan.directory.iterdir()] == [plan.path.name]
+    assert [path.name for path in spec.directory.iterdir()] == [spec.path.name]
 
 
 def test_reopened_directory_keeps_its_rows(tmp_path):
-    plan = make_plan(tiny_vit(), tmp_path, Labelled(), collator=collate_labelled)
-    first = PartialStore.begin(plan, Group())
+    spec = make_spec(tiny_vit(), tmp_path, Labelled(), collator=collate_labelled)
+    first = PartialStore.begin(spec, Group())
     write_rows(first, [7, 3, 20])
     first.close()
-    plan.source.dataset.rows, computed = 22, []
-    again = PartialStore.reopen(plan, Group())
-    run_prefix = plan.chain.prefix
+    spec.source.dataset.rows, computed = 22, []
+    again = PartialStore.reopen(spec, Group())
+    run_prefix = spec.chain.prefix
 
     def count(inputs, cut):
         computed.append(len(inputs["pixel_values"]))
         return run_prefix(inputs, cut)
 
-    plan.chain.prefix = count
+    spec.chain.prefix = count
     store = again.finish()
     assert sum(computed) == 19
     built = build(tiny_vit(), tmp_path / "built", Labelled(), collator=collate_labelled)
     assert store.dataset[:] == built.dataset[:]
 
 
-@pytest.mark.parametrize("damaged", ["view-0.rows", "codec.safetensors", "plan.json", "marks"])
+@pytest.mark.parametrize("damaged", ["view-0.rows", "codec.safetensors", "spec.json", "marks"])
 def test_damage_is_found_and_made_good(damaged, tmp_path, caplog):
-    plan = make_plan(tiny_vit(), tmp_path)
-    partial = PartialStore.begin(plan, Group())
+    spec = make_spec(tiny_vit(), tmp_path)
+    partial = PartialStore.begin(spec, Group())
     write_rows(partial, list(range(22)))
     partial.close()
-    path = partial_path(plan) / damaged
+    path = partial_path(spec) / damaged
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    again = PartialStore.reopen(plan, Group())
-    if damaged in ("codec.safetensors", "plan.json"):
-        assert again is None and "begun again" in messages(caplog) and not partial_path(plan).exists()
-        again = PartialStore.begin(plan, Group())
+    again = PartialStore.reopen(spec, Group())
+    if damaged in ("codec.safetensors", "spec.json"):
+        assert again is None and "begun again" in messages(caplog) and not partial_path(spec).exists()
+        again = PartialStore.begin(spec, Group())
     assert again.finish().dataset[:] == build(tiny_vit(), tmp_path / "built").dataset[:]
 
 
 def test_row_without_its_line_is_computed_again(tmp_path):
-    plan = make_plan(tiny_vit(), tmp_path, Labelled(), collator=collate_labelled)
-    partial = PartialStore.begin(plan, Group())
+    spec = make_spec(tiny_vit(), tmp_path, Labelled(), collator=collate_labelled)
+    partial = PartialStore.begin(spec, Group())
     write_rows(partial, list(range(22)))
     partial.close()
-    [lines] = partial_path(plan).glob("lists-*")
+    [lines] = partial_path(spec).glob("lists-*")
     lines.write_text(lines.read_text()[:-20])  # a killed process; its last line is cut short
-    store = PartialStore.reopen(plan, Group()).finish()
+    store = PartialStore.reopen(spec, Group()).finish()
     assert store.dataset["text"][:] == [f"ä {row}" for row in range(22)]
 
 
 def test_directory_of_other_views_is_not_reopened(tmp_path):
-    plan = make_plan(tiny_vit(), tmp_path)
-    partial = PartialStore.begin(plan, Group())
+    spec = make_spec(tiny_vit(), tmp_path)
+    partial = PartialStore.begin(spec, Group())
     partial.close()
-    (partial_path(plan) / "view-0.rows").write_bytes(b"")
-    assert PartialStore.reopen(plan, Group()) is None
-    assert PartialStore.reopen(replace(plan, views=ViewSpec(1)), Group()) is None
+    (partial_path(spec) / "view-0.rows").write_bytes(b"")
+    assert PartialStore.reopen(spec, Group()) is None
+    assert PartialStore.reopen(replace(spec, views=ViewSpec(1)), Group()) is None
 
 
 # Trainings
@@ -316,7 +316,7 @@ def test_full_disk_trains_live(when, tmp_path, caplog, monkeypatch):
 
     pwrite = os.pwrite
     if when == "finishing":
-        monkeypatch.setattr("hf_freezecache.cache.partial.ShardWriter", full)
+        monkeypatch.setattr("hf_freezecache.build.partial.ShardWriter", full)
     else:
         monkeypatch.setattr(os, "posix_fallocate" if when == "reserving" else "pwrite", full)
     dataset = pixel_dataset()

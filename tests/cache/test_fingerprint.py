@@ -12,12 +12,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import zoo
-from builds import Rows, collate, make_plan
-from helpers import pixel_dataset
+from support import zoo
+from support.builds import Rows, collate, make_spec
+from support.helpers import pixel_dataset
 from transformers import DefaultDataCollator, default_data_collator
 
-from hf_freezecache.cache import materialize as materialize_module
+from hf_freezecache.build import materialize as materialize_module
 from hf_freezecache.cache.fingerprint import digest, fingerprint_inputs, tensors_digest
 from hf_freezecache.cache.rows import RowSource
 
@@ -222,7 +222,7 @@ def test_layout_in_memory_does_not_count_but_values_do():
 
 def test_bn_statistics_of_the_prefix_change_the_store_and_those_of_the_suffix_do_not(tmp_path):
     def path(model):
-        return make_plan(model, tmp_path, Rows(6, 32), cut=2).path
+        return make_spec(model, tmp_path, Rows(6, 32), cut=2).path
 
     model = zoo.make("resnet")
     names = [name for name, _ in model.named_buffers() if name.endswith("running_mean")]
@@ -236,15 +236,15 @@ def test_bn_statistics_of_the_prefix_change_the_store_and_those_of_the_suffix_do
 
 def test_suffix_weights_do_not_change_the_store_and_the_cuts_blocks_do(tmp_path):
     model = zoo.make("vit")
-    before = make_plan(model, tmp_path).path
+    before = make_spec(model, tmp_path).path
     with torch.no_grad():
         next(model.vit.layers[2].parameters()).add_(1)
         model.classifier.weight.add_(1)
-    assert make_plan(model, tmp_path).path == before
+    assert make_spec(model, tmp_path).path == before
     with torch.no_grad():
         next(model.vit.layers[0].parameters()).add_(1e-6)
-    assert make_plan(model, tmp_path).path != before
-    assert materialize_module.digest(make_plan(model, tmp_path).made_from) == make_plan(model, tmp_path).path.name
+    assert make_spec(model, tmp_path).path != before
+    assert materialize_module.digest(make_spec(model, tmp_path).made_from) == make_spec(model, tmp_path).path.name
 
 
 def describe():
@@ -263,13 +263,18 @@ def describe():
 def test_fingerprint_is_the_same_in_another_process():
     code = "import json, test_fingerprint; print('RESULT' + json.dumps(test_fingerprint.describe()))"
     here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, *here.parents[:2])))
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=240,
         cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "PYTHONHASHSEED": "12"},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONHASHSEED": "12",
+        },
     )
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]

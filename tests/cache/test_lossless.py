@@ -8,25 +8,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from builds import Rows, build, collate, make_plan, on_every_process
-from codec_cases import NAMES
-from helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
-from images import OpaqueFlip, picture_dataset, replayable
+from support.builds import Rows, build, collate, make_spec, on_every_process
+from support.codec_cases import NAMES
+from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
+from support.images import OpaqueFlip, picture_dataset, replayable
 from torch.utils.data import DataLoader
 
-from hf_freezecache import FeatureStore, FreezeCacheConfig, cli, plan
+from hf_freezecache import FeatureStore, FreezeCacheConfig, plan
+from hf_freezecache.build.deepening import deepened, why_not_deepen
+from hf_freezecache.build.feature_sources import ViewRun
+from hf_freezecache.build.materialize import OverLimit, materialize, open_matching
+from hf_freezecache.build.partial import PartialStore
+from hf_freezecache.build.sizing import estimate_bytes, spec_bytes
 from hf_freezecache.cache.lossless import LOSSLESS, blank_frames, largest_frame, pack_rows, packed_columns
 from hf_freezecache.cache.manifest import Manifest, StoreError
 from hf_freezecache.cache.mapped import PackedColumn
-from hf_freezecache.cache.materialize import OverLimit, materialize, open_matching
-from hf_freezecache.cache.partial import PartialStore
 from hf_freezecache.cache.rows import split_batch
-from hf_freezecache.cache.runs import ViewRun
-from hf_freezecache.cache.sizing import estimate_bytes, plan_bytes
+from hf_freezecache.cli import main as cli
 from hf_freezecache.distributed import Group
 from hf_freezecache.replay.collator import ReplayCollator, take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
-from hf_freezecache.replay.deepening import deepened, why_not_deepen
 
 
 class FlatRows(Rows):
@@ -43,14 +44,14 @@ def flat_vit():
     return model
 
 
-def pack(plan):
-    """The same plan with packed rows."""
-    return replace(plan, lossless=True, made_from={**plan.made_from, **LOSSLESS})
+def pack(spec):
+    """The same spec with packed rows."""
+    return replace(spec, lossless=True, made_from={**spec.made_from, **LOSSLESS})
 
 
 def both(model, folder, dataset=None, **settings):
     """A store and a packed one of the same samples."""
-    plain = make_plan(model, folder, dataset, **settings)
+    plain = make_spec(model, folder, dataset, **settings)
     return materialize(plain, Group()), materialize(pack(plain), Group())
 
 
@@ -189,41 +190,41 @@ def test_manifest_without_the_entry_is_one_of_a_plain_store(tmp_path):
 
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
 def test_limit_counts_rows_that_do_not_pack(codec, tmp_path):
-    plan = pack(make_plan(tiny_vit(), tmp_path, codec=codec))
-    store = materialize(replace(plan, directory=tmp_path / "free"), Group())
-    most = estimate_bytes(plan)
+    spec = pack(make_spec(tiny_vit(), tmp_path, codec=codec))
+    store = materialize(replace(spec, directory=tmp_path / "free"), Group())
+    most = estimate_bytes(spec)
     assert store.bytes <= most
     small = store.total_bytes - store.bytes
-    limited = replace(plan, directory=tmp_path / "limited", limit=most + small)
+    limited = replace(spec, directory=tmp_path / "limited", limit=most + small)
     assert materialize(limited, Group()).total_bytes <= limited.limit
     with pytest.raises(OverLimit):
-        materialize(replace(plan, directory=tmp_path / "less", limit=most + small - 100), Group())
+        materialize(replace(spec, directory=tmp_path / "less", limit=most + small - 100), Group())
     assert not (tmp_path / "less").exists()
 
 
 @pytest.mark.parametrize("codec", ["fp16", "int8", "int4"])
 def test_estimate_from_frames_is_near_the_written_bytes(codec, tmp_path):
     """The largest frames are an upper bound; means that are exact give the bytes but for padding."""
-    plan = pack(make_plan(tiny_vit(), tmp_path, FlatRows(60), codec=codec, batch_size=16))
-    store = materialize(plan, Group())
-    split = split_batch(plan.source.probe(), "pixel_values")
-    estimate = plan_bytes(plan, store.codec, split, frame_bytes=store.frame_bytes())
+    spec = pack(make_spec(tiny_vit(), tmp_path, FlatRows(60), codec=codec, batch_size=16))
+    store = materialize(spec, Group())
+    split = split_batch(spec.source.probe(), "pixel_values")
+    estimate = spec_bytes(spec, store.codec, split, frame_bytes=store.frame_bytes())
     assert abs(estimate - store.bytes) <= 8 * 2 * 4  # a buffer begins at a multiple of 8, in each of four batches
-    assert estimate < estimate_bytes(plan)
+    assert estimate < estimate_bytes(spec)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_write_the_rows_of_one(processes, tmp_path):
-    plan = pack(make_plan(tiny_vit(), tmp_path / "several"))
-    alone = materialize(replace(plan, directory=tmp_path / "alone"), Group())
-    for store in on_every_process(processes, lambda group: materialize(plan, group)):
+    spec = pack(make_spec(tiny_vit(), tmp_path / "several"))
+    alone = materialize(replace(spec, directory=tmp_path / "alone"), Group())
+    for store in on_every_process(processes, lambda group: materialize(spec, group)):
         assert store.verify() and len(store.manifest.shards) == processes
         assert store.dataset[:] == alone.dataset[:]
         assert_same_rows(store, alone, 22)
 
 
 def test_finished_store_is_found_again_by_its_kind_alone(tmp_path):
-    plain = make_plan(tiny_vit(), tmp_path)
+    plain = make_spec(tiny_vit(), tmp_path)
     assert open_matching(pack(plain), Group()) is None
     materialize(pack(plain), Group())
     assert open_matching(pack(plain), Group()).manifest.lossless
@@ -232,7 +233,7 @@ def test_finished_store_is_found_again_by_its_kind_alone(tmp_path):
 
 def test_deepening_from_a_packed_store_gives_the_bytes_of_one_from_images(tmp_path):
     model = tiny_vit().eval()
-    before, after = (make_plan(model, tmp_path, cut=cut, codec="fp32") for cut in (1, 3))
+    before, after = (make_spec(model, tmp_path, cut=cut, codec="fp32") for cut in (1, 3))
     old = materialize(pack(before), Group())
     for target in (after, pack(after)):
         images = materialize(target, Group())
@@ -245,20 +246,20 @@ def test_deepening_from_a_packed_store_gives_the_bytes_of_one_from_images(tmp_pa
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_written_in_any_order_become_the_store_of_a_build(processes, tmp_path):
-    plan = pack(make_plan(tiny_vit(), tmp_path / "written"))
-    built = materialize(replace(plan, directory=tmp_path / "built"), Group())
+    spec = pack(make_spec(tiny_vit(), tmp_path / "written"))
+    built = materialize(replace(spec, directory=tmp_path / "built"), Group())
     order = np.random.default_rng(0).permutation(22).tolist()
 
     def write(group):
-        partial = PartialStore.begin(plan, group)
+        partial = PartialStore.begin(spec, group)
         for first in range(4 * group.rank, 20, 4 * group.size):
             rows = order[first : first + 4]
-            batch = plan.source.collate(rows)
-            features = plan.chain.prefix({"pixel_values": batch.pop("pixel_values")}, plan.cut)
+            batch = spec.source.collate(rows)
+            features = spec.chain.prefix({"pixel_values": batch.pop("pixel_values")}, spec.cut)
             partial.write(rows, np.zeros(len(rows), np.int64), ViewRun(batch, {}, features))
         group.gather(None)
         partial.close()
-        partial = PartialStore.reopen(plan, group)
+        partial = PartialStore.reopen(spec, group)
         return partial.finish()
 
     for store in on_every_process(processes, write):
@@ -370,7 +371,7 @@ def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
     store = stores_of(free)[2]
     held = free._session.caching.holdings.state()
     assert [entry["bytes"] for entry in held] == [store.total_bytes]
-    needed = estimate_bytes(pack(make_plan(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
+    needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
     assert 2 * store.total_bytes < needed
     # It would fit once it is packed; that is not known before, and a budget is never passed.
     budget = dict(cache_budget=str(needed), codec="fp32", points="0:2")

@@ -6,12 +6,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from builds import Rows, collate
-from helpers import pixel_dataset
+from support.builds import Rows, collate
+from support.helpers import pixel_dataset
 from transformers import default_data_collator
 
+from hf_freezecache.build.survey import survey
 from hf_freezecache.cache.rows import InputColumn, RowError, RowSource, fetch, split_batch
-from hf_freezecache.replay.survey import survey
 
 
 class Noisy(Rows):
@@ -58,10 +58,10 @@ def same(first, second):
 
 def test_ranges_cover_every_row_once_in_order():
     rows = source(Rows(22))
-    assert rows.num_batches == 6
+    assert rows.num_ranges == 6
     assert [row for number in range(6) for row in rows.rows(number)] == list(range(22))
     assert list(rows.rows(5)) == [20, 21]
-    assert source(Rows(20)).num_batches == 5
+    assert source(Rows(20)).num_ranges == 5
 
 
 def test_deterministic_samples_are_not_random():

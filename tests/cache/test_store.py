@@ -13,15 +13,15 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
-import zoo
-from builds import Rows, build, collate, make_plan, on_every_process
-from codec_cases import NAMES
+from support import zoo
+from support.builds import Rows, build, collate, make_spec, on_every_process
+from support.codec_cases import NAMES
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.build.materialize import BuildFailed, OverLimit, materialize, open_matching
+from hf_freezecache.build.sizing import estimate_bytes
 from hf_freezecache.cache import manifest as manifest_module
 from hf_freezecache.cache import store as store_module
-from hf_freezecache.cache.materialize import BuildFailed, OverLimit, materialize, open_matching
-from hf_freezecache.cache.sizing import estimate_bytes
 from hf_freezecache.cache.store import ShardWriter, StoreError
 from hf_freezecache.distributed import Group
 
@@ -44,9 +44,9 @@ def store(built, tmp_path):
     return FeatureStore.open(shutil.copytree(built.path, tmp_path / built.path.name))
 
 
-def features_of(plan, indices):
-    batch = plan.source.collate(indices)
-    return plan.chain.prefix(batch, plan.cut)
+def features_of(spec, indices):
+    batch = spec.source.collate(indices)
+    return spec.chain.prefix(batch, spec.cut)
 
 
 # What it holds
@@ -67,32 +67,32 @@ def test_store_opens_with_datasets(built):
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_are_the_encoded_features_of_their_samples(model, tmp_path, codec):
     """Indices repeat, jump and cross batches."""
-    plan = make_plan(model, tmp_path, codec=codec)
-    store = materialize(plan, Group())
+    spec = make_spec(model, tmp_path, codec=codec)
+    store = materialize(spec, Group())
     indices = [21, 0, 3, 3, 4, 17, 0, 20, 11]
-    expected = torch.cat([features_of(plan, [index]) for index in indices])
+    expected = torch.cat([features_of(spec, [index]) for index in indices])
     found = store.read(indices)
     # One sample's features are computed within its batch when the store is built: kernels may round otherwise.
     tolerance = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.05, "int4": 0.6, "int3": 1.2}.get(codec, 2.5)
     assert found.shape == expected.shape and found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-3)
     assert store.read_rows(indices)["labels"].tolist() == [index % 5 for index in indices]
-    assert torch.equal(store.read(range(4, 8)), store.codec.decode(store.codec.encode(features_of(plan, range(4, 8)))))
+    assert torch.equal(store.read(range(4, 8)), store.codec.decode(store.codec.encode(features_of(spec, range(4, 8)))))
 
 
 def test_fp32_store_returns_the_prefix_bit_for_bit(model, tmp_path):
-    plan = make_plan(model, tmp_path, codec="fp32")
-    store = materialize(plan, Group())
-    for number in range(plan.source.num_batches):
-        rows = plan.source.rows(number)
-        assert torch.equal(store.read(rows), features_of(plan, rows))
+    spec = make_spec(model, tmp_path, codec="fp32")
+    store = materialize(spec, Group())
+    for number in range(spec.source.num_ranges):
+        rows = spec.source.rows(number)
+        assert torch.equal(store.read(rows), features_of(spec, rows))
 
 
 def test_map_features_are_stored(tmp_path):
-    plan = make_plan(zoo.make("resnet"), tmp_path, Rows(6, 32), cut=3, codec="fp32")
-    store = materialize(plan, Group())
+    spec = make_spec(zoo.make("resnet"), tmp_path, Rows(6, 32), cut=3, codec="fp32")
+    store = materialize(spec, Group())
     assert set(store.dataset.column_names) == {"sample_id", "labels", "base"}
-    assert torch.equal(store.read(range(4)), features_of(plan, range(4)))
+    assert torch.equal(store.read(range(4)), features_of(spec, range(4)))
 
 
 @pytest.mark.parametrize("indices", [[22], [-1], [0, 1, 99]])
@@ -107,21 +107,21 @@ def test_reading_no_rows_gives_an_empty_batch(built):
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(200, 64), (64, 64), (3, 4)])
 def test_estimate_is_the_written_bytes(rows, batch_size, model, tmp_path):
-    plan = make_plan(model, tmp_path, Rows(rows), codec="int8", batch_size=batch_size)
-    assert estimate_bytes(plan) == materialize(plan, Group()).bytes
+    spec = make_spec(model, tmp_path, Rows(rows), codec="int8", batch_size=batch_size)
+    assert estimate_bytes(spec) == materialize(spec, Group()).bytes
 
 
 @pytest.mark.parametrize("rows", [22, 6])
 def test_estimate_for_several_processes_is_the_written_bytes(rows, model, tmp_path):
-    plan = make_plan(model, tmp_path, Rows(rows))
-    stores = on_every_process(3, lambda group: materialize(plan, group))
-    assert estimate_bytes(plan, 3) == stores[0].bytes
+    spec = make_spec(model, tmp_path, Rows(rows))
+    stores = on_every_process(3, lambda group: materialize(spec, group))
+    assert estimate_bytes(spec, 3) == stores[0].bytes
 
 
 def test_limit_is_kept_to_the_byte(model, tmp_path):
-    plan = make_plan(model, tmp_path / "free")
-    needed = sum(file.stat().st_size for file in materialize(plan, Group()).path.iterdir())
-    limited = replace(plan, directory=tmp_path / "limited", limit=needed)
+    spec = make_spec(model, tmp_path / "free")
+    needed = sum(file.stat().st_size for file in materialize(spec, Group()).path.iterdir())
+    limited = replace(spec, directory=tmp_path / "limited", limit=needed)
     store = materialize(limited, Group())
     assert sum(file.stat().st_size for file in store.path.iterdir()) == needed
     with pytest.raises(OverLimit, match=f"{needed:,} bytes; {needed - 1:,} are left"):
@@ -294,23 +294,23 @@ def test_one_flipped_bit_is_found_by_verify(store, name, where):
 @pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "codec.safetensors", "manifest.json"])
 @pytest.mark.parametrize("where", ["first", "middle"])
 def test_damaged_store_is_not_reused_but_built_again(model, tmp_path, name, where):
-    plan = make_plan(model, tmp_path)
-    assert open_matching(plan, Group()) is None
-    store = materialize(plan, Group())
+    spec = make_spec(model, tmp_path)
+    assert open_matching(spec, Group()) is None
+    store = materialize(spec, Group())
     expected = store.read(range(22))
-    assert open_matching(plan, Group()).path == store.path
+    assert open_matching(spec, Group()).path == store.path
     flip(store.path / name, 0 if where == "first" else (store.path / name).stat().st_size // 2)
-    assert open_matching(plan, Group()) is None
-    assert torch.equal(materialize(plan, Group()).read(range(22)), expected)
-    assert open_matching(plan, Group()) is not None
+    assert open_matching(spec, Group()) is None
+    assert torch.equal(materialize(spec, Group()).read(range(22)), expected)
+    assert open_matching(spec, Group()) is not None
 
 
 def test_store_under_a_foreign_name_is_not_taken_for_a_match(model, tmp_path):
     """Somebody renames a store: its manifest says what it was made from."""
     other = build(model, tmp_path / "other", cut=3)
-    plan = make_plan(model, tmp_path)
-    shutil.copytree(other.path, plan.path)
-    assert open_matching(plan, Group()) is None
+    spec = make_spec(model, tmp_path)
+    shutil.copytree(other.path, spec.path)
+    assert open_matching(spec, Group()) is None
 
 
 # Builds that fail
@@ -336,22 +336,22 @@ def test_killed_build_leaves_only_an_aside_directory_that_the_next_build_removes
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    plan = make_plan(model, tmp_path)
-    assert left.name.startswith(plan.path.name + ".tmp-") and any(left.glob("*.arrow"))
+    spec = make_spec(model, tmp_path)
+    assert left.name.startswith(spec.path.name + ".tmp-") and any(left.glob("*.arrow"))
     with pytest.raises(StoreError):
         FeatureStore.open(left)
-    assert open_matching(plan, Group()) is None
-    store = materialize(plan, Group())
+    assert open_matching(spec, Group()) is None
+    store = materialize(spec, Group())
     assert list(tmp_path.iterdir()) == [store.path] and store.verify()
 
 
 def test_aside_directory_of_a_living_process_or_another_host_is_left_alone(model, tmp_path):
-    plan = make_plan(model, tmp_path)
-    living = tmp_path / f"{plan.path.name}.tmp-{socket.gethostname()}-{os.getppid()}-abc"
-    foreign = tmp_path / f"{plan.path.name}.tmp-elsewhere-1-abc"
+    spec = make_spec(model, tmp_path)
+    living = tmp_path / f"{spec.path.name}.tmp-{socket.gethostname()}-{os.getppid()}-abc"
+    foreign = tmp_path / f"{spec.path.name}.tmp-elsewhere-1-abc"
     living.mkdir()
     foreign.mkdir()
-    store = materialize(plan, Group())
+    store = materialize(spec, Group())
     assert set(tmp_path.iterdir()) == {store.path, living, foreign}
 
 
@@ -445,8 +445,8 @@ def test_constants_and_columns_that_change_are_refused_by_sample(model, tmp_path
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_store_does_not_depend_on_how_many_processes_wrote_it(model, tmp_path, processes):
     alone = build(model, tmp_path / "alone")
-    plan = make_plan(model, tmp_path / "together")
-    stores = on_every_process(processes, lambda group: materialize(plan, group))
+    spec = make_spec(model, tmp_path / "together")
+    stores = on_every_process(processes, lambda group: materialize(spec, group))
     for store in stores:
         assert isinstance(store, FeatureStore), store
     store = stores[0]
@@ -467,14 +467,14 @@ def test_failure_on_one_process_is_raised_on_all(model, tmp_path, monkeypatch):
         write(self, *args)
 
     monkeypatch.setattr(ShardWriter, "write", full)
-    plan = make_plan(model, tmp_path)
-    errors = on_every_process(2, lambda group: materialize(plan, group))
+    spec = make_spec(model, tmp_path)
+    errors = on_every_process(2, lambda group: materialize(spec, group))
     assert all(isinstance(error, BuildFailed) and "No space left" in str(error) for error in errors), errors
     assert list(tmp_path.iterdir()) == []
 
 
 def test_more_processes_than_batches_writes_a_complete_store(model, tmp_path):
-    plan = make_plan(model, tmp_path, Rows(3))
-    for store in on_every_process(4, lambda group: materialize(plan, group)):
+    spec = make_spec(model, tmp_path, Rows(3))
+    for store in on_every_process(4, lambda group: materialize(spec, group)):
         assert isinstance(store, FeatureStore), store
         assert store.read_rows([2, 0])["labels"].tolist() == [2, 0]

@@ -5,22 +5,22 @@ import logging
 import numpy as np
 import pytest
 import torch
-from builds import Rows, collate
-from helpers import make_args, manual, pixel_dataset, run, tiny_vit
-from images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
 from safetensors.torch import load_file
+from support.builds import Rows, collate
+from support.helpers import make_args, manual, pixel_dataset, run, tiny_vit
+from support.images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
 from torchvision.transforms import v2
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
+from hf_freezecache.build.sizing import estimate_bytes
+from hf_freezecache.build.survey import survey
 from hf_freezecache.cache.fingerprint import sample_digest
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.sizing import estimate_bytes
 from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.collator import ReplayCollator
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch, choose_views
-from hf_freezecache.replay.survey import survey
-from hf_freezecache.replay.views import replay_features
+from hf_freezecache.replay.decode import replay_features
 
 
 def train(dataset, folder, **settings):
@@ -121,8 +121,8 @@ def test_least_similar_channels_are_kept(tmp_path):
 )
 def test_estimated_bytes_are_those_of_the_files(settings, tmp_path):
     trainer, store = train(picture_dataset(100).with_transform(replayable()), tmp_path, **settings)
-    blueprints = trainer._session.blueprints
-    assert store.bytes == estimate_bytes(blueprints.plan(2, blueprints.config.codec))
+    spec_maker = trainer._session.spec_maker
+    assert store.bytes == estimate_bytes(spec_maker.make(2, spec_maker.config.codec))
 
 
 def test_budget_decides_the_number_of_channels(tmp_path):
@@ -166,7 +166,7 @@ def test_opaque_draws_are_kept_whole_and_said(tmp_path, caplog):
     base, first = (store.read_rows(range(32), np.full(32, view)) for view in (0, 1))
     assert not torch.equal(base["base"], first["base"])
     source, chain = trainer._session.source, trainer._session.chain
-    for batch in range(source.num_batches):
+    for batch in range(source.num_ranges):
         rows = source.rows(batch)
         codes = store.read_rows(rows, np.full(len(rows), 1))
         true = chain.prefix({"pixel_values": source.collate(rows, 1)["pixel_values"]}, 2)
@@ -195,7 +195,7 @@ def test_labels_that_a_collator_draws_go_with_their_draw(tmp_path):
     )
     source = trainer._session.source
     for view in (0, 1):
-        for batch in range(source.num_batches):
+        for batch in range(source.num_ranges):
             rows = source.rows(batch)
             read, drawn = store.read_rows(rows, np.full(len(rows), view)), source.collate(rows, view)
             assert torch.equal(read["weight"], drawn["weight"]) and read["names"] == drawn["names"]

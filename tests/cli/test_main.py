@@ -7,16 +7,14 @@ import subprocess
 import sys
 import time
 
-import helpers
-import images
 import pytest
-import zoo
-from builds import build
+from support import helpers, images, zoo
+from support.builds import build
 from transformers import ViTImageProcessor
 
 from hf_freezecache import FeatureStore
-from hf_freezecache.cache.planner import show_bytes
-from hf_freezecache.cli import main
+from hf_freezecache.cli.main import main
+from hf_freezecache.units import show_bytes
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
-from helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
-from images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
+from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
+from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import losses, manual, pixel_dataset, run, tiny_vit
 from script_train import augmented
+from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
 
 from hf_freezecache import FeatureStore
 

@@ -5,22 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-from hf_freezecache.cache.planner import (
-    DISK_SHARE,
+from hf_freezecache.cache.holdings import DISK_SHARE, disk_limit
+from hf_freezecache.estimate.costs import (
     Costs,
     Plan,
     PlanRow,
     Work,
     build_seconds,
     decide,
-    disk_room,
     make_row,
     never_pays,
     overlapped,
-    show_bytes,
-    show_seconds,
     step_seconds,
 )
+from hf_freezecache.units import show_bytes, show_seconds
 
 COSTS = Costs(
     load=2.0,
@@ -182,9 +180,9 @@ def test_few_epochs_never_pay(work, least):
 def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     missing = tmp_path / "not" / "there"
-    assert disk_room(missing) == int(1000 * DISK_SHARE)
-    assert disk_room(missing, budget=100) == 100
-    assert disk_room(missing, budget=5000) == int(1000 * DISK_SHARE)
+    assert disk_limit(missing) == int(1000 * DISK_SHARE)
+    assert disk_limit(missing, budget=100) == 100
+    assert disk_limit(missing, budget=5000) == int(1000 * DISK_SHARE)
     assert not missing.exists()
 
 

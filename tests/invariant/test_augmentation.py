@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_weights, losses, manual, run, tiny_resnet, tiny_vit, weights
-from images import OpaqueFlip, picture_dataset, replayable
+from support.helpers import assert_same_weights, losses, manual, run, tiny_resnet, tiny_vit, weights
+from support.images import OpaqueFlip, picture_dataset, replayable
 from test_equal_trajectories import SaveAt
 from torchvision.transforms import v2
 
 from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.dataset import choose_views
-from hf_freezecache.replay.views import replay_features
+from hf_freezecache.replay.decode import replay_features
 
 MODELS = {"vit": (tiny_vit, 16), "resnet": (tiny_resnet, 32)}
 # Freeze points at steps 4 and 12 of 20.
@@ -49,7 +49,7 @@ def test_replayed_view_is_prefix_of_the_view(model_and_data, kept, tmp_path):
     store = FeatureStore.open(trainer.freeze_status().store_path)
     chain, source = trainer._session.chain, trainer._session.source
     for view in range(store.manifest.views + 1):
-        for batch in range(source.num_batches):
+        for batch in range(source.num_ranges):
             rows = source.rows(batch)
             codes = store.read_rows(rows, np.full(len(rows), view))
             replayed = replay_features(store, {name: codes[name] for name in store.code_names(codes)})

@@ -1,16 +1,7 @@
 """Configurations that must give the same training, bit for bit (CPU, fp32)."""
 
 import pytest
-from helpers import (
-    assert_same_weights,
-    losses,
-    manual,
-    pixel_dataset,
-    run,
-    tiny_resnet,
-    tiny_vit,
-    weights,
-)
+from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
-from images import OpaqueFlip, picture_dataset, replayable
+from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
+from support.images import OpaqueFlip, picture_dataset, replayable
 from test_augmentation import model_and_data  # noqa: F401
 from test_equal_trajectories import SaveAt
 

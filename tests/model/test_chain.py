@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-import zoo
+from support import zoo
 from torch import nn
 
 from hf_freezecache import BlockChain
-from hf_freezecache.tracing import ChainError, token_grid
+from hf_freezecache.model.tracing import ChainError, token_grid
 
 FAMILIES = pytest.mark.parametrize("name", list(zoo.FAMILIES))
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import safetensors.torch
 import torch
-import zoo
+from support import zoo
 from torch import nn
 
-from hf_freezecache.checkpoint import CheckpointError, has_weights, load_weights
+from hf_freezecache.model.checkpoint import CheckpointError, has_weights, load_weights
 
 
 def tensors(model):

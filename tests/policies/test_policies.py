@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_freezecache.callback import FreezeCallback
 from hf_freezecache.policies import FreezePolicy, LinearPolicy, ManualPolicy, Moment, NonePolicy
 from hf_freezecache.policies.schedule import FreezePoint, parse_freeze_points, scheduled_cut
+from hf_freezecache.training.callback import FreezeCallback
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-import zoo
-from builds import Rows, build, collate
-from helpers import pixel_dataset
+from support import zoo
+from support.builds import Rows, build, collate
+from support.helpers import pixel_dataset
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from hf_freezecache import BlockChain
-from hf_freezecache.cache.build_plan import BuildPlan
+from hf_freezecache.build.feature_sources import ImageFeatures
+from hf_freezecache.build.materialize import materialize
+from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
-from hf_freezecache.cache.materialize import materialize
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.runs import ImageRuns
 from hf_freezecache.cache.store import FORMAT_VERSION, FeatureStore
 from hf_freezecache.distributed import Group
 
@@ -43,8 +43,8 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "int4", **settings) -> BuildPlan:
-    """A plan as the trainer makes it; `settings` go to the `RowSource`."""
+def make_spec(model, directory: Path, dataset=None, cut: int = 2, codec: str = "int4", **settings) -> StoreSpec:
+    """A spec as the trainer makes it; `settings` go to the `RowSource`."""
     settings = {"collator": collate, "batch_size": 4, "seed": 3, **settings}
     source = RowSource(Rows() if dataset is None else dataset, **settings)
     # Labels of any kind: what the model makes of them is not the store's business.
@@ -60,7 +60,7 @@ def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
         precision="no",
         format_version=FORMAT_VERSION,
     )
-    return BuildPlan(
+    return StoreSpec(
         chain=chain,
         cut=cut,
         source=source,
@@ -68,13 +68,13 @@ def make_plan(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
         layout=chain.layout(cut),
         made_from=made_from,
         directory=directory,
-        runs=ImageRuns(chain, cut, source, chain.layout(cut), lambda batch: batch),
+        feature_source=ImageFeatures(chain, cut, source, chain.layout(cut), lambda batch: batch),
         disable_tqdm=True,
     )
 
 
 def build(model, directory: Path, dataset=None, **settings) -> FeatureStore:
-    return materialize(make_plan(model, directory, dataset, **settings), Group())
+    return materialize(make_spec(model, directory, dataset, **settings), Group())
 
 
 class _Meeting:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 
 import pytest
-from helpers import manual, pixel_dataset, run, tiny_vit
+from support.helpers import manual, pixel_dataset, run, tiny_vit
 from transformers import TrainerCallback
 
 from hf_freezecache.cache.store import FeatureStore

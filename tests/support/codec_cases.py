@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from hf_freezecache.cache.codec import CODEC_NAMES
-from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.model.layout import FeatureLayout
 
 NEEDS_ZFP = pytest.mark.skipif(importlib.util.find_spec("zfpy") is None, reason="zfpy is not installed")
 NAMES = [pytest.param(name, marks=NEEDS_ZFP if name == "zfp" else ()) for name in CODEC_NAMES]

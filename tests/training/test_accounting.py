@@ -4,17 +4,12 @@ import time
 
 import pytest
 import torch
-import zoo
+from support import zoo
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_freezecache import BlockChain
-from hf_freezecache.accounting import (
-    Ledger,
-    counting_flops,
-    measure_forward_flops,
-    measure_training_flops,
-)
+from hf_freezecache.training.accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
 
 
 class Mlp(nn.Module):

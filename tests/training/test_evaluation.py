@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from builds import Rows, collate
-from cached_evaluations import (
+from support.builds import Rows, collate
+from support.cached_evaluations import (
     EvaluateAnother,
     assert_close,
     both,
@@ -17,12 +17,22 @@ from cached_evaluations import (
     train,
     without_cached,
 )
-from helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
-from images import picture_dataset, replayable
+from support.helpers import (
+    assert_same_weights,
+    losses,
+    make_args,
+    manual,
+    pixel_dataset,
+    run,
+    tiny_resnet,
+    tiny_vit,
+    weights,
+)
+from support.images import picture_dataset, replayable
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache import evaluation as evaluation_room
+from hf_freezecache.training import evaluation as evaluation_room
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])

@@ -3,22 +3,15 @@
 import copy
 
 import pytest
-from builds import Rows, collate
-from cached_evaluations import (
-    accuracy,
-    both,
-    evaluation_stores,
-    evaluations,
-    messages,
-    train,
-)
-from helpers import assert_same_weights, make_args, manual, pixel_dataset, tiny_vit, weights
+from support.builds import Rows, collate
+from support.cached_evaluations import accuracy, both, evaluation_stores, evaluations, messages, train
+from support.helpers import assert_same_weights, make_args, manual, pixel_dataset, tiny_vit, weights
 from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache import evaluation as evaluation_room
-from hf_freezecache.cache.materialize import BuildFailed
-from hf_freezecache.evaluation import EvaluationCache
+from hf_freezecache.build.materialize import BuildFailed
+from hf_freezecache.training import evaluation as evaluation_room
+from hf_freezecache.training.evaluation import EvaluationCache
 
 
 def assert_as_on_images(images, cached, caplog, text):
@@ -64,7 +57,7 @@ def test_outdated_store_makes_room_for_the_next_one(tmp_path):
 
 @pytest.mark.parametrize("error", [BuildFailed("No space left on device"), RuntimeError("out of memory")])
 def test_build_that_fails_leaves_evaluation_on_images(error, tmp_path, caplog, monkeypatch):
-    def fail(plan, group):
+    def fail(spec, group):
         raise error
 
     monkeypatch.setattr(evaluation_room, "materialize", fail)

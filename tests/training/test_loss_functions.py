@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import zoo
-from builds import Rows, collate
-from helpers import assert_same_weights, losses, make_args, manual, weights
+from support import zoo
+from support.builds import Rows, collate
+from support.helpers import assert_same_weights, losses, make_args, manual, weights
 from torch.nn.functional import cross_entropy
 
 from hf_freezecache import FreezeCacheTrainer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
+from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
 
 from hf_freezecache import FeatureStore
 
@@ -224,7 +224,7 @@ def test_store_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplo
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hf_freezecache.caching.remove_store", refuse)
+    monkeypatch.setattr("hf_freezecache.training.store_keeper.remove_store", refuse)
     trainer = train(tmp_path, "1:2,2:3")
     assert trainer.freeze_status().replaying and sorted(stores(tmp_path)) == [2, 3]
     assert "could not be removed" in caplog.text
@@ -234,7 +234,7 @@ def test_measurement_that_fails_declines(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_freezecache.probing.Prober.refuse", fail)
+    monkeypatch.setattr("hf_freezecache.estimate.probing.Prober.refuse", fail)
     trainer = train(tmp_path, cache="auto")
     assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
     assert "could not be measured: out of memory" in caplog.text

@@ -19,7 +19,7 @@ Lossy storage is part of what makes cached layer freezing affordable: see arXiv 
 
 import re
 
-from ...layout import FeatureLayout
+from ...model.layout import FeatureLayout
 from .base import Codec
 from .mixed import MixedCodec
 from .quantized import Int2Codec, Int3Codec, Int4Codec, Int8Codec

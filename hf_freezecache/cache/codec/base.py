@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ...layout import FeatureLayout
+from ...model.layout import FeatureLayout
 
 _FP16_MAX = 65504
 

@@ -9,7 +9,7 @@ Shapes: B samples, C channels, H x W positions; Z = H * W / 4 of them in each of
 
 import torch
 
-from ...layout import FeatureLayout
+from ...model.layout import FeatureLayout
 
 # Sums of what is below this stay finite.
 _WIDEST = torch.finfo(torch.float32).max / 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .codec import check_codec_name
+from . import check_codec_name
 
 #: The progression of `progressive="default"`; `benchmarks/codecs` has the measurements behind it.
 DEFAULT = "0.0:int4,0.7:int3"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ...layout import FeatureLayout
+from ...model.layout import FeatureLayout
 from .base import Codec
 from .clipping import fit_ranges
 from .packing import pack, packed_length, planes, unpack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ...layout import FeatureLayout
+from ...model.layout import FeatureLayout
 from .base import Codec, ReadyCodec
 from .special import BodyCodec
 

@@ -5,12 +5,23 @@ import random
 import numpy as np
 import pytest
 import torch
-from codec_cases import DTYPES, EXAMPLES, NAMES, QUANTIZED, body, features, layout_of, layouts, per_channel, same
 from hypothesis import given
 from hypothesis import strategies as st
+from support.codec_cases import (
+    DTYPES,
+    EXAMPLES,
+    NAMES,
+    QUANTIZED,
+    body,
+    features,
+    layout_of,
+    layouts,
+    per_channel,
+    same,
+)
 
 from hf_freezecache.cache.codec import make_codec
-from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.model.layout import FeatureLayout
 
 
 @EXAMPLES

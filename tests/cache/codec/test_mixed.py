@@ -4,17 +4,17 @@ import itertools
 
 import pytest
 import torch
-from codec_cases import DTYPES, EXAMPLES, NAMES, NEEDS_ZFP, body, features, layout_of, same
 from hypothesis import given
 from hypothesis import strategies as st
+from support.codec_cases import DTYPES, EXAMPLES, NAMES, NEEDS_ZFP, body, features, layout_of, same
 
+from hf_freezecache.augment.geometry import PROJECTIVE, geometry_column
 from hf_freezecache.cache.codec import check_codec_name, make_codec
 from hf_freezecache.cache.codec.allocation import allocate, coded_bytes
 from hf_freezecache.cache.codec.haar import from_bands, to_bands
 from hf_freezecache.cache.codec.packing import MOST_BITS, pack, packed_length, unpack
-from hf_freezecache.cache.views import ViewColumns, ViewSpec
-from hf_freezecache.geometry import PROJECTIVE, geometry_column
-from hf_freezecache.layout import FeatureLayout
+from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
+from hf_freezecache.model.layout import FeatureLayout
 
 MAP = FeatureLayout((6, 8, 8), (8, 8), 0, torch.float32)
 TOKENS = FeatureLayout((65, 6), (8, 8), 1, torch.float32)

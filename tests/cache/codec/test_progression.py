@@ -3,7 +3,7 @@
 import pytest
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.cache.progression import DEFAULT, Progression
+from hf_freezecache.cache.codec.progression import DEFAULT, Progression
 
 
 @pytest.mark.parametrize(

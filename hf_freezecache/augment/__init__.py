@@ -1,0 +1,1 @@
+"""What is random in a sample, and what of it can be repeated on cached features."""

@@ -1,0 +1,1 @@
+"""One training: what is frozen, where its batches come from, and what it costs."""
