@@ -12,8 +12,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.build.survey import survey
-from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.distributed import Group
 
 
@@ -169,28 +167,6 @@ def test_opened_store_travels_to_another_process(tmp_path):
     store = FeatureStore.open(trainer.freeze_status().store_path)
     before = store.read([19, 0])  # the mapped column ends in a shorter batch
     assert torch.equal(pickle.loads(pickle.dumps(store)).read([19, 0]), before)
-
-
-def test_collating_in_a_forked_loader_never_asks_the_gpu(monkeypatch):
-    def in_bad_fork():
-        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", in_bad_fork)
-    source = RowSource(range(8), lambda rows: {"pixel_values": torch.rand(len(rows))}, batch_size=4, seed=0)
-    assert torch.equal(source.collate([0, 1])["pixel_values"], source.collate([0, 1])["pixel_values"])
-
-
-def test_rare_randomness_is_found():
-    def flip_all_or_nothing(rows):
-        pixels = torch.tensor([[float(row), 0.0] for row in rows])
-        return {"pixel_values": pixels.flip(1) if torch.rand(()) < 0.5 else pixels}
-
-    found = [survey(RowSource(range(8), flip_all_or_nothing, 4, seed), "pixel_values").random for seed in range(50)]
-    assert sum(found) >= 48
-    assert not survey(
-        RowSource(range(8), lambda rows: {"pixel_values": torch.tensor(rows)}, 4, 0), "pixel_values"
-    ).random
 
 
 def test_failure_of_one_process_is_everybodys():

@@ -3,16 +3,19 @@
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support import zoo
 from support.builds import Rows, build, collate
 from support.helpers import pixel_dataset
+from support.images import picture_dataset, replayable
+from support.view_trainings import train
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_freezecache.replay.collator import CODE_PREFIX, ReplayCollator, is_code, take_codes
-from hf_freezecache.replay.dataset import CachedRows, ReplayDataset, SourceSwitch
+from hf_freezecache.replay.dataset import CachedRows, ReplayDataset, SourceSwitch, choose_views
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +210,55 @@ def test_default_collator_of_transformers_is_used_for_live_rows():
     for found, wanted in zip(loader, expected, strict=True):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_choice_depends_on_seed_epoch_and_sample_alone():
+    samples = list(range(1000))
+    chosen = choose_views(3, 5, samples, 2)
+    assert np.array_equal(choose_views(3, 5, samples[::-1], 2)[::-1], chosen)
+    assert [int(choose_views(3, 5, [sample], 2)[0]) for sample in samples[:20]] == chosen[:20].tolist()
+    assert not np.array_equal(choose_views(3, 6, samples, 2), chosen)
+    assert not np.array_equal(choose_views(4, 5, samples, 2), chosen)
+
+
+def test_every_view_is_chosen_alike():
+    counts = np.bincount(choose_views(0, 0, range(9000), 2), minlength=3)
+    assert abs(counts - 3000).max() < 200
+    assert choose_views(0, 0, range(10), 0).tolist() == [0] * 10
+
+
+def test_batch_holds_the_chosen_views(tmp_path):
+    _, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2)
+    switch = SourceSwitch()
+    switch.set(store.path)
+    switch.epoch = 4
+    dataset = ReplayDataset(list(range(32)), switch, seed=3)
+    batch = ReplayCollator(None)(dataset.__getitems__([5, 1, 30]))
+    chosen = choose_views(3, 4, [5, 1, 30], 2)
+    assert batch["freezecache.view_index"].tolist() == chosen.tolist()
+    singly = ReplayCollator(None)([dataset[5], dataset[1], dataset[30]])
+    assert batch.keys() == singly.keys()
+    for name, value in batch.items():
+        assert torch.equal(value, singly[name])
+        for place, view in enumerate(chosen):
+            if view and name == "freezecache.view":
+                assert value[place].tolist() == store.dataset[[5, 1, 30][place]][f"view_{view}"]
+
+
+def test_live_draws_depend_on_seed_epoch_and_sample_alone():
+    switch = SourceSwitch()
+    rows = picture_dataset().with_transform(replayable())
+
+    def pixels(indices, epoch, seed=3):
+        switch.epoch = epoch
+        return {
+            index: row["pixel_values"]
+            for index, row in zip(indices, ReplayDataset(rows, switch, seed).__getitems__(indices), strict=True)
+        }
+
+    together = pixels(list(range(16)), epoch=1)
+    torch.manual_seed(123)
+    backwards = pixels(list(range(15, -1, -1)), epoch=1)
+    assert all(torch.equal(together[index], backwards[index]) for index in together)
+    for other in (pixels(list(range(16)), epoch=2), pixels(list(range(16)), epoch=1, seed=4)):
+        assert not all(torch.equal(together[index], other[index]) for index in together)
