@@ -3,6 +3,7 @@
 import pytest
 from support.helpers import manual, pixel_dataset, run, tiny_vit
 from support.images import TO_PIXELS, crop_and_flip, picture_dataset, replayable
+from support.packed_stores import stores_of, train_on_rows
 from support.view_trainings import train
 from torchvision.transforms import v2
 from transformers import TrainerCallback
@@ -49,3 +50,12 @@ def test_pipelines_that_do_not_fit_are_told_before_the_first_epoch(base, message
     with pytest.raises(ValueError, match=message):
         run(tiny_vit(image_size=32), dataset, tmp_path, manual("1:2", cache="always"), **settings)
     assert not steps
+
+
+def test_setting_changes_the_fingerprint_only_when_it_is_on(tmp_path):
+    made_from = [
+        stores_of(train_on_rows(tmp_path / str(lossless), lossless))[2].manifest.made_from
+        for lossless in (False, True)
+    ]
+    assert made_from[1].pop("lossless") == "zstd"
+    assert made_from[0] == made_from[1] and "lossless" not in made_from[0]

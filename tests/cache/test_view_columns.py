@@ -1,9 +1,15 @@
 """Columns of augmented views in a store."""
 
 import numpy as np
+import pytest
 import torch
+from support.codec_cases import MAP, NAMES, TOKENS, smooth
 from support.images import picture_dataset, replayable
 from support.view_trainings import train
+
+from hf_freezecache.augment.geometry import PROJECTIVE, geometry_column
+from hf_freezecache.cache.codec import make_codec
+from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 
 def test_columns_of_views(tmp_path):
@@ -39,3 +45,22 @@ def test_labels_that_a_collator_draws_go_with_their_draw(tmp_path):
             rows = source.rows(batch)
             read, drawn = store.read_rows(rows, np.full(len(rows), view)), source.collate(rows, view)
             assert torch.equal(read["weight"], drawn["weight"]) and read["names"] == drawn["names"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [MAP, TOKENS])
+def test_views_of_every_codec_have_their_planned_size(layout, name):
+    """Before the codec is fitted, a build's bytes are estimated from its views' columns."""
+    channels = torch.tensor([0, 3, 4])
+    spec = ViewSpec(1, PROJECTIVE, channels=channels, outside=torch.zeros(6))
+    x, geometry = smooth(layout), torch.zeros(12, geometry_column(PROJECTIVE, layout.grid)[1])
+    planned = ViewColumns(spec, make_codec(name, layout)).columns
+    views = ViewColumns(spec, make_codec(name, layout).fit(x))
+    rows = views.encode(1, x, geometry, range(12))
+    assert views.columns == planned
+    assert {key: row.shape[1] for key, row in rows.items()} == {key: length for key, (_, length) in planned.items()}
+    back = views.decode({key.removesuffix("_1"): row for key, row in rows.items()})
+    true = layout.body(x).index_select(layout.channel_dim + 1, channels)
+    assert back["view"].shape == true.shape
+    assert (back["view"] - true).square().mean() < 0.2 * true.var()
+    assert ("view_special" in back) == (layout is TOKENS)

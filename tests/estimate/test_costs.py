@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from hf_freezecache.cache.holdings import DISK_SHARE, disk_limit
 from hf_freezecache.estimate.costs import (
     Costs,
     Plan,
@@ -18,7 +17,6 @@ from hf_freezecache.estimate.costs import (
     overlapped,
     step_seconds,
 )
-from hf_freezecache.units import show_bytes, show_seconds
 
 COSTS = Costs(
     load=2.0,
@@ -175,23 +173,6 @@ def test_few_epochs_never_pay(work, least):
     costs = Costs(load=0.0, prefix=1.0, load_base=0.0)
     free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, room=None)
     assert decide(free, least) is not None
-
-
-def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    missing = tmp_path / "not" / "there"
-    assert disk_limit(missing) == int(1000 * DISK_SHARE)
-    assert disk_limit(missing, budget=100) == 100
-    assert disk_limit(missing, budget=5000) == int(1000 * DISK_SHARE)
-    assert not missing.exists()
-
-
-def test_units_are_for_people():
-    sizes = [0, 999, 1234, 5_670_000, 12_345_678_901, 2_500_000_000_000]
-    assert [show_bytes(size) for size in sizes] == ["0 B", "999 B", "1.23 kB", "5.67 MB", "12.3 GB", "2.5 TB"]
-    seconds = [0.0123, 0.9996, 3.456, 99.96, 125, 4800, -2.5]
-    shown = ["12.3 ms", "1 s", "3.46 s", "1 min 40 s", "2 min 05 s", "1 h 20 min", "-2.5 s"]
-    assert [show_seconds(each) for each in seconds] == shown
 
 
 def test_table_has_a_line_a_cut_and_says_what_plain_training_takes():

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.builds import make_spec
 from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
+from support.packed_stores import flat_pixels, flat_vit, pack, stores_of, train_on_rows
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.build.sizing import estimate_bytes
 
 
 def train(tmp_path, points="1:2", name="run", **settings):
@@ -266,3 +269,22 @@ def test_outdated_evaluation_stores_make_room_for_a_deeper_cut(tmp_path):
     trainer = go("run", codec="int8", cache_budget=str(sum(held.values())))
     assert stores(tmp_path)[3].manifest.codec == "int8"
     assert trainer.freeze_status().store_bytes == largest.freeze_status().store_bytes
+
+
+def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
+    dataset = flat_pixels()
+    free = train_on_rows(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
+    store = stores_of(free)[2]
+    held = free._session.caching.holdings.state()
+    assert [entry["bytes"] for entry in held] == [store.total_bytes]
+    needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
+    assert 2 * store.total_bytes < needed
+    # It would fit once it is packed; that is not known before, and a budget is never passed.
+    budget = dict(cache_budget=str(needed), codec="fp32", points="0:2")
+    declined = train_on_rows(tmp_path / "budget", True, dataset, model=flat_vit(), **budget)
+    assert stores_of(declined)[2].manifest.codec == "fp16"
+    enough = dict(cache_budget=str(2 * needed), codec="fp32", points="0:2")
+    assert (
+        stores_of(train_on_rows(tmp_path / "enough", True, dataset, model=flat_vit(), **enough))[2].manifest.codec
+        == "fp32"
+    )

@@ -5,8 +5,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from support.helpers import manual, run, tiny_vit
+from support.helpers import manual, run, tiny_resnet, tiny_vit
 from support.images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
+from support.trainer_data import MixedSizes, image_dataset, own_collator, to_pixels
 from support.view_trainings import train
 from torchvision.transforms import v2
 
@@ -83,3 +84,31 @@ def test_no_views_of_random_data_says_that_augmentation_ends(tmp_path, caplog):
     logging.getLogger("hf_freezecache").propagate = True
     _, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=0)
     assert "augmentation ends at the freeze point" in caplog.text and store.manifest.views == 0
+
+
+def test_random_transform_is_said_once(tmp_path, caplog):
+    def noisy(batch):
+        rows = to_pixels(batch)
+        rows["pixel_values"] = [pixels + torch.rand(1) for pixels in rows["pixel_values"]]
+        return rows
+
+    dataset = image_dataset().with_transform(noisy)
+    run(tiny_vit(), dataset, tmp_path, manual("1:2,3:4"), data_collator=own_collator, remove_unused_columns=False)
+    assert sum("whole draws of every sample" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    steady = image_dataset().with_transform(to_pixels)
+    run(tiny_vit(), steady, tmp_path, manual("1:2,3:4"), data_collator=own_collator, remove_unused_columns=False)
+    assert not any("draws" in record.message for record in caplog.records)
+
+
+def test_random_transform_is_said_when_a_store_is_reused(tmp_path, caplog):
+    class Noisy(MixedSizes):
+        def __getitem__(self, index):
+            row = super().__getitem__(0)
+            return {**row, "pixel_values": row["pixel_values"] + torch.rand(1)}
+
+    config = manual("1:2", feature_cache_dir=str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        caplog.clear()
+        run(tiny_resnet(), Noisy(), tmp_path / name, config, num_train_epochs=2)
+        assert sum("whole draws of every sample" in record.message for record in caplog.records) == 1
