@@ -1,7 +1,6 @@
 """What `Trainer` can do works after the class name is switched."""
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -321,15 +320,19 @@ def test_evaluation_only_needs_no_training_data(tmp_path):
 
 
 class SlowRows(Rows):
-    """Images that take so long to load that stores of them pay in any case."""
+    """Images that take so long to load that stores of them pay in any case: every row moves the clock on."""
+
+    def __init__(self, clock):
+        super().__init__(16)
+        self.clock = clock
 
     def __getitem__(self, row):
-        time.sleep(0.003)
+        self.clock(0.003)
         return super().__getitem__(row)
 
 
-def test_default_settings_freeze_and_cache(tmp_path):
-    trainer = run(tiny_vit(), SlowRows(16), tmp_path, None, num_train_epochs=16)
+def test_default_settings_freeze_and_cache(tmp_path, clock):
+    trainer = run(tiny_vit(), SlowRows(clock), tmp_path, None, num_train_epochs=16)
     assert [(p.cut, p.mode) for p in trainer.freeze_cache_report().phases if p.mode != "build"] == [
         (0, "live"),
         (2, "replay"),

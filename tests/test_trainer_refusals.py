@@ -1,7 +1,6 @@
 """What cannot be honoured is refused with a reason, or declined where the settings are the defaults."""
 
 import logging
-import time
 
 import pytest
 import torch
@@ -106,10 +105,10 @@ def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch):
     assert any("No feature store" in record.message and "free" in record.message for record in caplog.records)
 
 
-def test_images_of_several_sizes_cost_the_defaults_nothing_but_the_cache(tmp_path, caplog):
+def test_images_of_several_sizes_cost_the_defaults_nothing_but_the_cache(tmp_path, caplog, clock):
     class Slow(MixedSizes):
         def __getitem__(self, index):
-            time.sleep(0.003)  # a store would pay
+            clock(0.003)  # a store would pay
             return super().__getitem__(index)
 
     settings = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=8)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import run, tiny_vit
+from support.helpers import losses, run, tiny_vit
 from support.images import picture_dataset, replayable
 from transformers import Trainer
 
@@ -11,8 +11,22 @@ from hf_freezecache.augment.geometry import PROJECTIVE
 
 
 def test_plain_trainer_takes_a_replayable_transform(tmp_path):
-    dataset = picture_dataset().with_transform(replayable())
-    run(tiny_vit(), dataset, tmp_path, trainer_class=Trainer, num_train_epochs=1, remove_unused_columns=False)
+    """Where nobody asks for a draw, it trains as its `train` pipeline alone does: losses agree bit for bit."""
+
+    def trained(transform, name):
+        settings = dict(trainer_class=Trainer, num_train_epochs=1, remove_unused_columns=False)
+        return losses(run(tiny_vit(), picture_dataset().with_transform(transform), tmp_path / name, **settings))
+
+    def alone(pipeline):
+        return lambda rows: {
+            "pixel_values": [pipeline(image) for image in rows["image"]],
+            "labels": rows["labels"],
+        }
+
+    wrapped = trained(replayable(), "wrapped")
+    assert len(wrapped) == 4
+    assert wrapped == trained(alone(replayable().train), "train")
+    assert wrapped != trained(alone(replayable().base), "base")
 
 
 def test_views_drawn_side_by_side_are_the_views_drawn_alone():

@@ -1,6 +1,5 @@
 """Measuring what a build costs and saves: nothing touched, and as little measured as a decision needs."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from hf_freezecache.build.survey import choose_channels
 from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.estimate.costs import Work, decide
 from hf_freezecache.estimate.probing import Prober
+from hf_freezecache.estimate.trial_steps import TrialSteps
 
 
 def make_prober(build, config=None, **settings):
@@ -35,10 +35,10 @@ def pictures():
     return images.picture_dataset(40).with_transform(images.replayable())
 
 
-def sleeping(build, prefix):
-    """The build's chain, whose prefix takes some seconds more."""
+def with_slow_prefix(build, clock, seconds):
+    """The build; every run of its prefix moves the clock on, and nothing else does."""
     run = build.chain.prefix
-    build.chain.prefix = lambda *given: time.sleep(prefix) or run(*given)
+    build.chain.prefix = lambda *given: clock(seconds) or run(*given)
     return build
 
 
@@ -91,30 +91,37 @@ def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path)
     assert reason.startswith("it needs ") and "10 B are left" in reason and row is None
 
 
-def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path):
-    slow = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.05)
+def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path, clock):
+    """10 ranges of 4 samples; a run of the prefix takes 0.05 s, and all the rest takes no time."""
+    slow = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures), clock, 0.05)
     reason, row = make_prober(slow).refuse(slow, 3.0, room=None)
     assert reason is None
-    assert row.seconds_saved_per_epoch > 0.05 * 10 and row.build_seconds > 0.05 * 10
+    assert row.seconds_saved_per_epoch == pytest.approx(10 * 0.05) == pytest.approx(row.build_seconds)
 
     views = with_views(slow)
     prober = make_prober(views, FreezeCacheConfig(sensitivity_batches=10))
     reason, row = prober.refuse(views, 4.1, room=None)
     assert "would save" in reason, "two runs of everything, and two more to compare"
+    assert row.build_seconds == pytest.approx(4 * 10 * 0.05)
     reason, row = prober.refuse(views, 40.0, room=None)
     assert reason is None and decide(row, 40.0) is None
 
+    fast = make_spec(zoo.make("vit"), tmp_path, pictures)
+    reason, row = make_prober(fast).refuse(fast, 1000.0, room=None)
+    assert "no faster" in reason and row.seconds_saved_per_epoch == 0
 
-def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path):
-    build = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.01)
+
+def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path, clock):
+    build = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures), clock, 0.01)
     prober = make_prober(build)
 
     def never(*args):
         raise AssertionError("the prefix alone settles it")
 
     prober._encode = prober._time_replay = never
+    # A build takes 0.1 s; 1.01 epochs save no more than 0.101 s, which is not worth it.
     reason, row = prober.refuse(build, 1.01, room=None)
-    assert "would save" in reason and row is not None
+    assert "would save" in reason and row.build_seconds == pytest.approx(0.1)
 
 
 def test_work_counts_what_a_build_does(pictures, tmp_path):
@@ -145,23 +152,34 @@ def test_labels_of_any_kind_are_kept_by_the_probe(tmp_path):
     assert make_prober(build).measure(build).encode > 0
 
 
-def test_training_that_waits_for_its_loader_is_measured_with_its_steps(tmp_path):
+class SlowRows(Rows):
+    """Every row moves the clock on by 0.05 s."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def __getitem__(self, row):
+        self.clock(0.05)
+        return super().__getitem__(row)
+
+
+def test_training_that_waits_for_its_loader_is_measured_with_its_steps(tmp_path, clock):
     """Behind loader processes a prefix costs nothing, if loading takes longer: what is saved depends on the rest."""
-    build = make_spec(zoo.make("vit"), tmp_path, SlowRows(), num_workers=1)
-    prober = make_prober(build)
+    build = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, SlowRows(clock), num_workers=1), clock, 0.01)
+
+    def loss(model, inputs):
+        clock(0.03)
+        return model(**inputs).logits.sum()
+
+    prober = make_prober(build, steps=TrialSteps(build.chain, loss=loss))
     costs = prober.measure(build)
-    assert costs.suffix is not None and costs.load > costs.prefix + costs.suffix
+    assert (costs.load, costs.prefix, costs.suffix) == pytest.approx((4 * 0.05, 0.01, 0.03))
     row = prober.row(build, costs)
     assert row.live_step_seconds == costs.load
-    assert row.replay_step_seconds == max(costs.read, costs.decode + costs.suffix)
-    fast = make_spec(zoo.make("vit"), tmp_path, num_workers=100)
+    assert row.replay_step_seconds == max(costs.read, costs.decode + costs.suffix) == pytest.approx(0.03)
+    fast = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, SlowRows(clock), num_workers=100), clock, 0.01)
     assert make_prober(fast).measure(fast).suffix is None
-
-
-class SlowRows(Rows):
-    def __getitem__(self, row):
-        time.sleep(0.05)
-        return super().__getitem__(row)
 
 
 @pytest.mark.parametrize(("compared", "maps"), [(2, 0), (10, 2)])

@@ -1,7 +1,5 @@
 """What a training costs: FLOPs against closed forms, and clocks that do not count twice."""
 
-import time
-
 import pytest
 import torch
 from support import zoo
@@ -144,18 +142,6 @@ def test_freezing_and_replaying_take_fewer_flops_with_every_cut(name):
 
 
 # The ledger
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that a test moves."""
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def advance(seconds):
-        now[0] += seconds
-
-    return advance
 
 
 def seconds(ledger):
