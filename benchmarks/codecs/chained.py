@@ -79,7 +79,7 @@ class Builder:
         made_from = fingerprint_inputs(
             source=source,
             model=chain.model,
-            tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+            tensors=chain.prefix_state(cut),
             cut=cut,
             blocks=chain.names[:cut],
             codec=self.codec,

@@ -52,7 +52,7 @@ def make_spec(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
     made_from = fingerprint_inputs(
         source=source,
         model=model,
-        tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+        tensors=chain.prefix_state(cut),
         cut=cut,
         blocks=chain.names[:cut],
         codec=codec,
