@@ -27,7 +27,7 @@ class Group:
     rank: int = 0
     size: int = 1
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.size == 1:
             return value
@@ -41,7 +41,7 @@ class Group:
             return [value]
         return gather_object([value])
 
-    def locally(self, step: Callable[[], Any]) -> Any:
+    def on_all(self, step: Callable[[], Any]) -> Any:
         """Runs a step on every process; if it fails on one, it fails on all.
 
         Returns:
@@ -65,7 +65,7 @@ class Group:
         return result
 
     def together(self, step: Callable[[], Any]) -> list[Any]:
-        """As `locally`, but returns every process's result, by rank."""
+        """As `on_all`, but returns every process's result, by rank."""
         return self.gather(self.on_all(step))
 
     def on_main(self, step: Callable[[], Any]) -> Any:

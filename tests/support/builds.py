@@ -100,7 +100,7 @@ class SimulatedGroup(Group):
         super().__init__(rank, size)
         object.__setattr__(self, "meeting", meeting)
 
-    def from_main(self, value):
+    def broadcast(self, value):
         return self.meeting.exchange(self.rank, value)[0]
 
     def gather(self, value):
