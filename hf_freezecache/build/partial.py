@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
+from ..cache.names import shard_name
 from ..cache.rows import ChosenRows, InputColumn, split_batch
 from ..cache.store import (
     CODEC_FILE,
@@ -29,7 +30,6 @@ from ..cache.store import (
     StoreError,
     create_aside,
     own_input,
-    shard_name,
     small_files,
     stored_rows,
 )

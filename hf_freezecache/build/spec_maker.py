@@ -14,8 +14,8 @@ from torch import nn
 from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
+from ..cache.manifest import FORMAT_VERSION
 from ..cache.rows import RowSource
-from ..cache.store import FORMAT_VERSION
 from ..cache.view_columns import ViewSpec
 from ..config import FreezeCacheConfig
 from ..distributed import Group

@@ -21,8 +21,9 @@ from ..build.survey import survey
 from ..cache.fingerprint import fingerprint_inputs
 from ..cache.holdings import Holdings, disk_limit
 from ..cache.lossless import LOSSLESS
+from ..cache.manifest import FORMAT_VERSION
 from ..cache.rows import RowSource, check_dataset
-from ..cache.store import FORMAT_VERSION, FeatureStore, remove_store
+from ..cache.store import FeatureStore, remove_store
 from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator, take_codes
 from ..replay.dataset import EvaluationDataset, SourceSwitch
