@@ -327,7 +327,7 @@ class EvaluationCache:
         )
 
     def _limit(self) -> int | None:
-        room = self.holdings.room()
+        room = self.holdings.limit()
         return room if self.spec_maker.config.cache == "always" else disk_limit(self.spec_maker.cache_dir, room)
 
     # Replay
