@@ -12,21 +12,10 @@ from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
 from ..cache.fingerprint import digest
+from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
+from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, RowSource, split_batch
-from ..cache.store import (
-    FORMAT_VERSION,
-    FeatureStore,
-    Manifest,
-    Shard,
-    ShardWriter,
-    StoreError,
-    complete,
-    create_aside,
-    own_input,
-    remove_store,
-    shard_name,
-    small_files,
-)
+from ..cache.store import FeatureStore, ShardWriter, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..model.layout import FeatureLayout

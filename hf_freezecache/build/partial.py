@@ -17,16 +17,14 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
+from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
 from ..cache.rows import ChosenRows, split_batch
 from ..cache.store import (
-    CODEC_FILE,
-    MANIFEST,
     FeatureStore,
     Shard,
     ShardWriter,
     StoreError,
     create_aside,
-    shard_name,
     small_files,
 )
 from ..cache.view_columns import ViewColumns
@@ -53,7 +51,6 @@ logger = logging.get_logger(__name__)
 #: File in the manifest's place until the store is finished: nobody takes the directory for a store.
 SPEC = "spec.json"
 _MARKS = "marks"
-_SUFFIX = ".partial"
 
 
 class PartialStore:
@@ -78,7 +75,7 @@ class PartialStore:
         self.spec, self.group, self.codec, self.reserved = spec, group, codec, 0
         self.views = ViewColumns(spec.views, codec)
         self.probe = split_batch(spec.source.probe(), spec.chain.main_input)
-        self.path = partial_path(spec)
+        self.path = partial_path(spec.path)
         self._columns = [RowColumns(view, self.views, codec, self.probe) for view in range(spec.views.count + 1)]
         self._files: list[int] = []
         self._lines: TextIO | None = None
@@ -122,16 +119,16 @@ class PartialStore:
         Raises:
             BuildFailed: if files cannot be read, or not by every process.
         """
-        path = partial_path(spec)
+        path = partial_path(spec.path)
 
         def read_settings() -> tuple[Any, ...] | None:
             if not path.exists():
                 return None
             try:
                 begun = FeatureStore.open(path, SPEC)
-                notes = [name for name in begun.manifest.files if name.endswith(".safetensors") and name != CODEC_FILE]
-                notes = {name: safetensors.torch.load_file(path / name) for name in notes}
-                settled = replace(spec, views=begun.views.spec, notes={Path(name).stem: notes[name] for name in notes})
+                names = [note for file in begun.manifest.files if (note := parse_note(file)) is not None]
+                notes = {note: safetensors.torch.load_file(path / note_file(note)) for note in names}
+                settled = replace(spec, views=begun.views.spec, notes=notes)
                 partial = cls(settled, group, begun.codec)
                 expected = make_manifest(settled, partial.probe, [])
                 if replace(begun.manifest, files={}).to_json() != expected.to_json():
@@ -385,8 +382,3 @@ class PartialStore:
     def _read_marks(self, view: int, first: int, last: int) -> np.ndarray:
         offset = 4 * (view * len(self.spec.source) + first)
         return np.frombuffer(self._read_at(-1, 4 * (last - first + 1), offset), np.uint32)
-
-
-def partial_path(spec: StoreSpec) -> Path:
-    """Where the spec's store is written to until it is finished."""
-    return spec.path.with_name(spec.path.name + _SUFFIX)

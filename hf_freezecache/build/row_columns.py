@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..cache.codec import Codec
+from ..cache.names import own_input, view_column
 from ..cache.rows import BatchSplit, InputColumn
-from ..cache.store import own_input, stored_rows
+from ..cache.store import stored_rows
 from ..cache.view_columns import ViewColumns
 from .feature_sources import ViewRun
 
@@ -31,7 +32,7 @@ class RowColumns:
 
     def __init__(self, view: int, views: ViewColumns, codec: Codec, probe: BatchSplit):
         if view:
-            self.codes = {f"{name}_{view}": column for name, column in views.entries.items()}
+            self.codes = {view_column(name, view): column for name, column in views.entries.items()}
         else:
             self.codes = dict(codec.columns)
         described = probe.describe() if view == 0 or views.spec.own_inputs else {}

@@ -174,7 +174,7 @@ class SpecMaker:
         inputs = fingerprint_inputs(
             source=source,
             model=chain.model,
-            tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+            tensors=chain.prefix_state(cut),
             cut=cut,
             blocks=chain.names[:cut],
             codec=codec,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import time
@@ -12,12 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from .store import MANIFEST
+from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed
 
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-_LEFT = re.compile(r"[0-9a-f]{32}(\.partial)?\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
-_REMOVED = re.compile(r"[0-9a-f]{32}\.removed\.tmp-[0-9a-f]+")
-_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
 #: Seconds without a change after which a build on another machine counts as dead.
 _DEAD_AFTER = 24 * 3600
 #: The same for what the epochs of a training write to, or a resumed one will.
@@ -52,23 +47,23 @@ def find_stores(directory: Path) -> list[Removable]:
     """
     if not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: name the one that holds the stores.")
-    found = []
+    stores = []
     for path in sorted(directory.iterdir()):
         # A link is somebody's arrangement; what it points to is not looked at.
         if path.is_symlink() or not path.is_dir():
             continue
-        left = _LEFT.fullmatch(path.name)
-        if left is not None:
-            running = _may_run(path, left["host"], int(left["process"]))
-            found.append(Removable(path, _size(path), finished=False, running=running))
-        elif _REMOVED.fullmatch(path.name):
-            found.append(Removable(path, _size(path), finished=False))
-        elif _PARTIAL.fullmatch(path.name):
+        aside, removed = parse_aside(path.name), parse_removed(path.name)
+        if aside is not None and _is_store_name(aside.final):
+            running = _may_run(path, aside.host, aside.process)
+            stores.append(Removable(path, _size(path), finished=False, running=running))
+        elif removed is not None and is_fingerprint(removed):
+            stores.append(Removable(path, _size(path), finished=False))
+        elif parse_partial(path.name) is not None:
             running = _changed_within(path, _GIVEN_UP_AFTER)
-            found.append(Removable(path, _size(path), finished=False, running=running))
-        elif _FINGERPRINT.fullmatch(path.name) and _is_store(path):
-            found.append(Removable(path, _size(path), finished=True))
-    return found
+            stores.append(Removable(path, _size(path), finished=False, running=running))
+        elif is_fingerprint(path.name) and _is_store(path):
+            stores.append(Removable(path, _size(path), finished=True))
+    return stores
 
 
 def remove(stores: list[Removable]) -> int:
@@ -83,6 +78,10 @@ def remove(stores: list[Removable]) -> int:
             shutil.rmtree(store.path)
             freed += store.bytes
     return freed
+
+
+def _is_store_name(name: str) -> bool:
+    return is_fingerprint(name) or parse_partial(name) is not None
 
 
 def _is_store(path: Path) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from .names import is_packable
+
 #: Codes have few patterns longer than a value: what zstd takes away is entropy, which its lowest level finds too.
 LEVEL = 1
 #: Entry of a fingerprint's inputs where rows are packed.
 LOSSLESS = {"lossless": "zstd"}
-
-#: The columns that hold a row's codes; the others are too small to gain anything.
-_PACKED = re.compile(r"base|view_[1-9]\d*")
 
 
 def packed_columns(columns: Mapping[str, tuple[torch.dtype, int]], lossless: bool) -> dict[str, int]:
@@ -30,9 +28,7 @@ def packed_columns(columns: Mapping[str, tuple[torch.dtype, int]], lossless: boo
     """
     if not lossless:
         return {}
-    return {
-        name: length for name, (dtype, length) in columns.items() if dtype == torch.uint8 and _PACKED.fullmatch(name)
-    }
+    return {name: length for name, (dtype, length) in columns.items() if dtype == torch.uint8 and is_packable(name)}
 
 
 def pack_rows(rows: np.ndarray) -> pa.LargeBinaryArray:

@@ -12,7 +12,6 @@ from typing import Any
 from .rows import InputColumn
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 
 
 class StoreError(RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..augment.draws import Draw, use_draw
 from ..rng import seeded_rng
+from .names import is_reserved
 
 #: torch dtypes that a column can have -> the NumPy type in which Arrow keeps it.
 _STORED_AS = {
@@ -28,10 +28,6 @@ _STORED_AS = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
-
-
-#: Names of columns of a store that are not the user's.
-_RESERVED = re.compile(r"sample_id|base|special|(view|view_special|geometry)(_[1-9]\d*)?|view_index|view_[1-9]\d*\..*")
 
 
 class RowError(ValueError):
@@ -100,7 +96,7 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {found}.")
     main = batch[main_input]
-    clashing = sorted(name for name in batch if _RESERVED.fullmatch(name))
+    clashing = sorted(name for name in batch if is_reserved(name))
     if clashing:
         raise RowError(f"the collator's {clashing} clash with a store's columns: rename.")
     columns, constants = {}, {}

@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +24,24 @@ import torch
 from ..model.layout import FeatureLayout
 from .codec import Codec, make_codec
 from .lossless import pack_rows, packed_columns
-from .manifest import FORMAT_VERSION as FORMAT_VERSION
-from .manifest import MANIFEST, Manifest, Shard, StoreError
+from .manifest import Manifest, Shard, StoreError
 from .mapped import MappedColumn, PackedColumn
+from .names import (
+    CODEC_FILE,
+    DATASET_INFO_FILE,
+    DATASET_STATE_FILE,
+    MANIFEST,
+    SAMPLE_ID,
+    aside_path,
+    note_file,
+    own_input,
+    parse_aside,
+    parse_removed,
+    removed_path,
+    view_tensor,
+)
 from .rows import InputColumn, RowError
 from .view_columns import VIEW_TENSORS, ViewColumns, ViewSpec
-
-CODEC_FILE = "codec.safetensors"
-_REMOVED = ".removed.tmp-"
 
 
 class FeatureStore:
@@ -64,7 +73,7 @@ class FeatureStore:
         for name, entry in manifest.files.items():
             _check_sha256(path / name, entry["sha256"])
         tensors = safetensors.torch.load_file(path / CODEC_FILE)
-        of_views = {name: tensors.pop(f"view_{name}", None) for name in VIEW_TENSORS}
+        of_views = {name: tensors.pop(view_tensor(name), None) for name in VIEW_TENSORS}
         spec = ViewSpec(manifest.views, manifest.geometry, own_inputs=manifest.own_inputs, **of_views)
         codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout)).load_tensors(tensors)
         return cls(path, manifest, codec, ViewColumns(spec, codec))
@@ -217,7 +226,7 @@ class ShardStream:
                 continue
             stored = stored_rows(name, column, value, first_row)
             arrays[name] = pa.array(stored.reshape(-1)) if column.shape == () else _fixed_size_list(stored)
-        arrays["sample_id"] = pa.array(np.arange(first_row, first_row + rows, dtype=np.int64))
+        arrays[SAMPLE_ID] = pa.array(np.arange(first_row, first_row + rows, dtype=np.int64))
         batch = pa.record_batch([arrays[name] for name in self._schema.names], schema=self._schema)
         self._writer.write_batch(batch)
         self.rows += rows
@@ -273,14 +282,16 @@ def create_aside(final: Path) -> Path:
     """Makes the directory in which a store is written before it gets its name; removes what a killed build left."""
     final.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    for left in final.parent.glob(f"{final.name}.tmp-{host}-*"):
-        process = left.name.rsplit("-", 2)[1]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+    for path in final.parent.iterdir():
+        aside = parse_aside(path.name)
+        if aside is None or (aside.final, aside.host) != (final.name, host):
+            continue
+        if not psutil.pid_exists(aside.process):
+            shutil.rmtree(path, ignore_errors=True)
     _remove_removed(final.parent)
-    aside = final.parent / f"{final.name}.tmp-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    aside.mkdir()
-    return aside
+    path = aside_path(final, host, os.getpid())
+    path.mkdir()
+    return path
 
 
 def remove_store(path: Path) -> None:
@@ -294,15 +305,16 @@ def remove_store(path: Path) -> None:
         OSError: if it cannot be renamed; it is untouched then.
     """
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, path.parent / f"{path.name}{_REMOVED}{uuid.uuid4().hex[:8]}")
+        os.rename(path, removed_path(path))
         _sync_directory(path.parent)
     _remove_removed(path.parent)
 
 
 def _remove_removed(directory: Path) -> None:
     # Whoever took them away, nobody opens them again: unlike a build's directory they can be deleted by anyone.
-    for left in directory.glob(f"*{_REMOVED}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for path in directory.iterdir():
+        if parse_removed(path.name) is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def small_files(
@@ -328,11 +340,11 @@ def small_files(
     with tempfile.TemporaryDirectory() as directory:
         info = datasets.DatasetInfo(features=_features(codec, views, manifest.inputs, manifest.lossless))
         info.write_to_directory(directory)
-        contents = {"dataset_info.json": (Path(directory) / "dataset_info.json").read_bytes()}
-    contents["state.json"] = json.dumps(state, indent=2, sort_keys=True).encode()
+        contents = {DATASET_INFO_FILE: (Path(directory) / DATASET_INFO_FILE).read_bytes()}
+    contents[DATASET_STATE_FILE] = json.dumps(state, indent=2, sort_keys=True).encode()
     contents[CODEC_FILE] = _tensor_bytes({**codec.tensors(), **views.spec.tensors()})
     for name, tensors in notes.items():
-        contents[f"{name}.safetensors"] = _tensor_bytes(tensors)
+        contents[note_file(name)] = _tensor_bytes(tensors)
     files = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents.items()
@@ -361,15 +373,6 @@ def complete(aside: Path, final: Path, files: Mapping[str, bytes]) -> None:
             raise OSError(f"the finished store cannot get its name {final}: {error}; {problem}") from error
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(final.parent)
-
-
-def own_input(view: int, name: str) -> str:
-    """Column of a model input that belongs to one view."""
-    return f"view_{view}.{name}"
-
-
-def shard_name(index: int, count: int) -> str:
-    return f"data-{index:05d}-of-{count:05d}.arrow"
 
 
 def file_sha256(path: Path) -> str:
@@ -415,7 +418,7 @@ def _input_columns(inputs: Mapping[str, InputColumn], spec: ViewSpec) -> dict[st
 def _features(
     codec: Codec, views: ViewColumns, inputs: Mapping[str, InputColumn], lossless: bool
 ) -> datasets.Features:
-    features = {"sample_id": datasets.Value("int64")}
+    features = {SAMPLE_ID: datasets.Value("int64")}
     codes = {**codec.columns, **views.columns}
     packed = packed_columns(codes, lossless)
     for name, (dtype, length) in codes.items():

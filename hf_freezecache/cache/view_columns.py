@@ -16,6 +16,7 @@ import torch
 from ..augment.geometry import geometry_column
 from ..model.layout import FeatureLayout
 from .codec import Codec
+from .names import BASE, GEOMETRY, SPECIAL, VIEW, VIEW_INDEX, VIEW_SPECIAL, view_column, view_tensor
 
 #: Fields of a `ViewSpec` that are tensors.
 VIEW_TENSORS = ("channels", "outside", "channel_maps", "limits")
@@ -58,7 +59,7 @@ class ViewSpec:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What of it is a tensor, by name."""
-        tensors = {f"view_{name}": getattr(self, name) for name in VIEW_TENSORS}
+        tensors = {view_tensor(name): getattr(self, name) for name in VIEW_TENSORS}
         return {name: value for name, value in tensors.items() if value is not None}
 
 
@@ -79,9 +80,9 @@ class ViewColumns:
         if spec.whole:
             return
         if len(spec.channels):
-            self._parts["view"] = codec.narrowed(spec.channels)
+            self._parts[VIEW] = codec.narrowed(spec.channels)
         if codec.layout.special_tokens:
-            self._parts["view_special"] = codec.for_special_tokens()
+            self._parts[VIEW_SPECIAL] = codec.for_special_tokens()
 
     @property
     def entries(self) -> dict[str, tuple[torch.dtype, int]]:
@@ -90,14 +91,14 @@ class ViewColumns:
             return {}
         if self.spec.whole:
             return {_WHOLE[name]: column for name, column in self.codec.columns.items()}
-        entries = {name: part.columns["base"] for name, part in self._parts.items()}
-        return {**entries, "geometry": geometry_column(self.spec.geometry, self.codec.layout.grid)}
+        entries = {name: part.columns[BASE] for name, part in self._parts.items()}
+        return {**entries, GEOMETRY: geometry_column(self.spec.geometry, self.codec.layout.grid)}
 
     @property
     def columns(self) -> dict[str, tuple[torch.dtype, int]]:
         """All columns of all views: name -> (dtype, length)."""
         views = range(1, self.spec.count + 1)
-        return {f"{name}_{view}": column for view in views for name, column in self.entries.items()}
+        return {view_column(name, view): column for view in views for name, column in self.entries.items()}
 
     @property
     def row_bytes(self) -> int:
@@ -122,15 +123,15 @@ class ViewColumns:
             rows = {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
         else:
             layout = self.codec.layout
-            rows = {"geometry": geometry}
+            rows = {GEOMETRY: geometry}
             for name, part in self._parts.items():
-                if name == "view":
+                if name == VIEW:
                     channels = self.spec.channels.to(features.device)
                     values = layout.body(features).index_select(layout.channel_dim + 1, channels)
                 else:
                     values = features[:, : layout.special_tokens]
-                rows[name] = part.encode(values, sample_ids)["base"]
-        return {f"{name}_{view}": value for name, value in rows.items()}
+                rows[name] = part.encode(values, sample_ids)[BASE]
+        return {view_column(name, view): value for name, value in rows.items()}
 
     def decode(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sensitive channels and special tokens of views, one a row.
@@ -141,7 +142,7 @@ class ViewColumns:
         Returns:
             `view`: `(B, P, K)` or `(B, K, H, W)`; `view_special`: `(B, S, C)`; each only if there is any.
         """
-        return {name: part.decode({"base": entries[name]}) for name, part in self._parts.items()}
+        return {name: part.decode({BASE: entries[name]}) for name, part in self._parts.items()}
 
     def pick(
         self,
@@ -169,12 +170,12 @@ class ViewColumns:
         for view in np.unique(views[views > 0]):
             positions = np.flatnonzero(views == view)
             for name, entry in entries.items():
-                picked[name][positions] = take(f"{entry}_{view}", positions)
-        return picked if self.spec.whole else {**base, **picked, "view_index": views.astype(np.int64)}
+                picked[name][positions] = take(view_column(entry, view), positions)
+        return picked if self.spec.whole else {**base, **picked, VIEW_INDEX: views.astype(np.int64)}
 
 
 #: Column of the base view -> entry of a whole view.
-_WHOLE = {"base": "view", "special": "view_special"}
+_WHOLE = {BASE: VIEW, SPECIAL: VIEW_SPECIAL}
 
 
 def _numpy(dtype: torch.dtype) -> str:

@@ -23,8 +23,10 @@ from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_tw
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import Codec, make_codec
+from ..cache.manifest import FORMAT_VERSION, Manifest
+from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
-from ..cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
+from ..cache.store import FeatureStore, ShardStream
 from ..cache.view_columns import ViewColumns, ViewSpec
 from ..config import FreezeCacheConfig
 from ..model.chain import BlockChain

@@ -232,6 +232,10 @@ class BlockChain:
         members = {id(b) for module in self.prefix_modules(cut) for b in module.buffers(recurse=False)}
         return {name: buffer for name, buffer in self.model.named_buffers() if id(buffer) in members}
 
+    def prefix_state(self, cut: int) -> dict[str, torch.Tensor]:
+        """The parameters and the buffers of the prefix by name: every tensor on which the feature at `cut` depends."""
+        return {**self.prefix_parameters(cut), **self.prefix_buffers(cut)}
+
     # Running the two parts
 
     def prefix(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:

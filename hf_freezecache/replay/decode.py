@@ -9,6 +9,7 @@ import torch
 from ..augment.channel_map import apply_channel_map
 from ..augment.geometry import decode_geometry, is_mirrored, is_shown, warp
 from ..augment.maps import put_maps, to_maps
+from ..cache.names import GEOMETRY, VIEW, VIEW_INDEX, VIEW_SPECIAL
 from ..cache.store import FeatureStore
 
 
@@ -30,9 +31,9 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
     Shapes: B samples.
     """
     features = store.codec.decode(codes)
-    if "view_index" not in codes:
+    if VIEW_INDEX not in codes:
         return features
-    rows = codes["view_index"].nonzero().squeeze(1)
+    rows = codes[VIEW_INDEX].nonzero().squeeze(1)
     if len(rows) == 0:
         return features
     if len(rows) == len(features):
@@ -44,12 +45,12 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
 def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Features of augmented views from those of their base views, which are overwritten."""
     spec, layout = store.views.spec, store.codec.layout
-    sources = decode_geometry(entries["geometry"], spec.geometry, layout.grid)
+    sources = decode_geometry(entries[GEOMETRY], spec.geometry, layout.grid)
     maps = warp(to_maps(base, layout), sources)
     own = store.views.decode(entries)
     kept = None
-    if "view" in own:
-        kept = to_maps(own["view"], layout.narrowed(len(spec.channels)))
+    if VIEW in own:
+        kept = to_maps(own[VIEW], layout.narrowed(len(spec.channels)))
     if spec.channel_maps is not None:
         linear, limits = spec.channel_maps.to(base.device), spec.limits.to(base.device)
         maps = apply_channel_map(linear, maps, kept, is_mirrored(sources), limits)
@@ -58,6 +59,6 @@ def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torc
     if kept is not None:
         maps = maps.index_copy(1, spec.channels.to(base.device), kept)
     features = put_maps(base, maps, layout)
-    if "view_special" in own:
-        features[:, : layout.special_tokens] = own["view_special"]
+    if VIEW_SPECIAL in own:
+        features[:, : layout.special_tokens] = own[VIEW_SPECIAL]
     return features

@@ -76,14 +76,14 @@ class StoreBudget:
         Args:
             without: a store that goes before. Its bytes on the disk do not count: processes may still read it.
         """
-        room = self.holdings.room(without)
+        room = self.holdings.limit(without)
         if self.config.cache == "always":
             return room
         return self.group.on_main(partial(disk_limit, self.cache_dir, room))
 
     def holds(self, store: FeatureStore, current: FeatureStore | None) -> bool:
         """Whether a store that exists may be used beside what is there, `current` excepted."""
-        room = self.holdings.room(None if current is None else current.path)
+        room = self.holdings.limit(None if current is None else current.path)
         return room is None or self.holdings.has(store.path) or store.total_bytes <= room
 
     def too_large(self, spec: StoreSpec, needed: int | None = None) -> str:
@@ -94,7 +94,7 @@ class StoreBudget:
             needed: bytes of all its files, where they are known.
         """
         needed = self.needed(spec) if needed is None else needed
-        left, room = self.holdings.room(), self.room()
+        left, room = self.holdings.limit(), self.room()
         place = "the budget" if left is not None and room == left else f"the disk of {self.cache_dir}"
         room = show_bytes(max(room or 0, 0))
         return f"it needs {show_bytes(needed)} even as {spec.codec}, and {room} are left of {place}"

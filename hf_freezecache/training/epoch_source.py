@@ -255,7 +255,10 @@ class Writing(EpochSource):
             self.store.write(views.numbers.tolist(), views.views.cpu().numpy(), view_run)
         except GeometryMisfit as misfit:
             self.problem = Problem(True, str(misfit), self.epoch)
-        except (OSError, ValueError) as error:  # a full disk, features beyond the codec's range: the step needs neither
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a full disk, features beyond the codec's range: the step needs neither
             self.problem = Problem(False, describe_error(error), self.epoch)
 
 

@@ -21,8 +21,9 @@ from ..build.survey import survey
 from ..cache.fingerprint import fingerprint_inputs
 from ..cache.holdings import Holdings, disk_limit
 from ..cache.lossless import LOSSLESS
+from ..cache.manifest import FORMAT_VERSION
 from ..cache.rows import RowSource, check_dataset
-from ..cache.store import FORMAT_VERSION, FeatureStore, remove_store
+from ..cache.store import FeatureStore, remove_store
 from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator, take_codes
 from ..replay.dataset import EvaluationDataset, SourceSwitch
@@ -326,7 +327,7 @@ class EvaluationCache:
         )
 
     def _limit(self) -> int | None:
-        room = self.holdings.room()
+        room = self.holdings.limit()
         return room if self.spec_maker.config.cache == "always" else disk_limit(self.spec_maker.cache_dir, room)
 
     # Replay

@@ -98,7 +98,7 @@ class StoreKeeper:
         return {
             "decisions": {str(cut): [made.codec, made.store, made.parent] for cut, made in self._decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
-            "stores": self.holdings.state(),
+            "stores": self.holdings.state_dict(),
             "current": None if current is None else [current.path.name, current.manifest.cut],
         }
 
@@ -114,7 +114,7 @@ class StoreKeeper:
             return there, state["current"] is not None and self._is_sound(self.cache_dir / state["current"][0])
 
         there, sound = self.group.on_main(look)
-        self.holdings.load(there, self.cache_dir)
+        self.holdings.load_state_dict(there, self.cache_dir)
         if sound:
             self._current = self.group.on_all(lambda: FeatureStore.open(self.cache_dir / state["current"][0]))
         elif state["current"] is not None:

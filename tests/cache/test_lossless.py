@@ -369,7 +369,7 @@ def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
     dataset = flat_pixels()
     free = train(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
     store = stores_of(free)[2]
-    held = free._session.caching.holdings.state()
+    held = free._session.caching.holdings.state_dict()
     assert [entry["bytes"] for entry in held] == [store.total_bytes]
     needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
     assert 2 * store.total_bytes < needed

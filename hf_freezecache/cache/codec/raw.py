@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from ..names import BASE
 from .base import Codec, ReadyCodec, special_layout, to_fp16
 
 
@@ -15,7 +16,7 @@ class _Raw(ReadyCodec):
 
     @property
     def columns(self) -> dict[str, tuple[torch.dtype, int]]:
-        return {"base": (torch.uint8, self.layout.values * self._stored.itemsize)}
+        return {BASE: (torch.uint8, self.layout.values * self._stored.itemsize)}
 
     def narrowed(self, channels: torch.Tensor) -> "Codec":
         return type(self)(self.layout.narrowed(len(channels)))
@@ -28,11 +29,11 @@ class _Raw(ReadyCodec):
             stored = to_fp16(features, sample_ids, "use the codec 'fp32' or 'int8'")
         else:
             stored = features.flatten(1).to(self._stored, copy=True)
-        return {"base": stored.contiguous().view(torch.uint8)}
+        return {BASE: stored.contiguous().view(torch.uint8)}
 
     def _decode(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # The copy aligns the bytes for the view, and keeps rows that are mapped read-only out of the model's hands.
-        stored = rows["base"].clone(memory_format=torch.contiguous_format).view(self._stored)
+        stored = rows[BASE].clone(memory_format=torch.contiguous_format).view(self._stored)
         return stored.unflatten(1, self.layout.shape).to(self.layout.dtype)
 
 

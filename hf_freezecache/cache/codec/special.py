@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..names import BASE, SPECIAL
 from .base import Codec, special_layout, to_fp16
 from .raw import Float16Codec
 
@@ -22,9 +23,9 @@ class BodyCodec(Codec):
 
     @property
     def columns(self) -> dict[str, tuple[torch.dtype, int]]:
-        columns = {"base": (torch.uint8, self._body_bytes)}
+        columns = {BASE: (torch.uint8, self._body_bytes)}
         if self.layout.special_tokens:
-            columns["special"] = (torch.float16, self.layout.special_tokens * self.layout.channels)
+            columns[SPECIAL] = (torch.float16, self.layout.special_tokens * self.layout.channels)
         return columns
 
     def for_special_tokens(self) -> Codec:
@@ -37,18 +38,18 @@ class BodyCodec(Codec):
     def _encode(self, features: torch.Tensor, sample_ids: Sequence[int] | None) -> dict[str, torch.Tensor]:
         parts = self.layout.body(features).split(max(1, _ENCODE_CHUNK // self._values))
         packed = [self._encode_body(part) for part in parts]
-        rows = {"base": packed[0] if len(packed) == 1 else torch.cat(packed)}
+        rows = {BASE: packed[0] if len(packed) == 1 else torch.cat(packed)}
         special = self.layout.special_tokens
         if special:
-            rows["special"] = to_fp16(features[:, :special], sample_ids, "use the codec 'fp32'")
+            rows[SPECIAL] = to_fp16(features[:, :special], sample_ids, "use the codec 'fp32'")
         return rows
 
     def _decode(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        base, special = rows["base"], self.layout.special_tokens * self.layout.channels
+        base, special = rows[BASE], self.layout.special_tokens * self.layout.channels
         features = torch.empty(len(base), self.layout.values, dtype=torch.float32, device=base.device)
         self._decode_body(base, features[:, special:])
         if special:
-            features[:, :special] = rows["special"]
+            features[:, :special] = rows[SPECIAL]
         return features.unflatten(1, self.layout.shape).to(self.layout.dtype)
 
     @property
