@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ class Holding:
     Args:
         bytes: size of all its files.
         built: whether this training has built it. Stores that other trainings have built are never deleted.
-        evaluation_cut: cut of the store of an evaluation set; None for a store of the training set.
+        cut: frozen blocks.
+        is_evaluation: whether it is the store of an evaluation set.
     """
 
     bytes: int
     built: bool
-    evaluation_cut: int | None = None
+    cut: int
+    is_evaluation: bool = False
 
 
 class Holdings:
@@ -38,16 +40,17 @@ class Holdings:
         self.budget = budget
         self._stores: dict[Path, Holding] = {}
 
-    def add(self, path: Path, total_bytes: int, built: bool, evaluation_cut: int | None = None) -> None:
+    def add(self, path: Path, total_bytes: int, built: bool, cut: int, is_evaluation: bool = False) -> None:
         """Counts a store. A store that this training has built still counts as built when a resume adds it again.
 
         Args:
             path: directory of the store.
             total_bytes: size of all its files.
             built: whether this training has built it.
-            evaluation_cut: cut of the store of an evaluation set; None for a store of the training set.
+            cut: frozen blocks.
+            is_evaluation: whether it is the store of an evaluation set.
         """
-        self._stores[path] = Holding(total_bytes, built or self.has_built(path), evaluation_cut)
+        self._stores[path] = Holding(total_bytes, built or self.has_built(path), cut, is_evaluation)
 
     def drop(self, path: Path) -> None:
         """Stops counting a store; does nothing if it is not counted."""
@@ -61,30 +64,35 @@ class Holdings:
         """Whether this training has built a store, so that it may delete it."""
         return path in self._stores and self._stores[path].built
 
-    def evaluations_before(self, cut: int) -> list[Path]:
-        """Stores of evaluation sets at earlier cuts, which no evaluation will read any more."""
-        cuts = ((path, store.evaluation_cut) for path, store in self._stores.items())
-        return [path for path, evaluation_cut in cuts if evaluation_cut is not None and evaluation_cut < cut]
+    def outdated(self, cut: int, evaluations_only: bool = False) -> list[Path]:
+        """Stores at earlier cuts, which no epoch reads once a cut is reached: cuts never move back.
 
-    def limit(self, without: Path | None = None) -> int | None:
+        Args:
+            cut: frozen blocks.
+            evaluations_only: leave out the stores of the training set.
+        """
+        return [
+            path
+            for path, store in self._stores.items()
+            if store.cut < cut and (store.is_evaluation or not evaluations_only)
+        ]
+
+    def limit(self, without: Collection[Path] = ()) -> int | None:
         """Largest number of bytes that another store may take: what the counted stores leave of the budget.
 
         Args:
-            without: a store that is deleted before the other one is built, so that its bytes do not count.
+            without: stores that are deleted before the other one is built, so that their bytes do not count.
 
         Returns:
             Bytes, negative if the stores take more than the budget; None: no limit.
         """
         if self.budget is None:
             return None
-        return self.budget - sum(store.bytes for path, store in self._stores.items() if path != without)
+        return self.budget - sum(store.bytes for path, store in self._stores.items() if path not in without)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The stores as JSON values; a store is named by its directory's name."""
-        return [
-            {"name": path.name, "bytes": store.bytes, "built": store.built, "evaluation_cut": store.evaluation_cut}
-            for path, store in self._stores.items()
-        ]
+        return [{"name": path.name, **asdict(store)} for path, store in self._stores.items()]
 
     def load_state_dict(self, state: Iterable[Mapping[str, Any]], directory: Path) -> None:
         """Counts the stores of a checkpoint.
@@ -94,7 +102,8 @@ class Holdings:
             directory: the feature cache directory that holds the stores.
         """
         for entry in state:
-            self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"], entry["evaluation_cut"])
+            fields = {name: value for name, value in entry.items() if name != "name"}
+            self._stores[directory / entry["name"]] = Holding(**fields)
 
 
 def disk_limit(directory: Path, budget: int | None = None) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..build.partial import PartialStore
 from ..cache.rows import split_batch
 from ..cache.store import FeatureStore
 from ..distributed import describe_error
+from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..replay.collator import DrawnViews, take_codes, take_drawn
 from ..replay.dataset import SourceSwitch, WriteRound
@@ -77,7 +79,7 @@ class EpochSource(ABC):
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint; `load_source` reads them."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - only `Writing` has files open
         """Closes files."""
 
 
@@ -202,14 +204,14 @@ class Writing(EpochSource):
 
     def rounds(self) -> int:
         """How many epochs write in all."""
-        return self._opened.views.spec.count + 1
+        return self.opened.views.spec.count + 1
 
     @property
     def store_bytes(self) -> int:
         return self.store.bytes if isinstance(self.store, PartialStore) else 0
 
     def turn(self, switch: SourceSwitch) -> None:
-        spec, layout = self._opened.views.spec, self._opened.codec.layout
+        spec, layout = self.opened.views.spec, self.opened.codec.layout
         geometry = None if spec.geometry is None or layout.grid is None else (spec.geometry, layout.grid)
         switch.write(WriteRound(self.round, spec.count, geometry))
 
@@ -241,7 +243,12 @@ class Writing(EpochSource):
             self.store.close()
 
     @property
-    def _opened(self) -> PartialStore | FeatureStore:
+    def opened(self) -> PartialStore | FeatureStore:
+        """The store.
+
+        Raises:
+            RuntimeError: if nobody has opened it since the training was resumed.
+        """
         if self.store is None:
             raise RuntimeError(f"the store of cut {self.cut} was not opened since the training was resumed.")
         return self.store
@@ -280,3 +287,17 @@ def _live(batch: Mapping[str, Any]) -> StepInputs:
 
 def _store_name(store: PartialStore | FeatureStore) -> str:
     return store.spec.path.name if isinstance(store, PartialStore) else store.path.name
+
+
+@contextlib.contextmanager
+def bypassing(chain: BlockChain, cut: int, force_eager: bool) -> Iterator[None]:
+    """Inside, the model takes the feature at `cut` for its main input; at cut 0 it runs whole.
+
+    Args:
+        chain: the model.
+        cut: frozen blocks.
+        force_eager: run compiled code uncompiled: it would run the bypassed blocks.
+    """
+    eager = torch.compiler.set_stance("force_eager") if force_eager and cut else contextlib.nullcontext()
+    with chain.replay(cut), eager:
+        yield

@@ -12,6 +12,7 @@ from support.builds import Rows, build, collate, make_spec, on_every_process
 from support.codec_cases import NAMES
 from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
 from support.images import OpaqueFlip, picture_dataset, replayable
+from support.sessions import session_of
 from torch.utils.data import DataLoader
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, plan
@@ -369,7 +370,7 @@ def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
     dataset = flat_pixels()
     free = train(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
     store = stores_of(free)[2]
-    held = free._session.caching.holdings.state_dict()
+    held = session_of(free).keeper.provider.holdings.state_dict()
     assert [entry["bytes"] for entry in held] == [store.total_bytes]
     needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
     assert 2 * store.total_bytes < needed

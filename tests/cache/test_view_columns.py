@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from support.builds import Rows, collate
 from support.helpers import make_args, manual, pixel_dataset, run, tiny_vit
 from support.images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
+from support.sessions import chain_of, rows_of, session_of, spec_maker_of
 from torchvision.transforms import v2
 from transformers import Trainer, TrainerCallback
 
@@ -121,8 +122,8 @@ def test_least_similar_channels_are_kept(tmp_path):
 )
 def test_estimated_bytes_are_those_of_the_files(settings, tmp_path):
     trainer, store = train(picture_dataset(100).with_transform(replayable()), tmp_path, **settings)
-    spec_maker = trainer._session.spec_maker
-    assert store.bytes == estimate_bytes(spec_maker.make(2, spec_maker.config.codec))
+    spec_maker = spec_maker_of(trainer)
+    assert store.bytes == estimate_bytes(spec_maker.make(2, spec_maker.context.config.codec))
 
 
 def test_budget_decides_the_number_of_channels(tmp_path):
@@ -165,7 +166,7 @@ def test_opaque_draws_are_kept_whole_and_said(tmp_path, caplog):
     assert store.manifest.views == 2 and store.manifest.geometry is None and store.manifest.own_inputs
     base, first = (store.read_rows(range(32), np.full(32, view)) for view in (0, 1))
     assert not torch.equal(base["base"], first["base"])
-    source, chain = trainer._session.source, trainer._session.chain
+    source, chain = rows_of(trainer), chain_of(trainer)
     for batch in range(source.num_ranges):
         rows = source.rows(batch)
         codes = store.read_rows(rows, np.full(len(rows), 1))
@@ -193,7 +194,7 @@ def test_labels_that_a_collator_draws_go_with_their_draw(tmp_path):
     trainer, store = train(
         picture_dataset().with_transform(replayable()), tmp_path, data_collator=drawing_labels, views=1
     )
-    source = trainer._session.source
+    source = rows_of(trainer)
     for view in (0, 1):
         for batch in range(source.num_ranges):
             rows = source.rows(batch)
@@ -269,7 +270,7 @@ def test_build_counts_what_the_prefix_ran_on(tmp_path):
     trainer, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2, sensitivity_batches=2)
     build = next(phase for phase in trainer.freeze_cache_report().phases if phase.mode == "build")
     # 32 samples in three views, and two batches of 8 in two views to compare.
-    assert build.flops == trainer._session.flops_per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)
+    assert build.flops == session_of(trainer).meter.per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)
 
 
 def test_view_changes_the_digest_of_sampled_rows():

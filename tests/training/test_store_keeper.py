@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
+from support.sessions import session_of
 
 from hf_freezecache import FeatureStore
 
@@ -154,7 +155,7 @@ def test_deeper_store_comes_from_the_one_before_if_that_is_wanted(tmp_path):
     assert len(store.manifest.made_from["deepened_from"]) == 32
     assert list(stores(tmp_path)) == [3]
     builds = {phase.cut: phase.flops for phase in trainer.freeze_cache_report().phases if phase.mode == "build"}
-    blocks = {cut: trainer._session.flops_per_sample("build", cut) * 32 for cut in (2, 3)}
+    blocks = {cut: session_of(trainer).meter.per_sample("build", cut) * 32 for cut in (2, 3)}
     assert builds == {2: blocks[2], 3: pytest.approx(blocks[3] - blocks[2])}
 
 
