@@ -1,6 +1,6 @@
 """The bytes that a training's stores take."""
 
-from hf_freezecache.cache.holdings import Holdings
+from hf_freezecache.cache.holdings import DISK_SHARE, Holdings, disk_limit
 
 
 def test_limit_is_what_the_stores_leave(tmp_path):
@@ -38,3 +38,12 @@ def test_state_comes_back(tmp_path):
     again.load_state_dict(holdings.state_dict(), tmp_path)
     assert again.limit() == 50 and again.has_built(tmp_path / "a") and not again.has_built(tmp_path / "b")
     assert again.evaluations_before(3) == [tmp_path / "b"] and again.evaluations_before(2) == []
+
+
+def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    missing = tmp_path / "not" / "there"
+    assert disk_limit(missing) == int(1000 * DISK_SHARE)
+    assert disk_limit(missing, budget=100) == 100
+    assert disk_limit(missing, budget=5000) == int(1000 * DISK_SHARE)
+    assert not missing.exists()

@@ -32,6 +32,13 @@ class Rows(torch.utils.data.Dataset):
         return {"pixel_values": torch.randn(3, self.size, self.size, generator=generator), "labels": self.label(row)}
 
 
+class NoItems(Rows):
+    """A data set that must not be read."""
+
+    def __getitem__(self, row):
+        raise AssertionError("a live sample was read in a replay epoch")
+
+
 def collate(samples: list[dict]) -> dict:
     """Stacks what stacks; other entries stay lists."""
     batch = {}
@@ -125,3 +132,10 @@ def on_every_process(size: int, work) -> list:
     for thread in threads:
         thread.join(timeout=60)
     return results
+
+
+def flip(file: Path, position: int) -> None:
+    """Damages one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
