@@ -19,20 +19,11 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
-from ..cache.names import shard_name
+from ..cache.manifest import Shard, StoreError
+from ..cache.names import CODEC_FILE, MANIFEST, own_input, shard_name
 from ..cache.rows import ChosenRows, InputColumn, split_batch
-from ..cache.store import (
-    CODEC_FILE,
-    MANIFEST,
-    FeatureStore,
-    Shard,
-    ShardWriter,
-    StoreError,
-    create_aside,
-    own_input,
-    small_files,
-    stored_rows,
-)
+from ..cache.shards import ShardWriter, stored_rows
+from ..cache.store import FeatureStore, create_aside, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..rng import preserve_rng

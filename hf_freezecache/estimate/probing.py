@@ -26,7 +26,8 @@ from ..cache.codec import Codec, make_codec
 from ..cache.manifest import FORMAT_VERSION, Manifest
 from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
-from ..cache.store import FeatureStore, ShardStream
+from ..cache.shards import ShardStream
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns, ViewSpec
 from ..config import FreezeCacheConfig
 from ..model.chain import BlockChain
@@ -455,9 +456,7 @@ def _store_in_memory(
         files={},
         lossless=spec.lossless,
     )
-    store = FeatureStore(spec.path, manifest, codec, views)
-    store.__dict__["dataset"] = Dataset(InMemoryTable(table))
-    return store
+    return FeatureStore(spec.path, manifest, codec, views, Dataset(InMemoryTable(table)))
 
 
 def _solving_seconds(spec: StoreSpec, maps: int) -> float:

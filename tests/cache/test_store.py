@@ -22,7 +22,8 @@ from hf_freezecache.build.materialize import BuildFailed, OverLimit, materialize
 from hf_freezecache.build.sizing import estimate_bytes
 from hf_freezecache.cache import manifest as manifest_module
 from hf_freezecache.cache import store as store_module
-from hf_freezecache.cache.store import ShardWriter, StoreError
+from hf_freezecache.cache.shards import ShardWriter
+from hf_freezecache.cache.store import StoreError
 from hf_freezecache.distributed import Group
 
 CODECS = NAMES
@@ -252,7 +253,7 @@ def test_store_of_another_version_is_refused(store):
     def other(content):
         content["format_version"] = 99
         content.pop("checksum")
-        content["checksum"] = manifest_module._checksum(content)
+        content["checksum"] = manifest_module._content_checksum(content)
 
     edit(store, other)
     with pytest.raises(StoreError, match="format version 99.*version 2"):
