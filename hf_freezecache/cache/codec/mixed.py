@@ -208,7 +208,7 @@ class MixedCodec(BodyCodec):
         return codes.unflatten(1, (count + 1, positions))
 
     def _sections(self) -> Iterator[tuple[int, list[tuple[slice, int]]]]:
-        """Yields the planes of a row: width, and for each group of equal bits its codes and its lowest bit in the plane."""
+        """Yields the planes of a row: width, and for each group of channels its codes and its lowest bit there."""
         for width in WIDTHS:
             members, first = [], 0
             for bits, count in self._groups:
