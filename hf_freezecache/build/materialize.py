@@ -15,7 +15,8 @@ from ..cache.fingerprint import digest
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, RowSource, split_batch
-from ..cache.store import FeatureStore, ShardWriter, complete, create_aside, remove_store, small_files
+from ..cache.shards import ShardWriter
+from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..model.layout import FeatureLayout

@@ -17,16 +17,11 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
+from ..cache.manifest import Shard, StoreError
 from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
 from ..cache.rows import ChosenRows, split_batch
-from ..cache.store import (
-    FeatureStore,
-    Shard,
-    ShardWriter,
-    StoreError,
-    create_aside,
-    small_files,
-)
+from ..cache.shards import ShardWriter
+from ..cache.store import FeatureStore, create_aside, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..rng import preserve_rng

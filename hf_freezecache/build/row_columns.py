@@ -15,7 +15,7 @@ import torch
 from ..cache.codec import Codec
 from ..cache.names import own_input, view_column
 from ..cache.rows import BatchSplit, InputColumn
-from ..cache.store import stored_rows
+from ..cache.shards import stored_rows
 from ..cache.view_columns import ViewColumns
 from .feature_sources import ViewRun
 

@@ -1,4 +1,4 @@
-"""Taking stores away: finished ones, and what builds that were killed have left."""
+"""Finding and deleting stores in a feature cache directory: complete ones, and the remains of killed builds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import psutil
 
 from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed
 
-#: Seconds without a change after which a build on another machine counts as dead.
+#: Seconds without a change after which a build on another machine is taken for dead.
 _DEAD_AFTER = 24 * 3600
-#: The same for what the epochs of a training write to, or a resumed one will.
+#: The same for a store that the epochs of a training write: a resumed training may continue it.
 _GIVEN_UP_AFTER = 3600
 
 
@@ -25,9 +25,9 @@ class Removable:
 
     Args:
         path: the directory.
-        bytes: of its files.
-        finished: False for what a build has left.
-        running: whether a build is at work on it, or may be.
+        bytes: size of its files.
+        finished: whether it holds a complete store, not the remains of a build or of a deletion.
+        running: whether a build is writing it, or may be.
     """
 
     path: Path
@@ -37,19 +37,19 @@ class Removable:
 
 
 def find_stores(directory: Path) -> list[Removable]:
-    """The stores in a feature cache directory, and what builds have left there; nothing else.
+    """Lists the stores in a feature cache directory and the remains of builds; ignores everything else.
 
     Args:
-        directory: where stores lie.
+        directory: the feature cache directory.
 
     Raises:
-        NotADirectoryError: if it is none.
+        NotADirectoryError: if it is not a directory.
     """
     if not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: name the one that holds the stores.")
     stores = []
     for path in sorted(directory.iterdir()):
-        # A link is somebody's arrangement; what it points to is not looked at.
+        # A link was made by a user on purpose: neither it nor its target is touched.
         if path.is_symlink() or not path.is_dir():
             continue
         aside, removed = parse_aside(path.name), parse_removed(path.name)
@@ -67,10 +67,16 @@ def find_stores(directory: Path) -> list[Removable]:
 
 
 def remove(stores: list[Removable]) -> int:
-    """Removes what is not being built; returns the bytes that became free.
+    """Deletes the stores that no build is writing.
+
+    Args:
+        stores: what `find_stores` returned, or a part of it.
+
+    Returns:
+        Number of bytes of the deleted files.
 
     Raises:
-        OSError: if something cannot be removed.
+        OSError: if a directory cannot be deleted.
     """
     freed = 0
     for store in stores:
@@ -85,7 +91,7 @@ def _is_store_name(name: str) -> bool:
 
 
 def _is_store(path: Path) -> bool:
-    """Whether a manifest says that the directory is the store of its name, of whatever version and state."""
+    """Whether the directory has a manifest with its own name as fingerprint, of any version, damaged or not."""
     try:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == path.name
     except (OSError, ValueError, KeyError, TypeError):

@@ -27,7 +27,8 @@ from ..cache.codec import Codec, make_codec
 from ..cache.manifest import FORMAT_VERSION, Manifest
 from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch, split_batch
-from ..cache.store import FeatureStore, ShardStream
+from ..cache.shards import ShardStream
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns, ViewSpec
 from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
@@ -449,9 +450,7 @@ def _store_in_memory(
         files={},
         lossless=spec.lossless,
     )
-    store = FeatureStore(spec.path, manifest, codec, views)
-    store.__dict__["dataset"] = Dataset(InMemoryTable(table))
-    return store
+    return FeatureStore(spec.path, manifest, codec, views, Dataset(InMemoryTable(table)))
 
 
 def _solving_seconds(spec: StoreSpec, maps: int) -> float:

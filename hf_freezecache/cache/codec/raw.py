@@ -1,4 +1,4 @@
-"""Codecs that store floats."""
+"""Codecs that store features as floats."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from .base import Codec, ReadyCodec, special_layout, to_fp16
 
 
 class _Raw(ReadyCodec):
-    """Stores every value, special tokens too, as a little-endian float."""
+    """Stores every value, also of special tokens, as a little-endian float."""
 
     _stored: ClassVar[torch.dtype]
 
@@ -32,20 +32,20 @@ class _Raw(ReadyCodec):
         return {BASE: stored.contiguous().view(torch.uint8)}
 
     def _decode(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        # The copy aligns the bytes for the view, and keeps rows that are mapped read-only out of the model's hands.
+        # The copy aligns the bytes for the view, and the model never gets memory that is mapped read-only.
         stored = rows[BASE].clone(memory_format=torch.contiguous_format).view(self._stored)
         return stored.unflatten(1, self.layout.shape).to(self.layout.dtype)
 
 
 class Float32Codec(_Raw):
-    """Exact for every layout: half-precision features are widened and come back bit for bit."""
+    """Exact for every layout: half-precision features are stored as float32 and decoded bit for bit."""
 
     name = "fp32"
     _stored = torch.float32
 
 
 class Float16Codec(_Raw):
-    """Exact for float16 layouts; finite values beyond 65504 are refused, never turned into infinities."""
+    """Exact for float16 layouts. Finite values beyond 65504 are an error; they never become infinities."""
 
     name = "fp16"
     _stored = torch.float16

@@ -1,4 +1,4 @@
-"""Codecs that keep special tokens apart from the rest."""
+"""Codecs that store special tokens separately from the other values."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,17 @@ from ..names import BASE, SPECIAL
 from .base import Codec, special_layout, to_fp16
 from .raw import Float16Codec
 
-# Values in flight while encoding: bounds the memory beside the features, and allocators keep buffers of this size.
+# Values that are encoded at once: this bounds the memory besides the features, and allocators reuse such buffers.
 _ENCODE_CHUNK = 1 << 21
 
 
 class BodyCodec(Codec):
-    """A codec of the *body*, the values that are not special tokens' (CLS, distillation, registers).
+    """A codec of the *body*: all values but those of special tokens (CLS, distillation, registers).
 
-    Special tokens are few and most of the harm of a coarse code: they are left out of the fit and stored as float16.
+    Special tokens are few, and most of the harm of a coarse code comes from their errors. So they are stored as
+    float16 and do not take part in the fit.
 
-    Shapes: V values of a body, N bytes of its row.
+    Shapes: B samples, V values of a body, N bytes of its row.
     """
 
     @property
@@ -55,12 +56,12 @@ class BodyCodec(Codec):
     @property
     @abstractmethod
     def _body_bytes(self) -> int:
-        """Bytes of a body."""
+        """Bytes of the row of a body."""
 
     @abstractmethod
     def _encode_body(self, body: torch.Tensor) -> torch.Tensor:
-        """Returns the codes, uint8 `(B, N)`, of features without their special tokens."""
+        """Encodes features without their special tokens as uint8 `(B, N)`."""
 
     @abstractmethod
     def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes the body of `base`, uint8 `(B, N)`, into `out`, float32 `(B, V)` with contiguous rows."""
+        """Decodes `base`, uint8 `(B, N)`, into `out`, float32 `(B, V)` with contiguous rows."""
