@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 
 _UNITS = {"": 1, "B": 1} | {
     unit: base**power
@@ -36,10 +37,21 @@ def show_epochs(epochs: float) -> str:
 
 def show_bytes(count: int) -> str:
     """A number of bytes as text with three digits, e.g. `1.23 GB`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    return _show_count(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}, "B")
+
+
+def show_flops(count: float) -> str:
+    """A number of floating-point operations as text with three digits, e.g. `1.23 TFLOP`."""
+    return _show_count(count, {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "kFLOP": 1e3}, "FLOP")
+
+
+def _show_count(count: float, units: dict[str, float], smallest: str) -> str:
+    """Three digits in the largest unit that the count reaches."""
+    for unit, size in units.items():
         if abs(count) >= size:
-            return f"{count / size:.3g} {unit}" if abs(count) < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count} B"
+            # From 999.5 on, three digits would be written as 1e+03.
+            return f"{count / size:.3g} {unit}" if abs(count) < 999.5 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:g} {smallest}"
 
 
 def show_seconds(seconds: float) -> str:
@@ -53,3 +65,24 @@ def show_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{sign}{minutes} min {rest:02d} s"
     return f"{sign}{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
+    """A table as text: one line a row, two spaces between the columns.
+
+    Args:
+        rows: cells, as many in every row; where the columns have headings, these are the first row.
+        left: numbers of the columns that are aligned to the left, from 0; all others are aligned to the right.
+
+    Raises:
+        ValueError: if a row has more or fewer cells than the first one.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

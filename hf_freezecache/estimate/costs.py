@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..units import show_bytes, show_epochs, show_seconds
+from ..units import format_table, show_bytes, show_epochs, show_seconds
 
 #: What is saved must exceed what a build costs by this factor: both are estimates.
 MARGIN = 1.05
@@ -164,14 +164,12 @@ class Plan:
     probed: str
 
     def __str__(self) -> str:
-        lines = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-        text = ["  ".join(_pad(line, widths)).rstrip() for line in lines]
-        text.append(
+        table = format_table([_HEADER, *(_cells(row) for row in self.rows)], [_HEADER.index(name) for name in _LEFT])
+        plain = (
             f"Plain training, nothing frozen: {show_seconds(self.live_step_seconds)} a step, "
             f"{show_seconds(self.live_epoch_seconds)} an epoch."
         )
-        return "\n".join([*text, self.probed])
+        return "\n".join([table, plain, self.probed])
 
 
 _HEADER = (
@@ -206,13 +204,6 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         "-" if row.peak_memory_bytes is None else show_bytes(row.peak_memory_bytes),
         row.verdict,
     )
-
-
-def _pad(cells: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.ljust(width) if name in _LEFT else cell.rjust(width)
-        for name, cell, width in zip(_HEADER, cells, widths, strict=True)
-    ]
 
 
 def make_row(
