@@ -196,6 +196,6 @@ def test_plan_predicts_the_packed_bytes(data, codec, tmp_path):
 def test_plan_says_that_rows_might_not_fit_before_they_are_packed(tmp_path):
     dataset, args = pixel_dataset(), make_args(tmp_path)
     [row] = plan(tiny_vit(), dataset, FreezeCacheConfig(lossless=True), args=args, cuts=[2], batches=1).rows
-    most = replace(row, room=row.most_bytes)
-    assert most.fits and not replace(row, room=row.most_bytes - 1).fits
-    assert "does not fit" in replace(row, room=row.bytes).verdict
+    most = replace(row, limit=row.most_bytes)
+    assert most.fits and not replace(row, limit=row.most_bytes - 1).fits
+    assert "does not fit" in replace(row, limit=row.bytes).verdict

@@ -18,7 +18,8 @@ from support.packed_stores import assert_same_rows, pack
 from hf_freezecache import FeatureStore
 from hf_freezecache.build.materialize import BuildFailed, OverLimit, materialize, open_matching
 from hf_freezecache.cache import store as store_module
-from hf_freezecache.cache.store import ShardWriter, StoreError
+from hf_freezecache.cache.manifest import StoreError
+from hf_freezecache.cache.shards import ShardWriter
 from hf_freezecache.distributed import Group
 
 # What matches

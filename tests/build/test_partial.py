@@ -11,7 +11,8 @@ from support.packed_stores import pack
 
 from hf_freezecache.build.feature_sources import ViewRun
 from hf_freezecache.build.materialize import materialize
-from hf_freezecache.build.partial import PartialStore, partial_path
+from hf_freezecache.build.partial import PartialStore
+from hf_freezecache.cache.names import partial_path
 from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
 
@@ -92,13 +93,13 @@ def test_damage_is_found_and_made_good(damaged, tmp_path, caplog):
     partial = PartialStore.begin(spec, Group())
     write_rows(partial, list(range(22)))
     partial.close()
-    path = partial_path(spec) / damaged
+    path = partial_path(spec.path) / damaged
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     again = PartialStore.reopen(spec, Group())
     if damaged in ("codec.safetensors", "spec.json"):
-        assert again is None and "begun again" in messages(caplog) and not partial_path(spec).exists()
+        assert again is None and "begun again" in messages(caplog) and not partial_path(spec.path).exists()
         again = PartialStore.begin(spec, Group())
     assert again.finish().dataset[:] == build(tiny_vit(), tmp_path / "built").dataset[:]
 
@@ -108,7 +109,7 @@ def test_row_without_its_line_is_computed_again(tmp_path):
     partial = PartialStore.begin(spec, Group())
     write_rows(partial, list(range(22)))
     partial.close()
-    [lines] = partial_path(spec).glob("lists-*")
+    [lines] = partial_path(spec.path).glob("lists-*")
     lines.write_text(lines.read_text()[:-20])  # a killed process; its last line is cut short
     store = PartialStore.reopen(spec, Group()).finish()
     assert store.dataset["text"][:] == [f"ä {row}" for row in range(22)]
@@ -118,7 +119,7 @@ def test_directory_of_other_views_is_not_reopened(tmp_path):
     spec = make_spec(tiny_vit(), tmp_path)
     partial = PartialStore.begin(spec, Group())
     partial.close()
-    (partial_path(spec) / "view-0.rows").write_bytes(b"")
+    (partial_path(spec.path) / "view-0.rows").write_bytes(b"")
     assert PartialStore.reopen(spec, Group()) is None
     assert PartialStore.reopen(replace(spec, views=ViewSpec(1)), Group()) is None
 

@@ -7,6 +7,7 @@ from support.builds import Rows, make_spec, on_every_process
 from support.helpers import tiny_vit
 from support.images import picture_dataset, replayable
 from support.packed_stores import FlatRows, pack
+from support.sessions import spec_maker_of
 from support.view_trainings import train
 
 from hf_freezecache.build.materialize import OverLimit, materialize
@@ -20,8 +21,8 @@ from hf_freezecache.distributed import Group
 )
 def test_estimated_bytes_are_those_of_the_files(settings, tmp_path):
     trainer, store = train(picture_dataset(100).with_transform(replayable()), tmp_path, **settings)
-    spec_maker = trainer._session.spec_maker
-    assert store.bytes == estimate_bytes(spec_maker.make(2, spec_maker.config.codec))
+    spec_maker = spec_maker_of(trainer)
+    assert store.bytes == estimate_bytes(spec_maker.make(2, spec_maker.context.config.codec))
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(200, 64), (64, 64), (3, 4)])

@@ -8,8 +8,7 @@ from support.helpers import tiny_vit
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache import manifest as manifest_module
-from hf_freezecache.cache.manifest import Manifest
-from hf_freezecache.cache.store import StoreError
+from hf_freezecache.cache.manifest import Manifest, StoreError
 
 
 def edit(store, change):

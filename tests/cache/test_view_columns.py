@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.codec_cases import MAP, NAMES, TOKENS, smooth
 from support.images import picture_dataset, replayable
+from support.sessions import rows_of
 from support.view_trainings import train
 
 from hf_freezecache.augment.geometry import PROJECTIVE, geometry_column
@@ -39,7 +40,7 @@ def test_labels_that_a_collator_draws_go_with_their_draw(tmp_path):
     trainer, store = train(
         picture_dataset().with_transform(replayable()), tmp_path, data_collator=drawing_labels, views=1
     )
-    source = trainer._session.source
+    source = rows_of(trainer)
     for view in (0, 1):
         for batch in range(source.num_ranges):
             rows = source.rows(batch)

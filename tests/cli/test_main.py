@@ -71,7 +71,7 @@ def test_inspect_prints_what_is_kept_of_the_views(augmented, capsys):
     assert main(["inspect", str(store.path)]) == 0
     found = facts(capsys.readouterr().out)
     assert found["views"] == "2 beside the base view"
-    expected = {"replayed": ("projective", "8 of 32"), "whole": ("none: views are kept whole", "all 32")}[kind]
+    expected = {"replayed": ("projective", "8 of 32"), "whole": ("none: views are stored whole", "all 32")}[kind]
     assert (found["geometry"], found["sensitive channels"]) == expected
 
 
@@ -87,7 +87,7 @@ def test_inspect_draws_the_sensitivity_that_was_measured(augmented, tmp_path, mo
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     else:
         assert main(["inspect", str(store.path), "--sensitivity"]) == 1
-        assert "its views are kept whole" in capsys.readouterr().err
+        assert "its views are stored whole" in capsys.readouterr().err
 
 
 def test_inspect_says_why_there_is_no_sensitivity(plain, capsys):
@@ -176,7 +176,7 @@ def test_clean_lists_and_removes_nothing_unless_told(crowded, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert {line.split()[-1] for line in lines[:-1]} == {str(path) for path in stores | building}
         assert sum("being built, stays" in line for line in lines) == 3
-        assert "nothing was" in lines[-1]
+        assert "nothing was removed" in lines[-1]
         assert sorted(folder.rglob("*")) == before
 
 

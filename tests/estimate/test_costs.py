@@ -45,7 +45,7 @@ def row(**changes):
         live_step_seconds=0.9,
         replay_step_seconds=0.5,
         peak_memory_bytes=2_000_000,
-        room=5000,
+        limit=5000,
     )
     return PlanRow(**{**values, **changes})
 
@@ -108,7 +108,7 @@ def test_row_multiplies_steps_to_epochs():
         view_bytes=6,
         costs=replace(COSTS, peak_memory_bytes=9),
         work=Work(ranges=12, processes=2),
-        room=10,
+        limit=10,
     )
     assert (made.live_step_seconds, made.replay_step_seconds) == (10, 6)
     assert (made.live_epoch_seconds, made.replay_epoch_seconds) == (60, 36)
@@ -130,8 +130,8 @@ def test_verdict_says_when_it_pays_and_what_does_not_fit():
     assert row().break_even_epochs == 2.5
     assert row().verdict == "pays after 3 epochs"
     assert row(build_seconds=1.0).verdict == "pays after 1 epoch"
-    assert row(room=999).verdict == "does not fit: needs 1 kB, 999 B left"
-    assert row(room=None).fits
+    assert row(limit=999).verdict == "does not fit: needs 1 kB, 999 B left"
+    assert row(limit=None).fits
 
 
 def test_verdict_and_decision_agree_at_every_number_of_epochs():
@@ -151,9 +151,9 @@ def test_decision_builds_only_with_a_margin():
 
 
 def test_decision_declines_what_there_is_no_room_for():
-    assert decide(row(), 100, room=1000) is None
-    assert decide(row(), 100, room=999) == "it needs 1 kB, and 999 B are left"
-    assert decide(row(room=10), 100) is not None
+    assert decide(row(), 100, limit=1000) is None
+    assert decide(row(), 100, limit=999) == "it needs 1 kB, and 999 B are left"
+    assert decide(row(limit=10), 100) is not None
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_few_epochs_never_pay(work, least):
     assert not never_pays(least + 0.01, work)
     # A build that costs nothing but its runs of the prefix, and a replay that costs nothing at all.
     costs = Costs(load=0.0, prefix=1.0, load_base=0.0)
-    free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, room=None)
+    free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, limit=None)
     assert decide(free, least) is not None
 
 
 def test_table_has_a_line_a_cut_and_says_what_plain_training_takes():
-    rows = (row(), row(cut=10, block="vit.layers.8", room=999, peak_memory_bytes=None))
+    rows = (row(), row(cut=10, block="vit.layers.8", limit=999, peak_memory_bytes=None))
     lines = str(Plan(rows, 1.5, 90.0, "Measured on nothing.")).splitlines()
     assert len(lines) == 5
     header, first, second = lines[:3]

@@ -85,29 +85,29 @@ def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path)
 
     prober._load = prober._run_prefix = never
     for views, epochs in ((build, 1.0), (with_views(build), 2.0), (replace(build, views=ViewSpec(3)), 4.0)):
-        reason, row = prober.refuse(views, epochs, room=None)
+        reason, row = prober.refuse(views, epochs, limit=None)
         assert "cannot save what a build costs" in reason and row is None
-    reason, row = prober.refuse(build, 100, room=10)
+    reason, row = prober.refuse(build, 100, limit=10)
     assert reason.startswith("it needs ") and "10 B are left" in reason and row is None
 
 
 def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path, clock):
     """10 ranges of 4 samples; a run of the prefix takes 0.05 s, and all the rest takes no time."""
     slow = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures), clock, 0.05)
-    reason, row = make_prober(slow).refuse(slow, 3.0, room=None)
+    reason, row = make_prober(slow).refuse(slow, 3.0, limit=None)
     assert reason is None
     assert row.seconds_saved_per_epoch == pytest.approx(10 * 0.05) == pytest.approx(row.build_seconds)
 
     views = with_views(slow)
     prober = make_prober(views, FreezeCacheConfig(sensitivity_batches=10))
-    reason, row = prober.refuse(views, 4.1, room=None)
+    reason, row = prober.refuse(views, 4.1, limit=None)
     assert "would save" in reason, "two runs of everything, and two more to compare"
     assert row.build_seconds == pytest.approx(4 * 10 * 0.05)
-    reason, row = prober.refuse(views, 40.0, room=None)
+    reason, row = prober.refuse(views, 40.0, limit=None)
     assert reason is None and decide(row, 40.0) is None
 
     fast = make_spec(zoo.make("vit"), tmp_path, pictures)
-    reason, row = make_prober(fast).refuse(fast, 1000.0, room=None)
+    reason, row = make_prober(fast).refuse(fast, 1000.0, limit=None)
     assert "no faster" in reason and row.seconds_saved_per_epoch == 0
 
 
@@ -120,7 +120,7 @@ def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path,
 
     prober._encode = prober._time_replay = never
     # A build takes 0.1 s; 1.01 epochs save no more than 0.101 s, which is not worth it.
-    reason, row = prober.refuse(build, 1.01, room=None)
+    reason, row = prober.refuse(build, 1.01, limit=None)
     assert "would save" in reason and row.build_seconds == pytest.approx(0.1)
 
 

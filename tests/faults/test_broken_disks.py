@@ -24,7 +24,7 @@ def test_full_disk_during_a_build_does_not_cost_the_training(tmp_path, caplog, m
     def full(self, *args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_freezecache.cache.store.ShardWriter.write", full)
+    monkeypatch.setattr("hf_freezecache.cache.shards.ShardWriter.write", full)
     frozen = run(tiny_vit(), pixel_dataset(), tmp_path / "frozen", manual("1:3", cache="never"))
     broken = run(tiny_vit(), pixel_dataset(), tmp_path / "broken", manual("1:3", cache="always"))
     assert losses(broken) == losses(frozen)

@@ -12,8 +12,9 @@ from hf_freezecache.build.feature_sources import ImageFeatures
 from hf_freezecache.build.materialize import materialize
 from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
+from hf_freezecache.cache.manifest import FORMAT_VERSION
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.store import FORMAT_VERSION, FeatureStore
+from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.distributed import Group
 
 
@@ -59,7 +60,7 @@ def make_spec(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
     made_from = fingerprint_inputs(
         source=source,
         model=model,
-        tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+        tensors=chain.prefix_state(cut),
         cut=cut,
         blocks=chain.names[:cut],
         codec=codec,

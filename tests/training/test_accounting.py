@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import zoo
 from support.images import picture_dataset, replayable
+from support.sessions import session_of
 from support.view_trainings import train
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -259,4 +260,4 @@ def test_build_counts_what_the_prefix_ran_on(tmp_path):
     trainer, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2, sensitivity_batches=2)
     build = next(phase for phase in trainer.freeze_cache_report().phases if phase.mode == "build")
     # 32 samples in three views, and two batches of 8 in two views to compare.
-    assert build.flops == trainer._session.flops_per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)
+    assert build.flops == session_of(trainer).meter.per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)

@@ -9,6 +9,7 @@ from support.builds import make_spec
 from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
 from support.largest_total import LargestTotal, total_bytes
 from support.packed_stores import flat_pixels, flat_vit, pack, stores_of, train_on_rows
+from support.sessions import session_of
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.build.sizing import estimate_bytes
@@ -128,7 +129,7 @@ def test_deeper_store_comes_from_the_one_before_if_that_is_wanted(tmp_path):
     assert len(store.manifest.made_from["deepened_from"]) == 32
     assert list(stores(tmp_path)) == [3]
     builds = {phase.cut: phase.flops for phase in trainer.freeze_cache_report().phases if phase.mode == "build"}
-    blocks = {cut: trainer._session.flops_per_sample("build", cut) * 32 for cut in (2, 3)}
+    blocks = {cut: session_of(trainer).meter.per_sample("build", cut) * 32 for cut in (2, 3)}
     assert builds == {2: blocks[2], 3: pytest.approx(blocks[3] - blocks[2])}
 
 
@@ -246,7 +247,7 @@ def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
     dataset = flat_pixels()
     free = train_on_rows(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
     store = stores_of(free)[2]
-    held = free._session.caching.holdings.state()
+    held = session_of(free).keeper.provider.holdings.state()
     assert [entry["bytes"] for entry in held] == [store.total_bytes]
     needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
     assert 2 * store.total_bytes < needed

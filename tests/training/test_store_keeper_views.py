@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.helpers import manual, run, tiny_resnet, tiny_vit
 from support.images import TO_PIXELS, OpaqueFlip, crop_and_flip, picture_dataset, replayable
+from support.sessions import chain_of, rows_of
 from support.trainer_data import MixedSizes, image_dataset, own_collator, to_pixels
 from support.view_trainings import train
 from torchvision.transforms import v2
@@ -72,7 +73,7 @@ def test_opaque_draws_are_kept_whole_and_said(tmp_path, caplog):
     assert store.manifest.views == 2 and store.manifest.geometry is None and store.manifest.own_inputs
     base, first = (store.read_rows(range(32), np.full(32, view)) for view in (0, 1))
     assert not torch.equal(base["base"], first["base"])
-    source, chain = trainer._session.source, trainer._session.chain
+    source, chain = rows_of(trainer), chain_of(trainer)
     for batch in range(source.num_ranges):
         rows = source.rows(batch)
         codes = store.read_rows(rows, np.full(len(rows), 1))

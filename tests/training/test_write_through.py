@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.helpers import assert_same_weights, losses, make_args, messages, run, through, tiny_vit, weights
 from support.images import FlipAndErase, OpaqueFlip, picture_dataset, pictures_with_a_marked_one, replayable
+from support.sessions import chain_of
 from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheTrainer
@@ -73,7 +74,7 @@ def test_opaque_draws_are_stored_as_they_were_trained_on(tmp_path):
     trainer = run(tiny_vit(), pictures.with_transform(OpaqueFlip()), tmp_path, through(codec="fp32"), **SETTINGS)
     store = FeatureStore.open(trainer.freeze_status().store_path)
     assert store.views.spec.whole and store.views.spec.own_inputs and store.manifest.views == 1
-    chain, rows = trainer._session.chain, np.arange(32)
+    chain, rows = chain_of(trainer), np.arange(32)
     both = [store.codec.decode(store.read_rows(rows, np.full(32, view))) for view in (0, 1)]
     images = torch.stack([replayable().base(image) for image in pictures["image"]])
     plain, mirrored = [chain.prefix({"pixel_values": drawn}, 2) for drawn in (images, images.flip(-1))]
