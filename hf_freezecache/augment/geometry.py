@@ -1,7 +1,7 @@
 """The geometry of a view: which point of the base view each of its positions shows; and warping features by it.
 
 Coordinates are normalized: x and y run from -1 to 1 over the extent of an image, a view or a grid of features; the
-centre of pixel j of W is (2j + 1) / W - 1. A position whose point is NaN, or lies outside [-1, 1], shows nothing of
+centre of pixel j of W is (2j + 1) / W - 1. A position whose point is NaN, or is outside [-1, 1], shows nothing of
 the base view.
 
 | kind | row | geometry that it can express |
