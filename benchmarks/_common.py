@@ -64,9 +64,14 @@ def quiet() -> None:
 
 
 def silence(trainer: Trainer) -> Trainer:
-    """Takes away the callback that prints every log entry where there is no progress bar."""
+    """Removes the callback that prints every log entry where there is no progress bar."""
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def pick(options: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Options by their names, which are separated by spaces: the settings of a result."""
+    return {name: getattr(options, name) for name in names.split()}
 
 
 def shared_folder(options: argparse.Namespace, *parts: str) -> Path:

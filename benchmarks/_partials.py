@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
 
 
-def settle_run_options(options: argparse.Namespace, name: str) -> None:
-    """Fills in the folder of partial results and the threads of a process."""
+def settle_run_options(options: argparse.Namespace, name: str, processes: int) -> None:
+    """Fills in the folder of partial results and the threads of each process."""
     if options.output_dir is None:
         folder = f"{name}-smoke" if options.smoke else name
         options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / folder / "partial")
     if options.threads is None:
-        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
+        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // processes)
 
 
 def partial_file(folder: str | Path, name: str, seed: int) -> Path:
-    """Where the measurements of an experiment with a seed lie."""
+    """The file with the measurements of an experiment with a seed."""
     return Path(folder) / f"{name}-seed-{seed}.json"
 
 
@@ -54,16 +54,38 @@ def read_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any]
 
 
 def write_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    """Keeps the finished measurements of an experiment with a seed."""
+    """Saves the finished measurements of an experiment with a seed."""
     write_json(partial_file(folder, name, seed), {"settings": settings, "done": done})
 
 
-def run_tasks(function: Callable[..., None], tasks: Iterable[tuple], jobs: int) -> None:
-    """Calls `function(*task)` for every task, in this process or in several."""
+def run_experiments(
+    options: argparse.Namespace,
+    experiments: Mapping[str, Callable[[int, argparse.Namespace], None]],
+    collect: Callable[[argparse.Namespace], None],
+) -> None:
+    """Runs every experiment with every seed and collects the results, as the options of a long run say.
+
+    Args:
+        options: those of `add_run_options`.
+        experiments: name -> what measures it with a seed and saves that.
+        collect: makes tables and result files of what is finished.
+    """
+    if options.fresh:
+        for name in experiments:
+            for seed in options.seeds:
+                partial_file(options.output_dir, name, seed).unlink(missing_ok=True)
+    if not options.collect:
+        tasks = [(measure, seed, options) for measure in experiments.values() for seed in options.seeds]
+        run_tasks(tasks, options.jobs)
+    collect(options)
+
+
+def run_tasks(tasks: Iterable[tuple[Any, ...]], jobs: int) -> None:
+    """Calls `function(*arguments)` for every task `(function, *arguments)`, in this process or in several."""
     if jobs == 1:
-        for task in tasks:
-            function(*task)
+        for function, *arguments in tasks:
+            function(*arguments)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for run in [pool.submit(function, *task) for task in tasks]:
+        for run in [pool.submit(*task) for task in tasks]:
             run.result()

@@ -7,6 +7,7 @@ python -m benchmarks.augmentation.run --collect          # tables and plots of w
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -14,14 +15,8 @@ from typing import Any
 
 import torch
 
-from .._common import (
-    make_parser,
-    prepare,
-    quiet,
-    result_folder,
-    write_result,
-)
-from .._partials import add_run_options, partial_file, read_done, run_tasks, settle_run_options, write_done
+from .._common import make_parser, prepare, quiet, result_folder, write_result
+from .._partials import add_run_options, read_done, run_experiments, settle_run_options, write_done
 from .experiments import Arm, Data, Experiment, make_experiments
 from .features import FEATURES, feature_settings, measure_seed
 from .tables import compare, make_claims, plot, summarize_features, table
@@ -86,12 +81,6 @@ def has_checkpoint(experiment: Experiment, data: Data, folder: Path, done: dict[
 # All of it
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """Every experiment with every seed, in this process or in several."""
-    tasks = [(name, seed) for name in options.experiments for seed in options.seeds]
-    run_tasks(run_task, [(*task, options) for task in tasks], options.jobs)
-
-
 def collect(options: argparse.Namespace) -> None:
     """Tables, plots and JSON of the seeds that are finished, of all experiments.
 
@@ -112,7 +101,9 @@ def collect(options: argparse.Namespace) -> None:
         claims += make_claims(name, arms)
         text.append(table(experiment.title, arms, len(runs)))
         plot(arms, f"{experiment.title}, {len(runs)} seeds", target / f"{name}.png")
-    measured = {seed: read_done(FEATURES, seed, feature_settings(options), options) for seed in options.seeds}
+    measured = {
+        seed: read_done(options.output_dir, FEATURES, seed, feature_settings(options)) for seed in options.seeds
+    }
     measured = {seed: done for seed, done in measured.items() if done}
     if measured:
         settings[FEATURES] = {**feature_settings(options), "seeds": list(measured)}
@@ -132,20 +123,14 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_options(parser)
     parser.add_argument("--experiments", nargs="+", default=[*TRAININGS, FEATURES], choices=[*TRAININGS, FEATURES])
     options = parser.parse_args(argv)
-    settle_run_options(options, NAME)
+    settle_run_options(options, NAME, options.jobs)
     return options
 
 
 def main() -> None:
     options = parse_options()
     prepare(options)
-    if options.fresh:
-        for name in options.experiments:
-            for seed in options.seeds:
-                partial_file(options.output_dir, name, seed).unlink(missing_ok=True)
-    if not options.collect:
-        run_all(options)
-    collect(options)
+    run_experiments(options, {name: functools.partial(run_task, name) for name in options.experiments}, collect)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 
 from .._common import REPOSITORY, describe_machine, prepare, quiet, write_json
+from .._statistics import paired
 from .arms import PLAIN, Arm, Data, cached, freeze_only, train_arm
 from .run import parse_options
 
@@ -36,13 +35,6 @@ def train_pair(seed: int, schedule: str, data: Data, options) -> dict[str, float
         shutil.rmtree(folder, ignore_errors=True)
     print(f"seed {seed}: freeze-only {100 * frozen:.2f} %, cached {100 * replayed:.2f} %", flush=True)
     return {"freeze_only": frozen, "cached": replayed}
-
-
-def interval(differences: list[float]) -> dict[str, object]:
-    """Mean and 95 % t-interval, in points."""
-    mean, error = float(np.mean(differences)), float(stats.sem(differences))
-    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error)
-    return {"mean": mean, "interval_95": [float(low), float(high)], "by_seed": differences}
 
 
 def main() -> None:
@@ -65,8 +57,8 @@ def main() -> None:
             {
                 "schedule": schedule,
                 "pairs": pairs,
-                "planned_seeds": interval(planned),
-                "all_seeds": interval([*planned, *more]),
+                "planned_seeds": paired(planned),
+                "all_seeds": paired([*planned, *more]),
                 "machine": describe_machine(),
             },
         )

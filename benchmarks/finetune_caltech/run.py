@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._common import REPOSITORY, available_cores, make_parser, prepare, quiet, result_folder, write_json, write_result
+from .._common import make_parser, pick, prepare, quiet, result_folder, write_json, write_result
+from .._partials import run_tasks, settle_run_options
 from .arms import PLAIN, Arm, Data, checkpoint_folder, make_arms, train_arm
 from .tables import by_arm, by_schedule, make_claims, plot, table
 
 #: Settings that must not change when a run is continued.
 SETTINGS = (
-    "image_size",
-    "rows",
-    "test_rows",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "probe_learning_rate",
-    "warmup",
-    "weight_decay",
-    "evaluate_every",
-    "schedules",
-    "codec",
-    "processes",
-    "threads",
+    "image_size rows test_rows epochs batch_size learning_rate probe_learning_rate warmup weight_decay evaluate_every "
+    "schedules codec processes threads"
 )
 
 
@@ -94,19 +81,6 @@ def partial_file(options: argparse.Namespace, seed: int) -> Path:
     return Path(options.output_dir) / f"seed-{seed}.json"
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """All seeds, in this process or in several."""
-    if options.processes == 1:
-        for turn, seed in enumerate(options.seeds):
-            run_seed(seed, turn, options)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        runs = [pool.submit(run_seed, seed, turn, options) for turn, seed in enumerate(options.seeds)]
-        for run in runs:
-            run.result()
-
-
 def begin(options: argparse.Namespace) -> None:
     """Clears what an earlier run left, or checks that it was made with the same settings.
 
@@ -114,7 +88,7 @@ def begin(options: argparse.Namespace) -> None:
         SystemExit: if `--resume` is given and the settings differ.
     """
     folder = Path(options.output_dir)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = pick(options, SETTINGS)
     noted = folder / "settings.json"
     if options.resume and noted.exists():
         before = json.loads(noted.read_text())
@@ -138,7 +112,7 @@ def finish(options: argparse.Namespace) -> None:
     (target / "table.md").write_text(text)
     print(text)
     plot(runs, options.schedules, target / "accuracy_vs_time.png")
-    settings = {name: getattr(options, name) for name in (*SETTINGS, "seeds")}
+    settings = pick(options, f"{SETTINGS} seeds")
     results = {"arms": arms, "schedules": schedules, "runs": runs}
     write_result("finetune_caltech", options, settings, results, make_claims(arms, schedules))
 
@@ -166,11 +140,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         options.epochs, options.rows, options.test_rows = 4, 128, 101
         options.schedules, options.seeds = ["1:10", "2:8"], "0,1"
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    if options.output_dir is None:
-        name = "finetune_caltech-smoke" if options.smoke else "finetune_caltech"
-        options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / name / "partial")
-    if options.threads is None:
-        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.processes)
+    settle_run_options(options, "finetune_caltech", options.processes)
     return options
 
 
@@ -178,7 +148,7 @@ def main() -> None:
     options = parse_options()
     prepare(options)
     begin(options)
-    run_all(options)
+    run_tasks([(run_seed, seed, turn, options) for turn, seed in enumerate(options.seeds)], options.processes)
     finish(options)
 
 

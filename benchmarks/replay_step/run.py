@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
-from .._common import QUIET, Claim, in_turn, make_parser, prepare, silence, summary, write_result
-from .._images import Pixels, as_batch, load_caltech, load_deit
+from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
+from .._images import Pixels, add_image_options, as_batch, load_caltech, load_deit
 
 #: By augmented views in the store.
 LIMITS = {0: 1.05, 1: 1.10}
@@ -195,9 +195,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cuts", type=int, nargs="+", default=[4, 8, 10])
     parser.add_argument("--views", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--codec", default="int4")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=320)
+    add_image_options(parser, rows=320)
     parser.add_argument("--steps", type=int, default=12, help="of a block; all but the first and last are timed")
     parser.add_argument("--rounds", type=int, default=3, help="timed blocks a side")
     options = parser.parse_args(argv)
@@ -224,8 +222,8 @@ def main() -> None:
         )
         what = f"replay step / step on features in memory, cut {cut}, {views} augmented views"
         claims.append(Claim(what, result["ratio"], at_most=LIMITS[views]))
-    names = ("codec", "image_size", "batch_size", "rows", "steps", "rounds")
-    write_result("replay_step", options, {name: getattr(options, name) for name in names}, results, claims)
+    settings = pick(options, "codec image_size batch_size rows steps rounds")
+    write_result("replay_step", options, settings, results, claims)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hf_freezecache.model.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
 
-from .._common import Claim, interleave, make_parser, prepare, summary, write_result
+from .._common import Claim, interleave, make_parser, pick, prepare, summary, write_result
 from .._stores import LABELS, write_store
 
 TOKENS = 197
@@ -235,8 +235,7 @@ def main() -> None:
     ]
     print({side: round(rate) for side, rate in by_hand["written_rows_per_second"].items()}, "rows/s written")
     print({side: round(rate) for side, rate in by_hand["read_rows_per_second"].items()}, "rows/s read")
-    names = ("codec", "batch_size", "rows", "batches", "hand_rows", "hand_batches", "write_repeats")
-    settings = {name: getattr(options, name) for name in names}
+    settings = pick(options, "codec batch_size rows batches hand_rows hand_batches write_repeats")
     write_result("store", options, settings, {"random_rows": random_rows, "by_hand": by_hand}, claims)
 
 
