@@ -41,8 +41,8 @@ _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "accelerate", "nump
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny settings; the result goes to outputs/, not here")
-    parser.add_argument("--threads", type=int, help="torch threads; what torch takes by itself if not given")
+    parser.add_argument("--smoke", action="store_true", help="use tiny settings and write the result below outputs/")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", help=f"folder with data/ and weights/ (${SHARED_VARIABLE}, or ../shared)")
     return parser

@@ -1,4 +1,4 @@
-"""Measurements of a long run, seed by seed, so that a killed run goes on where it was."""
+"""Measurements of a long run, seed by seed, so that a killed run can be continued."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from ._common import REPOSITORY, available_cores, write_json
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What a long run of several seeds can be told."""
+    """Adds the options of a long run of several seeds."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
-    parser.add_argument("--collect", action="store_true", help="tables and plots of what is finished, no training")
-    parser.add_argument("--fresh", action="store_true", help="forget what is finished of what would be run")
-    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own seed; they share the cores")
+    parser.add_argument(
+        "--collect", action="store_true", help="make tables and plots of the finished seeds, train nothing"
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete the finished measurements of these seeds first")
+    parser.add_argument(
+        "--output_dir", help="folder of checkpoints, stores and partial results (default: below outputs/)"
+    )
 
 
 def settle_run_options(options: argparse.Namespace, name: str, processes: int) -> None:
@@ -38,7 +42,7 @@ def partial_file(folder: str | Path, name: str, seed: int) -> Path:
     return Path(folder) / f"{name}-seed-{seed}.json"
 
 
-def read_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+def read_measurements(folder: str | Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Finished measurements by arm.
 
     Raises:
@@ -53,9 +57,11 @@ def read_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any]
     return content["done"]
 
 
-def write_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any], done: dict[str, Any]) -> None:
+def write_measurements(
+    folder: str | Path, name: str, seed: int, settings: dict[str, Any], measurements: dict[str, Any]
+) -> None:
     """Saves the finished measurements of an experiment with a seed."""
-    write_json(partial_file(folder, name, seed), {"settings": settings, "done": done})
+    write_json(partial_file(folder, name, seed), {"settings": settings, "done": measurements})
 
 
 def run_experiments(

@@ -11,7 +11,7 @@ from transformers import EvalPrediction, TrainerCallback
 class EpochClock(TrainerCallback):
     """The same clock for every arm: seconds inside epochs, with a build at an epoch's beginning.
 
-    Evaluation and checkpoints lie between epochs and are not in them. Asks for an evaluation after every
+    Evaluations and checkpoints come between epochs and do not count. Asks for an evaluation after every
     `evaluate_every` epochs and after the last one, and for a checkpoint after the epochs in `save_after`.
     """
 
@@ -29,10 +29,10 @@ class EpochClock(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.epoch_seconds.append(time.perf_counter() - self._since)
-        done = round(state.epoch)
-        control.should_evaluate = done % self.evaluate_every == 0 or done == state.num_train_epochs
-        control.should_save = done in self.save_after
-        if done == self.stop_after:
+        epoch = round(state.epoch)
+        control.should_evaluate = epoch % self.evaluate_every == 0 or epoch == state.num_train_epochs
+        control.should_save = epoch in self.save_after
+        if epoch == self.stop_after:
             control.should_evaluate = control.should_training_stop = True
         return control
 

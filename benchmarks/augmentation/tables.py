@@ -36,9 +36,12 @@ def compare(runs: Runs, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _one_arm(name: str, runs: Runs) -> dict[str, Any]:
-    rows = [done[name] for done in runs.values()]
+    rows = [measurements[name] for measurements in runs.values()]
     points = [100 * row["accuracy"] for row in rows]
-    difference = [100 * (done[name]["accuracy"] - done[FREEZE_ONLY]["accuracy"]) for done in runs.values()]
+    difference = [
+        100 * (measurements[name]["accuracy"] - measurements[FREEZE_ONLY]["accuracy"])
+        for measurements in runs.values()
+    ]
     stores = [row["store"] for row in rows if "store" in row]
     return {
         "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points), "by_seed": points},
@@ -104,7 +107,7 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         "gamma": ("tab:blue", "o"),
         "whole": ("tab:orange", "D"),
     }
-    taken: list[float] = []
+    places: list[float] = []
     for name, arm in arms.items():
         if arm["bytes_per_sample"] is None:
             continue
@@ -114,8 +117,8 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
         kilobytes = arm["bytes_per_sample"] / 1000
         # Arms of nearly the same size are drawn side by side.
-        beside = any(abs(kilobytes - other) < 0.1 for other in taken)
-        taken.append(kilobytes)
+        beside = any(abs(kilobytes - other) < 0.1 for other in places)
+        places.append(kilobytes)
         place = kilobytes + (0.15 if beside else 0.0), difference["mean"]
         axes.errorbar(*place, yerr=half, color=colour, marker=marker, markersize=7, capsize=3, linestyle="none")
         style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
@@ -125,7 +128,7 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         else:
             axes.annotate(name, place, xytext=(-9, -3), ha="right", **style)
     axes.set(xlabel="kilobytes a sample in the store", ylabel="test accuracy minus freeze only, points")
-    axes.set_xlim(0, 1.15 * max(taken))
+    axes.set_xlim(0, 1.15 * max(places))
     axes.margins(y=0.15)
     axes.set_title(f"{title}; mean and 95 % interval", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)

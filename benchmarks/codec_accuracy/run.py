@@ -1,4 +1,4 @@
-"""Accuracy after training on features that a codec has kept: DeiT-Tiny fine-tuned on CIFAR-10.
+"""Accuracy after training on features that a codec has encoded: DeiT-Tiny fine-tuned on CIFAR-10.
 
 python -m benchmarks.codec_accuracy.run --jobs 2
 python -m benchmarks.codec_accuracy.run --collect        # the table of what is finished, nothing is trained
@@ -25,7 +25,7 @@ from hf_freezecache.cache.store import file_sha256
 
 from .._common import QUIET, Claim, make_parser, pick, prepare, quiet, result_folder, silence, write_result
 from .._images import FINISH, Pixels, add_image_options, as_interpolated_batch, load_cifar10, load_deit
-from .._partials import add_run_options, read_done, run_experiments, settle_run_options, write_done
+from .._partials import add_run_options, read_measurements, run_experiments, settle_run_options, write_measurements
 from .._statistics import deviation, markdown_table, paired, show_interval
 from .._trainings import EpochClock, accuracy
 
@@ -57,29 +57,29 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
     quiet()
     torch.set_num_threads(options.threads)
     settings = settings_of(options)
-    done = read_done(options.output_dir, NAME, seed, settings)
-    if all(arm in done for arm in ARMS):
+    measurements = read_measurements(options.output_dir, NAME, seed, settings)
+    if all(arm in measurements for arm in ARMS):
         return
     train = load_images(options, "train", options.rows)
     test = load_images(options, "test", options.test_rows)
     folder = Path(options.output_dir) / f"seed-{seed}"
 
     def note(name: str, result: dict[str, Any]) -> None:
-        done[name] = result
-        write_done(options.output_dir, NAME, seed, settings, done)
+        measurements[name] = result
+        write_measurements(options.output_dir, NAME, seed, settings, measurements)
         print(f"seed {seed}, {name}: {100 * result['accuracy']:.2f} %, {result['seconds']:.0f} s", flush=True)
 
     live_epochs = int(options.points.split(":")[0])
     checkpoint = folder / LIVE / f"checkpoint-{-(-options.rows // options.batch_size) * live_epochs}"
-    if LIVE not in done or not checkpoint.exists():
+    if LIVE not in measurements or not checkpoint.exists():
         shutil.rmtree(folder, ignore_errors=True)
         live = train_arm(None, seed, train, test, folder / LIVE, None, options, stop_after=live_epochs)
         live["weights"] = file_sha256(checkpoint / "model.safetensors")
-        if done and done[LIVE]["weights"] != live["weights"]:
-            done.clear()  # arms are compared only if they branch from the same weights
+        if measurements and measurements[LIVE]["weights"] != live["weights"]:
+            measurements.clear()  # arms are compared only if they branch from the same weights
         note(LIVE, live)
     for name, arm in ARMS.items():
-        if name not in done:
+        if name not in measurements:
             target = folder / name
             note(name, train_arm(arm, seed, train, test, target, checkpoint, options))
             shutil.rmtree(target, ignore_errors=True)
@@ -164,8 +164,8 @@ def collect(options: argparse.Namespace) -> None:
         SystemExit: if none is.
     """
     settings = settings_of(options)
-    runs = {seed: read_done(options.output_dir, NAME, seed, settings) for seed in options.seeds}
-    runs = {seed: done for seed, done in runs.items() if all(arm in done for arm in ARMS)}
+    runs = {seed: read_measurements(options.output_dir, NAME, seed, settings) for seed in options.seeds}
+    runs = {seed: measurements for seed, measurements in runs.items() if all(arm in measurements for arm in ARMS)}
     if not runs:
         raise SystemExit("no seed is finished yet.")
     arms = {name: compare(name, runs) for name in ARMS}
@@ -183,7 +183,7 @@ def collect(options: argparse.Namespace) -> None:
 
 def compare(name: str, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """An arm over all seeds, paired with exact features."""
-    points = [100 * done[name]["accuracy"] for done in runs.values()]
+    points = [100 * measurements[name]["accuracy"] for measurements in runs.values()]
     first = next(iter(runs.values()))[name]
     return {
         "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points)},

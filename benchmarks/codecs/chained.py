@@ -116,9 +116,9 @@ def compare(store: FeatureStore, chain: BlockChain, expected: torch.Tensor, batc
         for first in range(0, len(store), batch_size):
             rows = range(first, min(first + batch_size, len(store)))
             logits.append(chain.model(**{chain.main_input: store.read(rows)}).logits)
-    found = torch.cat(logits)
-    divergence = F.kl_div(found.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean")
-    return {"kl": divergence.item(), "top1_agreement": (found.argmax(1) == expected.argmax(1)).float().mean().item()}
+    answers = torch.cat(logits)
+    divergence = F.kl_div(answers.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean")
+    return {"kl": divergence.item(), "top1_agreement": (answers.argmax(1) == expected.argmax(1)).float().mean().item()}
 
 
 def measure_codec(

@@ -66,19 +66,17 @@ def make_claims(results: dict[str, dict[str, Any]]) -> list[Claim]:
         if "int4" in codecs:
             least = 0.09 if name.startswith("deit") else 0.1
             claims.append(Claim(f"{name}: share that packing int4 saves", codecs["int4"]["saved"], at_least=least))
-        for codec, found in codecs.items():
-            grown = found["packed_bytes"] / found["plain_bytes"]
+        for codec, result in codecs.items():
+            grown = result["packed_bytes"] / result["plain_bytes"]
             claims.append(Claim(f"{name}: packed / plain bytes of {codec}", grown, at_most=1.01))
     return claims
 
 
-def describe(name: str, codec: str, found: dict[str, Any]) -> str:
+def describe(name: str, codec: str, result: dict[str, Any]) -> str:
     """One line for a person."""
-    read, packed, pack = (found[f"{key}_mb_per_second"]["median"] for key in ("read_plain", "read_packed", "pack"))
-    return (
-        f"{name} {codec}: {found['plain_bytes']:,} -> {found['packed_bytes']:,} bytes ({found['saved']:.1%} saved); "
-        f"read {read:.0f} and packed {packed:.0f} MB/s, packing {pack:.0f} MB/s"
-    )
+    read, packed, pack = (result[f"{key}_mb_per_second"]["median"] for key in ("read_plain", "read_packed", "pack"))
+    sizes = f"{result['plain_bytes']:,} -> {result['packed_bytes']:,} bytes ({result['saved']:.1%} saved)"
+    return f"{name} {codec}: {sizes}; read {read:.0f} and packed {packed:.0f} MB/s, packing {pack:.0f} MB/s"
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,8 +84,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codecs", nargs="+", default=CODECS)
     parser.add_argument("--fit_images", type=int, default=96)
     parser.add_argument("--fisher_images", type=int, default=32)
-    parser.add_argument("--test_images", type=int, default=128, help="of Caltech-101")
-    parser.add_argument("--cifar_images", type=int, default=512)
+    parser.add_argument("--test_images", type=int, default=128, help="test images of Caltech-101")
+    parser.add_argument("--cifar_images", type=int, default=512, help="test images of CIFAR-10")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=32)
     options = parser.parse_args(argv)

@@ -50,15 +50,15 @@ def main() -> None:
         pairs = json.loads(target.read_text())["pairs"] if target.exists() else {}
         pairs[str(seed)] = pair
         result = json.loads((FOLDER / "result.json").read_text())
-        planned = result["results"]["schedules"][schedule]["cached_minus_freeze_only_points"]["by_seed"]
-        more = [100 * (pair["cached"] - pair["freeze_only"]) for pair in pairs.values()]
+        first_differences = result["results"]["schedules"][schedule]["cached_minus_freeze_only_points"]["by_seed"]
+        more_differences = [100 * (pair["cached"] - pair["freeze_only"]) for pair in pairs.values()]
         write_json(
             target,
             {
                 "schedule": schedule,
                 "pairs": pairs,
-                "planned_seeds": paired(planned),
-                "all_seeds": paired([*planned, *more]),
+                "planned_seeds": paired(first_differences),
+                "all_seeds": paired([*first_differences, *more_differences]),
                 "machine": describe_machine(),
             },
         )

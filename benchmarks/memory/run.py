@@ -174,7 +174,7 @@ def plot(samples: list[tuple[float, str, int, int]], store_bytes: int, path: Pat
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=16_000, help="of 151 KB at int8")
+    parser.add_argument("--rows", type=int, default=16_000, help="samples; each takes 151 kB with int8")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--codec", default="int8")

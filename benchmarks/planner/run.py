@@ -157,7 +157,7 @@ def predict(model: nn.Module, cuts: tuple[int, ...], images: Dataset, options: a
 
 
 def measure(model: nn.Module, cut: int, images: Dataset, options: argparse.Namespace) -> dict[str, float]:
-    """What a training with this cut took, from its own report."""
+    """Bytes and seconds of a training with this cut, from its own report."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(f"0:{cut}", options, cache="always")
         trainer, _ = train(model, images, folder, options.replay_epochs, config, options)
@@ -192,12 +192,11 @@ def compare(name: str, images: Dataset, options: argparse.Namespace) -> list[dic
     for cut in cuts:
         result = {"model": name, "cut": cut, "plain_step_seconds": summary(plain), "plan_seconds": summary(seconds)}
         for what in LIMITS:
-            told = summary([getattr(row, what) for row in predicted[cut]])
-            was = summary([values[what] for values in measured[cut]])
-            result[what] = {"predicted": told, "measured": was, "ratio": told["median"] / was["median"]}
-            print(
-                f"{name}, cut {cut}, {what}: predicted {told['median']:.4g}, measured {was['median']:.4g}", flush=True
-            )
+            prediction = summary([getattr(row, what) for row in predicted[cut]])
+            outcome = summary([values[what] for values in measured[cut]])
+            first, second = prediction["median"], outcome["median"]
+            result[what] = {"predicted": prediction, "measured": outcome, "ratio": first / second}
+            print(f"{name}, cut {cut}, {what}: predicted {first:.4g}, measured {second:.4g}", flush=True)
         result["verdict"] = predicted[cut][-1].verdict
         results.append(result)
     return results
@@ -253,7 +252,7 @@ def watching(folder: Path) -> Iterator[list[int]]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files; one that goes while it is looked at counts nothing."""
+    """Bytes of all files; one that is deleted in the meantime counts nothing."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -290,15 +289,17 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=("predict", "decline", "budget"))
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--cuts", type=int, default=2, help="of each model at most")
+    parser.add_argument("--cuts", type=int, default=2, help="largest number of cuts of a model")
     add_image_options(parser, rows=320, size=96, batch_size=16)
-    parser.add_argument("--batches", type=int, default=3, help="that a plan measures")
+    parser.add_argument("--batches", type=int, default=3, help="batches that a plan measures")
     parser.add_argument("--sensitivity_batches", type=int, default=8)
     parser.add_argument("--replay_epochs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="predictions and trainings of each cut")
-    parser.add_argument("--epochs", type=int, default=6, help="of a training whose store does not pay")
-    parser.add_argument("--epochs_left", type=int, default=3, help="of these, after the freeze")
-    parser.add_argument("--pairs", type=int, default=3, help="such trainings with auto and with never")
+    parser.add_argument("--rounds", type=int, default=2, help="predictions and trainings of every cut")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of a training whose store does not pay")
+    parser.add_argument("--epochs_left", type=int, default=3, help="how many of these epochs follow the freeze")
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="such trainings with cache=auto, and as many with cache=never"
+    )
     options = parser.parse_args(argv)
     options.parts = options.parts or ["predict", "decline", "budget"]
     if options.smoke:

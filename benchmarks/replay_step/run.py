@@ -49,8 +49,8 @@ class Augmented(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = self.images.__getitems__(indices)
-        drawn = self.transform({"image": list(batch["pixel_values"])})["pixel_values"]
-        return {"pixel_values": torch.stack(drawn), "labels": batch["labels"]}
+        views = self.transform({"image": list(batch["pixel_values"])})["pixel_values"]
+        return {"pixel_values": torch.stack(views), "labels": batch["labels"]}
 
 
 def augment(images: Pixels, size: int) -> Augmented:
@@ -196,8 +196,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--codec", default="int4")
     add_image_options(parser, rows=320)
-    parser.add_argument("--steps", type=int, default=12, help="of a block; all but the first and last are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="timed blocks a side")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of a block; all but the first and the last are timed"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed blocks of each side")
     options = parser.parse_args(argv)
     if options.smoke:
         options.cuts, options.batch_size, options.rows, options.steps, options.rounds = [10], 8, 32, 4, 2

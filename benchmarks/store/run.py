@@ -197,10 +197,12 @@ def endless_loader(dataset: Any, options: argparse.Namespace) -> Iterator[Any]:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--codec", default="int4", help="against the hand-written way")
+    parser.add_argument(
+        "--codec", default="int4", help="codec of the store that is compared with the hand-written data set"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=4096, help="of the store that is compared with np.memmap")
-    parser.add_argument("--batches", type=int, default=400, help="timed batches a side, against np.memmap")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the store that is compared with np.memmap")
+    parser.add_argument("--batches", type=int, default=400, help="timed batches of the store and of np.memmap")
     parser.add_argument("--hand_rows", type=int, default=4096)
     parser.add_argument("--hand_batches", type=int, default=100)
     parser.add_argument("--write_repeats", type=int, default=3)
