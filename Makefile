@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # Every process of a test would compile all that it imports: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test slow quality style clean
+.PHONY: demo test slow quality style docs clean
 
 demo: $(STAMP)
 	$(BIN)/python recipes/quickstart.py
@@ -34,6 +34,11 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documents as a web site in `site/`; a broken link is an error. The site builder is installed only for this target.
+docs: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 # torch, torchvision and timm are resolved in one step, so that their versions fit each other.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,5 +47,5 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,86 +48,87 @@ class FreezeCacheConfig:
         default=0.75, metadata={"help": "For policy linear: fraction of the blocks frozen in the end."}
     )
     freeze_stages: int = field(
-        default=2, metadata={"help": "For policy linear: number of steps. Each one costs a build: few, deep steps."}
+        default=2,
+        metadata={"help": "For policy linear: number of steps. Each costs a build: few, deep steps pay best."},
     )
     blocks: list[str] | None = field(
         default=None,
-        metadata={"help": "Module names of the blocks, stem first, for models whose blocks are not declared."},
+        metadata={"help": "Module names of the blocks, stem first, for a model whose family is not declared."},
     )
     cache: str = field(
         default="auto",
         metadata={
-            "help": "auto builds a store where it pays for the epochs that remain and the budget and the free disk "
-            "hold it; always builds wherever the budget holds it; never only freezes."
+            "help": "auto builds a store if it saves more time in the remaining epochs than its build takes and if it "
+            "fits the budget and the free disk; always builds whenever the budget allows it; never only freezes."
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where stores lie; `output_dir/_freeze_cache` if not given."}
+        default=None, metadata={"help": "Folder of the stores; `output_dir/_freeze_cache` if not given."}
     )
     codec: str = field(
-        default="int4", metadata={"help": f"How a feature becomes bytes: one of {', '.join(CODEC_NAMES)}."}
+        default="int4", metadata={"help": f"Encoding of the stored features: one of {', '.join(CODEC_NAMES)}."}
     )
     lossless: bool = field(
         default=False,
         metadata={
-            "help": "Pack every row's codes with zstd: smaller files, a little more time to read; most with int4 and "
-            "convolution maps. A budget counts the bytes of rows that do not pack, until a store is built."
+            "help": "Compress the codes of every row with zstd: smaller files, slightly slower reads. It saves most "
+            "with int4 and on convolution maps. Until a store is built, a budget counts the uncompressed bytes."
         },
     )
     progressive: str | None = field(
         default=None,
         metadata={
             "help": "Codec by depth of the cut, in place of codec: `fraction of the blocks:codec` pairs, e.g. "
-            "'0.25:int8,0.5:int4,0.75:int3'; below the first depth its codec holds. 'default' is a progression that "
-            "was measured to be right for most models."
+            "'0.25:int8,0.5:int4,0.75:int3'; below the first depth the first codec is used. 'default' is "
+            "'0.0:int4,0.7:int3', measured on one model only (DeiT-Tiny)."
         },
     )
     cache_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Most bytes that the stores of a training may take at any moment, e.g. '20GB'. A coarser codec is "
-            "taken where it fits and the wanted one does not."
+            "help": "Maximum size of all stores of a training at any moment, e.g. '20GB'. If the chosen codec does "
+            "not fit, the next coarser one that fits is used."
         },
     )
     materialize: str = field(
         default="upfront",
         metadata={
-            "help": "upfront builds a store in passes over the data at the freeze; write_through trains the first "
-            "epochs after it live and stores what they compute."
+            "help": "upfront builds a store in a pass of its own at the freeze; write_through trains the next epochs "
+            "on images and stores the features that they compute."
         },
     )
     deepen: str = field(
         default="raw",
         metadata={
-            "help": "Where a deeper store comes from: raw runs the prefix on images, cache runs the newly frozen "
-            "blocks on the store of the cut before."
+            "help": "Source of the store of a deeper cut: raw runs the whole prefix on images, cache runs only the "
+            "newly frozen blocks on the store of the previous cut."
         },
     )
     cache_eval: bool = field(
         default=False,
         metadata={
-            "help": "Keep the evaluation set's features in fp16 too, for the evaluations during training; the last "
-            "one runs on images, and both results are logged."
+            "help": "Also cache the evaluation set's features, in fp16, for the evaluations during training. The last "
+            "evaluation runs on images, and both results are logged."
         },
     )
     views: int = field(
         default=1,
         metadata={
-            "help": "Augmented views stored beside the base view. A deterministic transform needs none and gets none; "
-            "0 ends augmentation at the freeze point."
+            "help": "Number of augmented views stored beside the base view. A deterministic transform gets none; 0 "
+            "ends augmentation at the freeze."
         },
     )
     sensitive_fraction: float = field(
         default=0.25,
         metadata={
-            "help": "Fraction of the channels that is stored for every view: those that follow the augmentation "
-            "least. The others are stored once and warped. 1.0 stores whole views."
+            "help": "Fraction of the channels that is stored for every view: the channels that follow the "
+            "augmentation least. The other channels are stored once and warped. 1.0 stores whole views."
         },
     )
     sensitive_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Bytes for the sensitive channels of all views, e.g. '2GB'; decides their number in place of "
+            "help": "Size of the sensitive channels of all views, e.g. '2GB'; it sets their number in place of "
             "sensitive_fraction."
         },
     )
@@ -136,13 +137,13 @@ class FreezeCacheConfig:
         metadata={"help": f"How a channel is compared with its warped base view: {' or '.join(SIMILARITIES)}."},
     )
     sensitivity_batches: int = field(
-        default=32, metadata={"help": "Batches, drawn from the seed, on which channels are compared at most."}
+        default=32, metadata={"help": "Maximum number of batches used to compare channels and to fit channel maps."}
     )
     channel_map: bool = field(
         default=True,
         metadata={
-            "help": "Make the channels that are not stored for a view from all warped ones and the stored ones, by a "
-            "linear map (one for mirrored views, one for others); else each is its base view's, warped."
+            "help": "Predict the channels that are not stored for a view by a linear map from all warped channels and "
+            "the stored ones (one map for mirrored views, one for others); else each channel is only warped."
         },
     )
     feature_noise: float = field(
@@ -150,11 +151,15 @@ class FreezeCacheConfig:
     )
     mixup_alpha: float = field(
         default=0.0,
-        metadata={"help": "Mixup of images in live epochs and of features in replay epochs; 0 is none."},
+        metadata={
+            "help": "Alpha of mixup, which mixes images in live epochs and features in replay epochs; 0 turns it off."
+        },
     )
     cutmix_alpha: float = field(
         default=0.0,
-        metadata={"help": "CutMix of images in live epochs and of features in replay epochs; 0 is none."},
+        metadata={
+            "help": "Alpha of CutMix, which mixes images in live epochs and features in replay epochs; 0 turns it off."
+        },
     )
 
     def __post_init__(self):

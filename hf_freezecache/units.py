@@ -1,4 +1,4 @@
-"""Bytes, seconds and epochs for people, and tables of them."""
+"""Bytes, seconds and epochs as text for people, and sizes in bytes from text."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as 4096, '4096', '2GB' or '1.5 GiB'.
+    """Number of bytes of a size.
+
+    Args:
+        size: a number of bytes, or a number with a unit such as '4096', '2GB' or '1.5 GiB'.
 
     Raises:
-        ValueError: if it is none; the message names the units.
+        ValueError: if it is not a size; the message names the units.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
-    if found is None or found[2].upper() not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
         raise ValueError(
             f"{size!r} is not a size: a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, e.g. 2GB"
         )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def show_epochs(epochs: float) -> str:
-    """Epochs for a person, e.g. `1 epoch`, `2.5 epochs`."""
+    """A number of epochs as text, e.g. `1 epoch`, `2.5 epochs`."""
     number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
     return f"{number} epoch{'' if number == '1' else 's'}"
 
 
 def show_bytes(count: int) -> str:
-    """Bytes for a person, e.g. `1.23 GB`."""
+    """A number of bytes as text with three digits, e.g. `1.23 GB`."""
     return _show_count(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}, "B")
 
 
 def show_flops(count: float) -> str:
-    """Floating-point operations for a person, e.g. `1.23 TFLOP`."""
+    """A number of floating-point operations as text with three digits, e.g. `1.23 TFLOP`."""
     return _show_count(count, {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "kFLOP": 1e3}, "FLOP")
 
 
@@ -52,7 +55,7 @@ def _show_count(count: float, units: dict[str, float], smallest: str) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """Seconds for a person, e.g. `12 ms`, `3.4 s`, `2 min 05 s`, `1 h 20 min`."""
+    """A number of seconds as text, e.g. `12 ms`, `3.4 s`, `2 min 05 s`, `1 h 20 min`."""
     sign, size = ("-", -seconds) if seconds < 0 else ("", seconds)
     if size < 0.9995:
         return f"{sign}{1000 * size:.3g} ms"

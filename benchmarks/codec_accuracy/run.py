@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.cache.codec.progression import DEFAULT
-from hf_freezecache.cache.store import file_sha256
+from hf_freezecache.cache.shards import file_sha256
 
 from .._common import QUIET, Claim, make_parser, pick, prepare, quiet, result_folder, silence, write_result
 from .._images import FINISH, Pixels, add_image_options, as_interpolated_batch, load_cifar10, load_deit

@@ -90,7 +90,7 @@ class PlanRow:
         live_step_seconds: of one batch with this cut frozen, from images.
         replay_step_seconds: of one batch from the store.
         peak_memory_bytes: of a replay step; None if it was not measured.
-        room: bytes that the store may take; None if that is not known.
+        limit: bytes that the store may take; None if that is not known.
         most_bytes: of the Arrow files, the most that they can take where rows are packed; None: they take `bytes`.
 
     Where the suffix was not measured, steps and epochs lack it; what is saved is right.
@@ -107,7 +107,7 @@ class PlanRow:
     live_step_seconds: float
     replay_step_seconds: float
     peak_memory_bytes: int | None = None
-    room: int | None = None
+    limit: int | None = None
     most_bytes: int | None = None
 
     @property
@@ -134,13 +134,13 @@ class PlanRow:
     @property
     def fits(self) -> bool:
         """Whether budget and disk hold the store."""
-        return self.room is None or self.needed <= self.room
+        return self.limit is None or self.needed <= self.limit
 
     @property
     def verdict(self) -> str:
         """One phrase for a person."""
         if not self.fits:
-            return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.room)} left"
+            return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.limit)} left"
         if self.seconds_saved_per_epoch <= 0:
             return "does not pay: a replay step is no faster"
         epochs = math.floor(self.break_even_epochs * MARGIN) + 1
@@ -215,7 +215,7 @@ def make_row(
     view_bytes: int,
     costs: Costs,
     work: Work,
-    room: int | None,
+    limit: int | None,
     most_bytes: int | None = None,
 ) -> PlanRow:
     """Puts what was measured on one range together for all of them.
@@ -228,7 +228,7 @@ def make_row(
         view_bytes: of the Arrow files, what the augmented views take.
         costs: of one range.
         work: how many there are.
-        room: bytes that the store may take; None if that is not known.
+        limit: bytes that the store may take; None if that is not known.
         most_bytes: of the Arrow files, the most that they can take where rows are packed.
     """
     live, replay = step_seconds(costs, work.workers)
@@ -245,7 +245,7 @@ def make_row(
         live_step_seconds=live,
         replay_step_seconds=replay,
         peak_memory_bytes=costs.peak_memory_bytes,
-        room=room,
+        limit=limit,
         most_bytes=most_bytes,
     )
 
@@ -296,20 +296,20 @@ def never_pays(epochs_left: float, work: Work) -> bool:
     return epochs_left <= 1 + work.views_run + compared + work.run_twice / ranges
 
 
-def decide(row: PlanRow, epochs_left: float, room: int | None = None) -> str | None:
+def decide(row: PlanRow, epochs_left: float, limit: int | None = None) -> str | None:
     """Whether to build.
 
     Args:
         row: what the build would cost and save.
         epochs_left: epochs of training that remain.
-        room: bytes that the store may take; None: the row's own.
+        limit: bytes that the store may take; None: the row's own.
 
     Returns:
         None; or why not, in one phrase.
     """
-    room = row.room if room is None else room
-    if room is not None and row.needed > room:
-        return f"it needs {show_bytes(row.needed)}, and {show_bytes(room)} are left"
+    limit = row.limit if limit is None else limit
+    if limit is not None and row.needed > limit:
+        return f"it needs {show_bytes(row.needed)}, and {show_bytes(limit)} are left"
     saved = row.seconds_saved_per_epoch
     if saved <= 0:
         return "a replay step would be no faster than a live one"

@@ -10,9 +10,12 @@ import time
 import pytest
 from support import helpers, images, zoo
 from support.builds import build
+from support.helpers import tiny_vit
+from support.packed_stores import build_plain_and_packed
 from transformers import ViTImageProcessor
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.cli import main as cli
 from hf_freezecache.cli.main import main
 from hf_freezecache.units import show_bytes
 
@@ -265,3 +268,11 @@ def test_clean_of_what_holds_no_stores_says_so(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path}: no stores\n"
     assert main(["clean", str(tmp_path / "missing")]) == 1
     assert "is not a directory" in capsys.readouterr().err
+
+
+def test_inspect_says_that_rows_are_packed(tmp_path, capsys):
+    plain, packed = build_plain_and_packed(tiny_vit(), tmp_path)
+    for store, expected in ((plain, "int4"), (packed, "int4, every row packed with zstd")):
+        assert cli.main(["inspect", str(store.path)]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("codec  ")]
+        assert line.removeprefix("codec").strip() == expected

@@ -1,0 +1,65 @@
+"""Links of the documents lead somewhere, and the numbers that the README begins with are those of the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+README = (ROOT / "README.md").read_text()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
+def test_links_lead_to_files_and_headings_that_exist(page):
+    assert broken_links(page) == []
+
+
+def test_a_link_to_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n[here](#a-title) [there](#no-title) [file](none.md) [web](https://example.org)\n")
+    assert broken_links(page) == ["#no-title", "none.md"]
+
+
+def test_every_page_of_docs_is_in_the_table_of_contents():
+    contents = (ROOT / "docs/index.md").read_text()
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name in navigation
+        assert page.name == "index.md" or f"({page.name})" in contents
+
+
+def test_readme_has_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
+
+
+def test_headline_of_readme_is_the_committed_result():
+    arms = json.loads((ROOT / "benchmarks/finetune_caltech/result.json").read_text())["results"]["arms"]
+    for schedule in ("5:8", "2:10"):
+        cached, frozen = arms[f"cached {schedule}"], arms[f"freeze-only {schedule}"]
+        accuracy = {name: arm["accuracy_percent"]["mean"] for name, arm in (("cached", cached), ("frozen", frozen))}
+        lost = accuracy["cached"] - arms["plain"]["accuracy_percent"]["mean"]
+        assert f"{cached['speedup_over_plain']['median']:.2f}x faster at {lost:.1f} points" in README
+        assert f"{accuracy['frozen']:.1f} % instead of {accuracy['cached']:.1f} %" in README
