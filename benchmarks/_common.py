@@ -41,8 +41,8 @@ _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "accelerate", "nump
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny settings; the result goes to outputs/, not here")
-    parser.add_argument("--threads", type=int, help="torch threads; what torch takes by itself if not given")
+    parser.add_argument("--smoke", action="store_true", help="use tiny settings and write the result below outputs/")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", help=f"folder with data/ and weights/ (${SHARED_VARIABLE}, or ../shared)")
     return parser
@@ -64,9 +64,14 @@ def quiet() -> None:
 
 
 def silence(trainer: Trainer) -> Trainer:
-    """Takes away the callback that prints every log entry where there is no progress bar."""
+    """Removes the callback that prints every log entry where there is no progress bar."""
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def pick(options: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Options by their names, which are separated by spaces: the settings of a result."""
+    return {name: getattr(options, name) for name in names.split()}
 
 
 def shared_folder(options: argparse.Namespace, *parts: str) -> Path:

@@ -1,11 +1,11 @@
-"""Measurements of a long run, seed by seed, so that a killed run goes on where it was."""
+"""Measurements of a long run, seed by seed, so that a killed run can be continued."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,33 @@ from ._common import REPOSITORY, available_cores, write_json
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What a long run of several seeds can be told."""
+    """Adds the options of a long run of several seeds."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a seed; cores are divided")
-    parser.add_argument("--collect", action="store_true", help="tables and plots of what is finished, no training")
-    parser.add_argument("--fresh", action="store_true", help="forget what is finished of what would be run")
-    parser.add_argument("--output_dir", help="checkpoints, stores and partial results; outputs/ if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own seed; they share the cores")
+    parser.add_argument(
+        "--collect", action="store_true", help="make tables and plots of the finished seeds, train nothing"
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete the finished measurements of these seeds first")
+    parser.add_argument(
+        "--output_dir", help="folder of checkpoints, stores and partial results (default: below outputs/)"
+    )
 
 
-def settle_run_options(options: argparse.Namespace, name: str) -> None:
-    """Fills in the folder of partial results and the threads of a process."""
+def settle_run_options(options: argparse.Namespace, name: str, processes: int) -> None:
+    """Fills in the folder of partial results and the threads of each process."""
     if options.output_dir is None:
         folder = f"{name}-smoke" if options.smoke else name
         options.output_dir = str(REPOSITORY / "outputs" / "benchmarks" / folder / "partial")
     if options.threads is None:
-        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // options.jobs)
+        options.threads = max(1, min(available_cores(), torch.get_num_threads()) // processes)
 
 
 def partial_file(folder: str | Path, name: str, seed: int) -> Path:
-    """Where the measurements of an experiment with a seed lie."""
+    """The file with the measurements of an experiment with a seed."""
     return Path(folder) / f"{name}-seed-{seed}.json"
 
 
-def read_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+def read_measurements(folder: str | Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Finished measurements by arm.
 
     Raises:
@@ -53,17 +57,41 @@ def read_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any]
     return content["done"]
 
 
-def write_done(folder: str | Path, name: str, seed: int, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    """Keeps the finished measurements of an experiment with a seed."""
-    write_json(partial_file(folder, name, seed), {"settings": settings, "done": done})
+def write_measurements(
+    folder: str | Path, name: str, seed: int, settings: dict[str, Any], measurements: dict[str, Any]
+) -> None:
+    """Saves the finished measurements of an experiment with a seed."""
+    write_json(partial_file(folder, name, seed), {"settings": settings, "done": measurements})
 
 
-def run_tasks(function: Callable[..., None], tasks: Iterable[tuple], jobs: int) -> None:
-    """Calls `function(*task)` for every task, in this process or in several."""
+def run_experiments(
+    options: argparse.Namespace,
+    experiments: Mapping[str, Callable[[int, argparse.Namespace], None]],
+    collect: Callable[[argparse.Namespace], None],
+) -> None:
+    """Runs every experiment with every seed and collects the results, as the options of a long run say.
+
+    Args:
+        options: those of `add_run_options`.
+        experiments: name -> what measures it with a seed and saves that.
+        collect: makes tables and result files of what is finished.
+    """
+    if options.fresh:
+        for name in experiments:
+            for seed in options.seeds:
+                partial_file(options.output_dir, name, seed).unlink(missing_ok=True)
+    if not options.collect:
+        tasks = [(measure, seed, options) for measure in experiments.values() for seed in options.seeds]
+        run_tasks(tasks, options.jobs)
+    collect(options)
+
+
+def run_tasks(tasks: Iterable[tuple[Any, ...]], jobs: int) -> None:
+    """Calls `function(*arguments)` for every task `(function, *arguments)`, in this process or in several."""
     if jobs == 1:
-        for task in tasks:
-            function(*task)
+        for function, *arguments in tasks:
+            function(*arguments)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for run in [pool.submit(function, *task) for task in tasks]:
+        for run in [pool.submit(*task) for task in tasks]:
             run.result()

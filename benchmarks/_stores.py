@@ -55,3 +55,15 @@ def write_store(
     )
     complete(aside, path, small_files(codec, views, manifest, {}))
     return FeatureStore.open(path)
+
+
+def arrow_bytes(
+    path: Path, codec: Codec, batches: Iterable[Mapping[str, torch.Tensor]], lossless: bool = False
+) -> int:
+    """Writes an Arrow file of codes and row numbers, as a store has it, and returns its size."""
+    first = 0
+    with ShardWriter(path, codec, ViewColumns(ViewSpec(), codec), {}, lossless) as writer:
+        for codes in batches:
+            writer.write(first, codes, {})
+            first += len(codes["base"])
+    return path.stat().st_size

@@ -26,7 +26,7 @@ def recipes_extra() -> Iterator[None]:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of training with evaluation taken out, for any `Trainer`; building a cache counts as training.
+    """Measures the seconds of training without evaluation, for any `Trainer`; building a store counts as training.
 
     After training, `seconds` is the total and `curve` holds one `{"epoch", "seconds", "accuracy"}` per evaluation.
     """

@@ -5,8 +5,8 @@
         --num_train_epochs 12 --freeze_points 4:9 --policy manual
 
 Images come from a data set on the hub (`--dataset_name`), parquet files (`--train_files`) or a folder with one folder
-per class (`--train_dir`). Training images are augmented: a random resized crop and a flip, which replay epochs go on
-with. Evaluation images are resized and cropped as the model's processor says.
+per class (`--train_dir`). Training images are augmented by a random resized crop and a flip, in replay epochs too.
+Evaluation images are resized and cropped as the model's processor does it.
 """
 
 import sys
@@ -28,7 +28,7 @@ from hf_freezecache.cli.images import ImageCollator, encode_labels, find_columns
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of an image classifier."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the square images; the model's own if not given."}
+        default=None, metadata={"help": "Side of the square images (default: the model's own)."}
     )
 
 
@@ -37,14 +37,23 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_files: list[str] | None = field(default=None, metadata={"help": "Parquet files, patterns allowed."})
-    validation_files: list[str] | None = field(default=None, metadata={"help": "Parquet files, patterns allowed."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the training images that validate if there are no others."}
+    validation_files: list[str] | None = field(
+        default=None, metadata={"help": "Parquet files of validation images, patterns allowed."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder of validation images, one folder per class."}
+    )
+    validation_split: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the training images that is used for validation if no validation images are given."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Default: the first column of type Image."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Default: the first column of type ClassLabel, or label, or labels."}
+    )
     augmentation: str = field(
         default="crop",
         metadata={
@@ -56,7 +65,9 @@ class DataArguments:
     limit: int | None = field(default=None, metadata={"help": "Use this many shuffled images of each split."})
     plan: bool = field(
         default=False,
-        metadata={"help": "Print what a store at every cut would take and save, measured on a few batches, and exit."},
+        metadata={
+            "help": "Measure on a few batches what a store at every cut would cost and save, print that and exit."
+        },
     )
 
     def __post_init__(self):

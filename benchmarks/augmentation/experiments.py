@@ -9,14 +9,12 @@ from typing import Any
 
 import datasets
 import torch
-from datasets import load_dataset
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 from transformers import default_data_collator
 
-from .._common import shared_folder
-from .._images import Pixels, load_caltech, load_deit
+from .._images import FINISH, Pixels, load_caltech, load_caltech_files, load_cifar10, load_deit
 from .._resnet import CifarResNet, block_names
 
 FREEZE_ONLY = "freeze only"
@@ -25,7 +23,6 @@ FLIP = "naive flip"
 
 _CIFAR_SIZE, _CALTECH_SIZE = 32, 112
 _CIFAR_NORMALIZE = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-_IMAGENET_NORMALIZE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -179,12 +176,7 @@ def _cifar10() -> Experiment:
 
 
 def _load_cifar10(options: argparse.Namespace, rows: int | None, test_rows: int | None) -> Data:
-    folder = shared_folder(options, "data", "cifar10")
-    train, test = (
-        load_dataset("parquet", data_files=str(folder / name), split="train")
-        for name in ("train-00000-of-00005.parquet", "test-00000-of-00001.parquet")
-    )
-    train, test = _first(train, rows), _first(test, test_rows)
+    train, test = load_cifar10(options, "train", rows), load_cifar10(options, "test", test_rows)
     pixels = torch.stack([functional.pil_to_tensor(image) for image in test["image"]])
     return Data(train, Pixels(_CIFAR_NORMALIZE(pixels.float() / 255), torch.tensor(test["label"])))
 
@@ -194,7 +186,6 @@ def _load_cifar10(options: argparse.Namespace, rows: int | None, test_rows: int 
 
 def _caltech() -> Experiment:
     size = _CALTECH_SIZE
-    finish = [v2.ToDtype(torch.float32, scale=True), _IMAGENET_NORMALIZE]
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     return Experiment(
         name="caltech",
@@ -208,17 +199,17 @@ def _caltech() -> Experiment:
                 v2.RandomResizedCrop(size, scale=(0.35, 1.0), **bicubic),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(0.3, 0.3, 0.3),
-                *finish,
+                *FINISH,
             ]
         ),
-        base=v2.Compose([v2.ToImage(), v2.Resize(size * 8 // 7, **bicubic), v2.CenterCrop(size), *finish]),
+        base=v2.Compose([v2.ToImage(), v2.Resize(size * 8 // 7, **bicubic), v2.CenterCrop(size), *FINISH]),
         flip=v2.Compose(
             [
                 v2.ToImage(),
                 v2.Resize(size * 8 // 7, **bicubic),
                 v2.CenterCrop(size),
                 v2.RandomHorizontalFlip(p=1.0),
-                *finish,
+                *FINISH,
             ]
         ),
         collator=collate_interpolated,
@@ -234,8 +225,7 @@ def _caltech() -> Experiment:
 
 
 def _load_caltech(options: argparse.Namespace, rows: int | None, test_rows: int | None) -> Data:
-    path = shared_folder(options, "data", "caltech101", "train.parquet")
-    train = _first(load_dataset("parquet", data_files=str(path), split="train"), rows)
+    train = load_caltech_files(options, "train", rows)
     # Decoding photographs of 300 px in every epoch would be most of the time; crops of 112 px lose nothing visible.
     train = train.map(_shrink, batched=True, batch_size=100, keep_in_memory=True)
     return Data(train, load_caltech(options, "test", _CALTECH_SIZE, test_rows))
@@ -246,10 +236,6 @@ def _shrink(rows: dict[str, list], side: int = 160) -> dict[str, list]:
 
 
 # Both
-
-
-def _first(dataset: datasets.Dataset, rows: int | None) -> datasets.Dataset:
-    return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
 
 
 def collate(rows: Sequence[Mapping[str, Any]] | dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from transformers import set_seed
@@ -18,8 +17,7 @@ from hf_freezecache.augment.maps import to_maps
 from hf_freezecache.augment.sensitivity import channel_similarity
 from hf_freezecache.model.layout import FeatureLayout
 
-from .._common import shared_folder
-from .._images import load_deit
+from .._images import FINISH, load_caltech_files, load_deit
 
 FEATURES = "features"
 CUTS = (4, 8)
@@ -39,12 +37,11 @@ def feature_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_transform() -> ReplayableTransform:
     """Random resized crop and flip; as the base the centre crop of DeiT's evaluation."""
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     crop = v2.RandomResizedCrop(_SIZE, scale=_SCALE, **bicubic)
     return ReplayableTransform(
-        train=v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *finish]),
-        base=v2.Compose([v2.ToImage(), v2.Resize(_SIZE * 8 // 7, **bicubic), v2.CenterCrop(_SIZE), *finish]),
+        train=v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *FINISH]),
+        base=v2.Compose([v2.ToImage(), v2.Resize(_SIZE * 8 // 7, **bicubic), v2.CenterCrop(_SIZE), *FINISH]),
     )
 
 
@@ -54,14 +51,13 @@ def measure_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, 
     Returns:
         By cut: mean over images and channels of the cosine between a view's map and the base view's, as it is
         (`unwarped`) and warped by the view's geometry (`warped`), over the positions that show something of the base
-        view, and the share of those positions (`shown`). A channel's mean over images and positions is taken away.
+        view, and the share of those positions (`shown`). Each channel's mean is subtracted first.
     """
     set_seed(seed)
     chain = BlockChain.from_model(load_deit(options).eval())
     count = feature_settings(options)["images"]
-    path = shared_folder(options, "data", "caltech101", "train.parquet")
-    dataset = load_dataset("parquet", data_files=str(path), split="train")
-    images = [image.convert("RGB") for image in dataset.select(range(seed * count, (seed + 1) * count))["image"]]
+    rows = load_caltech_files(options, "train").select(range(seed * count, (seed + 1) * count))
+    images = [image.convert("RGB") for image in rows["image"]]
     layout = chain.layout(CUTS[0])
     base, _ = draw_view(images, Draw(seed, range(count), view=0))
     view, rows = draw_view(images, Draw(seed, range(count), view=1, geometry=(PROJECTIVE, layout.grid)))

@@ -7,6 +7,7 @@ python -m benchmarks.augmentation.run --collect          # tables and plots of w
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -14,14 +15,8 @@ from typing import Any
 
 import torch
 
-from .._common import (
-    make_parser,
-    prepare,
-    quiet,
-    result_folder,
-    write_result,
-)
-from .._partials import add_run_options, partial_file, read_done, run_tasks, settle_run_options, write_done
+from .._common import make_parser, prepare, quiet, result_folder, write_result
+from .._partials import add_run_options, read_measurements, run_experiments, settle_run_options, write_measurements
 from .experiments import Arm, Data, Experiment, make_experiments
 from .features import FEATURES, feature_settings, measure_seed
 from .tables import compare, make_claims, plot, summarize_features, table
@@ -38,33 +33,33 @@ def run_task(name: str, seed: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if name != FEATURES:
         run_seed(make_experiments(options)[name], seed, options)
-    elif not read_done(options.output_dir, name, seed, feature_settings(options)):
-        write_done(options.output_dir, name, seed, feature_settings(options), measure_seed(seed, options))
+    elif not read_measurements(options.output_dir, name, seed, feature_settings(options)):
+        write_measurements(options.output_dir, name, seed, feature_settings(options), measure_seed(seed, options))
         print(f"{name}, seed {seed}: done", flush=True)
 
 
 def run_seed(experiment: Experiment, seed: int, options: argparse.Namespace) -> None:
     """Trains the live epochs of a seed and all arms from their checkpoint, one after the other."""
-    done = read_done(options.output_dir, experiment.name, seed, experiment.settings)
-    if all(arm.name in done for arm in experiment.arms):
+    measurements = read_measurements(options.output_dir, experiment.name, seed, experiment.settings)
+    if all(arm.name in measurements for arm in experiment.arms):
         return
     data = experiment.load_data(options, experiment.rows, experiment.test_rows)
     folder = Path(options.output_dir) / f"{experiment.name}-seed-{seed}"
 
     def note(name: str, result: dict[str, Any]) -> None:
-        done[name] = result
-        write_done(options.output_dir, experiment.name, seed, experiment.settings, done)
+        measurements[name] = result
+        write_measurements(options.output_dir, experiment.name, seed, experiment.settings, measurements)
         seconds, accuracy = sum(result["epoch_seconds"]), 100 * result["accuracy"]
         print(f"{experiment.name}, seed {seed}, {name}: {accuracy:.2f} %, epochs {seconds:.0f} s", flush=True)
 
-    if not has_checkpoint(experiment, data, folder, done):
+    if not has_checkpoint(experiment, data, folder, measurements):
         live = train_live(experiment, seed, data, folder, options)
-        if done and done[LIVE][_WEIGHTS] != live[_WEIGHTS]:
+        if measurements and measurements[LIVE][_WEIGHTS] != live[_WEIGHTS]:
             # Arms are compared only if they branch from the same weights.
-            done.clear()
+            measurements.clear()
         note(LIVE, live)
     for arm in experiment.arms:
-        if arm.name not in done:
+        if arm.name not in measurements:
             note(arm.name, timed(experiment, arm, seed, data, folder, options))
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -78,18 +73,12 @@ def timed(
     return {**result, "all_seconds": time.perf_counter() - start}
 
 
-def has_checkpoint(experiment: Experiment, data: Data, folder: Path, done: dict[str, Any]) -> bool:
+def has_checkpoint(experiment: Experiment, data: Data, folder: Path, measurements: dict[str, Any]) -> bool:
     """Whether the live epochs were finished and their checkpoint is still there."""
-    return LIVE in done and weights_file(experiment, data, folder).is_file()
+    return LIVE in measurements and weights_file(experiment, data, folder).is_file()
 
 
 # All of it
-
-
-def run_all(options: argparse.Namespace) -> None:
-    """Every experiment with every seed, in this process or in several."""
-    tasks = [(name, seed) for name in options.experiments for seed in options.seeds]
-    run_tasks(run_task, [(*task, options) for task in tasks], options.jobs)
 
 
 def collect(options: argparse.Namespace) -> None:
@@ -101,9 +90,13 @@ def collect(options: argparse.Namespace) -> None:
     target = result_folder(NAME, options.smoke)
     results, settings, text, claims = {}, {}, [], []
     for name, experiment in make_experiments(options).items():
-        finished = {seed: read_done(options.output_dir, name, seed, experiment.settings) for seed in options.seeds}
+        finished = {
+            seed: read_measurements(options.output_dir, name, seed, experiment.settings) for seed in options.seeds
+        }
         names = [arm.name for arm in experiment.arms]
-        runs = {seed: done for seed, done in finished.items() if all(arm in done for arm in names)}
+        runs = {
+            seed: measurements for seed, measurements in finished.items() if all(arm in measurements for arm in names)
+        }
         if not runs:
             continue
         settings[name] = {**experiment.settings, "seeds": list(runs)}
@@ -112,8 +105,11 @@ def collect(options: argparse.Namespace) -> None:
         claims += make_claims(name, arms)
         text.append(table(experiment.title, arms, len(runs)))
         plot(arms, f"{experiment.title}, {len(runs)} seeds", target / f"{name}.png")
-    measured = {seed: read_done(FEATURES, seed, feature_settings(options), options) for seed in options.seeds}
-    measured = {seed: done for seed, done in measured.items() if done}
+    measured = {
+        seed: read_measurements(options.output_dir, FEATURES, seed, feature_settings(options))
+        for seed in options.seeds
+    }
+    measured = {seed: measurements for seed, measurements in measured.items() if measurements}
     if measured:
         settings[FEATURES] = {**feature_settings(options), "seeds": list(measured)}
         results[FEATURES], lines, more = summarize_features(measured)
@@ -132,20 +128,14 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_options(parser)
     parser.add_argument("--experiments", nargs="+", default=[*TRAININGS, FEATURES], choices=[*TRAININGS, FEATURES])
     options = parser.parse_args(argv)
-    settle_run_options(options, NAME)
+    settle_run_options(options, NAME, options.jobs)
     return options
 
 
 def main() -> None:
     options = parse_options()
     prepare(options)
-    if options.fresh:
-        for name in options.experiments:
-            for seed in options.seeds:
-                partial_file(options.output_dir, name, seed).unlink(missing_ok=True)
-    if not options.collect:
-        run_all(options)
-    collect(options)
+    run_experiments(options, {name: functools.partial(run_task, name) for name in options.experiments}, collect)
 
 
 if __name__ == "__main__":

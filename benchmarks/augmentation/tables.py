@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._common import Claim
-from ..finetune_caltech.tables import paired
+from .._statistics import deviation, markdown_table, paired, show_interval
 from .experiments import FLIP, FREEZE_ONLY, NONE, gamma, whole
 
 Runs = Mapping[int, Mapping[str, Mapping[str, Any]]]  # seed -> arm -> measurements
@@ -36,12 +36,15 @@ def compare(runs: Runs, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _one_arm(name: str, runs: Runs) -> dict[str, Any]:
-    rows = [done[name] for done in runs.values()]
+    rows = [measurements[name] for measurements in runs.values()]
     points = [100 * row["accuracy"] for row in rows]
-    difference = [100 * (done[name]["accuracy"] - done[FREEZE_ONLY]["accuracy"]) for done in runs.values()]
+    difference = [
+        100 * (measurements[name]["accuracy"] - measurements[FREEZE_ONLY]["accuracy"])
+        for measurements in runs.values()
+    ]
     stores = [row["store"] for row in rows if "store" in row]
     return {
-        "accuracy_percent": {"mean": statistics.mean(points), "sd": _sd(points), "by_seed": points},
+        "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points), "by_seed": points},
         "minus_freeze_only_points": paired(difference),
         "bytes_per_sample": statistics.mean(store["bytes_per_sample"] for store in stores) if stores else None,
         "build_seconds": statistics.median(row["build_seconds"] for row in rows),
@@ -69,28 +72,24 @@ def make_claims(name: str, arms: Arms) -> list[Claim]:
 
 def table(title: str, arms: Arms, seeds: int) -> str:
     """Markdown."""
-    lines = [
-        f"**{title}**, {seeds} seeds",
-        "",
-        "| arm | bytes a sample | accuracy, % | minus freeze only | 95 % interval | won back | build s | epochs s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = "arm | bytes a sample | accuracy, % | minus freeze only | 95 % interval | won back | build s | epochs s"
+    rows = []
     for name, arm in arms.items():
         accuracy, difference = arm["accuracy_percent"], arm["minus_freeze_only_points"]
-        interval = difference["interval_95"]
         against_itself = name == FREEZE_ONLY
-        cells = [
-            name,
-            "" if arm["bytes_per_sample"] is None else f"{arm['bytes_per_sample']:,.0f}",
-            f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f}",
-            "" if against_itself else f"{difference['mean']:+.2f}",
-            "" if against_itself or interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
-            "" if against_itself or name == NONE or arm["won_back"] is None else f"{100 * arm['won_back']:.0f} %",
-            f"{arm['build_seconds']:.1f}",
-            f"{arm['epochs_seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            (
+                name,
+                "" if arm["bytes_per_sample"] is None else f"{arm['bytes_per_sample']:,.0f}",
+                f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f}",
+                "" if against_itself else f"{difference['mean']:+.2f}",
+                "" if against_itself else show_interval(difference["interval_95"]),
+                "" if against_itself or name == NONE or arm["won_back"] is None else f"{100 * arm['won_back']:.0f} %",
+                f"{arm['build_seconds']:.1f}",
+                f"{arm['epochs_seconds']:.0f}",
+            )
+        )
+    return "\n".join([f"**{title}**, {seeds} seeds", "", *markdown_table(header, rows)]) + "\n"
 
 
 def plot(arms: Arms, title: str, path: Path) -> None:
@@ -108,7 +107,7 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         "gamma": ("tab:blue", "o"),
         "whole": ("tab:orange", "D"),
     }
-    taken: list[float] = []
+    places: list[float] = []
     for name, arm in arms.items():
         if arm["bytes_per_sample"] is None:
             continue
@@ -118,8 +117,8 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
         kilobytes = arm["bytes_per_sample"] / 1000
         # Arms of nearly the same size are drawn side by side.
-        beside = any(abs(kilobytes - other) < 0.1 for other in taken)
-        taken.append(kilobytes)
+        beside = any(abs(kilobytes - other) < 0.1 for other in places)
+        places.append(kilobytes)
         place = kilobytes + (0.15 if beside else 0.0), difference["mean"]
         axes.errorbar(*place, yerr=half, color=colour, marker=marker, markersize=7, capsize=3, linestyle="none")
         style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
@@ -129,7 +128,7 @@ def plot(arms: Arms, title: str, path: Path) -> None:
         else:
             axes.annotate(name, place, xytext=(-9, -3), ha="right", **style)
     axes.set(xlabel="kilobytes a sample in the store", ylabel="test accuracy minus freeze only, points")
-    axes.set_xlim(0, 1.15 * max(taken))
+    axes.set_xlim(0, 1.15 * max(places))
     axes.margins(y=0.15)
     axes.set_title(f"{title}; mean and 95 % interval", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)
@@ -141,13 +140,7 @@ def plot(arms: Arms, title: str, path: Path) -> None:
 
 def summarize_features(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> tuple[dict, str, list[Claim]]:
     """Cosines over the seeds, as a table and as claims."""
-    results, claims = {}, []
-    lines = [
-        f"**Cosine of a view's features with the base view's**, DeiT-Tiny at 224 px, {len(runs)} seeds",
-        "",
-        "| cut | base view as it is | base view, warped | gain | 95 % interval |",
-        "|---|---|---|---|---|",
-    ]
+    results, claims, table_rows = {}, [], []
     for cut in next(iter(runs.values())):
         rows = [run[cut] for run in runs.values()]
         sides = {side: [row[side] for row in rows] for side in ("unwarped", "warped", "shown")}
@@ -156,18 +149,16 @@ def summarize_features(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) ->
             **{side: {"mean": statistics.mean(values), "by_seed": values} for side, values in sides.items()},
             "warped_minus_unwarped": gain,
         }
-        interval = gain["interval_95"]
-        cells = [
-            cut,
-            f"{statistics.mean(sides['unwarped']):.3f}",
-            f"{statistics.mean(sides['warped']):.3f}",
-            f"{gain['mean']:+.3f}",
-            "" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        table_rows.append(
+            (
+                cut,
+                f"{statistics.mean(sides['unwarped']):.3f}",
+                f"{statistics.mean(sides['warped']):.3f}",
+                f"{gain['mean']:+.3f}",
+                show_interval(gain["interval_95"], digits=3),
+            )
+        )
         claims.append(Claim(f"features, cut {cut}: cosine warped - unwarped", gain["mean"], at_least=_MARGIN))
-    return results, "\n".join(lines) + "\n", claims
-
-
-def _sd(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    title = f"**Cosine of a view's features with the base view's**, DeiT-Tiny at 224 px, {len(runs)} seeds"
+    header = "cut | base view as it is | base view, warped | gain | 95 % interval"
+    return results, "\n".join([title, "", *markdown_table(header, table_rows)]) + "\n", claims

@@ -14,7 +14,7 @@ from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, 
 from hf_freezecache.cache.shards import file_sha256
 
 from .._common import QUIET, silence
-from ..finetune_caltech.arms import EpochClock, accuracy
+from .._trainings import EpochClock, accuracy
 from .experiments import Arm, Data, Experiment
 
 CODEC = "int4"

@@ -1,4 +1,4 @@
-"""Accuracy after training on features that a codec has kept: DeiT-Tiny fine-tuned on CIFAR-10.
+"""Accuracy after training on features that a codec has encoded: DeiT-Tiny fine-tuned on CIFAR-10.
 
 python -m benchmarks.codec_accuracy.run --jobs 2
 python -m benchmarks.codec_accuracy.run --collect        # the table of what is finished, nothing is trained
@@ -15,30 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
-from transformers import Trainer, TrainingArguments, ViTForImageClassification, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.cache.codec.progression import DEFAULT
 from hf_freezecache.cache.shards import file_sha256
 
-from .._common import (
-    QUIET,
-    Claim,
-    make_parser,
-    prepare,
-    quiet,
-    result_folder,
-    shared_folder,
-    silence,
-    write_result,
-)
-from .._images import WEIGHTS, Pixels, as_interpolated_batch
-from .._partials import add_run_options, partial_file, read_done, run_tasks, settle_run_options, write_done
-from ..finetune_caltech.arms import EpochClock, accuracy
-from ..finetune_caltech.tables import paired
+from .._common import QUIET, Claim, make_parser, pick, prepare, quiet, result_folder, silence, write_result
+from .._images import FINISH, Pixels, add_image_options, as_interpolated_batch, load_cifar10, load_deit
+from .._partials import add_run_options, read_measurements, run_experiments, settle_run_options, write_measurements
+from .._statistics import deviation, markdown_table, paired, show_interval
+from .._trainings import EpochClock, accuracy
 
 NAME = "codec_accuracy"
 LIVE, EXACT, PROGRESSIVE = "live", "fp32", "progressive"
@@ -46,24 +35,18 @@ ARMS = {codec: {"codec": codec} for codec in (EXACT, "int8", "int4", "int3", "in
 ARMS[PROGRESSIVE] = {"progressive": "default"}
 #: How much worse than exact features the default codec may be, in points of accuracy.
 _LOSS = 0.5
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("rows", "test_rows", "image_size", "epochs", "points", "batch_size", "learning_rate", "weight_decay")
-    return {**{name: getattr(options, name) for name in names}, "progressive": DEFAULT}
+    names = "rows test_rows image_size epochs points batch_size learning_rate weight_decay"
+    return {**pick(options, names), "progressive": DEFAULT}
 
 
-def load_cifar10(options: argparse.Namespace, file: str, rows: int) -> Pixels:
-    """The first rows (balanced by class), enlarged to `options.image_size`."""
-    path = shared_folder(options, "data", "cifar10", file)
-    dataset = load_dataset("parquet", data_files=str(path), split="train").select(range(rows))
+def load_images(options: argparse.Namespace, split: str, rows: int) -> Pixels:
+    """The first rows of CIFAR-10 (balanced by class), enlarged to `options.image_size`."""
+    dataset = load_cifar10(options, split, rows)
     enlarge = v2.Compose(
-        [
-            v2.Resize(options.image_size, interpolation=InterpolationMode.BICUBIC, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(_MEAN, _STD),
-        ]
+        [v2.Resize(options.image_size, interpolation=InterpolationMode.BICUBIC, antialias=True), *FINISH]
     )
     pixels = torch.stack([enlarge(functional.pil_to_tensor(image)) for image in dataset["image"]])
     return Pixels(pixels, torch.tensor(dataset["label"]))
@@ -74,29 +57,29 @@ def run_seed(seed: int, options: argparse.Namespace) -> None:
     quiet()
     torch.set_num_threads(options.threads)
     settings = settings_of(options)
-    done = read_done(options.output_dir, NAME, seed, settings)
-    if all(arm in done for arm in ARMS):
+    measurements = read_measurements(options.output_dir, NAME, seed, settings)
+    if all(arm in measurements for arm in ARMS):
         return
-    train = load_cifar10(options, "train-00000-of-00005.parquet", options.rows)
-    test = load_cifar10(options, "test-00000-of-00001.parquet", options.test_rows)
+    train = load_images(options, "train", options.rows)
+    test = load_images(options, "test", options.test_rows)
     folder = Path(options.output_dir) / f"seed-{seed}"
 
     def note(name: str, result: dict[str, Any]) -> None:
-        done[name] = result
-        write_done(options.output_dir, NAME, seed, settings, done)
+        measurements[name] = result
+        write_measurements(options.output_dir, NAME, seed, settings, measurements)
         print(f"seed {seed}, {name}: {100 * result['accuracy']:.2f} %, {result['seconds']:.0f} s", flush=True)
 
     live_epochs = int(options.points.split(":")[0])
     checkpoint = folder / LIVE / f"checkpoint-{-(-options.rows // options.batch_size) * live_epochs}"
-    if LIVE not in done or not checkpoint.exists():
+    if LIVE not in measurements or not checkpoint.exists():
         shutil.rmtree(folder, ignore_errors=True)
         live = train_arm(None, seed, train, test, folder / LIVE, None, options, stop_after=live_epochs)
         live["weights"] = file_sha256(checkpoint / "model.safetensors")
-        if done and done[LIVE]["weights"] != live["weights"]:
-            done.clear()  # arms are compared only if they branch from the same weights
+        if measurements and measurements[LIVE]["weights"] != live["weights"]:
+            measurements.clear()  # arms are compared only if they branch from the same weights
         note(LIVE, live)
     for name, arm in ARMS.items():
-        if name not in done:
+        if name not in measurements:
             target = folder / name
             note(name, train_arm(arm, seed, train, test, target, checkpoint, options))
             shutil.rmtree(target, ignore_errors=True)
@@ -129,12 +112,7 @@ def train_arm(
     start = time.perf_counter()
     clock = EpochClock(options.epochs, set() if stop_after is None else {stop_after}, stop_after)
     kwargs = {
-        "model": ViTForImageClassification.from_pretrained(
-            shared_folder(options, "weights", WEIGHTS),
-            num_labels=10,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-        ),
+        "model": load_deit(options, classes=10),
         "args": make_args(seed, target, options),
         "train_dataset": train,
         "eval_dataset": test,
@@ -186,8 +164,8 @@ def collect(options: argparse.Namespace) -> None:
         SystemExit: if none is.
     """
     settings = settings_of(options)
-    runs = {seed: read_done(options.output_dir, NAME, seed, settings) for seed in options.seeds}
-    runs = {seed: done for seed, done in runs.items() if all(arm in done for arm in ARMS)}
+    runs = {seed: read_measurements(options.output_dir, NAME, seed, settings) for seed in options.seeds}
+    runs = {seed: measurements for seed, measurements in runs.items() if all(arm in measurements for arm in ARMS)}
     if not runs:
         raise SystemExit("no seed is finished yet.")
     arms = {name: compare(name, runs) for name in ARMS}
@@ -205,10 +183,10 @@ def collect(options: argparse.Namespace) -> None:
 
 def compare(name: str, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """An arm over all seeds, paired with exact features."""
-    points = [100 * done[name]["accuracy"] for done in runs.values()]
+    points = [100 * measurements[name]["accuracy"] for measurements in runs.values()]
     first = next(iter(runs.values()))[name]
     return {
-        "accuracy_percent": {"mean": statistics.mean(points), "sd": statistics.stdev(points) if points[1:] else 0.0},
+        "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points)},
         "minus_exact_points": paired([100 * (d[name]["accuracy"] - d[EXACT]["accuracy"]) for d in runs.values()]),
         "stores": first["stores"],
         "codec_at_the_end": first["codec"],
@@ -216,52 +194,40 @@ def compare(name: str, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(arms: dict[str, dict[str, Any]], seeds: int) -> str:
-    lines = [
-        f"DeiT-Tiny fine-tuned on CIFAR-10, {seeds} seeds",
-        "",
-        "| codec | stores, MB | accuracy, % | minus fp32 | 95 % interval |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, arm in arms.items():
         sizes = ", ".join(f"{store['bytes'] / 1e6:.1f} (cut {store['cut']})" for store in arm["stores"])
         mean, sd = arm["accuracy_percent"]["mean"], arm["accuracy_percent"]["sd"]
-        difference, interval = arm["minus_exact_points"], arm["minus_exact_points"]["interval_95"]
-        between = "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
-        paired_with = ("", "") if name == EXACT else (f"{difference['mean']:+.2f}", between)
-        lines.append(f"| {name} | {sizes} | {mean:.2f} ± {sd:.2f} | {paired_with[0]} | {paired_with[1]} |")
-    return "\n".join(lines) + "\n"
+        difference = arm["minus_exact_points"]
+        pairs = (f"{difference['mean']:+.2f}", show_interval(difference["interval_95"]))
+        rows.append((name, sizes, f"{mean:.2f} ± {sd:.2f}", *(("", "") if name == EXACT else pairs)))
+    lines = markdown_table("codec | stores, MB | accuracy, % | minus fp32 | 95 % interval", rows)
+    return "\n".join([f"DeiT-Tiny fine-tuned on CIFAR-10, {seeds} seeds", "", *lines]) + "\n"
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_run_options(parser)
-    parser.add_argument("--rows", type=int, default=2000)
+    add_image_options(parser, rows=2000, size=96)
     parser.add_argument("--test_rows", type=int, default=5000)
-    parser.add_argument("--image_size", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument(
         "--points", default="3:5,5:10", help="freeze points; all arms share the epochs before the first"
     )
-    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--weight_decay", type=float, default=0.05)
     options = parser.parse_args(argv)
     if options.smoke:
         options.rows, options.test_rows, options.image_size, options.seeds = 64, 50, 48, [0, 1]
         options.epochs, options.points = 3, "1:5,2:10"
-    settle_run_options(options, NAME)
+    settle_run_options(options, NAME, options.jobs)
     return options
 
 
 def main() -> None:
     options = parse_options()
     prepare(options)
-    if options.fresh:
-        for seed in options.seeds:
-            partial_file(options.output_dir, NAME, seed).unlink(missing_ok=True)
-    if not options.collect:
-        run_tasks(run_seed, [(seed, options) for seed in options.seeds], options.jobs)
-    collect(options)
+    run_experiments(options, {NAME: run_seed}, collect)
 
 
 if __name__ == "__main__":

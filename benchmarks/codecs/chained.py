@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import ViTForImageClassification
 
 from hf_freezecache import BlockChain, FeatureStore
 from hf_freezecache.build.deepening import deepened, why_not_deepen
@@ -28,8 +27,8 @@ from hf_freezecache.cache.manifest import FORMAT_VERSION
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.distributed import Group
 
-from .._common import Claim, make_parser, prepare, shared_folder, write_result
-from .._images import WEIGHTS, Pixels, as_batch, load_caltech
+from .._common import Claim, make_parser, pick, prepare, write_result
+from .._images import Pixels, add_image_options, as_batch, load_caltech, load_deit
 
 FOLDER = "codecs"
 CODECS = ("int8", "int4", "int3")
@@ -40,13 +39,13 @@ MOST_SECONDS = 0.85
 
 
 class Builder:
-    """Builds the stores of one codec and keeps them with the processor seconds they took.
+    """Builds the stores of one codec and remembers them with the processor seconds they took.
 
     Args:
         chain: the model.
         images: all samples.
         codec: name.
-        folder: where stores lie.
+        folder: of the stores.
         options: with `batch_size` and `seed`.
     """
 
@@ -117,9 +116,9 @@ def compare(store: FeatureStore, chain: BlockChain, expected: torch.Tensor, batc
         for first in range(0, len(store), batch_size):
             rows = range(first, min(first + batch_size, len(store)))
             logits.append(chain.model(**{chain.main_input: store.read(rows)}).logits)
-    found = torch.cat(logits)
-    divergence = F.kl_div(found.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean")
-    return {"kl": divergence.item(), "top1_agreement": (found.argmax(1) == expected.argmax(1)).float().mean().item()}
+    answers = torch.cat(logits)
+    divergence = F.kl_div(answers.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean")
+    return {"kl": divergence.item(), "top1_agreement": (answers.argmax(1) == expected.argmax(1)).float().mean().item()}
 
 
 def measure_codec(
@@ -158,9 +157,7 @@ def make_claims(rows: list[dict[str, Any]]) -> list[Claim]:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--codecs", nargs="+", default=[name for name in CODECS if name in CODEC_NAMES])
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=128)
+    add_image_options(parser, rows=128)
     options = parser.parse_args(argv)
     if options.smoke:
         options.codecs, options.batch_size, options.rows = ["int4"], 8, 16
@@ -172,14 +169,12 @@ def main() -> None:
     prepare(options)
     images = load_caltech(options, "train", options.image_size, options.rows)
     # With the head that the weights were trained with: a fresh one would answer at random.
-    weights = shared_folder(options, "weights", WEIGHTS)
-    model = ViTForImageClassification.from_pretrained(weights, local_files_only=True).eval()
+    model = load_deit(options, classes=None).eval()
     chain = BlockChain.from_model(model, probe=images.__getitems__(range(2)))
     with torch.no_grad():
         expected = torch.cat([model(pixels).logits for pixels in images.pixel_values.split(options.batch_size)])
     rows = [row for codec in options.codecs for row in measure_codec(codec, chain, images, expected, options)]
-    names = ("codecs", "image_size", "batch_size", "rows")
-    settings = {name: getattr(options, name) for name in names}
+    settings = pick(options, "codecs image_size batch_size rows")
     write_result(FOLDER, options, settings, rows, make_claims(rows), file="chained.json")
 
 

@@ -1,23 +1,22 @@
-"""The two models at their cuts, and what each codec is given: features to fit on, and others to be measured with."""
+"""The two models at their cuts, with features to fit codecs on and others to measure codecs with."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from datasets import load_dataset
 from torch import nn
 from torchvision.transforms import v2
-from transformers import ViTForImageClassification
 
-from hf_freezecache import BlockChain
+from hf_freezecache import BlockChain, make_codec
 from hf_freezecache.build.fisher import fisher_weights
+from hf_freezecache.cache.codec import Codec
 from hf_freezecache.model.layout import FeatureLayout
 
-from .._common import shared_folder
-from .._images import WEIGHTS, load_caltech
+from .._images import FINISH, load_caltech, load_cifar10, load_deit
 from .._resnet import block_names, load_resnet
 
 _DEPTH = 56
@@ -27,56 +26,61 @@ CUTS = {"deit": (4, 7, 10), "resnet56": (10, 19, 28)}
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a cut.
+    """A model at a cut, with features of images.
 
     Args:
         model: `deit` or `resnet56`.
         cut: frozen blocks.
         chain: of the model.
-        layout: of the features.
         fit: features `(N, *shape)` of training images.
-        weights: Fisher weights, from training images.
         test: features of other images.
-        log_probabilities: `(M, classes)` of those, float64.
+        train: training images, for the Fisher weights.
+        options: with `fisher_images`, `batch_size` and `seed`.
     """
 
     model: str
     cut: int
     chain: BlockChain
-    layout: FeatureLayout
     fit: torch.Tensor
-    weights: torch.Tensor
     test: torch.Tensor
-    log_probabilities: torch.Tensor
+    train: torch.Tensor
+    options: argparse.Namespace
 
     @property
     def name(self) -> str:
         return f"{self.model} cut {self.cut}"
 
+    @property
+    def layout(self) -> FeatureLayout:
+        return self.chain.layout(self.cut)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """Fisher weights of the features."""
+        images = self.train[: self.options.fisher_images].split(self.options.batch_size)
+        batches = [{"pixel_values": batch} for batch in images]
+        return fisher_weights(self.chain, self.cut, batches, self.options.seed, bands=True)
+
+    @cached_property
+    def log_probabilities(self) -> torch.Tensor:
+        """What the model answers on the test features, float64 `(M, classes)`."""
+        return run_suffix(self.chain, self.test, self.cut, self.options)
+
 
 def make_cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every model at every cut, one after the other."""
-    for name, load in load_models().items():
+    for name, load in (("deit", _load_deit), ("resnet56", _load_resnet)):
         model, blocks, train, test = load(options)
         chain = BlockChain.from_model(model.eval(), blocks=blocks, probe={"pixel_values": train[:2]})
-        fisher = [{"pixel_values": batch} for batch in train[: options.fisher_images].split(options.batch_size)]
         for cut in CUTS[name]:
-            fit, features = run_prefix(chain, train, cut, options), run_prefix(chain, test, cut, options)
-            yield Case(
-                model=name,
-                cut=cut,
-                chain=chain,
-                layout=chain.layout(cut),
-                fit=fit,
-                weights=fisher_weights(chain, cut, fisher, options.seed, bands=True),
-                test=features,
-                log_probabilities=run_suffix(chain, features, cut, options),
-            )
+            features = [run_prefix(chain, images, cut, options) for images in (train, test)]
+            yield Case(name, cut, chain, *features, train, options)
 
 
-def load_models() -> dict[str, Callable]:
-    """What loads each model: itself, its blocks if they are not declared, training images and others."""
-    return {"deit": _load_deit, "resnet56": _load_resnet}
+def fit_codec(name: str, case: Case) -> Codec:
+    """A codec fitted on the case's training features."""
+    codec = make_codec(name, case.layout)
+    return codec.fit(case.fit, weights=case.weights if codec.uses_weights else None)
 
 
 def run_prefix(chain: BlockChain, images: torch.Tensor, cut: int, options: argparse.Namespace) -> torch.Tensor:
@@ -91,24 +95,15 @@ def run_suffix(chain: BlockChain, features: torch.Tensor, cut: int, options: arg
 
 
 def _load_deit(options: argparse.Namespace) -> tuple[nn.Module, None, torch.Tensor, torch.Tensor]:
-    folder = shared_folder(options, "weights", WEIGHTS)
-    model = ViTForImageClassification.from_pretrained(folder, local_files_only=True)
     counts = {"train": options.fit_images, "test": options.test_images}
     images = [load_caltech(options, split, 224, rows).pixel_values for split, rows in counts.items()]
-    return model, None, *images
+    return load_deit(options, classes=None), None, *images
 
 
 def _load_resnet(options: argparse.Namespace) -> tuple[nn.Module, list[str], torch.Tensor, torch.Tensor]:
-    transform = v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
+    transform = v2.Compose([v2.PILToTensor(), *FINISH])
     images = []
-    for file, rows in (("train-00000-of-00005", options.fit_images), ("test-00000-of-00001", options.cifar_images)):
-        path = shared_folder(options, "data", "cifar10", f"{file}.parquet")
-        dataset = load_dataset("parquet", data_files=str(path), split="train").select(range(rows))
+    for split, rows in (("train", options.fit_images), ("test", options.cifar_images)):
+        dataset = load_cifar10(options, split, rows)
         images.append(torch.stack([transform(image.convert("RGB")) for image in dataset["image"]]))
     return load_resnet(options, _DEPTH), block_names(_DEPTH), *images

@@ -14,13 +14,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from hf_freezecache import make_codec
 from hf_freezecache.cache.codec import Codec, check_codec_name
-from hf_freezecache.cache.shards import ShardWriter
-from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
-from .._common import Claim, interleave, make_parser, prepare, result_folder, summary, write_result
-from .models import CUTS, Case, make_cases, run_suffix
+from .._common import Claim, interleave, make_parser, pick, prepare, result_folder, summary, write_result
+from .._stores import arrow_bytes
+from .models import CUTS, Case, fit_codec, make_cases, run_suffix
 from .tables import plot, table
 
 CODECS = "fp16 int8 int4 int3 int2 mixed@8 mixed@4 mixed@3 mixed@2.5 mixed@2 zfp@8 zfp@4 zfp@3 zfp@2".split()
@@ -37,17 +35,12 @@ def measure_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     decoding = {name: functools.partial(codec.decode, rows[name]) for name, codec in codecs.items()}
     for what, sides in (("encode", encoding), ("decode", decoding)):
         for name, seconds in interleave(sides, options.repeats).items():
-            taken = summary(seconds)
-            results[name][f"{what}_seconds"] = taken
-            results[name][f"{what}_mb_per_second"] = part.nbytes / 1e6 / taken["median"]
+            times = summary(seconds)
+            results[name][f"{what}_seconds"] = times
+            results[name][f"{what}_mb_per_second"] = part.nbytes / 1e6 / times["median"]
     for name, stored in rows.items():
         results[name]["zstd_saves"] = zstd_saves(stored)
     return results
-
-
-def fit_codec(name: str, case: Case) -> Codec:
-    codec = make_codec(name, case.layout)
-    return codec.fit(case.fit, weights=case.weights if codec.uses_weights else None)
 
 
 def measure_distortion(codec: Codec, case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -55,8 +48,8 @@ def measure_distortion(codec: Codec, case: Case, options: argparse.Namespace) ->
     rows = [codec.encode(batch) for batch in case.test.split(options.batch_size)]
     decoded = torch.cat([codec.decode(batch) for batch in rows])
     expected = case.log_probabilities
-    found = run_suffix(case.chain, decoded, case.cut, options)
-    divergence = (expected.exp() * (expected - found)).sum(dim=1)
+    answers = run_suffix(case.chain, decoded, case.cut, options)
+    divergence = (expected.exp() * (expected - answers)).sum(dim=1)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [arrow_bytes(Path(folder) / "rows.arrow", codec, batches) for batches in ([], rows)]
     values = len(case.test) * case.layout.values
@@ -65,23 +58,13 @@ def measure_distortion(codec: Codec, case: Case, options: argparse.Namespace) ->
         "kl": float(divergence.mean()),
         "kl_standard_error": float(divergence.std() / len(divergence) ** 0.5),
         "kl_median": float(divergence.median()),
-        "top1_agreement": float((expected.argmax(1) == found.argmax(1)).double().mean()),
+        "top1_agreement": float((expected.argmax(1) == answers.argmax(1)).double().mean()),
         "mean_squared_error": float((decoded - case.test).double().square().mean()),
     }
 
 
-def arrow_bytes(path: Path, codec: Codec, batches: list[dict[str, torch.Tensor]]) -> int:
-    """Size of the Arrow file of a store with these rows, and nothing else but their numbers."""
-    first = 0
-    with ShardWriter(path, codec, ViewColumns(ViewSpec(), codec), {}) as writer:
-        for batch in batches:
-            writer.write(first, batch, {})
-            first += len(batch["base"])
-    return path.stat().st_size
-
-
 def zstd_saves(rows: dict[str, torch.Tensor]) -> float:
-    """Share of a batch's codes that Arrow's zstd takes away."""
+    """Share of a batch's codes that Arrow's zstd saves."""
     buffers = [value.contiguous().numpy().tobytes() for value in rows.values()]
     packed = sum(pa.Codec("zstd").compress(buffer).size for buffer in buffers)
     return 1 - packed / sum(map(len, buffers))
@@ -151,8 +134,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codecs", nargs="+", default=CODECS)
     parser.add_argument("--fit_images", type=int, default=192)
     parser.add_argument("--fisher_images", type=int, default=96)
-    parser.add_argument("--test_images", type=int, default=256, help="of Caltech-101")
-    parser.add_argument("--cifar_images", type=int, default=1000)
+    parser.add_argument("--test_images", type=int, default=256, help="test images of Caltech-101")
+    parser.add_argument("--cifar_images", type=int, default=1000, help="test images of CIFAR-10")
     parser.add_argument("--timed_images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3)
@@ -173,8 +156,8 @@ def main() -> None:
         if case.model == "deit":
             steps[case.name] = measure_step(case, options)
         print(table(case.name, results[case.name]), flush=True)
-    names = "codecs fit_images fisher_images test_images cifar_images timed_images repeats steps batch_size".split()
-    settings = {**{name: getattr(options, name) for name in names}, "cuts": CUTS}
+    names = "codecs fit_images fisher_images test_images cifar_images timed_images repeats steps batch_size"
+    settings = {**pick(options, names), "cuts": CUTS}
     against = {
         name: {f"zfp@{rate}": best_against_zfp(case, f"zfp@{rate}") for rate in ZFP_RATES}
         for name, case in results.items()

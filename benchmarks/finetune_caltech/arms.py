@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.training.accounting import measure_training_flops
 
 from .._common import QUIET, silence
 from .._images import Pixels, as_interpolated_batch, load_caltech, load_deit
+from .._trainings import EpochClock, accuracy
 
 PLAIN = "plain"
 PROBE = "linear probe"
@@ -59,39 +58,6 @@ def cached(points: str) -> str:
     return f"cached {points}"
 
 
-class EpochClock(TrainerCallback):
-    """The same clock for every arm: seconds inside epochs, with a build at an epoch's beginning.
-
-    Evaluation and checkpoints lie between epochs and are not in them. Asks for an evaluation after every
-    `evaluate_every` epochs and after the last one, and for a checkpoint after the epochs in `save_after`.
-    """
-
-    def __init__(self, evaluate_every: int, save_after: set[int], stop_after: int | None = None):
-        self.evaluate_every, self.save_after, self.stop_after = evaluate_every, save_after, stop_after
-        self.epoch_seconds: list[float] = []
-        self.evaluations: list[dict[str, float]] = []
-        self.setup_seconds, self.eval_seconds = 0.0, 0.0
-        self._since = time.perf_counter()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if not self.epoch_seconds:
-            self.setup_seconds = time.perf_counter() - self._since
-        self._since = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.epoch_seconds.append(time.perf_counter() - self._since)
-        done = round(state.epoch)
-        control.should_evaluate = done % self.evaluate_every == 0 or done == state.num_train_epochs
-        control.should_save = done in self.save_after
-        if done == self.stop_after:
-            control.should_evaluate = control.should_training_stop = True
-        return control
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.eval_seconds += metrics["eval_runtime"]
-        self.evaluations.append({"epoch": round(state.epoch), "accuracy": metrics["eval_accuracy"]})
-
-
 @dataclass(frozen=True)
 class Data:
     """All images, preprocessed once."""
@@ -121,10 +87,6 @@ def make_args(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) ->
         **QUIET,
         seed=seed,
     )
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
 
 
 def train_arm(

@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 
 from .._common import REPOSITORY, describe_machine, prepare, quiet, write_json
+from .._statistics import paired
 from .arms import PLAIN, Arm, Data, cached, freeze_only, train_arm
 from .run import parse_options
 
@@ -38,13 +37,6 @@ def train_pair(seed: int, schedule: str, data: Data, options) -> dict[str, float
     return {"freeze_only": frozen, "cached": replayed}
 
 
-def interval(differences: list[float]) -> dict[str, object]:
-    """Mean and 95 % t-interval, in points."""
-    mean, error = float(np.mean(differences)), float(stats.sem(differences))
-    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error)
-    return {"mean": mean, "interval_95": [float(low), float(high)], "by_seed": differences}
-
-
 def main() -> None:
     options = parse_options()
     (schedule,) = options.schedules
@@ -58,15 +50,15 @@ def main() -> None:
         pairs = json.loads(target.read_text())["pairs"] if target.exists() else {}
         pairs[str(seed)] = pair
         result = json.loads((FOLDER / "result.json").read_text())
-        planned = result["results"]["schedules"][schedule]["cached_minus_freeze_only_points"]["by_seed"]
-        more = [100 * (pair["cached"] - pair["freeze_only"]) for pair in pairs.values()]
+        first_differences = result["results"]["schedules"][schedule]["cached_minus_freeze_only_points"]["by_seed"]
+        more_differences = [100 * (pair["cached"] - pair["freeze_only"]) for pair in pairs.values()]
         write_json(
             target,
             {
                 "schedule": schedule,
                 "pairs": pairs,
-                "planned_seeds": interval(planned),
-                "all_seeds": interval([*planned, *more]),
+                "planned_seeds": paired(first_differences),
+                "all_seeds": paired([*first_differences, *more_differences]),
                 "machine": describe_machine(),
             },
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from .._common import Claim
+from .._statistics import deviation, markdown_table, paired, show_interval, spread
 from .arms import PLAIN, PROBE, cached, freeze_only
 
 Runs = Mapping[int, Mapping[str, Mapping[str, Any]]]  # seed -> arm -> measurements
@@ -29,15 +27,15 @@ def _one_arm(name: str, runs: Runs) -> dict[str, Any]:
     predicted = [p["flops"] / row["flops"] for p, row in zip(plain, rows, strict=True)]
     points = [100 * row["accuracy"] for row in rows]
     return {
-        "accuracy_percent": {"mean": statistics.mean(points), "sd": _sd(points), "by_seed": points},
-        "train_seconds": _spread([row["train_seconds"] for row in rows]),
+        "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points), "by_seed": points},
+        "train_seconds": spread([row["train_seconds"] for row in rows]),
         "build_seconds": statistics.median(row["build_seconds"] for row in rows),
         "setup_seconds": statistics.median(row["setup_seconds"] for row in rows),
         "eval_seconds": statistics.median(row["eval_seconds"] for row in rows),
         "flops": statistics.median(row["flops"] for row in rows),
-        "speedup_over_plain": _spread(measured),
+        "speedup_over_plain": spread(measured),
         "predicted_speedup": statistics.median(predicted),
-        "measured_over_predicted": _spread([m / p for m, p in zip(measured, predicted, strict=True)]),
+        "measured_over_predicted": spread([m / p for m, p in zip(measured, predicted, strict=True)]),
     }
 
 
@@ -49,25 +47,11 @@ def by_schedule(runs: Runs, schedules: list[str]) -> dict[str, dict[str, Any]]:
         difference = [100 * (second["accuracy"] - first["accuracy"]) for first, second in pairs]
         result[points] = {
             "cached_minus_freeze_only_points": paired(difference),
-            "speedup_over_freeze_only": _spread([a["train_seconds"] / b["train_seconds"] for a, b in pairs]),
+            "speedup_over_freeze_only": spread([a["train_seconds"] / b["train_seconds"] for a, b in pairs]),
             "predicted_over_freeze_only": statistics.median(a["flops"] / b["flops"] for a, b in pairs),
-            "speedup_after_the_freeze": _spread([a["own_seconds"] / b["own_seconds"] for a, b in pairs]),
+            "speedup_after_the_freeze": spread([a["own_seconds"] / b["own_seconds"] for a, b in pairs]),
         }
     return result
-
-
-def paired(differences: list[float]) -> dict[str, Any]:
-    """Mean of the differences and its 95 % t-interval (None with a single pair)."""
-    mean, count = statistics.mean(differences), len(differences)
-    half = None
-    if count > 1:
-        half = float(student_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    return {
-        "mean": mean,
-        "sd": _sd(differences),
-        "interval_95": None if half is None else [mean - half, mean + half],
-        "by_seed": differences,
-    }
 
 
 def make_claims(arms: Mapping[str, Any], schedules: Mapping[str, Any]) -> list[Claim]:
@@ -89,43 +73,39 @@ def make_claims(arms: Mapping[str, Any], schedules: Mapping[str, Any]) -> list[C
 
 def table(arms: Mapping[str, Any], schedules: Mapping[str, Any], seeds: int) -> str:
     """Markdown."""
-    lines = [
-        "| arm | accuracy, % | training s | of it build s | TFLOP | speed-up over plain | by FLOPs | measured / it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, arm in arms.items():
-        accuracy = arm["accuracy_percent"]
-        cells = [
+    header = "arm | accuracy, % | training s | of it build s | TFLOP | speed-up over plain | by FLOPs | measured / it"
+    rows = [
+        (
             name,
-            f"{accuracy['mean']:.2f} ± {accuracy['sd']:.2f}",
+            f"{arm['accuracy_percent']['mean']:.2f} ± {arm['accuracy_percent']['sd']:.2f}",
             f"{arm['train_seconds']['median']:.1f}",
             f"{arm['build_seconds']:.1f}",
             f"{arm['flops'] / 1e12:.2f}",
             f"{arm['speedup_over_plain']['median']:.2f}",
             f"{arm['predicted_speedup']:.2f}",
             f"{arm['measured_over_predicted']['median']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        )
+        for name, arm in arms.items()
+    ]
+    lines = markdown_table(header, rows)
     lines += [
         "",
         f"{seeds} seeds; accuracy on test images: mean ± standard deviation; all else: medians, evaluation left out.",
         "",
-        "| schedule | cached - freeze-only | 95 % interval | cached over freeze-only | by FLOPs | after the freeze |",
-        "|---|---|---|---|---|---|",
     ]
-    for points, result in schedules.items():
-        difference = result["cached_minus_freeze_only_points"]
-        interval = difference["interval_95"]
-        cells = [
+    header = "schedule | cached - freeze-only | 95 % interval | cached over freeze-only | by FLOPs | after the freeze"
+    rows = [
+        (
             points,
-            f"{difference['mean']:+.2f} points",
-            "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+            f"{result['cached_minus_freeze_only_points']['mean']:+.2f} points",
+            show_interval(result["cached_minus_freeze_only_points"]["interval_95"]),
             f"{result['speedup_over_freeze_only']['median']:.2f}",
             f"{result['predicted_over_freeze_only']:.2f}",
             f"{result['speedup_after_the_freeze']['median']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        )
+        for points, result in schedules.items()
+    ]
+    return "\n".join([*lines, *markdown_table(header, rows)]) + "\n"
 
 
 def plot(runs: Runs, schedules: list[str], path: Path) -> None:
@@ -143,7 +123,7 @@ def plot(runs: Runs, schedules: list[str], path: Path) -> None:
         curves = [arms[name]["curve"] for arms in runs.values()]
         seconds = [statistics.mean(point["seconds"] for point in column) for column in zip(*curves, strict=True)]
         points = [[100 * point["accuracy"] for point in column] for column in zip(*curves, strict=True)]
-        means, spreads = [statistics.mean(column) for column in points], [_sd(column) for column in points]
+        means, spreads = [statistics.mean(column) for column in points], [deviation(column) for column in points]
         axes.plot(seconds, means, color=colour, linestyle=line, marker="o", markersize=4, label=name)
         lower = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         upper = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
@@ -155,11 +135,3 @@ def plot(runs: Runs, schedules: list[str], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _sd(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

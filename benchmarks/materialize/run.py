@@ -20,8 +20,8 @@ from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.distributed import Group
 
-from .._common import Claim, interleave, make_parser, prepare, summary, write_result
-from .._images import Pixels, as_batch, load_caltech, load_deit
+from .._common import Claim, interleave, make_parser, pick, prepare, summary, write_result
+from .._images import Pixels, add_image_options, as_batch, load_caltech, load_deit
 
 LIMIT = 1.10
 
@@ -72,9 +72,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--cuts", type=int, nargs="+", default=[4, 8, 10])
     parser.add_argument("--codec", default="int4")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=1024)
+    add_image_options(parser, rows=1024)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(argv)
     if options.smoke:
@@ -94,8 +92,8 @@ def main() -> None:
         build, bare = result["build_seconds"]["median"], result["prefix_forward_seconds"]["median"]
         print(f"cut {cut}: build {build:.3f} s, prefix {bare:.3f} s, ratio {result['ratio']:.3f}", flush=True)
         claims.append(Claim(f"building the store / prefix forward, cut {cut}", result["ratio"], at_most=LIMIT))
-    names = ("codec", "image_size", "batch_size", "rows", "repeats")
-    write_result("materialize", options, {name: getattr(options, name) for name in names}, results, claims)
+    settings = pick(options, "codec image_size batch_size rows repeats")
+    write_result("materialize", options, settings, results, claims)
 
 
 if __name__ == "__main__":

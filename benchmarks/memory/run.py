@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 
-from .._common import QUIET, Claim, make_parser, prepare, result_folder, silence, write_result
+from .._common import QUIET, Claim, make_parser, pick, prepare, result_folder, silence, write_result
 from .._images import Pixels, as_batch
 
 STATUS = Path("/proc/self/status")
@@ -69,12 +69,12 @@ class MemorySampler(threading.Thread):
 
 def resident_memory() -> tuple[int, int]:
     """Bytes of anonymous and of file-backed memory."""
-    found = {}
+    sizes = {}
     for line in STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name in ("RssAnon", "RssFile"):
-            found[name] = int(value.split()[0]) * 1024
-    return found["RssAnon"], found["RssFile"]
+            sizes[name] = int(value.split()[0]) * 1024
+    return sizes["RssAnon"], sizes["RssFile"]
 
 
 class PhaseMarker(TrainerCallback):
@@ -174,7 +174,7 @@ def plot(samples: list[tuple[float, str, int, int]], store_bytes: int, path: Pat
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=16_000, help="of 151 KB at int8")
+    parser.add_argument("--rows", type=int, default=16_000, help="samples; each takes 151 kB with int8")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--codec", default="int8")
@@ -218,8 +218,7 @@ def main() -> None:
         f"RssAnon {result['anon_smallest'] / 1e6:.0f} to {result['anon_largest'] / 1e6:.0f} MB after warm-up, ", end=""
     )
     print(f"drift {result['anon_drift'] / 1e6:+.1f} MB; RssFile up to {result['file_largest'] / 1e6:.0f} MB")
-    names = ("rows", "epochs", "batch_size", "codec", "interval")
-    write_result("memory", options, {name: getattr(options, name) for name in names}, result, claims)
+    write_result("memory", options, pick(options, "rows epochs batch_size codec interval"), result, claims)
 
 
 if __name__ == "__main__":

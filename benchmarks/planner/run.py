@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import nn
 from torchvision.transforms import v2
 from transformers import (
@@ -31,16 +30,17 @@ from transformers import (
 )
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
+from hf_freezecache.cli.images import ImageCollator
 from hf_freezecache.estimate.costs import PlanRow
 
-from .._common import QUIET, Claim, in_turn, make_parser, prepare, shared_folder, silence, summary, write_result
-from .._images import CLASSES
+from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
+from .._images import CLASSES, FINISH, add_image_options, load_caltech_files
 
 #: Largest error of a prediction, as a share of what was measured.
 LIMITS = {"bytes": 0.02, "build_seconds": 0.25, "replay_step_seconds": 0.25}
 #: Seconds of a training in which a store does not pay, over those of one that never asks.
 MOST_OVERHEAD = 1.02
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AS_BATCH = ImageCollator("label")
 
 
 def make_resnet() -> nn.Module:
@@ -85,27 +85,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def load_images(options: argparse.Namespace) -> Dataset:
     """Caltech-101 as files: decoded, cropped and flipped whenever a row is read."""
-    path = shared_folder(options, "data", "caltech101", "train.parquet")
-    rows = load_dataset("parquet", data_files=str(path), split="train").select(range(options.rows))
-    size = options.image_size
-    after = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD)]
+    rows, size = load_caltech_files(options, "train", options.rows), options.image_size
     train = v2.Compose(
         [
             v2.ToImage(),
             v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
-            *after,
+            *FINISH,
         ]
     )
-    base = v2.Compose([v2.ToImage(), v2.Resize((size, size), antialias=True), *after])
+    base = v2.Compose([v2.ToImage(), v2.Resize((size, size), antialias=True), *FINISH])
     return rows.with_transform(ReplayableTransform(train=train, base=base))
-
-
-def as_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["label"] for row in rows]),
-    }
 
 
 def make_args(folder: str, epochs: float, options: argparse.Namespace) -> TrainingArguments:
@@ -137,7 +127,7 @@ def train(
         model=copy.deepcopy(model),
         args=make_args(folder, epochs, options),
         train_dataset=images,
-        data_collator=as_batch,
+        data_collator=AS_BATCH,
         freeze_cache=config,
     )
     gc.collect()
@@ -152,22 +142,22 @@ def train(
 def predict(model: nn.Module, cuts: tuple[int, ...], images: Dataset, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        found = plan(
+        costs = plan(
             copy.deepcopy(model),
             images,
             make_config(f"0:{cuts[0]}", options),
             args=make_args(folder, 1, options),
-            data_collator=as_batch,
+            data_collator=AS_BATCH,
             cuts=cuts,
             batches=options.batches,
         )
         seconds = time.perf_counter() - start
-    print(found, flush=True)
-    return {"rows": {row.cut: row for row in found.rows}, "seconds": seconds, "live_step": found.live_step_seconds}
+    print(costs, flush=True)
+    return {"rows": {row.cut: row for row in costs.rows}, "seconds": seconds, "live_step": costs.live_step_seconds}
 
 
 def measure(model: nn.Module, cut: int, images: Dataset, options: argparse.Namespace) -> dict[str, float]:
-    """What a training with this cut took, from its own report."""
+    """Bytes and seconds of a training with this cut, from its own report."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(f"0:{cut}", options, cache="always")
         trainer, _ = train(model, images, folder, options.replay_epochs, config, options)
@@ -190,11 +180,11 @@ def compare(name: str, images: Dataset, options: argparse.Namespace) -> list[dic
     for number in range(options.rounds):
         for side in in_turn(("plan", "train"), number):
             if side == "plan":
-                found = predict(model, cuts, images, options)
-                seconds.append(found["seconds"])
-                plain.append(found["live_step"])
+                prediction = predict(model, cuts, images, options)
+                seconds.append(prediction["seconds"])
+                plain.append(prediction["live_step"])
                 for cut in cuts:
-                    predicted[cut].append(found["rows"][cut])
+                    predicted[cut].append(prediction["rows"][cut])
             else:
                 for cut in cuts:
                     measured[cut].append(measure(model, cut, images, options))
@@ -202,12 +192,11 @@ def compare(name: str, images: Dataset, options: argparse.Namespace) -> list[dic
     for cut in cuts:
         result = {"model": name, "cut": cut, "plain_step_seconds": summary(plain), "plan_seconds": summary(seconds)}
         for what in LIMITS:
-            told = summary([getattr(row, what) for row in predicted[cut]])
-            was = summary([values[what] for values in measured[cut]])
-            result[what] = {"predicted": told, "measured": was, "ratio": told["median"] / was["median"]}
-            print(
-                f"{name}, cut {cut}, {what}: predicted {told['median']:.4g}, measured {was['median']:.4g}", flush=True
-            )
+            prediction = summary([getattr(row, what) for row in predicted[cut]])
+            outcome = summary([values[what] for values in measured[cut]])
+            first, second = prediction["median"], outcome["median"]
+            result[what] = {"predicted": prediction, "measured": outcome, "ratio": first / second}
+            print(f"{name}, cut {cut}, {what}: predicted {first:.4g}, measured {second:.4g}", flush=True)
         result["verdict"] = predicted[cut][-1].verdict
         results.append(result)
     return results
@@ -263,7 +252,7 @@ def watching(folder: Path) -> Iterator[list[int]]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files; one that goes while it is looked at counts nothing."""
+    """Bytes of all files; one that is deleted in the meantime counts nothing."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -300,17 +289,17 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=("predict", "decline", "budget"))
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--cuts", type=int, default=2, help="of each model at most")
-    parser.add_argument("--image_size", type=int, default=96)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=320)
-    parser.add_argument("--batches", type=int, default=3, help="that a plan measures")
+    parser.add_argument("--cuts", type=int, default=2, help="largest number of cuts of a model")
+    add_image_options(parser, rows=320, size=96, batch_size=16)
+    parser.add_argument("--batches", type=int, default=3, help="batches that a plan measures")
     parser.add_argument("--sensitivity_batches", type=int, default=8)
     parser.add_argument("--replay_epochs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="predictions and trainings of each cut")
-    parser.add_argument("--epochs", type=int, default=6, help="of a training whose store does not pay")
-    parser.add_argument("--epochs_left", type=int, default=3, help="of these, after the freeze")
-    parser.add_argument("--pairs", type=int, default=3, help="such trainings with auto and with never")
+    parser.add_argument("--rounds", type=int, default=2, help="predictions and trainings of every cut")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of a training whose store does not pay")
+    parser.add_argument("--epochs_left", type=int, default=3, help="how many of these epochs follow the freeze")
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="such trainings with cache=auto, and as many with cache=never"
+    )
     options = parser.parse_args(argv)
     options.parts = options.parts or ["predict", "decline", "budget"]
     if options.smoke:
@@ -332,28 +321,18 @@ def main() -> None:
                 text = f"{result['model']}, cut {result['cut']}: error of the predicted {what}"
                 claims.append(Claim(text, abs(result[what]["ratio"] - 1), at_most=limit))
     if "decline" in options.parts:
-        results["decline"] = found = decline(images, options)
+        results["decline"] = outcome = decline(images, options)
         text = "seconds of a training whose store does not pay, auto / never"
-        claims.append(Claim(text, found["ratio"]["median"], at_most=MOST_OVERHEAD))
-        claims.append(Claim("stores that it built", found["stores_built"], at_most=0))
+        claims.append(Claim(text, outcome["ratio"]["median"], at_most=MOST_OVERHEAD))
+        claims.append(Claim("stores that it built", outcome["stores_built"], at_most=0))
     if "budget" in options.parts:
-        results["budget"] = found = keep_budget(images, options)
+        results["budget"] = outcome = keep_budget(images, options)
         text = "most bytes of stores at any moment / budget"
-        claims.append(Claim(text, found["largest_seen"] / found["budget_bytes"], at_most=1.0))
+        claims.append(Claim(text, outcome["largest_seen"] / outcome["budget_bytes"], at_most=1.0))
     names = (
-        "models",
-        "image_size",
-        "batch_size",
-        "rows",
-        "batches",
-        "sensitivity_batches",
-        "replay_epochs",
-        "rounds",
-        "epochs",
-        "epochs_left",
-        "pairs",
+        "models image_size batch_size rows batches sensitivity_batches replay_epochs rounds epochs epochs_left pairs"
     )
-    write_result("planner", options, {name: getattr(options, name) for name in names}, results, claims)
+    write_result("planner", options, pick(options, names), results, claims)
 
 
 if __name__ == "__main__":

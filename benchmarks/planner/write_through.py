@@ -19,9 +19,9 @@ from transformers import TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
-from .._common import QUIET, Claim, in_turn, make_parser, prepare, silence, summary, write_result
+from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
+from .._trainings import EpochClock, accuracy
 from ..augmentation.experiments import Data, Experiment, make_experiments
-from ..finetune_caltech.arms import EpochClock, accuracy
 
 WAYS = ("upfront", "write_through")
 #: What write-through may take at most of the time of a build at the freeze, and lose of its accuracy.
@@ -89,8 +89,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         for number, seed in enumerate(options.seeds):
             for way in in_turn(WAYS, number):
                 runs[way].append(train(way, seed, experiment, data, Path(folder) / way, options))
-                done = runs[way][-1]
-                print(f"seed {seed}, {way}: {done['seconds']:.1f} s, accuracy {done['accuracy']:.4f}", flush=True)
+                last = runs[way][-1]
+                print(f"seed {seed}, {way}: {last['seconds']:.1f} s, accuracy {last['accuracy']:.4f}", flush=True)
     return runs
 
 
@@ -135,8 +135,7 @@ def main() -> None:
     options = parse_options()
     prepare(options)
     results, claims = compare(measure(options))
-    names = ("seeds", "cut", "codec", "views", "rows", "test_rows", "epochs", "batch_size")
-    settings = {name: getattr(options, name) for name in names}
+    settings = pick(options, "seeds cut codec views rows test_rows epochs batch_size")
     write_result("planner", options, settings, results, claims, file="write_through.json")
 
 

@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
-from .._common import QUIET, Claim, in_turn, make_parser, prepare, silence, summary, write_result
-from .._images import Pixels, as_batch, load_caltech, load_deit
+from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
+from .._images import Pixels, add_image_options, as_batch, load_caltech, load_deit
 
 #: By augmented views in the store.
 LIMITS = {0: 1.05, 1: 1.10}
@@ -49,8 +49,8 @@ class Augmented(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = self.images.__getitems__(indices)
-        drawn = self.transform({"image": list(batch["pixel_values"])})["pixel_values"]
-        return {"pixel_values": torch.stack(drawn), "labels": batch["labels"]}
+        views = self.transform({"image": list(batch["pixel_values"])})["pixel_values"]
+        return {"pixel_values": torch.stack(views), "labels": batch["labels"]}
 
 
 def augment(images: Pixels, size: int) -> Augmented:
@@ -195,11 +195,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cuts", type=int, nargs="+", default=[4, 8, 10])
     parser.add_argument("--views", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--codec", default="int4")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=320)
-    parser.add_argument("--steps", type=int, default=12, help="of a block; all but the first and last are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="timed blocks a side")
+    add_image_options(parser, rows=320)
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of a block; all but the first and the last are timed"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed blocks of each side")
     options = parser.parse_args(argv)
     if options.smoke:
         options.cuts, options.batch_size, options.rows, options.steps, options.rounds = [10], 8, 32, 4, 2
@@ -224,8 +224,8 @@ def main() -> None:
         )
         what = f"replay step / step on features in memory, cut {cut}, {views} augmented views"
         claims.append(Claim(what, result["ratio"], at_most=LIMITS[views]))
-    names = ("codec", "image_size", "batch_size", "rows", "steps", "rounds")
-    write_result("replay_step", options, {name: getattr(options, name) for name in names}, results, claims)
+    settings = pick(options, "codec image_size batch_size rows steps rounds")
+    write_result("replay_step", options, settings, results, claims)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hf_freezecache.model.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
 from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
 
-from .._common import Claim, interleave, make_parser, prepare, summary, write_result
+from .._common import Claim, interleave, make_parser, pick, prepare, summary, write_result
 from .._stores import LABELS, write_store
 
 TOKENS = 197
@@ -197,10 +197,12 @@ def endless_loader(dataset: Any, options: argparse.Namespace) -> Iterator[Any]:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--codec", default="int4", help="against the hand-written way")
+    parser.add_argument(
+        "--codec", default="int4", help="codec of the store that is compared with the hand-written data set"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=4096, help="of the store that is compared with np.memmap")
-    parser.add_argument("--batches", type=int, default=400, help="timed batches a side, against np.memmap")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the store that is compared with np.memmap")
+    parser.add_argument("--batches", type=int, default=400, help="timed batches of the store and of np.memmap")
     parser.add_argument("--hand_rows", type=int, default=4096)
     parser.add_argument("--hand_batches", type=int, default=100)
     parser.add_argument("--write_repeats", type=int, default=3)
@@ -235,8 +237,7 @@ def main() -> None:
     ]
     print({side: round(rate) for side, rate in by_hand["written_rows_per_second"].items()}, "rows/s written")
     print({side: round(rate) for side, rate in by_hand["read_rows_per_second"].items()}, "rows/s read")
-    names = ("codec", "batch_size", "rows", "batches", "hand_rows", "hand_batches", "write_repeats")
-    settings = {name: getattr(options, name) for name in names}
+    settings = pick(options, "codec batch_size rows batches hand_rows hand_batches write_repeats")
     write_result("store", options, settings, {"random_rows": random_rows, "by_hand": by_hand}, claims)
 
 
