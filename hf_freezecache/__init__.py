@@ -11,38 +11,67 @@ __version__ = "0.1.0"
 #: `import hf_freezecache` do not wait for Transformers.
 _EXPORTS = {
     "BlockChain": "model.chain",
+    "BuildFailed": "build.errors",
+    "ChainError": "model.tracing",
+    "CheckpointError": "model.checkpoint",
     "FeatureStore": "cache.store",
     "FreezeCacheConfig": "config",
+    "FreezeCacheMixin": "training.trainer_hooks",
+    "FreezeCacheReport": "training.report",
     "FreezeCacheTrainer": "trainer",
     "FreezeCallback": "training.callback",
     "FreezePolicy": "policies",
+    "FreezeStatus": "training.report",
+    "Moment": "policies",
+    "ObservedBlock": "policies",
+    "Plan": "estimate.costs",
+    "PlanRow": "estimate.costs",
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
+    "StoreError": "cache.manifest",
     "make_codec": "cache.codec",
     "plan": "planning",
 }
 
 if TYPE_CHECKING:
     from .augment.transforms import ReplayableTransform
+    from .build.errors import BuildFailed
     from .cache.codec import make_codec
+    from .cache.manifest import StoreError
     from .cache.store import FeatureStore
     from .config import FreezeCacheConfig
+    from .estimate.costs import Plan, PlanRow
     from .model.chain import BlockChain
+    from .model.checkpoint import CheckpointError
+    from .model.tracing import ChainError
     from .planning import plan
-    from .policies import FreezePolicy
+    from .policies import FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator
     from .trainer import FreezeCacheTrainer
     from .training.callback import FreezeCallback
+    from .training.report import FreezeCacheReport, FreezeStatus
+    from .training.trainer_hooks import FreezeCacheMixin
 
 __all__ = [
     "BlockChain",
+    "BuildFailed",
+    "ChainError",
+    "CheckpointError",
     "FeatureStore",
     "FreezeCacheConfig",
+    "FreezeCacheMixin",
+    "FreezeCacheReport",
     "FreezeCacheTrainer",
     "FreezeCallback",
     "FreezePolicy",
+    "FreezeStatus",
+    "Moment",
+    "ObservedBlock",
+    "Plan",
+    "PlanRow",
     "ReplayCollator",
     "ReplayableTransform",
+    "StoreError",
     "make_codec",
     "plan",
 ]

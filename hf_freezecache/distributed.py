@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 # Renamed by PyTorch; the attribute kept the old name.
 _BUFFER_SYNC = (
@@ -27,11 +31,16 @@ class Group:
     rank: int = 0
     size: int = 1
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process, which decides and logs."""
+        return self.rank == 0
+
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.size == 1:
             return value
-        box = [value if self.rank == 0 else None]
+        box = [value if self.is_main else None]
         broadcast_object_list(box, from_process=0)
         return box[0]
 
@@ -41,53 +50,110 @@ class Group:
             return [value]
         return gather_object([value])
 
-    def on_all(self, step: Callable[[], Any]) -> Any:
-        """Runs a step on every process; if it fails on one, it fails on all.
+    def on_all(self, step: Callable[[], T]) -> T:
+        """Runs a step on every process; if it fails on one, it fails on all, with one error.
 
         Returns:
             This process's own result.
 
         Raises:
-            Exception: the process's own; OSError, ValueError or RuntimeError if another one failed.
+            Exception: what the failing process with the lowest rank has raised; elsewhere its message names the rank.
         """
-        result, own = None, None
+        result, failure = None, None
         try:
             result = step()
-        except Exception as error:  # shared first, so that no process waits for one that is gone
-            own = error
-        failures = self.gather(None if own is None else (_kind(own).__name__, str(own)))
-        if own is not None:
-            raise own
-        for rank, failure in enumerate(failures):
+        except Exception as error:  # sent around first, so that no process waits for one that is gone
+            failure = error
+        if self.size == 1:
             if failure is not None:
-                kind, message = failure
-                raise _KINDS[kind](f"process {rank}: {message}")
-        return result
+                raise failure
+            return cast(T, result)
+        failures = self.gather(None if failure is None else _pickled(failure))
+        for rank, pickled in enumerate(failures):
+            if pickled is None:
+                continue
+            if rank == self.rank and failure is not None:
+                raise failure
+            raise _name_process(pickle.loads(pickled), rank)
+        return cast(T, result)
 
-    def together(self, step: Callable[[], Any]) -> list[Any]:
-        """As `on_all`, but returns every process's result, by rank."""
-        return self.gather(self.on_all(step))
-
-    def on_main(self, step: Callable[[], Any]) -> Any:
+    def on_main(self, step: Callable[[], T]) -> T:
         """Runs a step on the main process; its result, or its failure, is everybody's."""
-        return self.broadcast(self.on_all(lambda: step() if self.rank == 0 else None))
+        return self.broadcast(self.on_all(lambda: step() if self.is_main else None))
 
-    def share(self, batches: int) -> range:
-        """The contiguous range of `batches` that is this process's part."""
-        return range(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
+    def my_ranges(self, ranges: int) -> range:
+        """The contiguous part of `ranges` ranges of samples that is this process's."""
+        return range(ranges * self.rank // self.size, ranges * (self.rank + 1) // self.size)
 
-    def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites the tensors with those of the main process, in place."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
 
 
-_KINDS = {"OSError": OSError, "ValueError": ValueError, "RuntimeError": RuntimeError}
+class Announcer:
+    """Logs on the main process alone.
+
+    Args:
+        group: the processes.
+        logger: of the module whose messages these are.
+    """
+
+    def __init__(self, group: Group, logger: logging.Logger):
+        self.group, self.logger = group, logger
+        self._messages: set[str] = set()
+
+    def warning(self, message: str) -> None:
+        """Logs at the default level, which users see."""
+        self._log(logging.WARNING, message)
+
+    def warning_once(self, message: str) -> None:
+        """Logs a message the first time it is given."""
+        if message not in self._messages:
+            self._messages.add(message)
+            self.warning(message)
+
+    def info(self, message: str) -> None:
+        """Logs for users who have asked for more."""
+        self._log(logging.INFO, message)
+
+    def failure(self, message: str, error: Exception) -> None:
+        """Logs an error that the training survives: its type and message for users, the traceback at debug level.
+
+        Args:
+            message: what does not happen now, without a full stop.
+            error: why.
+        """
+        self.warning(f"{message}: {describe_error(error)}")
+        self._log(logging.DEBUG, message, exc_info=error)
+
+    def _log(self, level: int, message: str, **settings: Any) -> None:
+        if self.group.is_main:
+            self.logger.log(level, message, **settings)
 
 
-def _kind(error: Exception) -> type[Exception]:
-    return next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+def describe_error(error: BaseException) -> str:
+    """An error's message with the name of its type: a bug of this package must not look like a full disk."""
+    return f"{error} ({type(error).__name__})"
+
+
+def _pickled(error: Exception) -> bytes:
+    """The error as bytes that every process can read."""
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+    except Exception:  # an error class of somebody else that does not survive: its name and message do
+        return pickle.dumps(RuntimeError(describe_error(error)))
+    return pickled
+
+
+def _name_process(error: Exception, rank: int) -> Exception:
+    if isinstance(error, OSError) and error.strerror is not None:
+        error.strerror = f"process {rank}: {error.strerror}"
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"process {rank}: {error.args[0]}", *error.args[1:])
+    return error
 
 
 def rewrap_ddp(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
@@ -19,14 +18,15 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .augment.geometry import DENSE, PROJECTIVE
+from .build.context import BuildContext
 from .build.materialize import find_misfit
+from .build.spec_maker import SpecMaker
 from .build.store_spec import StoreSpec
 from .build.survey import survey
 from .cache.holdings import disk_limit
 from .cache.rows import check_dataset
 from .cache.view_columns import ViewSpec
 from .config import FreezeCacheConfig
-from .distributed import Group
 from .estimate.costs import Plan, PlanRow
 from .estimate.probing import Prober
 from .estimate.trial_steps import TrialSteps, timed
@@ -34,7 +34,6 @@ from .model.chain import BlockChain
 from .model.tracing import override_forward
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer
-from .training.session import FreezeSession
 from .units import parse_bytes
 
 logger = logging.get_logger(__name__)
@@ -76,99 +75,89 @@ def plan(
     if batches < 1:
         raise ValueError(f"batches={batches!r} must be at least 1: something has to be measured.")
     with _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings) as trainer:
-        session = _session(trainer, dataset)
-        numbers = _check_cuts(session.chain, cuts)
-        planner = _Planner(trainer, session, config, batches)
-        directory = _store_directory(config, args)
+        context = replace(trainer.build_context(*trainer.without_unused_columns(dataset)), config=config)
+        numbers = _check_cuts(context.chain, cuts)
+        planner = _Planner(context, _trial_steps(trainer, context.chain), trainer._prepare_inputs, batches)
         budget = None if config.cache_budget is None else parse_bytes(config.cache_budget)
-        room = disk_limit(directory, budget)
+        limit = disk_limit(_store_directory(config, args), budget)
         bar = tqdm(numbers, desc="Planning", disable=trainer.args.disable_tqdm, leave=False)
-        rows = [planner.row(cut, room) for cut in bar]
+        rows = [planner.row(cut, limit) for cut in bar]
         step, epoch = planner.plain()
-        return Plan(tuple(rows), step, epoch, planner.probed())
+        return Plan(tuple(rows), step, epoch, planner.describe_measurement())
 
 
 class _Planner:
     """Measures cut by cut.
 
     Args:
-        trainer: as the training's, but for where it writes.
-        session: its chain and samples.
-        config: the user's settings.
+        context: the training, with the user's settings.
+        steps: how a training step is made.
+        step_inputs: moves a collated batch to where the model is.
         batches: to measure.
     """
 
-    def __init__(self, trainer: FreezeCacheTrainer, session: FreezeSession, config: FreezeCacheConfig, batches: int):
-        self.trainer, self.session, self.config, self.batches = trainer, session, config, batches
-        self.chain, self.source = session.chain, session.source
+    def __init__(
+        self,
+        context: BuildContext,
+        steps: TrialSteps,
+        step_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        batches: int,
+    ):
+        self.context, self.batches = context, batches
+        self.chain, self.source, self.config = context.chain, context.source, context.config
         with preserve_rng():
-            # The session, which builds nothing, has not looked.
-            self.found = session.spec_maker.augmentation = survey(self.source, self.chain.main_input)
-            self.probe = session._model_inputs(self.source.probe())
+            self.augmentation = survey(self.source, self.chain.main_input)
+            self.probe = context.model_inputs(self.source.probe())
             self.chain.trace(self.probe)
-        self.steps = TrialSteps(
-            self.chain,
-            loss=lambda model, inputs: trainer.compute_loss(model, inputs),
-            optimizer=_optimizer_of(trainer),
-            max_grad_norm=trainer.args.max_grad_norm or 0.0,
-            accumulation=trainer.args.gradient_accumulation_steps,
-        )
-        self.prober = Prober(
-            self.chain,
-            self.source,
-            session._model_inputs,
-            config=config,
-            processes=session.group.size,
-            steps=self.steps,
-            step_inputs=session.to_device,
-        )
+        self.spec_maker = SpecMaker(context, self.augmentation)
+        self.prober = Prober(context, steps, step_inputs)
 
-    def row(self, cut: int, room: int) -> PlanRow:
+    def row(self, cut: int, limit: int) -> PlanRow:
         """What a store at a cut would cost and save."""
         # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
         _, fixed = timed(lambda: (self.chain.trace(self.probe), self.chain.prove(self.probe, cut)))
-        build = self._settle_geometry(self._draft(cut))
-        costs = self.prober.measure(build, self.batches, with_suffix=True)
-        return self.prober.row(build, replace(costs, fixed=costs.fixed + fixed), room)
+        spec = self._settle_geometry(self._draft(cut))
+        costs = self.prober.measure(spec, self.batches, with_suffix=True)
+        return self.prober.row(spec, replace(costs, fixed=costs.fixed + fixed), limit)
 
     def plain(self) -> tuple[float, float]:
         """Seconds of a step and of an epoch with nothing frozen."""
-        build = self._settle_geometry(self._draft(len(self.chain)))
-        return self.prober.plain(build, self.batches)
+        spec = self._settle_geometry(self._draft(len(self.chain)))
+        return self.prober.plain(spec, self.batches)
 
-    def probed(self) -> str:
+    def describe_measurement(self) -> str:
         """What was measured, in words."""
         size, workers, views = self.source.batch_size, self.source.num_workers, self.config.views
-        if not self.found.random:
+        if not self.augmentation.random:
             augmentation = "nothing random to store views of"
         elif not views:
             augmentation = "no views: augmentation ends at the freeze point"
-        elif self.found.replayable:
+        elif self.augmentation.replayable:
             augmentation = f"{views} view{'s' if views > 1 else ''} beside the base view"
         else:
-            augmentation = f"{views} whole view{'s' if views > 1 else ''} ({self.found.why_not})"
-        device = next(self.chain.model.parameters()).device.type
+            augmentation = f"{views} whole view{'s' if views > 1 else ''} ({self.augmentation.why_not})"
         packed = "Rows are packed; their bytes are estimated from these batches. " if self.config.lossless else ""
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         return (
-            f"Measured on {device}: {batches} of {min(size, len(self.source))} of {len(self.source):,} samples at "
-            f"every cut, {workers} loader processes; {augmentation}. {packed}The speed of the disk was not measured."
+            f"Measured on {self.context.device.type}: {batches} of {min(size, len(self.source))} of "
+            f"{len(self.source):,} samples at every cut, {workers} loader processes; {augmentation}. {packed}"
+            "The speed of the disk was not measured."
         )
 
     def _draft(self, cut: int) -> StoreSpec:
-        return self.session.spec_maker.draft(cut, self.config.codec_at(cut, len(self.chain)))
+        return self.spec_maker.draft(cut, self.config.codec_at(cut, len(self.chain)))
 
-    def _settle_geometry(self, build: StoreSpec) -> StoreSpec:
-        """The kind of geometry that a build would end with, as far as the probed samples tell."""
-        while not build.views.whole:
-            views = self.prober.load(build, self.batches)
+    def _settle_geometry(self, spec: StoreSpec) -> StoreSpec:
+        """The spec with the kind of geometry that a build would end with, as far as the probed samples tell."""
+        while not spec.views.whole:
+            views = self.prober.load(spec, self.batches)
             if find_misfit(views, self.source.rows(0)) is None:
                 break
-            if build.views.geometry == PROJECTIVE:
-                build = replace(build, views=replace(build.views, geometry=DENSE))
+            if spec.views.geometry == PROJECTIVE:
+                spec = replace(spec, views=replace(spec.views, geometry=DENSE))
             else:
-                build = replace(build, views=ViewSpec(build.views.count))
-        return build
+                spec = replace(spec, views=ViewSpec(spec.views.count))
+        return spec
 
 
 @contextlib.contextmanager
@@ -228,15 +217,15 @@ def _checkpointing(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def _session(trainer: FreezeCacheTrainer, dataset: Any) -> FreezeSession:
-    """The chain and the samples, as the training has them."""
-    collator = trainer.data_collator
-    if isinstance(dataset, datasets.Dataset):
-        dataset = trainer._remove_unused_columns(dataset)
-    else:
-        collator = trainer._get_collator_with_removed_columns(collator)
-    group = Group(trainer.accelerator.process_index, trainer.accelerator.num_processes)
-    return trainer._make_session(dataset, collator, group)
+def _trial_steps(trainer: FreezeCacheTrainer, chain: BlockChain) -> TrialSteps:
+    """Training steps as the trainer makes them."""
+    return TrialSteps(
+        chain,
+        loss=lambda model, inputs: trainer.compute_loss(model, dict(inputs)),
+        optimizer=_optimizer_of(trainer),
+        max_grad_norm=trainer.args.max_grad_norm or 0.0,
+        accumulation=trainer.args.gradient_accumulation_steps,
+    )
 
 
 def _optimizer_of(trainer: FreezeCacheTrainer) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
@@ -265,7 +254,7 @@ def _check_cuts(chain: BlockChain, cuts: Sequence[int] | None) -> list[int]:
 
 
 def _store_directory(config: FreezeCacheConfig, args: TrainingArguments | None) -> Path:
-    """Where stores of the training will lie."""
+    """The directory of the training's stores."""
     if config.feature_cache_dir is not None:
         return Path(config.feature_cache_dir)
     return (Path.cwd() if args is None else Path(args.output_dir)) / "_freeze_cache"

@@ -1,4 +1,4 @@
-"""Random generators: leaving them untouched, and seeding them for one draw."""
+"""The global random generators: preserving their states, and seeding them for one draw."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Puts the Python, NumPy and torch (CPU and accelerator) generators back as they were on entry.
+    """Restores the states of the Python, NumPy and torch (CPU and accelerator) generators on leaving the context.
 
-    Probing, planning, building and counting FLOPs run inside, so that a training sees the same random numbers whether
-    a store is built, reused or declined.
+    Probing, planning, building and counting FLOPs run in it, so that a training gets the same random numbers whether a
+    store is built, reused or declined.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not `is_available`: in a loader process forked from one that uses the GPU, its generators cannot be asked.
+    # Not `is_available`: a loader process that was forked from a process with a GPU cannot read its generators.
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
@@ -33,14 +33,22 @@ def preserve_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded_rng(*key: int | str) -> Iterator[None]:
-    """Seeds the global generators from `key` inside and puts them back after: a draw that depends on the key alone."""
+    """Seeds the global generators inside the context and restores them after it.
+
+    Args:
+        key: what the random numbers depend on; nothing else does.
+    """
     with preserve_rng():
         seed_rng(*key)
         yield
 
 
 def seed_rng(*key: int | str) -> None:
-    """Seeds the global generators from `key`; for several draws inside one `preserve_rng`."""
+    """Seeds the global generators; for several draws inside one `preserve_rng`.
+
+    Args:
+        key: what the random numbers depend on; nothing else does.
+    """
     seed = hash_key(*key) & 0xFFFFFFFF
     random.seed(seed)
     np.random.seed(seed)
@@ -50,6 +58,6 @@ def seed_rng(*key: int | str) -> None:
 
 
 def hash_key(*key: int | str) -> int:
-    """A 64-bit number that depends on the key alone: the same in every process, on every machine."""
+    """A 64-bit hash of the key: the same in every process and on every machine."""
     text = ",".join(part if isinstance(part, str) else str(int(part)) for part in key)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

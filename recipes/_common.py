@@ -3,11 +3,26 @@
 import json
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+
+@contextmanager
+def recipes_extra() -> Iterator[None]:
+    """Ends the program with the command that installs the missing package, if an import in this block fails.
+
+    For the packages of the extra `recipes`, which `hf_freezecache` itself does not need.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
+        raise SystemExit(f'The recipes need the package {package}: pip install -e ".[recipes]"') from error
 
 
 class Stopwatch(TrainerCallback):

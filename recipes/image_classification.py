@@ -9,29 +9,19 @@ per class (`--train_dir`). Training images are augmented: a random resized crop 
 with. Evaluation images are resized and cropped as the model's processor says.
 """
 
-import inspect
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from _common import Stopwatch, peak_memory_bytes, write_json
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import DatasetDict, load_dataset
 from metrics import make_compute_metrics
-from torchvision.transforms import InterpolationMode, v2
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    HfArgumentParser,
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
+from hf_freezecache.augment.processors import AUGMENTATIONS, base_pipeline, train_pipeline
+from hf_freezecache.cli.images import ImageCollator, encode_labels, find_columns, load_classifier, load_images
 
 
 @dataclass
@@ -51,7 +41,7 @@ class DataArguments:
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the training images kept for validation if there are no others."}
+        default=0.1, metadata={"help": "Share of the training images that validate if there are no others."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
     label_column: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
@@ -70,132 +60,38 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if self.augmentation not in ("crop", "color", "none"):
-            raise ValueError(f"--augmentation is crop, color or none, not {self.augmentation!r}")
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"--augmentation is one of {', '.join(AUGMENTATIONS)}, not {self.augmentation!r}")
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
-    """The splits `train` and `validation`, limited, with an integer `ClassLabel` in `args.label_column`."""
+    """Loads the splits `train` and `validation`; fills in the names of the columns where the user gave none.
+
+    Labels are class numbers: `args.label_column` is a `ClassLabel`.
+    """
     sources = [args.dataset_name, args.train_files, args.train_dir]
     if sum(source is not None for source in sources) != 1:
         raise ValueError("give exactly one of --dataset_name, --train_files and --train_dir")
     if args.dataset_name:
         splits = load_dataset(args.dataset_name, args.dataset_config_name)
-    elif args.train_files:
-        files = {"train": args.train_files, "validation": args.validation_files}
-        splits = load_dataset("parquet", data_files={name: given for name, given in files.items() if given})
+        train, validation = splits["train"], splits.get("validation", splits.get("test"))
     else:
-        folders = {"train": args.train_dir, "validation": args.validation_dir}
-        splits = DatasetDict(
-            {
-                name: load_dataset("imagefolder", data_dir=folder, split="train")
-                for name, folder in folders.items()
-                if folder
-            }
-        )
-    validation = splits.get("validation", splits.get("test"))
-    if validation is None:
-        halves = splits["train"].train_test_split(args.validation_split, seed=seed)
-        splits = DatasetDict(train=halves["train"], validation=halves["test"])
-    else:
-        splits = DatasetDict(train=splits["train"], validation=validation)
+        train = load_images(args.train_files or [args.train_dir])
+        paths = args.validation_files or ([args.validation_dir] if args.validation_dir else [])
+        validation = load_images(paths) if paths else None
 
-    find_columns(splits["train"], args)
-    if not isinstance(splits["train"].features[args.label_column], ClassLabel):
-        names = sorted({str(label) for split in splits.values() for label in split.unique(args.label_column)})
-        encoder = ClassLabel(names=names)
-        splits = splits.map(lambda row: {args.label_column: encoder.str2int(str(row[args.label_column]))})
-        splits = splits.cast_column(args.label_column, encoder)
+    args.image_column, args.label_column = find_columns(train, args.image_column, args.label_column)
+    splits = DatasetDict(train=train) if validation is None else DatasetDict(train=train, validation=validation)
+    splits = encode_labels(splits, args.label_column)
+    if validation is None:
+        parts = splits["train"].train_test_split(args.validation_split, seed=seed)
+        splits = DatasetDict(train=parts["train"], validation=parts["test"])
     if args.limit is not None:
         # Shuffled first: image folders come sorted by class.
         splits = DatasetDict(
             {name: split.shuffle(seed).select(range(min(args.limit, len(split)))) for name, split in splits.items()}
         )
     return splits
-
-
-def find_columns(dataset: Dataset, args: DataArguments) -> None:
-    """Fills in `args.image_column` and `args.label_column` where the user left them open."""
-    features = dataset.features
-    if args.image_column is None:
-        args.image_column = next((name for name, kind in features.items() if isinstance(kind, Image)), None)
-    if args.label_column is None:
-        classes = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-        args.label_column = next(iter(classes + [name for name in ("label", "labels") if name in features]), None)
-    for option, column in (("image_column", args.image_column), ("label_column", args.label_column)):
-        if column not in features:
-            raise ValueError(f"no {option} found among {list(features)}; name it with --{option}")
-
-
-def make_transform(processor: BaseImageProcessor, image_size: int | None) -> v2.Compose:
-    """The processor's pipeline as a deterministic torchvision v2 pipeline, scaled to `image_size` if that is given."""
-    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
-    resized = [size.height, size.width] if size.height else [size.shortest_edge]
-    margin = 1.0 if crop else getattr(processor, "crop_pct", None) or 1.0
-    if margin < 1 and size.shortest_edge >= 384:
-        # ConvNeXt states the margin around its crop as a ratio, and crops small images only.
-        resized, margin = resized * 2, 1.0
-    cropped = [crop.height, crop.width] if crop else resized * 2 if len(resized) == 1 else None
-    final = min(cropped or resized)
-    scale = 1.0 if image_size is None else image_size / final
-
-    mode = InterpolationMode.BICUBIC if processor.resample == 3 else InterpolationMode.BILINEAR
-    steps = [v2.ToImage(), v2.Resize([round(side * scale / margin) for side in resized], mode, antialias=True)]
-    if cropped:
-        steps.append(v2.CenterCrop([round(side * scale) for side in cropped]))
-    steps.append(v2.ToDtype(torch.float32, scale=True))
-    if processor.do_normalize:
-        steps.append(v2.Normalize(processor.image_mean, processor.image_std))
-    return v2.Compose(steps)
-
-
-def make_train_transform(base: v2.Compose, args: DataArguments) -> v2.Compose:
-    """The deterministic pipeline with chance: a random part of the image, flipped or not, in other colours."""
-    if args.augmentation == "none":
-        return base
-    resize = next(step for step in base.transforms if isinstance(step, v2.Resize))
-    crops = [step.size for step in base.transforms if isinstance(step, v2.CenterCrop)]
-    steps = [
-        v2.ToImage(),
-        v2.RandomResizedCrop(
-            crops[0] if crops else resize.size, (args.min_crop, 1.0), interpolation=resize.interpolation
-        ),
-        v2.RandomHorizontalFlip(),
-    ]
-    if args.augmentation == "color":
-        steps.append(v2.ColorJitter(0.3, 0.3, 0.3))
-    return v2.Compose([*steps, *(step for step in base.transforms if isinstance(step, (v2.ToDtype, v2.Normalize)))])
-
-
-@dataclass
-class Collator:
-    """Stacks rows; with `interpolate` it also tells the model to interpolate its position embeddings."""
-
-    label_column: str
-    interpolate: bool
-
-    def __call__(self, rows: list[dict]) -> dict:
-        batch = {
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-            "labels": torch.tensor([row[self.label_column] for row in rows]),
-        }
-        return {**batch, "interpolate_pos_encoding": True} if self.interpolate else batch
-
-
-def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
-    """The classifier with a head for `names`, its processor, and whether its positions must be interpolated."""
-    config = AutoConfig.from_pretrained(
-        args.model_name_or_path,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path, config=config, ignore_mismatched_sizes=True
-    )
-    own_size = getattr(config, "image_size", None)
-    can_interpolate = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    interpolate = can_interpolate and args.image_size is not None and args.image_size != own_size
-    return model, AutoImageProcessor.from_pretrained(args.model_name_or_path), interpolate
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -218,18 +114,18 @@ def main(argv: list[str] | None = None) -> dict:
 
     with training_args.main_process_first(desc="loading the data set"):
         splits = load_splits(data_args, training_args.seed)
-    names = splits["train"].features[data_args.label_column].names
-    model, processor, interpolate = load_model(model_args, names)
-    base = make_transform(processor, model_args.image_size)
-    train = make_train_transform(base, data_args)
+    classes = splits["train"].features[data_args.label_column].names
+    model, processor, constants = load_classifier(model_args.model_name_or_path, classes, model_args.image_size)
+    base = base_pipeline(processor, model_args.image_size)
+    train = train_pipeline(base, data_args.augmentation, data_args.min_crop)
 
     train_dataset = splits["train"].with_transform(ReplayableTransform(train, base, data_args.image_column))
-    collator = Collator(data_args.label_column, interpolate)
+    collator = ImageCollator(data_args.label_column, constants)
 
     if data_args.plan:
-        found = plan(model, train_dataset, freeze_cache, args=training_args, data_collator=collator)
-        print(found)
-        return asdict(found)
+        costs = plan(model, train_dataset, freeze_cache, args=training_args, data_collator=collator)
+        print(costs)
+        return asdict(costs)
 
     stopwatch = Stopwatch()
     trainer = FreezeCacheTrainer(

@@ -6,9 +6,12 @@
 from collections.abc import Callable
 
 import datasets
-import evaluate
 import numpy as np
+from _common import recipes_extra
 from transformers import EvalPrediction
+
+with recipes_extra():
+    import evaluate
 
 
 class Accuracy(evaluate.Metric):

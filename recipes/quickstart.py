@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import torch
-from _common import Stopwatch, peak_memory_bytes, write_json
+from _common import Stopwatch, peak_memory_bytes, recipes_extra, write_json
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from metrics import make_compute_metrics
 from torchvision.transforms import v2
@@ -23,6 +24,13 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.training.accounting import measure_training_flops
+
+with recipes_extra():
+    import matplotlib
+    import matplotlib.pyplot as plt
+    from rich.console import Console
+    from rich.table import Table
+    from sklearn.datasets import load_digits
 
 IMAGE_SIZE = 32
 BATCH_SIZE = 32
@@ -33,9 +41,6 @@ TRANSFORM = v2.Compose(
 
 def load_digits_dataset(limit: int | None, seed: int) -> DatasetDict:
     """scikit-learn's 1,797 real digits of 8x8 pixels as images with labels, four fifths of them for training."""
-    import PIL.Image
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     images = [PIL.Image.fromarray((image * 255 / 16).astype("uint8")) for image in digits.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
@@ -151,9 +156,6 @@ def run_arm_apart(arm: str, options: argparse.Namespace) -> dict:
 
 
 def print_table(results: list[dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=f"Digits, {results[0]['images']} images, {results[0]['epochs']} epochs")
     table.add_column("", no_wrap=True)
     for heading in ("accuracy", "training s", "training TFLOP", "peak memory MiB"):
@@ -176,11 +178,7 @@ def print_table(results: list[dict]) -> None:
 
 def plot(results: list[dict], path: Path) -> None:
     """Accuracy against training seconds above, where the seconds went below."""
-    import matplotlib
-
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, (curves, bars) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=[3, 1])
     shades = {"live": "tab:blue", "build": "tab:orange", "replay": "tab:green"}
     for result in results:

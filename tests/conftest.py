@@ -1,9 +1,23 @@
-"""Puts this folder on the path (`from support.helpers import ...`) and keeps torch to one thread."""
+"""Puts this folder on the path (`from support.helpers import ...`), keeps torch to one thread, and stops the clock."""
 
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stops the clock that the package measures with; `clock(seconds)` moves it on."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+
+    return advance

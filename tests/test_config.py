@@ -7,9 +7,6 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
-from hf_freezecache.trainer import make_policy
-from hf_freezecache.units import parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -80,24 +77,7 @@ def test_argument_parser_prints_help(tmp_path, monkeypatch, capsys):
     assert "--freeze_points" in capsys.readouterr().out
 
 
-def test_policy_is_made_from_the_settings():
-    assert isinstance(make_policy(FreezeCacheConfig(policy="none")), NonePolicy)
-    manual = make_policy(FreezeCacheConfig(policy="manual", freeze_points="2:3"))
-    assert isinstance(manual, ManualPolicy) and manual.points[0].cut == 3
-    linear = make_policy(FreezeCacheConfig(freeze_start=0.1, freeze_end=0.9, max_frozen=0.5, freeze_stages=3))
-    assert isinstance(linear, LinearPolicy)
-    assert [(point.when, point.cut) for point in linear.points(12)] == [(0.1, 2), (0.5, 4), (0.9, 6)]
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [("4096", 4096), (7, 7), ("2GB", 2 * 10**9), ("2gb", 2 * 10**9), ("1.5 KiB", 1536), ("1TB", 10**12), ("3 B", 3)],
-)
-def test_sizes_are_read_with_their_units(size, expected):
-    assert parse_bytes(size) == expected
-
-
-@pytest.mark.parametrize("size", ["", "GB", "-1", "1e9", "2 Gbit", "1.5.2MB"])
-def test_what_is_no_size_is_refused(size):
-    with pytest.raises(ValueError, match="GiB"):
-        parse_bytes(size)
+def test_config_prefers_the_progression():
+    config = FreezeCacheConfig(codec="fp32", progressive="0.5:int4,0.8:int2")
+    assert [config.codec_at(cut, 10) for cut in (1, 5, 8)] == ["int4", "int4", "int2"]
+    assert FreezeCacheConfig(codec="fp32").codec_at(3, 10) == "fp32"

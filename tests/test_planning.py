@@ -1,89 +1,23 @@
-"""Plans of real models on real loaders: bytes to the byte, nothing touched, and builds that are declined."""
+"""Plans of real models on real loaders: bytes to the byte, and nothing touched."""
 
-import random
-import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from support import helpers, images, zoo
-from support.builds import Rows, collate, make_spec
+from support.helpers import make_args, pixel_dataset, tiny_vit
+from support.packed_stores import DATA, stores_of, train_on_rows
+from support.untouched import assert_same, snapshot, with_gradients
 from torchvision.transforms import v2
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_freezecache import FreezeCacheConfig, plan
-from hf_freezecache.augment.geometry import DENSE, PROJECTIVE
-from hf_freezecache.build.survey import choose_channels
-from hf_freezecache.cache.view_columns import ViewSpec
-from hf_freezecache.estimate.costs import Work, decide
-from hf_freezecache.estimate.probing import Prober
-from hf_freezecache.estimate.trial_steps import TrialSteps
 from hf_freezecache.model.chain import ChainError
-from hf_freezecache.rng import preserve_rng
-
-
-def snapshot(model):
-    """Everything of a model and of the process that probing must leave alone."""
-    return {
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "buffers": {name: value.clone() for name, value in model.named_buffers()},
-        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "modes": {name: module.training for name, module in model.named_modules()},
-        "hooks": {
-            name: [len(value) for key, value in vars(module).items() if key.endswith("_hooks")]
-            for name, module in model.named_modules()
-        },
-        "forwards": [name for name, module in model.named_modules() if "forward" in vars(module)],
-        "random": [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().clone()],
-    }
-
-
-def assert_same(first, second):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_same(first[name], second[name])
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    else:
-        assert first == second
-
-
-def with_gradients(model):
-    """As in the middle of an accumulation, with one parameter that the user has frozen."""
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    frozen = next(model.parameters())
-    frozen.requires_grad_(False)
-    frozen.grad = None
-    return model.train()
-
-
-def make_prober(build, config=None, **settings):
-    config = FreezeCacheConfig() if config is None else config
-    return Prober(
-        build.chain, build.source, lambda batch: {"pixel_values": batch["pixel_values"]}, config=config, **settings
-    )
-
-
-def with_views(build, geometry=PROJECTIVE, count=1, channels=8):
-    channel_count = build.layout.channels
-    spec = ViewSpec(count, geometry, torch.arange(channels), torch.zeros(channel_count))
-    return replace(build, views=spec)
 
 
 @pytest.fixture
 def pictures():
     return images.picture_dataset(40).with_transform(images.replayable())
-
-
-# Plans
 
 
 @pytest.mark.parametrize("model", ["resnet", "vit"])
@@ -124,28 +58,6 @@ def test_plan_has_a_row_a_cut_with_everything_in_it(tmp_path):
         3,
         1,
     ]
-
-
-def test_peak_memory_counts_weights_gradients_optimizer_and_activations(tmp_path):
-    """A linear head on one vector: its input is all that is kept for the backward pass."""
-    chain = make_spec(zoo.make("vit"), tmp_path).chain
-    network = torch.nn.Linear(10, 3)
-    steps = TrialSteps(chain, loss=lambda model, inputs: network(inputs["x"]).sum())
-    steps.chain = type(
-        "Chain",
-        (),
-        {
-            "model": network,
-            "prefix_parameters": lambda self, cut: {},
-            "prefix_modules": lambda self, cut: [],
-            "replay": lambda self, cut: preserve_rng(),
-        },
-    )()
-    seconds, peak = steps.measure(0, [{"x": torch.randn(4, 10)}])
-    weights = (10 * 3 + 3) * 4
-    adam = 2 * weights + 2 * 4  # two moments, and a step number for each of the two parameters
-    assert peak == 2 * weights + adam + 4 * 10 * 4
-    assert seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -262,148 +174,28 @@ def test_bad_input_is_named(tmp_path):
         plan(zoo.ConvNet(), [{"x": torch.zeros(3, 8, 8), "labels": 0}], args=args)
 
 
-# Probing
+# Packed rows
 
 
-@pytest.mark.parametrize("kind", ["none", PROJECTIVE, DENSE, "whole"])
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_probe_leaves_model_and_generators_alone(name, kind, pictures, tmp_path):
-    model = zoo.make(name)
-    build = make_spec(model, tmp_path, pictures if name == "vit" else Rows(22, 32), cut=2, codec="int8")
-    if kind == "whole":
-        build = replace(build, views=ViewSpec(2))
-    elif kind != "none":
-        build = with_views(build, kind)
-    with_gradients(model)
-    before = snapshot(model)
-    costs = make_prober(build).measure(build, batches=2, with_suffix=True)
-    assert_same(before, snapshot(model))
-    assert list(tmp_path.iterdir()) == []
-    seconds = [costs.load, costs.load_base, costs.prefix, costs.suffix, costs.encode, costs.read, costs.decode]
-    assert min(seconds) > 0
-    assert (costs.load_view > 0) == (kind != "none")
-    assert (costs.compare > 0) == (kind in (PROJECTIVE, DENSE))
+@pytest.mark.parametrize(("data", "codec"), [("plain", "fp32"), ("sensitive", "int4"), ("whole", "int8")])
+def test_plan_predicts_the_packed_bytes(data, codec, tmp_path):
+    dataset = DATA[data]()
+    args = make_args(tmp_path, remove_unused_columns=False)
+    config = FreezeCacheConfig(lossless=True, codec=codec)
+    found = plan(tiny_vit(), dataset, config, args=args, cuts=[2], batches=2)
+    [row] = found.rows
+    store = stores_of(train_on_rows(tmp_path, True, dataset, codec=codec))[2]
+    assert row.bytes == pytest.approx(store.bytes, rel=0.03)
+    assert row.bytes < row.needed == row.most_bytes and store.bytes <= row.most_bytes
+    assert "Rows are packed" in str(found)
+    plain = plan(tiny_vit(), dataset, replace(config, lossless=False), args=args, cuts=[2], batches=2)
+    assert plain.rows[0].most_bytes is None and plain.rows[0].needed == plain.rows[0].bytes
+    assert "packed" not in str(plain)
 
 
-def test_probe_without_suffix_is_a_handful_of_prefix_runs(pictures, tmp_path):
-    build = with_views(make_spec(zoo.make("vit"), tmp_path, pictures))
-    prober, loaded, ran = make_prober(build), [], []
-    draw, prefix = build.source.draw, build.chain.prefix
-    build.source.draw = lambda rows, *rest, **named: loaded.append(rows) or draw(rows, *rest, **named)
-    build.chain.prefix = lambda *given: ran.append(given) or prefix(*given)
-    costs = prober.measure(build)
-    assert costs.suffix is None and costs.peak_memory_bytes is None
-    assert len(set(loaded)) <= 2 and len(loaded) <= 6
-    assert len(ran) <= 5
-    prober.measure(build)
-    assert len(loaded) <= 6
-
-
-def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path):
-    build = make_spec(zoo.make("vit"), tmp_path, pictures)
-    prober = make_prober(build)
-
-    def never(*args):
-        raise AssertionError("nothing may be measured")
-
-    prober._load = prober._run_prefix = never
-    for views, epochs in ((build, 1.0), (with_views(build), 2.0), (replace(build, views=ViewSpec(3)), 4.0)):
-        reason, row = prober.refuse(views, epochs, room=None)
-        assert "cannot save what a build costs" in reason and row is None
-    reason, row = prober.refuse(build, 100, room=10)
-    assert reason.startswith("it needs ") and "10 B are left" in reason and row is None
-
-
-def sleeping(build, prefix):
-    """The build's chain, whose prefix takes some seconds more."""
-    run = build.chain.prefix
-    build.chain.prefix = lambda *given: time.sleep(prefix) or run(*given)
-    return build
-
-
-def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path):
-    slow = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.05)
-    reason, row = make_prober(slow).refuse(slow, 3.0, room=None)
-    assert reason is None
-    assert row.seconds_saved_per_epoch > 0.05 * 10 and row.build_seconds > 0.05 * 10
-
-    views = with_views(slow)
-    prober = make_prober(views, FreezeCacheConfig(sensitivity_batches=10))
-    reason, row = prober.refuse(views, 4.1, room=None)
-    assert "would save" in reason, "two runs of everything, and two more to compare"
-    reason, row = prober.refuse(views, 40.0, room=None)
-    assert reason is None and decide(row, 40.0) is None
-
-
-def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path):
-    build = sleeping(make_spec(zoo.make("vit"), tmp_path, pictures), 0.01)
-    prober = make_prober(build)
-
-    def never(*args):
-        raise AssertionError("the prefix alone settles it")
-
-    prober._encode = prober._time_replay = never
-    reason, row = prober.refuse(build, 1.01, room=None)
-    assert "would save" in reason and row is not None
-
-
-def test_work_counts_what_a_build_does(pictures, tmp_path):
-    build = make_spec(zoo.make("vit"), tmp_path, pictures, batch_size=6)
-    prober = make_prober(build, FreezeCacheConfig(sensitivity_batches=3), processes=2)
-    assert prober.work(build) == Work(ranges=40 / 6, processes=2)
-    assert prober.work(with_views(build, count=2)) == Work(40 / 6, views=2, views_run=2, compared=3, processes=2)
-    assert prober.work(replace(build, views=ViewSpec(1))) == Work(40 / 6, views=1, views_run=1, processes=2)
-    stem = with_views(make_spec(zoo.make("resnet"), tmp_path, Rows(8, 32), cut=2), channels=0)
-    assert make_prober(stem).work(stem).views_run == 0
-
-
-def test_build_that_memory_cannot_hold_is_run_twice_in_part(pictures, tmp_path, monkeypatch):
-    build = make_spec(zoo.make("vit"), tmp_path, pictures)
-    assert make_prober(build).work(build).run_twice == 0
-    batch_bytes = 4 * build.layout.values * 4
-    monkeypatch.setattr("hf_freezecache.build.materialize._FIT_BYTES", 3 * batch_bytes)
-    views = replace(build, views=ViewSpec(1))
-    assert make_prober(build).work(build).run_twice == 0
-    assert make_prober(views).work(views).run_twice == 2
-    lossless = replace(views, codec="fp16")
-    assert make_prober(views).work(lossless).run_twice == 0
-
-
-def test_labels_of_any_kind_are_kept_by_the_probe(tmp_path):
-    dataset = Rows(12, label=lambda row: f"class {row}")
-    build = make_spec(zoo.make("vit"), tmp_path, dataset, collator=collate)
-    assert make_prober(build).measure(build).encode > 0
-
-
-def test_training_that_waits_for_its_loader_is_measured_with_its_steps(tmp_path):
-    """Behind loader processes a prefix costs nothing, if loading takes longer: what is saved depends on the rest."""
-    build = make_spec(zoo.make("vit"), tmp_path, SlowRows(), num_workers=1)
-    prober = make_prober(build)
-    costs = prober.measure(build)
-    assert costs.suffix is not None and costs.load > costs.prefix + costs.suffix
-    row = prober.row(build, costs)
-    assert row.live_step_seconds == costs.load
-    assert row.replay_step_seconds == max(costs.read, costs.decode + costs.suffix)
-    fast = make_spec(zoo.make("vit"), tmp_path, num_workers=100)
-    assert make_prober(fast).measure(fast).suffix is None
-
-
-class SlowRows(Rows):
-    def __getitem__(self, row):
-        time.sleep(0.05)
-        return super().__getitem__(row)
-
-
-@pytest.mark.parametrize(("compared", "maps"), [(2, 0), (10, 2)])
-def test_linear_maps_are_expected_where_they_will_be_fitted(compared, maps, tmp_path):
-    """A map of 8 channels has 75 inputs and needs 300 positions a half, 4 views of 64 positions have 256."""
-    dataset = images.picture_dataset(40, 32).with_transform(images.replayable(size=32))
-    build = with_views(make_spec(zoo.make("resnet"), tmp_path, dataset, cut=3), channels=2)
-    config = FreezeCacheConfig(sensitivity_batches=compared)
-    prober = make_prober(build, config)
-    assert build.layout.channels == 8 and build.layout.positions == 64
-    assert prober._count_maps(build, prober._load(build, 2)) == maps
-    settled = choose_channels(build, config.similarity, compared, channel_map=True)
-    assert (settled.views.channel_maps is not None) == bool(maps)
-    without = make_prober(build, FreezeCacheConfig(channel_map=False))
-    assert without._count_maps(build, without._load(build, 2)) == 0
+def test_plan_says_that_rows_might_not_fit_before_they_are_packed(tmp_path):
+    dataset, args = pixel_dataset(), make_args(tmp_path)
+    [row] = plan(tiny_vit(), dataset, FreezeCacheConfig(lossless=True), args=args, cuts=[2], batches=1).rows
+    most = replace(row, limit=row.most_bytes)
+    assert most.fits and not replace(row, limit=row.most_bytes - 1).fits
+    assert "does not fit" in replace(row, limit=row.bytes).verdict

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from support.helpers import assert_same_weights, losses, manual, run, weights
+from support.sessions import chain_of
 from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
@@ -109,7 +110,7 @@ def test_int4_store_is_close_to_the_features(tmp_path):
     rows = caltech(64)
     batch = collate([rows[index] for index in (3, 60)])
     batch.pop("labels")
-    exact = trainer._session.chain.prefix(batch, 7)
+    exact = chain_of(trainer).prefix(batch, 7)
     cosine = torch.cosine_similarity(store.read([3, 60]).flatten(1), exact.flatten(1))
     assert (cosine > 0.98).all()
     assert store.codec.bits_per_value < 4.3

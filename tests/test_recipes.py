@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
@@ -146,27 +145,12 @@ def test_vit_imagenet_on_local_folders_writes_report(recipes_on_path, tiny_vit, 
     assert "replay" in modes(report)
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [
-        ("ViTImageProcessor", {"height": 224, "width": 224}),
-        ("DeiTImageProcessor", {"height": 256, "width": 256}),
-        ("MobileNetV2ImageProcessor", {"shortest_edge": 256}),
-        ("ConvNextImageProcessor", {"shortest_edge": 224}),
-        ("ConvNextImageProcessor", {"shortest_edge": 384}),
-    ],
-)
-def test_transform_of_a_processor_gives_its_pixels(recipes_on_path, kind, size):
-    import transformers
-    from image_classification import make_transform
-
-    processor = getattr(transformers, kind)(size=size)
-    image = PILImage.radial_gradient("L").resize((300, 260)).convert("RGB")
-    expected = processor(image, return_tensors="pt")["pixel_values"][0]
-    pixels = make_transform(processor, None)(image)
-    torch.testing.assert_close(pixels, expected, atol=0.05, rtol=0)
-    side = expected.shape[-1] // 2
-    assert make_transform(processor, side)(image).shape == (3, side, side)
+@pytest.mark.parametrize(("recipe", "package"), [("image_classification", "evaluate"), ("quickstart", "sklearn")])
+def test_recipe_without_a_package_names_it_and_the_command_that_installs_it(recipe, package):
+    code = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); sys.modules[{package!r}] = None; import {recipe}"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1
+    assert finished.stderr.endswith(f'The recipes need the package {package}: pip install -e ".[recipes]"\n')
 
 
 @pytest.mark.parametrize("arm", ["plain", "cached", "none"])

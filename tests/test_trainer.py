@@ -1,10 +1,7 @@
-"""What `Trainer` can do works after the class name is switched; what cannot be honoured is said."""
+"""What `Trainer` can do works after the class name is switched."""
 
 import dataclasses
-import logging
-import time
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,37 +18,19 @@ from support.helpers import (
     tiny_vit,
     weights,
 )
+from support.trainer_data import image_dataset, own_collator, to_pixels
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy
+from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
+from hf_freezecache.trainer import make_policy
 
 POINTS = "1:2,3:4"
 
 
 def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def image_dataset(rows=32, column="image"):
-    generator = np.random.default_rng(0)
-    features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)})
-    images = generator.integers(0, 255, (rows, 16, 16, 3)).astype(np.uint8)
-    return datasets.Dataset.from_dict(
-        {column: list(images), "label": generator.integers(0, CLASSES, rows)}, features=features
-    )
-
-
-def to_pixels(batch):
-    pixels = [torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255.0 for image in batch["image"]]
-    return {"pixel_values": pixels, "label": batch["label"]}
-
-
-def own_collator(rows):
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["label"] for row in rows]),
-    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -212,42 +191,6 @@ def test_max_steps_and_fractions_of_training(tmp_path):
     assert [(p.cut, p.mode, p.steps) for p in longer.freeze_cache_report().phases][-1] == (3, "replay", 8)
 
 
-def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
-    usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3", cache="auto"))
-    assert not trainer.freeze_status().replaying and trainer.freeze_status().cut == 3
-    assert any("No feature store" in record.message and "free" in record.message for record in caplog.records)
-
-
-def test_full_disk_during_a_build_does_not_cost_the_training(tmp_path, caplog, monkeypatch):
-    def full(self, *args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hf_freezecache.cache.store.ShardWriter.write", full)
-    frozen = run(tiny_vit(), pixel_dataset(), tmp_path / "frozen", manual("1:3", cache="never"))
-    broken = run(tiny_vit(), pixel_dataset(), tmp_path / "broken", manual("1:3", cache="always"))
-    assert losses(broken) == losses(frozen)
-    assert any("could not be built" in record.message for record in caplog.records)
-    assert list((tmp_path / "broken" / "_freeze_cache").iterdir()) == []
-
-
-def test_random_transform_is_said_once(tmp_path, caplog):
-    def noisy(batch):
-        rows = to_pixels(batch)
-        rows["pixel_values"] = [pixels + torch.rand(1) for pixels in rows["pixel_values"]]
-        return rows
-
-    dataset = image_dataset().with_transform(noisy)
-    run(tiny_vit(), dataset, tmp_path, manual(POINTS), data_collator=own_collator, remove_unused_columns=False)
-    assert sum("whole draws of every sample" in record.message for record in caplog.records) == 1
-    caplog.clear()
-    steady = image_dataset().with_transform(to_pixels)
-    run(tiny_vit(), steady, tmp_path, manual(POINTS), data_collator=own_collator, remove_unused_columns=False)
-    assert not any("draws" in record.message for record in caplog.records)
-
-
 def test_group_by_length_sees_the_users_dataset(tmp_path):
     dataset = pixel_dataset().add_column("length", list(range(32)))
     settings = dict(train_sampling_strategy="group_by_length", remove_unused_columns=False)
@@ -344,18 +287,6 @@ def test_restoring_callback_states_keeps_ours_attached(tmp_path):
     assert resumed.freeze_status().replaying
 
 
-def test_own_train_dataloader_that_bypasses_ours_is_an_error(tmp_path):
-    class Own(FreezeCacheTrainer):
-        def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
-
-    trainer = Own(
-        model=tiny_vit(), args=make_args(tmp_path), train_dataset=pixel_dataset(), freeze_cache=manual("1:3")
-    )
-    with pytest.raises(ValueError, match="get_train_dataloader"):
-        trainer.train()
-
-
 def test_policy_object_wins_and_observes_what_it_asks_for(tmp_path):
     class Watcher(FreezePolicy):
         observes = frozenset({"weights", "gradients", "activations"})
@@ -382,59 +313,6 @@ def test_policy_object_wins_and_observes_what_it_asks_for(tmp_path):
     assert policy.seen[-1][1] == [3] and policy.seen[0][1] == [0, 1, 2, 3]
 
 
-def test_policy_answer_out_of_range_is_an_error(tmp_path):
-    class Wild(FreezePolicy):
-        def decide(self, moment):
-            return 99
-
-    with pytest.raises(ValueError, match="cut 99 in epoch 0"):
-        run(tiny_vit(), pixel_dataset(), tmp_path, policy=Wild())
-
-
-class Iterable(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        dataset = pixel_dataset()
-        return (dataset[index] for index in range(len(dataset)))
-
-
-@pytest.mark.parametrize(
-    ("model", "dataset", "config", "message"),
-    [
-        (tiny_vit, lambda: pixel_dataset(), manual("1:9"), "asks for cut 9, but the model has 4 blocks"),
-        (tiny_vit, Iterable, manual("1:2"), "iterable"),
-        (tiny_vit, lambda: pixel_dataset().select([]), manual("1:2"), "empty"),
-        (lambda: Unsplittable(), lambda: pixel_dataset(), manual("1:2"), "not declared"),
-    ],
-)
-def test_explicit_settings_that_cannot_be_honoured_are_an_error(model, dataset, config, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run(model(), dataset(), tmp_path, config, max_steps=4)
-
-
-def test_cache_directory_that_is_a_file_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="not writable.*feature_cache_dir"):
-        run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:2", feature_cache_dir=str(tmp_path / "file")))
-
-
-class Unsplittable(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3 * 16 * 16, CLASSES)
-
-    def forward(self, pixel_values, labels=None):
-        logits = self.head(pixel_values.flatten(1))
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-@pytest.mark.parametrize("kind", ["iterable", "unsplittable"])
-def test_defaults_fall_back_to_plain_training_with_one_warning(kind, tmp_path, caplog):
-    model, dataset = (tiny_vit(), Iterable()) if kind == "iterable" else (Unsplittable(), pixel_dataset())
-    trainer = run(model, dataset, tmp_path, None, max_steps=4)
-    assert trainer.state.global_step == 4 and trainer.freeze_status().cut == 0
-    assert sum("this is plain training" in record.message for record in caplog.records) == 1
-
-
 def test_evaluation_only_needs_no_training_data(tmp_path):
     trainer = FreezeCacheTrainer(model=tiny_vit(), args=make_args(tmp_path), eval_dataset=pixel_dataset())
     assert trainer.evaluate()["eval_loss"] > 0
@@ -442,15 +320,19 @@ def test_evaluation_only_needs_no_training_data(tmp_path):
 
 
 class SlowRows(Rows):
-    """Images that take so long to load that stores of them pay in any case."""
+    """Images that take so long to load that stores of them pay in any case: every row moves the clock on."""
+
+    def __init__(self, clock):
+        super().__init__(16)
+        self.clock = clock
 
     def __getitem__(self, row):
-        time.sleep(0.003)
+        self.clock(0.003)
         return super().__getitem__(row)
 
 
-def test_default_settings_freeze_and_cache(tmp_path):
-    trainer = run(tiny_vit(), SlowRows(16), tmp_path, None, num_train_epochs=16)
+def test_default_settings_freeze_and_cache(tmp_path, clock):
+    trainer = run(tiny_vit(), SlowRows(clock), tmp_path, None, num_train_epochs=16)
     assert [(p.cut, p.mode) for p in trainer.freeze_cache_report().phases if p.mode != "build"] == [
         (0, "live"),
         (2, "replay"),
@@ -489,3 +371,89 @@ def test_activation_checkpointing_cached_is_freeze_only(tmp_path):
     cached = run(tiny_vit(), pixel_dataset(), tmp_path / "c", manual("1:3", codec="fp32"), **settings)
     assert losses(cached) == losses(frozen)
     assert_same_weights(weights(cached), weights(frozen))
+
+
+def test_policy_is_made_from_the_settings():
+    assert isinstance(make_policy(FreezeCacheConfig(policy="none")), NonePolicy)
+    manual = make_policy(FreezeCacheConfig(policy="manual", freeze_points="2:3"))
+    assert isinstance(manual, ManualPolicy) and manual.points[0].cut == 3
+    linear = make_policy(FreezeCacheConfig(freeze_start=0.1, freeze_end=0.9, max_frozen=0.5, freeze_stages=3))
+    assert isinstance(linear, LinearPolicy)
+    assert [(point.when, point.cut) for point in linear.points(12)] == [(0.1, 2), (0.5, 4), (0.9, 6)]
+
+
+class EpochDependent(torch.utils.data.Dataset):
+    """Rows that change with the epoch, as a curriculum does."""
+
+    def __init__(self):
+        self.rows, self.epoch, self.epochs = pixel_dataset(), 0, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {"pixel_values": row["pixel_values"] + self.epoch, "labels": row["labels"]}
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.epochs.append(epoch)
+
+
+def test_set_epoch_of_the_users_dataset_is_called(tmp_path, caplog):
+    plain_data, our_data = EpochDependent(), EpochDependent()
+    plain = run(tiny_vit(), plain_data, tmp_path / "plain", trainer_class=Trainer)
+    ours = run(tiny_vit(), our_data, tmp_path / "ours", manual("3:2"))
+    assert our_data.epochs == plain_data.epochs and set(our_data.epochs) == {0, 1, 2, 3}
+    assert losses(ours)[:12] == losses(plain)[:12]
+    assert any("changes with the epoch" in record.message for record in caplog.records)
+
+
+def test_asking_for_a_train_loader_during_training_changes_nothing(tmp_path):
+    class Peek(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            assert "pixel_values" in next(iter(self.trainer.get_train_dataloader()))
+
+    peek = Peek()
+    quiet = run(tiny_resnet(), pixel_dataset(size=32), tmp_path / "quiet", manual("1:3"))
+    trainer = FreezeCacheTrainer(
+        model=tiny_resnet(),
+        args=make_args(tmp_path / "peek"),
+        train_dataset=pixel_dataset(size=32),
+        freeze_cache=manual("1:3"),
+        callbacks=[peek],
+    )
+    peek.trainer = trainer
+    trainer.train()
+    assert trainer.freeze_status().replaying and trainer.freeze_status().cut == 3
+    assert losses(trainer)[:5] == losses(quiet)[:5]
+
+
+class NeedsLabels(nn.Module):
+    """The minimal training module: its forward cannot run without labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.middle = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, pixel_values, labels):
+        features = torch.relu(self.middle(torch.relu(self.stem(pixel_values))))
+        logits = self.head(features.mean((2, 3)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_model_that_needs_its_labels_is_cached(tmp_path):
+    def train(name, **settings):
+        config = manual("1:2", blocks=["stem", "middle"], **settings)
+        return run(NeedsLabels(), pixel_dataset(), tmp_path / name, config)
+
+    frozen, cached = train("frozen", cache="never"), train("cached", codec="fp32")
+    assert cached.freeze_status().replaying
+    assert losses(cached) == losses(frozen)
+
+
+def test_config_none_with_policy_none_is_possible(tmp_path):
+    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, FreezeCacheConfig(policy="none"))
+    assert trainer.freeze_status().cut == 0 and trainer.freeze_cache_report().phases == []

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
-from hf_freezecache.cache.store import file_sha256
+from hf_freezecache.cache.shards import file_sha256
 
 from .._common import QUIET, silence
 from ..finetune_caltech.arms import EpochClock, accuracy

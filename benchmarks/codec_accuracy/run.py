@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification, 
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.cache.codec.progression import DEFAULT
-from hf_freezecache.cache.store import file_sha256
+from hf_freezecache.cache.shards import file_sha256
 
 from .._common import (
     QUIET,

@@ -24,8 +24,8 @@ from hf_freezecache.build.materialize import materialize
 from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.codec import CODEC_NAMES
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
+from hf_freezecache.cache.manifest import FORMAT_VERSION
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.store import FORMAT_VERSION
 from hf_freezecache.distributed import Group
 
 from .._common import Claim, make_parser, prepare, shared_folder, write_result
@@ -79,7 +79,7 @@ class Builder:
         made_from = fingerprint_inputs(
             source=source,
             model=chain.model,
-            tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+            tensors=chain.prefix_state(cut),
             cut=cut,
             blocks=chain.names[:cut],
             codec=self.codec,

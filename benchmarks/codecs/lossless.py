@@ -22,7 +22,7 @@ from hf_freezecache.build.fisher import fisher_weights
 from hf_freezecache.cache.codec import Codec
 from hf_freezecache.cache.lossless import LEVEL, pack_rows
 from hf_freezecache.cache.mapped import MappedColumn, PackedColumn
-from hf_freezecache.cache.store import ShardWriter
+from hf_freezecache.cache.shards import ShardWriter
 from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 from .._common import Claim, interleave, make_parser, prepare, summary, write_result

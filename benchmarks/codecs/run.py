@@ -16,7 +16,7 @@ import torch
 
 from hf_freezecache import make_codec
 from hf_freezecache.cache.codec import Codec, check_codec_name
-from hf_freezecache.cache.store import ShardWriter
+from hf_freezecache.cache.shards import ShardWriter
 from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 from .._common import Claim, interleave, make_parser, prepare, result_folder, summary, write_result

@@ -38,20 +38,18 @@ _SHARED = {
 class StoreFeatures:
     """Runs the blocks between two cuts on a store's features, decoded and replayed as training gets them.
 
-    The codec's error of the store goes through the blocks in between and adds to the new one's. What is kept of views
-    is replayed: where only sensitive channels are, the others are the base view's, warped.
+    The codec's error of the store goes through the blocks in between and adds to the new one's. Augmented views are
+    replayed too: where the store holds only sensitive channels, the others are the base view's, warped.
 
     Args:
         chain: the model, traced and proved at `cut`.
         cut: frozen blocks of the new store.
         source: the samples; only their ranges count.
         layout: the feature at `cut`.
-        store: at a cut before.
-        model_inputs: of a collated batch whose main input is the feature, what the model takes, moved to `device`.
-        device: where the model is.
-
-    Attributes:
-        samples: on how many the blocks in between have run, views of a sample each for itself.
+        store: at an earlier cut.
+        model_inputs: selects the prefix's inputs from a batch whose main input is the feature, on `device`.
+        device: the device of the model.
+        count_run: is told `(store's cut, cut, samples)` after every run; every view of a sample counts.
     """
 
     def __init__(
@@ -63,10 +61,15 @@ class StoreFeatures:
         store: FeatureStore,
         model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         device: torch.device | str = "cpu",
+        count_run: Callable[[int, int, int], None] | None = None,
     ):
         self.chain, self.cut, self.source, self.layout, self.store = chain, cut, source, layout, store
-        self.model_inputs, self.device = model_inputs, device
-        self.samples = 0
+        self.model_inputs, self.device, self.count_run = model_inputs, device, count_run
+
+    def over(self, source: RowSource) -> StoreFeatures:
+        return StoreFeatures(
+            self.chain, self.cut, source, self.layout, self.store, self.model_inputs, self.device, self.count_run
+        )
 
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
@@ -77,21 +80,21 @@ class StoreFeatures:
             ValueError: if the store does not hold so many views, or their geometry in another kind;
                 `why_not_deepen` tells before.
         """
-        kept = self.store.views.spec
-        if views > kept.count or geometry not in (None, kept.geometry):
+        stored = self.store.views.spec
+        if views > stored.count or geometry not in (None, stored.geometry):
             raise ValueError(
-                f"{self.store.path} holds {kept.count} views with {kept.geometry} geometry; "
+                f"{self.store.path} holds {stored.count} views with {stored.geometry} geometry; "
                 f"{views} with {geometry} geometry were asked for. Build from images instead."
             )
         for number in numbers:
             rows = self.source.rows(number)
             yield number, [self._run_view(rows, view, geometry, own_features) for view in range(views + 1)]
 
-    def _run_view(self, rows: range, view: int, geometry: str | None, own_features: bool) -> ViewRun:
+    def _run_view(self, rows: Sequence[int], view: int, geometry: str | None, own_features: bool) -> ViewRun:
         manifest = self.store.manifest
-        read = self.store.read_rows(rows, np.full(len(rows), view) if view else None)
-        codes = {name: read[name] for name in self.store.code_names(read)}
-        columns = {name: read[name] for name in manifest.inputs}
+        batch = self.store.read_rows(rows, np.full(len(rows), view) if view else None)
+        codes = {name: batch[name] for name in self.store.code_names(batch)}
+        columns = {name: batch[name] for name in manifest.inputs}
         constants = dict(manifest.constants)
         features = None
         if view == 0 or own_features:
@@ -100,7 +103,8 @@ class StoreFeatures:
 
     def _advance(self, codes: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> torch.Tensor:
         features = replay_features(self.store, {name: value.to(self.device) for name, value in codes.items()})
-        self.samples += len(features)
+        if self.count_run is not None:
+            self.count_run(self.store.manifest.cut, self.cut, len(features))
         inputs = self.model_inputs({self.chain.main_input: features, **others})
         return self.chain.advance(inputs, self.store.manifest.cut, self.cut)
 
@@ -110,19 +114,20 @@ def deepened(
     store: FeatureStore,
     model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     device: torch.device | str = "cpu",
+    count_run: Callable[[int, int, int], None] | None = None,
 ) -> StoreSpec:
     """The spec with a store in place of the images; for a store that `why_not_deepen` has nothing against.
 
-    Its fingerprint is another one: what is made from coarse features is never taken for what is made from images.
-    Geometry is kept as the store keeps it, which fits every view. If a build finds that it does not, by a
-    `GeometryMisfit`, the spec for images is the way on.
+    Its fingerprint is another one: features made from coarse features are never taken for features made from images.
+    The geometry has the store's kind, which fits every view. If a build finds that it does not, by a
+    `GeometryMisfit`, build from images.
 
     Args:
         spec: for images.
         store: at a cut before the spec's.
-        model_inputs, device: see `StoreFeatures`.
+        model_inputs, device, count_run: see `StoreFeatures`.
     """
-    features = StoreFeatures(spec.chain, spec.cut, spec.source, spec.layout, store, model_inputs, device)
+    features = StoreFeatures(spec.chain, spec.cut, spec.source, spec.layout, store, model_inputs, device, count_run)
     views = spec.views
     if not views.whole:
         views = replace(views, geometry=store.views.spec.geometry)
@@ -154,27 +159,27 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
         return f"the model's configuration is not what the store at cut {cut} was made with"
     if store.codec.layout != chain.layout(cut):
         return f"the features at cut {cut} have another layout by now: {chain.layout(cut)}, not {store.codec.layout}"
-    if made_from.get("prefix") != tensors_digest({**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)}):
+    if made_from.get("prefix") != tensors_digest(chain.prefix_state(cut)):
         return f"the {cut} blocks before the store's cut have other weights by now"
     split = split_batch(spec.source.probe(), chain.main_input)
     if split.describe() != manifest.inputs or split.constants != manifest.constants:
-        return f"the store at cut {cut} keeps other model inputs than the collator returns"
+        return f"the store at cut {cut} holds other model inputs than the collator returns"
     return _why_not_views(store, spec)
 
 
 def _why_not_views(store: FeatureStore, spec: StoreSpec) -> str | None:
-    wanted, kept, cut = spec.views, store.views.spec, store.manifest.cut
-    if wanted.count > kept.count:
-        return f"the store at cut {cut} holds {kept.count} augmented views of a sample and {wanted.count} are wanted"
-    if wanted.own_inputs and not kept.own_inputs:
-        return f"the store at cut {cut} keeps no model inputs of the views' own"
-    if wanted.whole:
+    views, stored, cut = spec.views, store.views.spec, store.manifest.cut
+    if views.count > stored.count:
+        return f"the store at cut {cut} holds {stored.count} augmented views of a sample and {views.count} are wanted"
+    if views.own_inputs and not stored.own_inputs:
+        return f"the store at cut {cut} holds no model inputs of the views' own"
+    if views.whole:
         return None
-    if kept.whole:
-        return f"the store at cut {cut} keeps views whole, without the geometry that is wanted"
+    if stored.whole:
+        return f"the store at cut {cut} holds whole views, without the geometry that is wanted"
     grid = store.codec.layout.grid
-    if kept.geometry == DENSE and grid != spec.layout.grid:
-        return f"the store at cut {cut} keeps geometry for a grid of {grid}, and cut {spec.cut} has {spec.layout.grid}"
-    if wanted.geometry == DENSE and kept.geometry != DENSE:
-        return f"the store at cut {cut} keeps {kept.geometry} geometry, and {DENSE} geometry is wanted"
+    if stored.geometry == DENSE and grid != spec.layout.grid:
+        return f"the store at cut {cut} holds geometry for a grid of {grid}, and cut {spec.cut} has {spec.layout.grid}"
+    if views.geometry == DENSE and stored.geometry != DENSE:
+        return f"the store at cut {cut} holds {stored.geometry} geometry, and {DENSE} geometry is wanted"
     return None

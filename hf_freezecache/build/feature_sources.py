@@ -1,4 +1,4 @@
-"""Ranges of samples as features: where a build gets them from."""
+"""Where a build gets the features of ranges of samples from."""
 
 from __future__ import annotations
 
@@ -35,22 +35,25 @@ class ViewRun:
 
 
 class FeatureSource(Protocol):
-    """Computes the features at one cut, range by range; the ranges are those of the `RowSource`."""
+    """Computes the features at one cut, range by range; the ranges are those of a `RowSource`."""
 
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
     ) -> Iterator[tuple[int, list[ViewRun]]]:
-        """Yields the given ranges in order, each as its number and its views, the base view first.
+        """Yields ranges in the given order, each as its number and its views, the base view first.
 
         Args:
             numbers: of the ranges.
-            views: augmented views wanted beside the base view.
-            geometry: kind in which their geometry is wanted; None if it is not.
-            own_features: whether the augmented views' features are wanted.
+            views: number of augmented views beside the base view.
+            geometry: kind in which the views' geometry is returned; None for no geometry.
+            own_features: whether the augmented views' features are computed.
 
         Raises:
             ValueError: if a feature has another size than the layout says.
         """
+
+    def over(self, source: RowSource) -> FeatureSource:
+        """The same for other ranges of the samples."""
 
 
 class ImageFeatures:
@@ -61,7 +64,8 @@ class ImageFeatures:
         cut: frozen blocks.
         source: the samples.
         layout: the feature as the prefix returns it.
-        model_inputs: of a collated batch, what the model takes, moved to where the model is.
+        model_inputs: selects the prefix's inputs from a collated batch, on the model's device.
+        count_run: is told `(0, cut, samples)` after every run.
     """
 
     def __init__(
@@ -71,29 +75,31 @@ class ImageFeatures:
         source: RowSource,
         layout: FeatureLayout,
         model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        count_run: Callable[[int, int, int], None] | None = None,
     ):
         self.chain, self.cut, self.source, self.layout = chain, cut, source, layout
-        self.model_inputs = model_inputs
+        self.model_inputs, self.count_run = model_inputs, count_run
 
     def over(self, source: RowSource) -> ImageFeatures:
-        """The same for other ranges of the samples."""
-        return ImageFeatures(self.chain, self.cut, source, self.layout, self.model_inputs)
+        return ImageFeatures(self.chain, self.cut, source, self.layout, self.model_inputs, self.count_run)
 
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
     ) -> Iterator[tuple[int, list[ViewRun]]]:
-        wanted = None if geometry is None else (geometry, self.layout.grid)
-        for number, drawn_views in self.source.loader(numbers, views, wanted):
-            runs = []
-            for view, drawn in enumerate(drawn_views):
+        kind_and_grid = None if geometry is None else (geometry, self.layout.grid)
+        for number, batches in self.source.loader(numbers, views, kind_and_grid):
+            view_runs = []
+            for view, drawn in enumerate(batches):
                 split = split_batch(drawn.batch, self.chain.main_input)
                 features = self._features(drawn.batch, number) if view == 0 or own_features else None
-                runs.append(ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused))
-            yield number, runs
+                view_runs.append(ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused))
+            yield number, view_runs
 
     def _features(self, batch: Mapping[str, Any], number: int) -> torch.Tensor:
         features = self.chain.prefix(self.model_inputs(batch), self.cut)
         check_shape(features, self.layout, self.source.rows(number))
+        if self.count_run is not None:
+            self.count_run(0, self.cut, len(features))
         return features
 
 

@@ -1,4 +1,4 @@
-"""How much the model's answer feels an error in a channel of the feature at a cut."""
+"""Sensitivity of the logits to an error in each channel of the feature at a cut (diagonal Fisher information)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fisher_weights(
         cut: frozen blocks, 1 to `len(chain)`.
         batches: model inputs by name, on the model's device.
         seed: of the noise.
-        bands: of the bands of feature maps (`codec.haar`), where they have any; what `mixed` makes most of.
+        bands: return the weights of the bands of feature maps (`codec.haar`), which `mixed` uses, where there are any.
 
     Returns:
         float32 `(C,)`, mean over samples and positions, special tokens excluded; of bands `(4, C)`.

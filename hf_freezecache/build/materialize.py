@@ -12,25 +12,16 @@ from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
 from ..cache.fingerprint import digest
+from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
+from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, RowSource, split_batch
-from ..cache.store import (
-    FORMAT_VERSION,
-    FeatureStore,
-    Manifest,
-    Shard,
-    ShardWriter,
-    StoreError,
-    complete,
-    create_aside,
-    own_input,
-    remove_store,
-    shard_name,
-    small_files,
-)
+from ..cache.shards import ShardWriter
+from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
+from .errors import BuildFailed, GeometryMisfit, OverLimit
 from .feature_sources import ViewRun
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
@@ -43,40 +34,10 @@ _FIT_BATCHES, _FIT_BYTES = 8, 2**28
 _FIT_VALUES_PER_CHANNEL, _FIT_ROWS = 2**14, 32
 
 
-class BuildFailed(OSError):
-    """A store could not be written (full disk, missing permission). Training can go on without it."""
-
-
-class OverLimit(ValueError):
-    """A store would take more bytes than it may; nothing was written.
-
-    Args:
-        needed: bytes of all its files.
-        limit: bytes that they may take.
-    """
-
-    def __init__(self, needed: int, limit: int):
-        super().__init__(f"the store would take {needed:,} bytes; {limit:,} are left")
-        self.needed, self.limit = needed, limit
-
-
-class GeometryMisfit(ValueError):
-    """A view's geometry cannot be kept in the chosen way; the message says why.
-
-    Args:
-        reason: the message.
-        for_all_kinds: whether no other kind of geometry would do either.
-    """
-
-    def __init__(self, reason: str, for_all_kinds: bool = False):
-        super().__init__(reason)
-        self.for_all_kinds = for_all_kinds
-
-
 def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
     """The finished store of this fingerprint, checked to the last byte by the main process; None if there is none.
 
-    A damaged one is taken away and reported: it is built again.
+    A damaged one is deleted and reported: it is built again.
 
     Raises:
         BuildFailed: if files cannot be read, or not by every process.
@@ -95,10 +56,10 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
             return False, str(error)
 
     try:
-        found, problem = group.on_main(find)
-        if problem is not None and group.rank == 0:
+        exists, problem = group.on_main(find)
+        if problem is not None and group.is_main:
             logger.warning(f"A feature store could not be reused and is built again: {problem}")
-        return open_everywhere(spec, group) if found else None
+        return open_everywhere(spec, group) if exists else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
 
@@ -129,8 +90,8 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     Raises:
         BuildFailed: if some process could not write; nothing is left behind.
         OverLimit: on every process, if the files would take more than `spec.limit`.
-        GeometryMisfit: on every process, if some view's geometry cannot be kept as `spec.views` says.
-        ValueError: if a feature is not finite (the sample is named) or a batch cannot be kept per row.
+        GeometryMisfit: on every process, if some view's geometry cannot be stored as `spec.views` says.
+        ValueError: if a feature is not finite (the sample is named) or a batch cannot be stored per row.
     """
     try:
         with preserve_rng():
@@ -140,11 +101,11 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
 
 
 def fit_stride(rows: int, layout: FeatureLayout) -> int:
-    """Of how many features one is enough for a codec to know every channel's distribution.
+    """Stride at which features are sampled to fit a codec: enough values per channel to estimate its distribution.
 
     Args:
-        rows: features there are.
-        layout: theirs.
+        rows: number of features.
+        layout: of the features.
     """
     values_per_channel = rows * (layout.values // layout.channels)
     return max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
@@ -172,7 +133,8 @@ def ranges_run_twice(spec: StoreSpec) -> int:
 class _Build:
     def __init__(self, spec: StoreSpec, group: Group):
         self.spec, self.group = spec, group
-        self.kept: dict[int, list[ViewRun]] = {}
+        # Ranges that were run to fit the codec and need not run again.
+        self.in_memory: dict[int, list[ViewRun]] = {}
 
     def run(self) -> FeatureStore:
         spec, group = self.spec, self.group
@@ -182,47 +144,41 @@ class _Build:
         if spec.limit is not None:
             check_limit(spec, group.on_main(lambda: store_bytes(spec, codec, probe, group.size)))
         views = ViewColumns(spec.views, codec)
-        mine = group.share(spec.source.num_ranges)
-        self.kept = {number: batch for number, batch in self.kept.items() if number in mine}
+        mine = group.my_ranges(spec.source.num_ranges)
+        self.in_memory = {number: views for number, views in self.in_memory.items() if number in mine}
         aside = group.on_main(lambda: create_aside(spec.path))
         try:
-            shards = group.together(lambda: self._write_shard(aside, codec, views, probe))
-            misfits = [shard for shard in shards if isinstance(shard, str)]
-            if misfits:
-                raise GeometryMisfit(misfits[0])
+            shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
             group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
         except BaseException:
-            if group.rank == 0:
+            if group.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         return open_everywhere(spec, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
-        """What memory holds of the features that the codec is fitted on is kept, so as not to run twice."""
-        self.kept = fit_codec(self.spec, codec)
+        self.in_memory = fit_codec(self.spec, codec)
         return codec.tensors()
 
-    def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard | str:
-        """Returns the finished shard; why it cannot be written, if a view's geometry does not fit."""
+    def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard:
         spec, group = self.spec, self.group
-        mine = group.share(spec.source.num_ranges)
-        fresh = run_views(spec, [number for number in mine if number not in self.kept])
-        bar = tqdm(total=len(mine), desc="Building feature store", disable=spec.disable_tqdm or group.rank != 0)
+        mine = group.my_ranges(spec.source.num_ranges)
+        fresh = run_views(spec, [number for number in mine if number not in self.in_memory])
+        bar = tqdm(total=len(mine), desc="Building feature store", disable=spec.disable_tqdm or not group.is_main)
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
             for number in mine:
-                base, *others = self.kept.pop(number) if number in self.kept else next(fresh)[1]
+                base, *others = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
                 rows = spec.source.rows(number)
-                misfit = None if spec.views.whole else find_misfit(others, rows)
-                if misfit is not None:
-                    return misfit
+                if not spec.views.whole:
+                    check_geometry(others, rows)
                 check_inputs(base, probe, rows[0])
                 codes, inputs = codec.encode(base.features, sample_ids=rows), dict(base.columns)
-                for view, ran in enumerate(others, start=1):
-                    check_inputs(ran, probe, rows[0])
-                    codes |= views.encode(view, ran.features, ran.geometry, rows)
+                for view, view_run in enumerate(others, start=1):
+                    check_inputs(view_run, probe, rows[0])
+                    codes |= views.encode(view, view_run.features, view_run.geometry, rows)
                     if spec.views.own_inputs:
-                        inputs |= {own_input(view, name): value for name, value in ran.columns.items()}
+                        inputs |= {own_input(view, name): value for name, value in view_run.columns.items()}
                 writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
@@ -232,24 +188,24 @@ def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
     """Fits a codec on features from all over the data set.
 
     Returns:
-        What memory holds of the ranges that were run for it; empty if the codec needs no fit.
+        The ranges that were run for it, as far as memory holds them; empty if the codec needs no fit.
     """
-    kept: dict[int, list[ViewRun]] = {}
+    in_memory: dict[int, list[ViewRun]] = {}
     if codec.fitted:
-        return kept
+        return in_memory
     source, layout = spec.source, spec.layout
     batch_bytes = source.batch_size * layout.values * 4
     sample, every = [], fit_stride(fit_rows(spec), layout)
     for number, views in run_views(spec, fit_ranges(source, layout)):
         sample += [view.features[::every].clone() for view in views if view.features is not None]
-        if (len(kept) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
-            kept[number] = views
+        if (len(in_memory) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
+            in_memory[number] = views
     codec.fit(torch.cat(sample), weights=spec.weights)
-    return kept
+    return in_memory
 
 
 def run_views(spec: StoreSpec, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
-    """Ranges of samples with what the spec keeps of their views."""
+    """Ranges of samples with the views that the spec stores of them."""
     views = spec.views
     return spec.feature_source.run(numbers, views.count, views.geometry, views.needs_features(spec.layout))
 
@@ -278,7 +234,7 @@ def check_limit(spec: StoreSpec, needed: int) -> None:
 
 
 def complete_store(spec: StoreSpec, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
-    """Gives the shards in `aside` everything that makes them the spec's store."""
+    """Writes the other files of the spec's store beside the shards in `aside`, and gives the directory its name."""
     views = ViewColumns(spec.views, codec)
     complete(aside, spec.path, small_files(codec, views, make_manifest(spec, probe, shards), spec.notes))
 
@@ -312,7 +268,7 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def find_misfit(views: Sequence[ViewRun], rows: Sequence[int]) -> str | None:
-    """Why the geometry of some view of a range cannot be kept; None if all can."""
+    """Why the geometry of some view of a range cannot be stored; None if all can."""
     for view in views:
         if view.geometry is None:
             return f"among the samples from {rows[0]} on, {view.refused or 'a transform tells no geometry'}"
@@ -322,19 +278,26 @@ def find_misfit(views: Sequence[ViewRun], rows: Sequence[int]) -> str | None:
     return None
 
 
-def check_inputs(ran: ViewRun | BatchSplit, probe: BatchSplit, first: int) -> None:
+def check_geometry(views: Sequence[ViewRun], rows: Sequence[int]) -> None:
+    """Raises GeometryMisfit if the geometry of some view of a range cannot be stored."""
+    misfit = find_misfit(views, rows)
+    if misfit is not None:
+        raise GeometryMisfit(misfit)
+
+
+def check_inputs(inputs: ViewRun | BatchSplit, probe: BatchSplit, first: int) -> None:
     """Compares a batch's model inputs to the probe's.
 
     Raises:
         ValueError: if the entries or the constants differ; `first`, a sample of the batch, is named.
     """
-    if ran.constants != probe.constants:
+    if inputs.constants != probe.constants:
         raise ValueError(
-            f"the collator's constants differ between batches: {ran.constants} at sample {first}, "
+            f"the collator's constants differ between batches: {inputs.constants} at sample {first}, "
             f"{probe.constants} before; only what is the same for all can be replayed."
         )
-    if ran.columns.keys() != probe.columns.keys():
+    if inputs.columns.keys() != probe.columns.keys():
         raise ValueError(
-            f"the collator returns {sorted(ran.columns)} at sample {first}, "
+            f"the collator returns {sorted(inputs.columns)} at sample {first}, "
             f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
         )

@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import safetensors.torch
@@ -19,49 +17,39 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
-from ..cache.rows import ChosenRows, InputColumn, split_batch
-from ..cache.store import (
-    CODEC_FILE,
-    MANIFEST,
-    FeatureStore,
-    Shard,
-    ShardWriter,
-    StoreError,
-    create_aside,
-    own_input,
-    shard_name,
-    small_files,
-    stored_rows,
-)
+from ..cache.manifest import Shard, StoreError
+from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
+from ..cache.rows import ChosenRows, split_batch
+from ..cache.shards import ShardWriter
+from ..cache.store import FeatureStore, create_aside, small_files
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..rng import preserve_rng
+from .errors import BuildFailed
 from .feature_sources import ViewRun
 from .materialize import (
-    BuildFailed,
-    GeometryMisfit,
+    check_geometry,
     check_inputs,
     check_limit,
     complete_store,
-    find_misfit,
     fit_codec,
     make_manifest,
     open_everywhere,
     open_matching,
     store_bytes,
 )
+from .row_columns import RowColumns, pick_rows, row_checksum, whole_lines
 from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
 
-#: What stands for the manifest until the store is finished: nobody takes the directory for a store.
-PLAN = "spec.json"
+#: File in the manifest's place until the store is finished: nobody takes the directory for a store.
+SPEC = "spec.json"
 _MARKS = "marks"
-_SUFFIX = ".partial"
 
 
 class PartialStore:
-    """The directory `<fingerprint>.partial`: what a spec will keep, in rows of fixed size that may come in any order.
+    """The directory `<fingerprint>.partial`: the rows of a future store, of fixed size, written in any order.
 
     All processes share it, and it outlives them. Per view it has one file of rows (all columns side by side), and all
     views have one file of marks: a row's mark is the checksum of its bytes and follows them, so that a row counts only
@@ -70,22 +58,24 @@ class PartialStore:
     fixed size) go to a file of lines per process, and into the checksum.
 
     Args:
-        spec: settled; its `runs` compute what is missing in the end.
+        spec: settled; its feature source computes what is missing in the end.
         group: the processes.
         codec: fitted.
 
     Attributes:
-        reserved: bytes of this directory and of the store made of it, which lie there together in the end.
+        reserved: bytes of this directory and of the store made of it, which exist together in the end.
     """
 
     def __init__(self, spec: StoreSpec, group: Group, codec: Codec):
         self.spec, self.group, self.codec, self.reserved = spec, group, codec, 0
         self.views = ViewColumns(spec.views, codec)
         self.probe = split_batch(spec.source.probe(), spec.chain.main_input)
-        self.path = partial_path(spec)
-        self._columns = [_RowColumns(self, view) for view in range(spec.views.count + 1)]
+        self.path = partial_path(spec.path)
+        self._columns = [RowColumns(view, self.views, codec, self.probe) for view in range(spec.views.count + 1)]
         self._files: list[int] = []
-        self._marks, self._lines = -1, None
+        self._lines: TextIO | None = None
+        # List inputs of samples and views, from whoever has written some; None: not read since rows were written.
+        self._all_lines: Mapping[tuple[int, int], set[str]] | None = None
 
     @classmethod
     def begin(cls, spec: StoreSpec, group: Group) -> PartialStore:
@@ -124,33 +114,33 @@ class PartialStore:
         Raises:
             BuildFailed: if files cannot be read, or not by every process.
         """
-        path = partial_path(spec)
+        path = partial_path(spec.path)
 
-        def find() -> tuple[Any, ...] | None:
+        def read_settings() -> tuple[Any, ...] | None:
             if not path.exists():
                 return None
             try:
-                kept = FeatureStore.open(path, PLAN)
-                notes = [name for name in kept.manifest.files if name.endswith(".safetensors") and name != CODEC_FILE]
-                notes = {name: safetensors.torch.load_file(path / name) for name in notes}
-                settled = replace(spec, views=kept.views.spec, notes={Path(name).stem: notes[name] for name in notes})
-                partial = cls(settled, group, kept.codec)
+                begun = FeatureStore.open(path, SPEC)
+                names = [note for file in begun.manifest.files if (note := parse_note(file)) is not None]
+                notes = {note: safetensors.torch.load_file(path / note_file(note)) for note in names}
+                settled = replace(spec, views=begun.views.spec, notes=notes)
+                partial = cls(settled, group, begun.codec)
                 expected = make_manifest(settled, partial.probe, [])
-                if replace(kept.manifest, files={}).to_json() != expected.to_json():
+                if replace(begun.manifest, files={}).to_json() != expected.to_json():
                     raise StoreError(f"{path} was begun for another store.")
                 partial._check_sizes()
             except StoreError as error:
                 logger.warning(f"A feature store that was begun is begun again: {error}")
                 shutil.rmtree(path)
                 return None
-            return kept.codec.tensors(), settled.views, settled.notes
+            return begun.codec.tensors(), settled.views, settled.notes
 
         try:
             with preserve_rng():
-                found = group.on_main(find)
-                if found is None:
+                settings = group.on_main(read_settings)
+                if settings is None:
                     return None
-                tensors, views, notes = found
+                tensors, views, notes = settings
                 codec = make_codec(spec.codec, spec.layout).load_tensors(tensors)
                 partial = cls(replace(spec, views=views, notes=notes), group, codec)
                 partial._reserve()
@@ -160,7 +150,7 @@ class PartialStore:
             raise BuildFailed(str(error)) from error
 
     def _reserve(self) -> None:
-        # The notes are the main process's.
+        # Only the main process has the notes.
         finished = self.group.on_main(lambda: store_bytes(self.spec, self.codec, self.probe, self.group.size))
         self.reserved = self.bytes + finished
 
@@ -170,26 +160,26 @@ class PartialStore:
         rows = len(self.spec.source)
         return rows * sum(columns.width for columns in self._columns) + rows * len(self._columns) * 4
 
-    def write(self, samples: Sequence[int], views: np.ndarray, ran: ViewRun) -> None:
-        """Keeps one view of each of some samples; what was kept of it before is replaced.
+    def write(self, samples: Sequence[int], views: np.ndarray, view_run: ViewRun) -> None:
+        """Writes one view of each of some samples; what was written of it before is replaced.
 
         Args:
             samples: row numbers `(B,)`.
             views: int64 `(B,)`, 0 being the base view.
-            ran: the batch; geometry of base views is ignored.
+            view_run: the batch; geometry of base views is ignored.
 
         Raises:
-            GeometryMisfit: if a view's geometry cannot be kept as the spec says.
+            GeometryMisfit: if a view's geometry cannot be stored as the spec says.
             ValueError: if a feature is not finite (the sample is named) or the batch cannot be kept per row.
             OSError: if it cannot be written.
         """
-        check_inputs(ran, self.probe, samples[0])
+        check_inputs(view_run, self.probe, samples[0])
         for view in np.unique(views):
             positions = np.flatnonzero(views == view)
-            self._put(int(view), [samples[position] for position in positions], _rows_of(ran, positions))
+            self._put(int(view), [samples[position] for position in positions], pick_rows(view_run, positions))
 
     def finish(self) -> FeatureStore:
-        """Computes what is missing, writes the store as a build does, every process its shard, and goes away.
+        """Computes the missing rows and writes the store, every process its shard; then deletes the directory.
 
         Raises:
             BuildFailed: if some process could not write.
@@ -201,9 +191,7 @@ class PartialStore:
             with preserve_rng():
                 store = open_matching(spec, group)  # another training of the same settings may have been faster
                 if store is None:
-                    misfits = [misfit for misfit in group.together(self._fill) if misfit is not None]
-                    if misfits:
-                        raise GeometryMisfit(misfits[0])
+                    group.on_all(self._fill)
                     store = self._write_store()
         except OSError as error:
             raise BuildFailed(str(error)) from error
@@ -211,14 +199,14 @@ class PartialStore:
         return store
 
     def remove(self) -> None:
-        """Takes the directory away, on all processes together."""
+        """Deletes the directory, on all processes together."""
         self.close()
         self.group.gather(None)  # nobody has it open any more
-        if self.group.rank == 0:
+        if self.group.is_main:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets go of the files; the directory stays for a resumed training."""
+        """Closes the files; the directory stays for a resumed training."""
         for descriptor in self._files:
             os.close(descriptor)
         if self._lines is not None:
@@ -237,7 +225,7 @@ class PartialStore:
         try:
             manifest = make_manifest(self.spec, self.probe, [])
             contents = small_files(self.codec, self.views, manifest, self.spec.notes)
-            contents[PLAN] = contents.pop(MANIFEST)
+            contents[SPEC] = contents.pop(MANIFEST)
             for name, content in contents.items():
                 (aside / name).write_bytes(content)
             for name, size in self._sizes().items():
@@ -252,9 +240,9 @@ class PartialStore:
 
     def _check_sizes(self) -> None:
         for name, size in self._sizes().items():
-            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
-            if found != size:
-                raise StoreError(f"{self.path / name} has {found} bytes instead of {size}.")
+            actual = (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            if actual != size:
+                raise StoreError(f"{self.path / name} has {actual} bytes instead of {size}.")
 
     def _open(self) -> None:
         *rows, marks = self._sizes()
@@ -280,22 +268,20 @@ class PartialStore:
 
     # Writing
 
-    def _put(self, view: int, samples: Sequence[int], ran: ViewRun) -> None:
+    def _put(self, view: int, samples: Sequence[int], view_run: ViewRun) -> None:
         if view and not self.spec.views.whole:
-            misfit = find_misfit([ran], samples)
-            if misfit is not None:
-                raise GeometryMisfit(misfit)
+            check_geometry([view_run], samples)
         if view:
-            codes = self.views.encode(view, ran.features, ran.geometry, samples)
+            codes = self.views.encode(view, view_run.features, view_run.geometry, samples)
         else:
-            codes = self.codec.encode(ran.features, sample_ids=samples)
+            codes = self.codec.encode(view_run.features, sample_ids=samples)
         columns = self._columns[view]
-        rows, lists = columns.pack(codes, ran.columns, samples)
+        rows, lists = columns.pack(codes, view_run.columns, samples)
         if columns.lists:
             self._write_lines(view, samples, lists)
         for sample, row, values in zip(samples, rows, lists, strict=True):
             self._write_at(view, row.data, sample * columns.width)
-            mark = np.uint32(_checksum(row.data, values)).tobytes()
+            mark = np.uint32(row_checksum(row.data, values)).tobytes()
             self._write_at(-1, mark, 4 * (view * len(self.spec.source) + sample))
 
     def _write_lines(self, view: int, samples: Sequence[int], lists: Sequence[str]) -> None:
@@ -307,42 +293,38 @@ class PartialStore:
 
     # Finishing
 
-    def _fill(self) -> str | None:
-        """Computes what is missing of this process's share; why it cannot be kept, if a view's geometry misfits."""
-        mine = self.group.share(self.spec.source.num_ranges)
+    def _fill(self) -> None:
+        """Computes what is missing in this process's ranges."""
+        mine = self.group.my_ranges(self.spec.source.num_ranges)
         if not len(mine):
-            return None
+            return
         first, last = self.spec.source.rows(mine[0])[0], self.spec.source.rows(mine[-1])[-1]
         lacking = np.stack([self._read_marks(view, first, last) == 0 for view in range(len(self._columns))])
         rows = np.flatnonzero(lacking.any(0)) + first
-        return self._compute(rows.tolist(), lambda view, row: lacking[view, row - first])
+        self._compute(rows.tolist(), lambda view, row: lacking[view, row - first])
 
-    def _compute(self, rows: Sequence[int], is_lacking: Callable[[int, int], bool]) -> str | None:
+    def _compute(self, rows: Sequence[int], is_lacking: Callable[[int, int], bool]) -> None:
         """Runs the prefix on rows and writes the views of them that are lacking."""
         views = self.spec.views
         source = ChosenRows(self.spec.source, rows)
-        runs = self.spec.feature_source.over(source)
+        features = self.spec.feature_source.over(source)
         needed = views.needs_features(self.spec.layout)
-        for number, ran in runs.run(range(source.num_ranges), views.count, views.geometry, needed):
+        for number, view_runs in features.run(range(source.num_ranges), views.count, views.geometry, needed):
             samples = source.rows(number)
-            for view, part in enumerate(ran):
-                check_inputs(part, self.probe, samples[0])
+            for view, view_run in enumerate(view_runs):
+                check_inputs(view_run, self.probe, samples[0])
                 positions = np.array([place for place, row in enumerate(samples) if is_lacking(view, row)], np.int64)
                 if len(positions):
-                    try:
-                        self._put(view, [samples[place] for place in positions], _rows_of(part, positions))
-                    except GeometryMisfit as misfit:
-                        return str(misfit)
-        return None
+                    self._put(view, [samples[place] for place in positions], pick_rows(view_run, positions))
 
     def _write_store(self) -> FeatureStore:
         spec, group = self.spec, self.group
         aside = group.on_main(lambda: create_aside(spec.path))
         try:
-            shards = group.together(lambda: self._write_shard(aside))
+            shards = group.gather(group.on_all(lambda: self._write_shard(aside)))
             group.on_main(lambda: complete_store(spec, aside, self.codec, self.probe, shards))
         except BaseException:
-            if group.rank == 0:
+            if group.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         return open_everywhere(spec, group)
@@ -351,7 +333,7 @@ class PartialStore:
         source = self.spec.source
         path = aside / shard_name(self.group.rank, self.group.size)
         with ShardWriter(path, self.codec, self.views, self.probe.describe(), self.spec.lossless) as writer:
-            for number in self.group.share(source.num_ranges):
+            for number in self.group.my_ranges(source.num_ranges):
                 samples, codes, inputs = source.rows(number), {}, {}
                 for view in range(len(self._columns)):
                     read_codes, read_inputs = self._read(view, samples)
@@ -371,112 +353,27 @@ class PartialStore:
             if not damaged:
                 return columns.unpack(rows, lists)
             if attempt == 0:
-                misfit = self._compute(sorted(damaged), lambda own, row: own == view)
-                self.__dict__.pop("_all_lines", None)
-                if misfit is not None:
-                    raise ValueError(misfit)
+                self._compute(sorted(damaged), lambda own, row: own == view)
+                self._all_lines = None
         raise OSError(
             f"{self.path} does not keep what is written to it: samples {sorted(damaged)[:3]} of view {view}."
         )
 
     def _lists_of(self, view: int, sample: int, row: np.ndarray, mark: int) -> str | None:
         """A row's list inputs, with which its checksum fits; None if none do: the row is not whole."""
-        candidates = self._all_lines.get((sample, view), ()) if self._columns[view].lists else ("[]",)
-        return next((values for values in candidates if _checksum(row.data, values) == mark), None)
+        candidates: Iterable[str] = ("[]",)
+        if self._columns[view].lists:
+            self._all_lines = self._read_lines() if self._all_lines is None else self._all_lines
+            candidates = self._all_lines.get((sample, view), ())
+        return next((values for values in candidates if row_checksum(row.data, values) == mark), None)
 
-    @cached_property
-    def _all_lines(self) -> Mapping[tuple[int, int], set[str]]:
-        """List inputs of samples and views, from whoever has written some."""
-        found: dict[tuple[int, int], set[str]] = {}
+    def _read_lines(self) -> Mapping[tuple[int, int], set[str]]:
+        lists: dict[tuple[int, int], set[str]] = {}
         for path in sorted(self.path.glob("lists-*.jsonl")):
-            for sample, view, values in _whole_lines(path):
-                found.setdefault((sample, view), set()).add(values)
-        return found
+            for sample, view, values in whole_lines(path):
+                lists.setdefault((sample, view), set()).add(values)
+        return lists
 
     def _read_marks(self, view: int, first: int, last: int) -> np.ndarray:
         offset = 4 * (view * len(self.spec.source) + first)
         return np.frombuffer(self._read_at(-1, 4 * (last - first + 1), offset), np.uint32)
-
-
-class _RowColumns:
-    """What a row of one view consists of: columns of fixed size side by side, and lists."""
-
-    def __init__(self, partial: PartialStore, view: int):
-        spec = partial.spec.views
-        if view:
-            self.codes = {f"{name}_{view}": column for name, column in partial.views.entries.items()}
-        else:
-            self.codes = dict(partial.codec.columns)
-        described = partial.probe.describe() if view == 0 or spec.own_inputs else {}
-        self.inputs = {name: column for name, column in described.items() if not column.is_list}
-        self.lists = [name for name, column in described.items() if column.is_list]
-        self._stored = {name: own_input(view, name) if view else name for name in described}
-        widths = [dtype.itemsize * length for dtype, length in self.codes.values()]
-        widths += [_input_bytes(column) for column in self.inputs.values()]
-        self._ends = np.cumsum(widths).tolist()
-
-    @property
-    def width(self) -> int:
-        """Bytes of a row."""
-        return self._ends[-1]
-
-    def pack(
-        self, codes: Mapping[str, torch.Tensor], inputs: Mapping[str, Any], samples: Sequence[int]
-    ) -> tuple[np.ndarray, list[str]]:
-        """Rows as bytes, uint8 `(B, width)`, and the lists of each as JSON."""
-        parts = [codes[name].cpu().contiguous().numpy() for name in self.codes]
-        parts += [stored_rows(name, column, inputs[name], samples[0]) for name, column in self.inputs.items()]
-        parts = [np.ascontiguousarray(part).view(np.uint8).reshape(len(samples), -1) for part in parts]
-        lists = [json.dumps([inputs[name][place] for name in self.lists]) for place in range(len(samples))]
-        return np.concatenate(parts, axis=1), lists
-
-    def unpack(self, rows: np.ndarray, lists: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Codes and model inputs, by column of the store."""
-        parts = iter(np.ascontiguousarray(part) for part in np.split(rows, self._ends[:-1], axis=1))
-        codes = {name: torch.from_numpy(next(parts)).view(dtype) for name, (dtype, _) in self.codes.items()}
-        inputs: dict[str, Any] = {}
-        for name, column in self.inputs.items():
-            inputs[self._stored[name]] = column.to_tensor(next(parts).view(column.stored_as))
-        values = [json.loads(text) for text in lists]
-        return codes, inputs | {self._stored[name]: [row[i] for row in values] for i, name in enumerate(self.lists)}
-
-
-def partial_path(spec: StoreSpec) -> Path:
-    """Where the spec's store is written to until it is finished."""
-    return spec.path.with_name(spec.path.name + _SUFFIX)
-
-
-def _rows_of(ran: ViewRun, positions: np.ndarray) -> ViewRun:
-    """Some rows of a batch."""
-    if len(positions) == _batch_rows(ran):
-        return ran
-    places = torch.from_numpy(positions)
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value[places.to(value.device)]
-        return value if value is None else [value[position] for position in positions]
-
-    columns = {name: pick(value) for name, value in ran.columns.items()}
-    return replace(ran, columns=columns, features=pick(ran.features), geometry=pick(ran.geometry))
-
-
-def _batch_rows(ran: ViewRun) -> int | None:
-    values = [ran.features, ran.geometry, *ran.columns.values()]
-    return next((len(value) for value in values if value is not None), None)
-
-
-def _checksum(row: memoryview, lists: str) -> int:
-    """Never 0, which marks a row that was not written."""
-    return zlib.crc32(row, zlib.crc32(lists.encode())) or 1
-
-
-def _input_bytes(column: InputColumn) -> int:
-    return np.dtype(column.stored_as).itemsize * int(np.prod(column.shape, dtype=np.int64))
-
-
-def _whole_lines(path: Path) -> Iterator[list[Any]]:
-    """Lines of a file; the last one may have been cut short with the process that wrote it."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)

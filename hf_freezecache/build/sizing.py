@@ -11,8 +11,9 @@ import torch
 
 from ..cache.codec import Codec, make_codec
 from ..cache.lossless import blank_frames, largest_frame
+from ..cache.names import own_input
 from ..cache.rows import BatchSplit, split_batch
-from ..cache.store import ShardStream, own_input
+from ..cache.shards import ShardStream
 from ..cache.view_columns import ViewColumns, ViewSpec
 from .store_spec import StoreSpec
 

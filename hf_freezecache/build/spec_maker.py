@@ -1,135 +1,119 @@
-"""What would be built at a cut: features, codec, views, fingerprint; from the training's model, data and settings."""
+"""What a store at a cut will be: features, codec, views and fingerprint, from a training's model and settings."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
+from ..cache.manifest import FORMAT_VERSION
 from ..cache.rows import RowSource
-from ..cache.store import FORMAT_VERSION
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewSpec
-from ..config import FreezeCacheConfig
-from ..distributed import Group
-from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from ..units import parse_bytes
+from .context import BuildContext
+from .deepening import DEEPENED_FROM, deepened
 from .feature_sources import ImageFeatures
 from .fisher import fisher_weights
-from .materialize import GeometryMisfit, spread
+from .materialize import spread
 from .store_spec import StoreSpec
-from .survey import choose_channels, count_sensitive, make_view_spec, survey
+from .survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
 
-#: Batches from all over the data on which a channel's weight in the loss is measured.
+#: Batches from all over the data on which the loss's sensitivity to each channel is measured.
 _WEIGHT_BATCHES = 8
+#: Entry of a fingerprint's inputs: live epochs wrote the store, not a build.
+WRITTEN = "materialize"
+#: Half precision: an evaluation should report the model, not the codec.
+EVALUATION_CODEC = "fp16"
+#: A fingerprint's entry `augmentation` for stores of evaluation sets, which are not removed with the training's.
+_EVALUATION = {"views": 0, "for": "evaluation"}
 
 
 class SpecMaker:
     """Makes the `StoreSpec` of a cut and a codec.
 
     Args:
-        model: the model itself, not wrapped.
-        chain: its blocks.
-        source: the train samples as model inputs.
-        config: the user's settings.
-        cache_dir: where stores lie.
-        group: the processes.
-        model_inputs: of a collated batch, what the model takes, on its device.
-        precision: mixed precision of the training.
-        disable_tqdm: no progress bars.
+        context: the training.
+        augmentation: what is random in its samples; None: the main process looks, unless nothing is cached.
+
+    Attributes:
+        augmentation: what is random; None where nothing is cached, and on other processes until the first `make`.
+        weights: by cut, float32 `(C,)` or `(4, C)`, the loss's sensitivity to each channel, for codecs that use it.
+            Measured once, so that a store that is lost is built again as it was.
 
     Raises:
         ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
+
+    Shapes: C channels.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        chain: BlockChain,
-        source: RowSource,
-        config: FreezeCacheConfig,
-        cache_dir: Path,
-        group: Group,
-        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        precision: str,
-        disable_tqdm: bool,
-    ):
-        self.model, self.chain, self.source, self.config = model, chain, source, config
-        self.cache_dir, self.group, self.model_inputs = cache_dir, group, model_inputs
-        self.precision, self.disable_tqdm = precision, disable_tqdm
-        #: Samples on which this process has run blocks for builds, by the cuts between which they lie.
-        self.samples_run: Counter[tuple[int, int]] = Counter()
-        # At the beginning, where a mistake in the pipelines costs nothing yet.
-        self.augmentation = survey(source, chain.main_input) if group.rank == 0 and config.cache != "never" else None
-        #: Weight of every channel in the loss, by cut: measured once, for codecs that use it.
+    def __init__(self, context: BuildContext, augmentation: Augmentation | None = None):
+        self.context = context
+        self.augmentation = augmentation
+        if augmentation is None and context.group.is_main and context.config.cache != "never":
+            # At the beginning, where a mistake in the pipelines costs nothing yet.
+            self.augmentation = survey(context.source, context.chain.main_input)
         self.weights: dict[int, torch.Tensor] = {}
         self._notes: Mapping[str, Any] = {}
 
     def make(self, cut: int, codec: str) -> StoreSpec:
-        """What a store of this cut would be, before sensitive channels are chosen.
+        """The spec of the training's store at a cut, before sensitive channels are chosen.
 
         Raises:
             ChainError: if the cut fails the proof on this training's data.
         """
+        context = self.context
 
-        def prove():
-            probe = self.model_inputs(self.source.probe())
+        def prove() -> None:
+            probe = context.model_inputs(context.source.probe())
             # Traced again: mixed precision set up since the training began may change the type of the features.
-            self.chain.trace(probe)
-            self.chain.prove(probe, cut)
+            context.chain.trace(probe)
+            context.chain.prove(probe, cut)
 
-        def made_from():
-            inputs = fingerprint_inputs(
-                augmentation=self._augmentation_settings(),
-                source=self.source,
-                model=self.model,
-                tensors={**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)},
-                cut=cut,
-                blocks=self.chain.names[:cut],
-                codec=codec,
-                precision=self.precision,
-                format_version=FORMAT_VERSION,
-            )
-            return {**inputs, **LOSSLESS} if self.config.lossless else inputs
+        context.group.on_all(prove)
+        self.augmentation = context.group.broadcast(self.augmentation)
+        made_from = context.group.on_main(
+            lambda: self._made_from(context.source, cut, codec, self._augmentation_settings())
+        )
+        return self.with_codec(replace(self.draft(cut, codec), made_from=made_from), codec)
 
-        self.group.on_all(prove)
-        self.augmentation = self.group.broadcast(self.augmentation)
-        return self.with_codec(replace(self.draft(cut, codec), made_from=self.group.on_main(made_from)), codec)
-
-    def draft(self, cut: int, codec: str) -> StoreSpec:
-        """A spec without a fingerprint: for measuring, not for building.
+    def make_evaluation(self, source: RowSource, probe: Mapping[str, Any], cut: int, limit: int | None) -> StoreSpec:
+        """The spec of the store of an evaluation set.
 
         Args:
-            cut: frozen blocks; traced.
+            source: the samples.
+            probe: a few of them as the prefix's inputs; the chain is traced on them.
+            cut: frozen blocks.
+            limit: most bytes of its files.
+
+        Raises:
+            ChainError: if the cut fails the proof on these samples.
+        """
+        context = self.context
+        context.group.on_all(lambda: context.chain.prove(probe, cut))
+        made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION))
+        spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())
+        return replace(spec, made_from=made_from, limit=limit)
+
+    def draft(self, cut: int, codec: str) -> StoreSpec:
+        """A spec without a fingerprint, for measuring.
+
+        Args:
+            cut: frozen blocks; the chain is traced.
             codec: name of the codec.
         """
-        layout = self.chain.layout(cut)
-        return StoreSpec(
-            chain=self.chain,
-            cut=cut,
-            source=self.source,
-            codec=codec,
-            layout=layout,
-            views=self._view_spec(layout, codec),
-            made_from={},
-            directory=self.cache_dir,
-            feature_source=ImageFeatures(self.chain, cut, self.source, layout, self.counting(0, cut)),
-            disable_tqdm=self.disable_tqdm,
-            lossless=self.config.lossless,
-        )
+        views = self._view_spec(self.context.chain.layout(cut), codec)
+        return self._draft(self.context.source, cut, codec, views)
 
     def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
-        """The same features by another codec."""
+        """The same features with another codec."""
         made_from, weights = {**spec.made_from, "codec": codec}, None
         made_from.pop("channel_weights", None)
         if make_codec(codec, spec.layout).uses_weights:
@@ -138,66 +122,99 @@ class SpecMaker:
         views = self._view_spec(spec.layout, codec)
         return replace(spec, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
 
+    def written(self, spec: StoreSpec) -> StoreSpec:
+        """The same store, written by live epochs."""
+        return replace(spec, made_from={**spec.made_from, WRITTEN: "write_through"})
+
+    def deepened(self, spec: StoreSpec, store: FeatureStore) -> StoreSpec:
+        """The same store, made from one at an earlier cut instead of from images; see `build.deepening.deepened`."""
+        context = self.context
+        return deepened(spec, store, context.model_inputs, context.device, context.count_run)
+
+    def deepened_name(self, spec: StoreSpec, parent: str) -> StoreSpec:
+        """The spec under the fingerprint of a store that was made from `parent`, which need not exist any more."""
+        return replace(spec, made_from={**spec.made_from, DEEPENED_FROM: parent})
+
     def settle(self, spec: StoreSpec) -> StoreSpec:
         """Chooses the sensitive channels, on the main process.
 
         Raises:
-            GeometryMisfit: on every process, if a view's geometry cannot be kept as the spec says.
+            GeometryMisfit: on every process, if a view's geometry cannot be stored as the spec says.
         """
 
-        def choose() -> ViewSpec | tuple[str, bool]:
-            try:
-                with preserve_rng():
-                    config = self.config
-                    chosen = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
-            except GeometryMisfit as misfit:
-                return str(misfit), misfit.for_all_kinds
-            self._notes = chosen.notes  # pictures stay here: the main process writes them
-            return chosen.views
+        def choose() -> ViewSpec:
+            config = self.context.config
+            with preserve_rng():
+                settled = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
+            self._notes = settled.notes  # pictures stay here: the main process writes them
+            return settled.views
 
-        settled = self.group.on_main(choose)
-        if isinstance(settled, tuple):
-            raise GeometryMisfit(*settled)
-        return replace(spec, views=settled, notes=self._notes)
+        views = self.context.group.on_main(choose)
+        return replace(spec, views=views, notes=self._notes)
+
+    def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
+        context = self.context
+        layout = context.chain.layout(cut)
+        return StoreSpec(
+            chain=context.chain,
+            cut=cut,
+            source=source,
+            codec=codec,
+            layout=layout,
+            views=views,
+            made_from={},
+            directory=context.cache_dir,
+            feature_source=ImageFeatures(context.chain, cut, source, layout, context.model_inputs, context.count_run),
+            disable_tqdm=context.disable_tqdm,
+            lossless=context.config.lossless,
+        )
+
+    def _made_from(self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any]) -> dict[str, Any]:
+        chain = self.context.chain
+        inputs = fingerprint_inputs(
+            source=source,
+            model=chain.model,
+            tensors=chain.prefix_state(cut),
+            cut=cut,
+            blocks=chain.names[:cut],
+            codec=codec,
+            augmentation=augmentation,
+            precision=self.context.precision,
+            format_version=FORMAT_VERSION,
+        )
+        return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
         """Measured where the first spec needs them; the same ever after, though the suffix goes on learning."""
+        source = self.context.source
 
         def measure() -> torch.Tensor:
-            numbers = spread(self.source.num_ranges, min(_WEIGHT_BATCHES, self.source.num_ranges))
-            batches = (self.model_inputs(self.source.collate(self.source.rows(number))) for number in numbers)
-            return fisher_weights(self.chain, cut, batches, self.source.seed, bands=True)
+            numbers = spread(source.num_ranges, min(_WEIGHT_BATCHES, source.num_ranges))
+            batches = (self.context.model_inputs(source.collate(source.rows(number))) for number in numbers)
+            return fisher_weights(self.context.chain, cut, batches, source.seed, bands=True)
 
         if cut not in self.weights:
-            self.weights[cut] = self.group.on_main(measure)
+            self.weights[cut] = self.context.group.on_main(measure)
         return self.weights[cut]
 
-    def counting(self, from_cut: int, to_cut: int) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-        """Takes what the model takes of a batch, and counts its samples as run through the blocks between two cuts."""
-
-        def take(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-            inputs = self.model_inputs(batch)
-            self.samples_run[from_cut, to_cut] += len(inputs[self.chain.main_input])
-            return inputs
-
-        return take
+    def _view_spec(self, layout: FeatureLayout, codec: str) -> ViewSpec:
+        config, rows = self.context.config, len(self.context.source)
+        limit = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
+        count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, limit)
+        return make_view_spec(self._augmentation, layout, config.views, count)
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    def _view_spec(self, layout: FeatureLayout, codec: str) -> ViewSpec:
-        config, rows = self.config, len(self.source)
-        budget = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
-        count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, budget)
-        return make_view_spec(self.augmentation, layout, config.views, count)
+    def _augmentation(self) -> Augmentation:
+        if self.augmentation is None:
+            raise RuntimeError("nobody has looked what is random in the samples: `cache` is 'never'.")
+        return self.augmentation
 
     def _augmentation_settings(self) -> dict[str, Any]:
-        """What of the settings decides which views a store holds."""
-        if not self.augmentation.random or not self.config.views:
+        """The settings that decide which views a store holds."""
+        config = self.context.config
+        if not self._augmentation.random or not config.views:
             return {"views": 0}
-        if not self.augmentation.replayable:
-            return {"views": self.config.views}
+        if not self._augmentation.replayable:
+            return {"views": config.views}
         names = ("views", "sensitive_fraction", "sensitive_budget", "similarity", "sensitivity_batches", "channel_map")
-        return {name: getattr(self.config, name) for name in names}
+        return {name: getattr(config, name) for name in names}

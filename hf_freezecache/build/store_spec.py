@@ -1,4 +1,4 @@
-"""What to build, settled before a byte is written."""
+"""What a store will be, settled before a byte is written."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ class StoreSpec:
         codec: name of the codec.
         layout: the feature as the prefix returns it in this training (mixed precision included).
         made_from: the fingerprint's inputs, the main process's on every process.
-        directory: where stores lie.
+        directory: the directory of the stores.
         feature_source: computes the features.
         disable_tqdm: no progress bar.
-        views: which augmented views to keep, and what of them.
-        notes: tensors for people and tools that lie beside the shards, by file name without `.safetensors`.
-        weights: float32 `(C,)`, what the loss loses by an error in each channel, for codecs that use it.
+        views: which augmented views to store, and what of them.
+        notes: tensors for people and tools, in files beside the shards, by file name without `.safetensors`.
+        weights: float32 `(C,)`, the loss's sensitivity to an error in each channel, for codecs that use it.
         limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
-        lossless: whether every row's codes are packed with zstd; `made_from` says so too.
+        lossless: whether every row's codes are packed with zstd; `made_from` tells it too.
+
+    Shapes: C channels.
     """
 
     chain: BlockChain
@@ -55,5 +57,5 @@ class StoreSpec:
 
     @property
     def path(self) -> Path:
-        """Where the finished store lies."""
+        """The directory of the finished store."""
         return self.directory / digest(self.made_from)

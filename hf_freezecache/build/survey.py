@@ -1,4 +1,4 @@
-"""What of the samples is random, and how the views of it are kept: settled before a store is built."""
+"""What is random in the samples, and which views of them a store holds: settled before a store is built."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ..cache.codec import make_codec
 from ..cache.rows import RowSource, is_same
 from ..cache.view_columns import ViewSpec
 from ..model.layout import FeatureLayout
-from .materialize import GeometryMisfit, find_misfit
+from .errors import GeometryMisfit
+from .materialize import check_geometry
 from .store_spec import StoreSpec
 
 #: Rows that are drawn, and draws of each, to see what is random.
 _ROWS, _DRAWS = 8, 8
-#: Of these, how many with their geometry, and draws of the base view: what is seldom refused, a build finds out.
+#: How many of these draws ask for the geometry, and draws of the base view: a build finds what is refused rarely.
 _WITH_GEOMETRY, _BASE_DRAWS = 3, 4
 #: Share of the views' positions that may show nothing of the base view for warping it to be worth anything.
 _MOST_OUTSIDE = 0.5
@@ -44,7 +45,7 @@ class Augmentation:
 
 
 def survey(source: RowSource, main_input: str) -> Augmentation:
-    """Draws a few rows several times and looks what changes.
+    """Draws a few rows several times and compares the draws.
 
     Args:
         source: the samples.
@@ -55,8 +56,8 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     """
     rows = range(min(_ROWS, len(source)))
     base = source.draw(rows)
-    wanted = [(PROJECTIVE, (1, 1)) if draw < _WITH_GEOMETRY else None for draw in range(_DRAWS)]
-    views = [source.draw(rows, view, geometry) for view, geometry in enumerate(wanted, start=1)]
+    geometries = [(PROJECTIVE, (1, 1)) if draw < _WITH_GEOMETRY else None for draw in range(_DRAWS)]
+    views = [source.draw(rows, view, geometry) for view, geometry in enumerate(geometries, start=1)]
     differ = any(not is_same(views[0].batch, view.batch) for view in views[1:])
     refused = next((view.refused for view in views if view.refused is not None), None)
     if refused is None and views[0].geometry is None:
@@ -91,13 +92,13 @@ def _check_pipelines(base: torch.Tensor, view: torch.Tensor, random: bool) -> No
 
 
 def make_view_spec(augmentation: Augmentation, layout: FeatureLayout, views: int, sensitive_channels: int) -> ViewSpec:
-    """What will be kept of the views, before the channels are known: the first ones stand for them.
+    """What a store will hold of the views, before the sensitive channels are known: the first ones take their place.
 
     Args:
-        augmentation: what `survey` found.
+        augmentation: what `survey` returned.
         layout: of the features.
         views: augmented views wanted.
-        sensitive_channels: how many channels to keep of each.
+        sensitive_channels: number of channels to store of each view.
     """
     if not augmentation.random or not views:
         return ViewSpec()
@@ -107,24 +108,24 @@ def make_view_spec(augmentation: Augmentation, layout: FeatureLayout, views: int
 
 
 def count_sensitive(
-    codec: str, layout: FeatureLayout, rows: int, views: int, fraction: float, budget: int | None
+    codec: str, layout: FeatureLayout, rows: int, views: int, fraction: float, limit: int | None
 ) -> int:
-    """How many channels to keep of every view.
+    """How many channels to store of every view.
 
     Args:
         codec: name of the codec.
         layout: of the features.
         rows: samples.
         views: augmented views.
-        fraction: of the channels (the paper's gamma), where there is no budget.
-        budget: bytes that the sensitive channels of all views of all samples may take; special tokens and geometry
+        fraction: of the channels (the paper's gamma), where there is no limit.
+        limit: bytes that the sensitive channels of all views of all samples may take; special tokens and geometry
             come on top.
     """
-    if budget is None:
+    if limit is None:
         return round(fraction * layout.channels)
-    made = make_codec(codec, layout)
-    row_bytes = {count: made.narrowed(torch.arange(count)).row_bytes for count in range(1, layout.channels + 1)}
-    return max((count for count, size in row_bytes.items() if rows * views * size <= budget), default=0)
+    whole = make_codec(codec, layout)
+    row_bytes = {count: whole.narrowed(torch.arange(count)).row_bytes for count in range(1, layout.channels + 1)}
+    return max((count for count, size in row_bytes.items() if rows * views * size <= limit), default=0)
 
 
 def choose_channels(spec: StoreSpec, similarity: str, batches: int, channel_map: bool) -> StoreSpec:
@@ -137,35 +138,33 @@ def choose_channels(spec: StoreSpec, similarity: str, batches: int, channel_map:
         channel_map: whether to fit how the other channels follow from all of them.
 
     Raises:
-        GeometryMisfit: if a view's geometry cannot be kept as the spec says.
+        GeometryMisfit: if a view's geometry cannot be stored as the spec says.
     """
     if spec.views.whole:
         return spec
     meter = measure_sensitivity(spec, similarity, batches)
-    measured = meter.result()
-    channels = measured.choose(len(spec.views.channels))
+    sensitivity = meter.result()
+    channels = sensitivity.choose(len(spec.views.channels))
     maps, limits = (meter.channel_maps(channels) if channel_map else None) or (None, None)
     views = replace(
         spec.views,
         channels=channels,
-        outside=measured.outside.to(torch.float32),
+        outside=sensitivity.outside.to(torch.float32),
         channel_maps=maps,
         limits=limits,
     )
-    return replace(spec, views=views, notes={**spec.notes, SENSITIVITY: measured.tensors()})
+    return replace(spec, views=views, notes={**spec.notes, SENSITIVITY: sensitivity.tensors()})
 
 
 def measure_sensitivity(spec: StoreSpec, similarity: str, batches: int) -> SensitivityMeter:
     """Compares the channels over a sample of the data; see `choose_channels`."""
     source, kind, grid = spec.source, spec.views.geometry, spec.layout.grid
     count = min(batches, source.num_ranges)
-    chosen = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
+    numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     meter = SensitivityMeter(spec.layout, similarity)
-    for number, (base, view) in spec.feature_source.run(sorted(chosen.tolist()), views=1, geometry=kind):
+    for number, (base, view) in spec.feature_source.run(sorted(numbers.tolist()), views=1, geometry=kind):
         rows = source.rows(number)
-        misfit = find_misfit([view], rows)
-        if misfit is not None:
-            raise GeometryMisfit(misfit)
+        check_geometry([view], rows)
         sources = decode_geometry(view.geometry.to(base.features.device), kind, grid)
         meter.update(base.features, view.features, sources, rows)
     if meter.outside_share > _MOST_OUTSIDE:

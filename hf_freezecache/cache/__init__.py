@@ -1,1 +1,1 @@
-"""What is kept: codecs, the store on disk, its fingerprint, and how it is built."""
+"""Cached features on disk: codecs, the format of a store, its fingerprint, and stores that are no longer needed."""

@@ -1,9 +1,8 @@
-"""Taking stores away: finished ones, and what builds that were killed have left."""
+"""Finding and deleting stores in a feature cache directory: complete ones, and the remains of killed builds."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import time
@@ -12,15 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from .store import MANIFEST
+from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed
 
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-_LEFT = re.compile(r"[0-9a-f]{32}(\.partial)?\.tmp-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+")
-_REMOVED = re.compile(r"[0-9a-f]{32}\.removed\.tmp-[0-9a-f]+")
-_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
-#: Seconds without a change after which a build on another machine counts as dead.
+#: Seconds without a change after which a build on another machine is taken for dead.
 _DEAD_AFTER = 24 * 3600
-#: The same for what the epochs of a training write to, or a resumed one will.
+#: The same for a store that the epochs of a training write: a resumed training may continue it.
 _GIVEN_UP_AFTER = 3600
 
 
@@ -30,9 +25,9 @@ class Removable:
 
     Args:
         path: the directory.
-        bytes: of its files.
-        finished: False for what a build has left.
-        running: whether a build is at work on it, or may be.
+        bytes: size of its files.
+        finished: whether it holds a complete store, not the remains of a build or of a deletion.
+        running: whether a build is writing it, or may be.
     """
 
     path: Path
@@ -42,40 +37,46 @@ class Removable:
 
 
 def find_stores(directory: Path) -> list[Removable]:
-    """The stores in a feature cache directory, and what builds have left there; nothing else.
+    """Lists the stores in a feature cache directory and the remains of builds; ignores everything else.
 
     Args:
-        directory: where stores lie.
+        directory: the feature cache directory.
 
     Raises:
-        NotADirectoryError: if it is none.
+        NotADirectoryError: if it is not a directory.
     """
     if not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: name the one that holds the stores.")
-    found = []
+    stores = []
     for path in sorted(directory.iterdir()):
-        # A link is somebody's arrangement; what it points to is not looked at.
+        # A link was made by a user on purpose: neither it nor its target is touched.
         if path.is_symlink() or not path.is_dir():
             continue
-        left = _LEFT.fullmatch(path.name)
-        if left is not None:
-            running = _may_run(path, left["host"], int(left["process"]))
-            found.append(Removable(path, _size(path), finished=False, running=running))
-        elif _REMOVED.fullmatch(path.name):
-            found.append(Removable(path, _size(path), finished=False))
-        elif _PARTIAL.fullmatch(path.name):
+        aside, removed = parse_aside(path.name), parse_removed(path.name)
+        if aside is not None and _is_store_name(aside.final):
+            running = _may_run(path, aside.host, aside.process)
+            stores.append(Removable(path, _size(path), finished=False, running=running))
+        elif removed is not None and is_fingerprint(removed):
+            stores.append(Removable(path, _size(path), finished=False))
+        elif parse_partial(path.name) is not None:
             running = _changed_within(path, _GIVEN_UP_AFTER)
-            found.append(Removable(path, _size(path), finished=False, running=running))
-        elif _FINGERPRINT.fullmatch(path.name) and _is_store(path):
-            found.append(Removable(path, _size(path), finished=True))
-    return found
+            stores.append(Removable(path, _size(path), finished=False, running=running))
+        elif is_fingerprint(path.name) and _is_store(path):
+            stores.append(Removable(path, _size(path), finished=True))
+    return stores
 
 
 def remove(stores: list[Removable]) -> int:
-    """Removes what is not being built; returns the bytes that became free.
+    """Deletes the stores that no build is writing.
+
+    Args:
+        stores: what `find_stores` returned, or a part of it.
+
+    Returns:
+        Number of bytes of the deleted files.
 
     Raises:
-        OSError: if something cannot be removed.
+        OSError: if a directory cannot be deleted.
     """
     freed = 0
     for store in stores:
@@ -85,8 +86,12 @@ def remove(stores: list[Removable]) -> int:
     return freed
 
 
+def _is_store_name(name: str) -> bool:
+    return is_fingerprint(name) or parse_partial(name) is not None
+
+
 def _is_store(path: Path) -> bool:
-    """Whether a manifest says that the directory is the store of its name, of whatever version and state."""
+    """Whether the directory has a manifest with its own name as fingerprint, of any version, damaged or not."""
     try:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == path.name
     except (OSError, ValueError, KeyError, TypeError):

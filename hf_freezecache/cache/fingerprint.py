@@ -1,4 +1,4 @@
-"""What a store was made from, as one digest: a store is reused when it matches, never otherwise."""
+"""Everything that a store depends on, as one digest: a store is reused if and only if the digest is the same."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .rows import RowSource
 
 logger = logging.get_logger(__name__)
 
-#: Entries of a model's configuration that do not change what the prefix computes.
+#: Entries of a model's configuration that do not change the features.
 _IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "id2label", "label2id", "architectures", "problem_type"}
-# `save_pretrained` writes it into a model's configuration; the tensors' own types count.
+# `save_pretrained` adds these to a configuration; the dtypes of the tensors themselves are in the digest.
 _IRRELEVANT_CONFIG |= {"dtype", "torch_dtype"}
 
 
@@ -43,13 +43,16 @@ def fingerprint_inputs(
     Args:
         source: data set, transform, collator and seed.
         model: the model; its class and configuration count.
-        tensors: parameters and buffers of the prefix by name; names, shapes, types and bytes count.
-        cut: frozen blocks.
+        tensors: parameters and buffers of the prefix by name; names, shapes, dtypes and bytes count.
+        cut: number of frozen blocks.
         blocks: module names of the prefix.
         codec: name of the codec.
-        augmentation: settings that say which views are kept.
+        augmentation: settings on which the stored views depend, as JSON values.
         precision: mixed precision under which the prefix runs.
         format_version: version of the store's format.
+
+    Returns:
+        Name -> JSON value; the same in every process and every run with the same settings.
     """
     return {
         "format_version": format_version,
@@ -76,19 +79,20 @@ def digest(inputs: Mapping[str, Any]) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of names, shapes, types and bytes."""
+    """Digest of the names, shapes, dtypes and bytes of tensors: 64 hexadecimal digits."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        total.update(_tensor_bytes(value))
+        total.update(_memory_of(value))
     return total.hexdigest()
 
 
 def dataset_digest(dataset: Any) -> str:
-    """Digest of a data set and the transform set on it.
+    """Digest of a data set and its transform.
 
-    `datasets` keeps one that follows every change, transforms included. Other data sets are pickled and hashed.
+    A `datasets.Dataset` has a digest that changes with every operation, transforms included. Any other data set is
+    pickled and hashed.
     """
     if isinstance(dataset, datasets.Dataset):
         return dataset._fingerprint
@@ -96,10 +100,10 @@ def dataset_digest(dataset: Any) -> str:
 
 
 def object_digest(value: Any) -> str:
-    """Digest of an object's code and state; one that never matches again if it cannot be pickled."""
+    """Digest of an object's code and state; a random one, which never matches again, if it cannot be pickled."""
     try:
         return Hasher.hash(value)
-    except Exception as error:  # dill raises whatever the object's own pickling raises
+    except Exception as error:  # pickling runs the object's own code, which may raise anything
         logger.warning_once(
             f"{type(value).__name__} cannot be hashed ({error}): its feature stores are not reused by another run."
         )
@@ -107,7 +111,12 @@ def object_digest(value: Any) -> str:
 
 
 def sample_digest(source: RowSource, rows: int = 16) -> str:
-    """Digest of a few collated rows from all over the data set: sees what hashing objects cannot, e.g. other files."""
+    """Digest of a few collated rows, spread over the data set: it changes with the files from which rows are read.
+
+    Args:
+        source: the samples.
+        rows: number of rows.
+    """
     total = hashlib.sha256()
     indices = sorted({round(row) for row in np.linspace(0, len(source) - 1, min(rows, len(source)))})
     for index, view in [(index, view) for index in indices for view in (0, 1)]:
@@ -117,14 +126,19 @@ def sample_digest(source: RowSource, rows: int = 16) -> str:
             total.update(name.encode())
             if isinstance(value, torch.Tensor):
                 total.update(f"{tuple(value.shape)}|{value.dtype}|".encode())
-                total.update(_tensor_bytes(value.detach().cpu().contiguous()))
+                total.update(_memory_of(value.detach().cpu().contiguous()))
             else:
                 total.update(repr(value).encode())
     return total.hexdigest()
 
 
 def config_digest(model: nn.Module, blocks: list[str]) -> str:
-    """Digest of what makes the prefix compute as it does besides its tensors."""
+    """Digest of what the features depend on besides the tensors: configuration, modules, their code and attributes.
+
+    Args:
+        model: the model.
+        blocks: module names of the prefix.
+    """
     config = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {name: value for name, value in settings.items() if name not in _IRRELEVANT_CONFIG}
@@ -146,7 +160,7 @@ def _within(name: str, blocks: list[str]) -> bool:
 
 
 def _own_code(cls: type) -> str:
-    """Source of a module class that no released package vouches for; its name otherwise."""
+    """Source of a module class of the user; the name of a class that comes from a released package."""
     if cls.__module__.split(".")[0] in {"torch", "torchvision", "transformers", "timm"}:
         return cls.__qualname__
     try:
@@ -155,5 +169,6 @@ def _own_code(cls: type) -> str:
         return cls.__qualname__
 
 
-def _tensor_bytes(value: torch.Tensor) -> memoryview:
+def _memory_of(value: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
     return memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")

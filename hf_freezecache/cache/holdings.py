@@ -1,49 +1,59 @@
-"""The stores that a training has, and the bytes that it may still take for others."""
+"""The stores of a training, and how many bytes another one may take."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-#: The part of the free disk that stores may take: checkpoints need some too.
+#: Share of the free disk that a store may take; the rest is for checkpoints.
 DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Holding:
-    """A store of this training.
+    """A store that a training uses.
 
     Args:
-        bytes: of all its files.
-        built: whether this training has built it: what others have built is not removed.
-        evaluation_cut: frozen blocks, if it is one of an evaluation set; None for the training's own.
+        bytes: size of all its files.
+        built: whether this training has built it. Stores that other trainings have built are never deleted.
+        cut: frozen blocks.
+        is_evaluation: whether it is the store of an evaluation set.
     """
 
     bytes: int
     built: bool
-    evaluation_cut: int | None = None
+    cut: int
+    is_evaluation: bool = False
 
 
 class Holdings:
-    """Keeps count of a training's stores. The same on every process.
+    """Counts the stores of a training and their bytes. Every process holds the same.
 
     Args:
-        budget: most bytes that they may take together, at any moment; None: no limit.
+        budget: largest number of bytes that the stores may take together, at any moment; None: no limit.
     """
 
     def __init__(self, budget: int | None):
         self.budget = budget
         self._stores: dict[Path, Holding] = {}
 
-    def add(self, path: Path, total_bytes: int, built: bool, evaluation_cut: int | None = None) -> None:
-        """Takes a store in. One that this training has built stays so when it is found again after a resume."""
-        self._stores[path] = Holding(total_bytes, built or self.has_built(path), evaluation_cut)
+    def add(self, path: Path, total_bytes: int, built: bool, cut: int, is_evaluation: bool = False) -> None:
+        """Counts a store. A store that this training has built still counts as built when a resume adds it again.
+
+        Args:
+            path: directory of the store.
+            total_bytes: size of all its files.
+            built: whether this training has built it.
+            cut: frozen blocks.
+            is_evaluation: whether it is the store of an evaluation set.
+        """
+        self._stores[path] = Holding(total_bytes, built or self.has_built(path), cut, is_evaluation)
 
     def drop(self, path: Path) -> None:
-        """Forgets a store."""
+        """Stops counting a store; does nothing if it is not counted."""
         self._stores.pop(path, None)
 
     def has(self, path: Path) -> bool:
@@ -51,44 +61,58 @@ class Holdings:
         return path in self._stores
 
     def has_built(self, path: Path) -> bool:
-        """Whether this training has built a store, and may so remove it."""
+        """Whether this training has built a store, so that it may delete it."""
         return path in self._stores and self._stores[path].built
 
-    def evaluations_before(self, cut: int) -> list[Path]:
-        """Stores of evaluation sets at earlier cuts: nothing will read them again."""
-        found = ((path, held.evaluation_cut) for path, held in self._stores.items())
-        return [path for path, own in found if own is not None and own < cut]
-
-    def room(self, without: Path | None = None) -> int | None:
-        """Bytes that another store may take; None: no limit.
+    def outdated(self, cut: int, evaluations_only: bool = False) -> list[Path]:
+        """Stores at earlier cuts, which no epoch reads once a cut is reached: cuts never move back.
 
         Args:
-            without: a store that goes before.
+            cut: frozen blocks.
+            evaluations_only: leave out the stores of the training set.
+        """
+        return [
+            path
+            for path, store in self._stores.items()
+            if store.cut < cut and (store.is_evaluation or not evaluations_only)
+        ]
+
+    def limit(self, without: Collection[Path] = ()) -> int | None:
+        """Largest number of bytes that another store may take: what the counted stores leave of the budget.
+
+        Args:
+            without: stores that are deleted before the other one is built, so that their bytes do not count.
+
+        Returns:
+            Bytes, negative if the stores take more than the budget; None: no limit.
         """
         if self.budget is None:
             return None
-        return self.budget - sum(held.bytes for path, held in self._stores.items() if path != without)
+        return self.budget - sum(store.bytes for path, store in self._stores.items() if path not in without)
 
-    def state(self) -> list[dict[str, Any]]:
-        """The stores as JSON values."""
-        return [
-            {"name": path.name, "bytes": held.bytes, "built": held.built, "evaluation_cut": held.evaluation_cut}
-            for path, held in self._stores.items()
-        ]
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The stores as JSON values; a store is named by its directory's name."""
+        return [{"name": path.name, **asdict(store)} for path, store in self._stores.items()]
 
-    def load(self, state: Iterable[Mapping[str, Any]], directory: Path) -> None:
-        """Continues from `state()`, or from the part of it that is still there."""
+    def load_state_dict(self, state: Iterable[Mapping[str, Any]], directory: Path) -> None:
+        """Counts the stores of a checkpoint.
+
+        Args:
+            state: what `state_dict` returned, or those of its entries whose stores still exist.
+            directory: the feature cache directory that holds the stores.
+        """
         for entry in state:
-            self._stores[directory / entry["name"]] = Holding(entry["bytes"], entry["built"], entry["evaluation_cut"])
+            fields = {name: value for name, value in entry.items() if name != "name"}
+            self._stores[directory / entry["name"]] = Holding(**fields)
 
 
 def disk_limit(directory: Path, budget: int | None = None) -> int:
-    """Bytes that a store in a directory may take: the budget, and not more than a share of the free disk.
+    """Largest number of bytes that a store in a directory may take: a share of the free disk, at most the budget.
 
     Args:
-        directory: where stores will lie; need not exist yet.
-        budget: bytes; None: the disk alone limits.
+        directory: the feature cache directory; need not exist yet.
+        budget: bytes; None: only the disk limits.
     """
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
-    room = int(DISK_SHARE * shutil.disk_usage(existing).free)
-    return room if budget is None else min(room, budget)
+    limit = int(DISK_SHARE * shutil.disk_usage(existing).free)
+    return limit if budget is None else min(limit, budget)

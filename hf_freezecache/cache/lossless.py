@@ -1,48 +1,46 @@
-"""Rows of codes as zstd frames: smaller on the disk, and every row still read by itself."""
+"""Rows of codes compressed without loss: one zstd frame per row, so that a row is still read by itself."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-#: Codes have few patterns longer than a value: what zstd takes away is entropy, which its lowest level finds too.
-LEVEL = 1
-#: Entry of a fingerprint's inputs where rows are packed.
-LOSSLESS = {"lossless": "zstd"}
+from .names import is_packable
 
-#: The columns that hold a row's codes; the others are too small to gain anything.
-_PACKED = re.compile(r"base|view_[1-9]\d*")
+#: Codes have few patterns longer than a value. zstd removes their entropy, and its lowest level does that as well.
+LEVEL = 1
+#: Entry that packed rows add to a fingerprint's inputs.
+LOSSLESS = {"lossless": "zstd"}
 
 
 def packed_columns(columns: Mapping[str, tuple[torch.dtype, int]], lossless: bool) -> dict[str, int]:
-    """Which columns of codes are packed.
+    """The columns whose rows are packed.
 
     Args:
         columns: name -> (dtype, length).
-        lossless: whether any are.
+        lossless: whether the store packs rows at all.
 
     Returns:
-        Name -> bytes of a row before it is packed.
+        Name -> bytes of an unpacked row.
     """
     if not lossless:
         return {}
-    return {
-        name: length for name, (dtype, length) in columns.items() if dtype == torch.uint8 and _PACKED.fullmatch(name)
-    }
+    return {name: length for name, (dtype, length) in columns.items() if dtype == torch.uint8 and is_packable(name)}
 
 
 def pack_rows(rows: np.ndarray) -> pa.LargeBinaryArray:
-    """Packs every row for itself, so that random rows are read as before.
+    """Compresses each row to a zstd frame of its own, so that rows can still be read in any order.
 
     Args:
         rows: uint8 `(B, width)`.
 
     Returns:
         B zstd frames.
+
+    Shapes: B rows, width bytes of an unpacked row.
     """
     codec = pa.Codec("zstd", compression_level=LEVEL)
     frames = [codec.compress(pa.py_buffer(row)) for row in np.ascontiguousarray(rows)]
@@ -51,13 +49,18 @@ def pack_rows(rows: np.ndarray) -> pa.LargeBinaryArray:
 
 
 def blank_frames(rows: int, frame_bytes: float) -> pa.LargeBinaryArray:
-    """What takes as many bytes as `rows` frames of that size, a mean that need not be whole."""
+    """Frames without content that take as many bytes as real ones, to compute the size of a store.
+
+    Args:
+        rows: number of frames.
+        frame_bytes: mean size of a frame, need not be whole.
+    """
     ends = np.round(np.arange(rows + 1) * frame_bytes).astype(np.int64)
     return _frames(ends, pa.py_buffer(bytes(int(ends[-1]))))
 
 
 def largest_frame(width: int) -> int:
-    """Most bytes that a frame of `width` bytes can take (`ZSTD_COMPRESSBOUND` of zstd.h)."""
+    """Largest possible size, in bytes, of the frame of a row of `width` bytes (`ZSTD_COMPRESSBOUND` of zstd.h)."""
     return width + (width >> 8) + (max(0, (128 << 10) - width) >> 11)
 
 

@@ -1,4 +1,4 @@
-"""What a store says of itself: the manifest, which vouches for every file and for itself."""
+"""The manifest of a store: its contents, the inputs of its fingerprint, checksums of every file and of itself."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from typing import Any
 from .rows import InputColumn
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 
 
 class StoreError(RuntimeError):
-    """A store is missing, damaged, of another version or edited; the message says which file and what to do."""
+    """A store is missing, damaged, edited or of another version; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Arrow file of a store."""
+    """One Arrow file of a store.
+
+    Args:
+        name: file name.
+        rows: number of rows.
+        bytes: size of the file.
+        sha256: hexadecimal digest of the file.
+    """
 
     name: str
     rows: int
@@ -31,25 +37,25 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what it was made from.
+    """Contents and origin of a store.
 
     Args:
         format_version: version of this format.
         fingerprint: digest of `made_from`.
-        made_from: what the fingerprint covers.
-        cut: frozen blocks.
+        made_from: the inputs of the fingerprint, see `fingerprint_inputs`.
+        cut: number of frozen blocks.
         codec: name of the codec.
-        layout: the feature's shape, grid, special tokens and dtype.
+        layout: shape, grid, special tokens and dtype of a feature, see `FeatureLayout.to_json`.
         rows: number of samples; row i is sample i.
-        views: augmented views beside the base view.
-        geometry: kind of their geometry; None if they are kept whole, or there are none.
-        sensitive_channels: the channels that are kept of them; None if all are.
-        own_inputs: whether a view has model inputs of its own.
-        inputs: model inputs that are kept per row.
+        views: number of augmented views beside the base view.
+        geometry: kind of the views' geometry; None if views are stored whole, or there are none.
+        sensitive_channels: the channels that are stored for every view; None if all are.
+        own_inputs: whether each view has model inputs for itself, e.g. labels drawn by a collator.
+        inputs: columns of the model inputs that are stored per row.
         constants: model inputs that are the same for every batch.
         shards: the Arrow files, in the order of their rows.
         files: size and sha256 of every other file.
-        lossless: whether every row's codes are a zstd frame.
+        lossless: whether each row's codes are compressed to a zstd frame.
     """
 
     format_version: int
@@ -70,14 +76,18 @@ class Manifest:
     lossless: bool = False
 
     def to_json(self) -> str:
-        """The manifest as text; its last field is the checksum of all others."""
+        """The manifest as JSON text; its last field is the checksum of all others."""
         content = asdict(self)
-        content["checksum"] = _checksum(content)
+        content["checksum"] = _content_checksum(content)
         return json.dumps(content, indent=2)
 
     @classmethod
     def from_json(cls, text: bytes, path: Path) -> Manifest:
         """Reads a manifest.
+
+        Args:
+            text: content of the file.
+            path: of the file, for error messages.
 
         Raises:
             StoreError: if it is not JSON, of another version, or its checksum does not match.
@@ -92,7 +102,7 @@ class Manifest:
                 f"{path} has format version {version}; this release reads version {FORMAT_VERSION}. Delete the store, "
                 "it is built again, or use the release that wrote it."
             )
-        if _checksum(content) != checksum:
+        if _content_checksum(content) != checksum:
             raise StoreError(
                 f"{path} does not match its own checksum: it was edited or damaged. Delete the store, "
                 "it is built again."
@@ -105,5 +115,5 @@ class Manifest:
         return cls(**content)
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _content_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Columns of rows of equal width read straight out of memory-mapped Arrow files."""
+"""Reading rows of equal width directly from memory-mapped Arrow files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from .manifest import StoreError
 
 
 class MappedColumn:
-    """One column of a store, as views on the mapped files.
+    """One column of a store, as arrays that share the memory of the mapped files.
 
-    Record batches of equal size lie in a file at equal distances. Such a run is seen as one strided array, and random
-    rows of it are a single fancy index: as fast as on an `np.memmap`, where Arrow's `take` goes through index arrays.
+    Record batches of equal size have equal distances in a file. A run of them is one strided array, so that reading
+    random rows is a single fancy index, as fast as on an `np.memmap`. Arrow's `take` is slower: it goes through index
+    arrays.
 
     Args:
         column: fixed-size lists, or plain numbers; no nulls.
+
+    Attributes:
+        width: number of values of a row.
+        dtype: NumPy type of a value.
     """
 
     def __init__(self, column: pa.ChunkedArray):
-        self._column = column  # keeps all files mapped: a run may reach from one into the next
+        self._column = column  # keeps all files mapped: a run may cover the end of one and the start of the next
         views = [_view(chunk) for chunk in column.chunks if len(chunk)]
         self._runs = _equidistant_runs(views)
         self._starts = np.cumsum([0, *(run_rows for run_rows, _ in self._runs)])
@@ -35,29 +40,31 @@ class MappedColumn:
             rows: int64 row numbers `(B,)`, in any order.
 
         Returns:
-            `(B, width)` array of its own.
+            `(B, width)` array, a copy.
 
         Raises:
             IndexError: if a row does not exist.
+
+        Shapes: B rows.
         """
         _check_range(rows, len(self))
         if len(self._runs) == 1:
             return _take(self._runs[0][1], rows)
-        taken = np.empty((len(rows), self.width), self.dtype)
+        values = np.empty((len(rows), self.width), self.dtype)
         run_of_row = np.searchsorted(self._starts, rows, "right") - 1
         for run in np.unique(run_of_row):
             here = run_of_row == run
-            taken[here] = _take(self._runs[run][1], rows[here] - self._starts[run])
-        return taken
+            values[here] = _take(self._runs[run][1], rows[here] - self._starts[run])
+        return values
 
 
 class PackedColumn:
-    """One column of a store whose rows are zstd frames, each read and unpacked by itself.
+    """One column of a store whose rows are zstd frames, each of which is read and unpacked by itself.
 
     Args:
         column: frames as large binaries; no nulls.
-        width: bytes of a row that is unpacked.
-        name: of the column and its store, for error messages.
+        width: bytes of an unpacked row.
+        name: names the column and its store in error messages.
     """
 
     dtype = np.dtype(np.uint8)
@@ -79,7 +86,7 @@ class PackedColumn:
 
     @property
     def frame_bytes(self) -> float:
-        """Bytes of a packed row, on average."""
+        """Mean size of a packed row, in bytes."""
         return sum(int(ends[-1] - ends[0]) for ends in self._ends) / len(self)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -93,10 +100,12 @@ class PackedColumn:
 
         Raises:
             IndexError: if a row does not exist.
-            StoreError: if a frame is damaged; the row is named.
+            StoreError: if a frame is damaged; the message names the row.
+
+        Shapes: B rows.
         """
         _check_range(rows, len(self))
-        taken = np.empty((len(rows), self.width), self.dtype)
+        unpacked = np.empty((len(rows), self.width), self.dtype)
         chunk_of_row = np.searchsorted(self._starts, rows, "right") - 1
         for place, (row, chunk) in enumerate(zip(rows.tolist(), chunk_of_row.tolist(), strict=True)):
             here = row - self._starts[chunk]
@@ -105,18 +114,18 @@ class PackedColumn:
             try:
                 if not 0 <= first <= last <= content.size:
                     raise OSError(f"bytes {first} to {last} of {content.size}")
-                unpacked = self._codec.decompress(content.slice(first, last - first), self.width)
+                row_bytes = self._codec.decompress(content.slice(first, last - first), self.width)
             except OSError as error:
                 raise StoreError(
                     f"row {row} of {self.name} is damaged ({error}): delete the store, it is built again."
                 ) from error
-            taken[place] = np.frombuffer(unpacked, np.uint8)
-        return taken
+            unpacked[place] = np.frombuffer(row_bytes, np.uint8)
+        return unpacked
 
 
 def _check_range(rows: np.ndarray, count: int) -> None:
     if len(rows) and not (0 <= rows.min() and rows.max() < count):
-        raise IndexError(f"rows {rows.min()}..{rows.max()} are asked for; there are {count}.")
+        raise IndexError(f"rows {rows.min()}..{rows.max()} were requested; there are {count}.")
 
 
 def _take(batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -124,17 +133,17 @@ def _take(batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _view(chunk: pa.Array) -> np.ndarray:
-    """A record batch's column as `(rows, width)` on the mapped buffer."""
+    """The column of a record batch as an array `(rows, width)` that shares the mapped memory."""
     values = chunk.flatten() if pa.types.is_fixed_size_list(chunk.type) else chunk
     return values.to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
 
 
 def _equidistant_runs(views: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-    """Joins neighbouring batches that lie at equal distances into arrays `(batches, rows, width)`.
+    """Joins neighbouring batches at equal distances in memory to arrays `(batches, rows, width)`.
 
     Returns:
-        Number of rows and array per run. The last batch of a run may be shorter than its place in the array: what
-        lies behind it is not a row and must not be read.
+        Number of rows and array of each run. The last batch of a run may be shorter than its place in the array: the
+        memory behind it holds no rows and must not be read.
     """
     runs, first = [], 0
     while first < len(views):

@@ -1,8 +1,7 @@
-"""The user's samples as model inputs: fetching, collating, and what of a batch belongs to a row."""
+"""The user's samples as model inputs: fetching, collating, and splitting a batch into its rows."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..augment.draws import Draw, use_draw
 from ..rng import seeded_rng
+from .names import is_reserved
 
-#: torch dtypes that a column can have -> the NumPy type in which Arrow keeps it.
+#: torch dtype of a column -> NumPy type in which Arrow stores it.
 _STORED_AS = {
     torch.bool: "uint8",
     torch.uint8: "uint8",
@@ -30,22 +30,20 @@ _STORED_AS = {
 }
 
 
-#: Names of columns of a store that are not the user's.
-_RESERVED = re.compile(r"sample_id|base|special|(view|view_special|geometry)(_[1-9]\d*)?|view_index|view_[1-9]\d*\..*")
-
-
 class RowError(ValueError):
-    """What the collator returns cannot be kept per row; the message names the entry and the reason."""
+    """An entry of the collator's batch cannot be stored per row; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class InputColumn:
-    """One entry of a collated batch that is kept per row: a tensor `(B, *shape)`, or a list of strings or numbers.
+    """One entry of a collated batch that is stored per row: a tensor `(B, *shape)`, or a list of strings or numbers.
 
     Args:
         dtype: name of the torch dtype (`int64`), or `str`, `int`, `float`, `bool` for a list.
-        shape: shape of a row.
+        shape: shape of a row of a tensor.
         is_list: whether the entry is a list.
+
+    Shapes: B samples.
     """
 
     dtype: str
@@ -54,11 +52,11 @@ class InputColumn:
 
     @property
     def stored_as(self) -> str:
-        """NumPy type in which Arrow keeps a tensor entry."""
+        """NumPy type in which Arrow stores a tensor entry."""
         return _STORED_AS[getattr(torch, self.dtype)]
 
     def to_numpy(self, value: torch.Tensor) -> np.ndarray:
-        """`(B, *shape)` tensor -> `(B, n)` array as stored."""
+        """Turns a tensor `(B, *shape)` into the array `(B, n)` that is stored, n values a row."""
         flat = value.detach().cpu().reshape(len(value), -1)
         if flat.dtype == torch.bfloat16:
             flat = flat.float()
@@ -67,49 +65,60 @@ class InputColumn:
         return flat.contiguous().numpy()
 
     def to_tensor(self, rows: np.ndarray) -> torch.Tensor:
-        """`(B, n)` array as stored -> `(B, *shape)` tensor."""
+        """Turns a stored array `(B, n)` back into a tensor `(B, *shape)`."""
         return torch.from_numpy(rows).to(getattr(torch, self.dtype)).reshape(len(rows), *self.shape)
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """A collated batch apart: the main input, what belongs to the rows, and what is the same for every batch."""
+    """A collated batch in three parts.
+
+    Args:
+        main: the main input, `(B, ...)`.
+        columns: entries with one value per sample, by name.
+        constants: entries that are the same for every batch, by name.
+    """
 
     main: torch.Tensor
     columns: dict[str, Any]
     constants: dict[str, Any]
 
     def describe(self) -> dict[str, InputColumn]:
-        """The column of every per-row entry."""
-        described = {}
+        """Shape and dtype of every entry that has one value per sample."""
+        columns = {}
         for name, value in self.columns.items():
             if isinstance(value, torch.Tensor):
-                described[name] = InputColumn(str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
+                columns[name] = InputColumn(str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
             else:
-                described[name] = InputColumn(type(value[0]).__name__, is_list=True)
-        return described
+                columns[name] = InputColumn(type(value[0]).__name__, is_list=True)
+        return columns
 
 
 def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
-    """Takes a collated batch apart.
+    """Splits a collated batch into main input, entries per sample and constants.
+
+    Args:
+        batch: as the collator returned it.
+        main_input: name of the main input.
 
     Raises:
-        RowError: if the main input is missing or an entry can neither be kept per row nor is a plain constant.
+        RowError: if the main input is missing, an entry has the name of a store's own column, or an entry neither has
+            one value per sample nor is a plain constant.
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get(main_input), torch.Tensor):
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {found}.")
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {got}.")
     main = batch[main_input]
-    clashing = sorted(name for name in batch if _RESERVED.fullmatch(name))
+    clashing = sorted(name for name in batch if is_reserved(name))
     if clashing:
-        raise RowError(f"the collator's {clashing} clash with a store's columns: rename.")
+        raise RowError(f"the collator's {clashing} clash with a store's columns: rename them.")
     columns, constants = {}, {}
     for name, value in batch.items():
         if name == main_input:
             continue
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(main):
             if value.dtype not in _STORED_AS:
-                raise RowError(f"the collator's '{name}' has dtype {value.dtype}, which cannot be kept in a store.")
+                raise RowError(f"the collator's '{name}' has dtype {value.dtype}, which a store cannot hold.")
             columns[name] = value
         elif isinstance(value, (list, tuple)) and len(value) == len(main) and _plain(value):
             columns[name] = list(value)
@@ -129,7 +138,12 @@ def _plain(values: Sequence[Any]) -> bool:
 
 
 def fetch(dataset: Any, indices: Sequence[int]) -> Any:
-    """The samples as a DataLoader hands them to the collator."""
+    """Reads samples as a `DataLoader` does before it calls the collator.
+
+    Args:
+        dataset: map-style data set.
+        indices: row numbers.
+    """
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(list(indices))
     return [dataset[index] for index in indices]
@@ -141,8 +155,10 @@ class DrawnBatch:
 
     Args:
         batch: as the collator returned it.
-        geometry: `(B, G)` rows of the views' geometry; None if it was not asked for or no transform told it.
-        refused: why a replayable transform could not tell it.
+        geometry: the views' geometry `(B, G)`; None if it was not requested or no transform returned it.
+        refused: why a replayable transform could not return it; None if it could.
+
+    Shapes: B samples, G numbers of a view's geometry.
     """
 
     batch: Mapping[str, Any]
@@ -151,16 +167,19 @@ class DrawnBatch:
 
 
 class RowSource:
-    """A map-style data set with its collator, read in fixed ranges that depend on nothing but the batch size.
+    """A map-style data set with its collator, read in ranges: slices of `batch_size` rows that never change.
+
+    The random numbers for a view of a sample depend on the seed, the sample and the view where a
+    `ReplayableTransform` draws them. Any other transform or collator gets random numbers that depend on the seed, the
+    first row of the range and the view.
 
     Args:
         dataset: the user's data set, transform included.
         collator: the user's collator.
-        batch_size: rows of a range; the last one may be shorter.
-        seed: what is drawn for a view of a sample depends on it, the sample and the view (`ReplayableTransform`), or
-            on it, the range's first row and the view (any other transform or collator).
-        num_workers: processes that load ahead.
-        multiprocessing_context: how they are started.
+        batch_size: number of rows of a range; the last range may be shorter.
+        seed: of the training.
+        num_workers: number of processes that load ahead.
+        multiprocessing_context: how they are started, as for a `DataLoader`.
     """
 
     def __init__(
@@ -180,11 +199,16 @@ class RowSource:
 
     @property
     def num_ranges(self) -> int:
+        """Number of ranges."""
         return -(-len(self) // self.batch_size)
 
-    def rows(self, batch: int) -> Sequence[int]:
-        """Row numbers of a range."""
-        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self)))
+    def rows(self, number: int) -> Sequence[int]:
+        """Row numbers of a range.
+
+        Args:
+            number: of the range, from 0.
+        """
+        return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self)))
 
     def draw(
         self,
@@ -193,56 +217,64 @@ class RowSource:
         geometry: tuple[str, tuple[int, int]] | None = None,
         again: int = 0,
     ) -> DrawnBatch:
-        """A view of some samples.
+        """Draws a view of some samples and collates them.
 
         Args:
             indices: row numbers.
-            view: 0 is the base view of a `ReplayableTransform`; of any other transform it is a draw as every one.
-            geometry: kind and feature grid in which the view's geometry is wanted.
-            again: another draw of what is random besides a `ReplayableTransform`.
+            view: number of the view. A `ReplayableTransform` gives the base view for 0; any other transform draws for
+                0 as for every other number.
+            geometry: kind and feature grid of the geometry that is requested; None: no geometry is.
+            again: another number draws again what is random besides a `ReplayableTransform`.
         """
-        wanted = Draw(self.seed, indices, view=view, geometry=geometry)
+        draw = Draw(self.seed, indices, view=view, geometry=geometry)
         with seeded_rng(self.seed, indices[0], view, *([again] if again else [])):
-            with use_draw(wanted):
+            with use_draw(draw):
                 samples = fetch(self.dataset, indices)
             batch = self.collator(samples)
-        complete = len(wanted.geometries) == len(indices)
-        return DrawnBatch(batch, torch.stack(wanted.geometries) if complete else None, wanted.refused)
+        complete = len(draw.geometries) == len(indices)
+        return DrawnBatch(batch, torch.stack(draw.geometries) if complete else None, draw.refused)
 
     def collate(self, indices: Sequence[int], view: int = 0) -> Mapping[str, Any]:
-        """A view of some samples as a batch."""
+        """The batch of a view of some samples; see `draw`."""
         return self.draw(indices, view).batch
 
     def probe(self, rows: int = 2) -> Mapping[str, Any]:
-        """A batch of the first rows."""
+        """The base view of the first rows as a batch."""
         return self.collate(range(min(rows, len(self))))
 
     def loader(
-        self, batches: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None
+        self, numbers: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None
     ) -> Iterator[tuple[int, list[DrawnBatch]]]:
-        """Yields `(number, views)` for the given ranges, in order, the base view first; the global generators stay
-        untouched.
+        """Draws every view of some ranges; leaves the global random generators unchanged.
+
+        Args:
+            numbers: of the ranges.
+            views: number of augmented views beside the base view.
+            geometry: kind and feature grid of the views' geometry; None: no geometry is requested.
+
+        Yields:
+            The number of a range and its views, the base view first, in the order of `numbers`.
         """
         loader = DataLoader(
             _Ranges(self, views, geometry),
             batch_size=None,
-            sampler=batches,
-            num_workers=self.num_workers if len(batches) > 1 else 0,
-            multiprocessing_context=self.multiprocessing_context if self.num_workers and len(batches) > 1 else None,
+            sampler=numbers,
+            num_workers=self.num_workers if len(numbers) > 1 else 0,
+            multiprocessing_context=self.multiprocessing_context if self.num_workers and len(numbers) > 1 else None,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        yield from zip(batches, loader, strict=True)
+        yield from zip(numbers, loader, strict=True)
 
 
 class ChosenRows(RowSource):
-    """Some rows of another source alone, in ranges of its size.
+    """Some rows of another source, in ranges of the same size.
 
     Args:
-        source: the samples.
-        chosen: row numbers.
+        source: the other source.
+        row_numbers: rows of it, in the order in which they are read.
     """
 
-    def __init__(self, source: RowSource, chosen: Sequence[int]):
+    def __init__(self, source: RowSource, row_numbers: Sequence[int]):
         super().__init__(
             source.dataset,
             source.collator,
@@ -251,30 +283,32 @@ class ChosenRows(RowSource):
             source.num_workers,
             source.multiprocessing_context,
         )
-        self.chosen = list(chosen)
+        self._row_numbers = list(row_numbers)
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self._row_numbers)
 
-    def rows(self, batch: int) -> list[int]:
-        return self.chosen[batch * self.batch_size : (batch + 1) * self.batch_size]
+    def rows(self, number: int) -> list[int]:
+        return self._row_numbers[number * self.batch_size : (number + 1) * self.batch_size]
 
 
 class _Ranges(TorchDataset):
+    """The ranges of a source as a data set, each with all its views."""
+
     def __init__(self, source: RowSource, views: int, geometry: tuple[str, tuple[int, int]] | None):
         self.source, self.views, self.geometry = source, views, geometry
 
     def __len__(self) -> int:
         return self.source.num_ranges
 
-    def __getitem__(self, batch: int) -> list[DrawnBatch]:
-        rows = self.source.rows(batch)
-        # The geometry of the base view is the identity; nobody asks for it.
+    def __getitem__(self, number: int) -> list[DrawnBatch]:
+        rows = self.source.rows(number)
+        # The geometry of the base view is the identity and is never stored.
         return [self.source.draw(rows, view, self.geometry if view else None) for view in range(self.views + 1)]
 
 
 def is_same(first: Any, second: Any) -> bool:
-    """Whether two batches, or parts of them, hold the same values."""
+    """Whether two batches, or parts of two batches, hold the same values."""
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
     if isinstance(first, np.ndarray):
@@ -287,7 +321,11 @@ def is_same(first: Any, second: Any) -> bool:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raises ValueError, saying why, if the rows of a data set cannot be cached."""
+    """Checks that the rows of a data set can be cached.
+
+    Raises:
+        ValueError: if the data set is not map-style, or is empty.
+    """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"the train data set ({type(dataset).__name__}) is iterable: rows are cached by their index, so it must "

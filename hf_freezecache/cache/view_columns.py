@@ -1,8 +1,8 @@
-"""What a store keeps of augmented views, beside the base view.
+"""The columns in which a store holds augmented views, beside the base view.
 
-A view is kept *whole*, by the codec that keeps the base view; or only its *sensitive channels*, its special tokens and
-its geometry are, and the other channels are the base view's, warped on replay (arXiv 2508.15033, similarity-aware
-channel augmentation, for any geometry).
+A view is stored in one of two ways. *Whole*: all its channels, by the codec of the base view. Or only its *sensitive
+channels*, its special tokens and its geometry: replay warps the other channels of the base view (arXiv 2508.15033,
+similarity-aware channel augmentation, here for any geometry).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from ..augment.geometry import geometry_column
 from ..model.layout import FeatureLayout
 from .codec import Codec
+from .names import BASE, GEOMETRY, SPECIAL, VIEW, VIEW_INDEX, VIEW_SPECIAL, view_column, view_tensor
 
 #: Fields of a `ViewSpec` that are tensors.
 VIEW_TENSORS = ("channels", "outside", "channel_maps", "limits")
@@ -23,20 +24,19 @@ VIEW_TENSORS = ("channels", "outside", "channel_maps", "limits")
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """Which views a store holds, and what of them.
+    """Number of views in a store, and what is stored of each.
 
     Args:
-        count: augmented views beside the base view.
-        geometry: kind of geometry that is kept; None: whole views are.
+        count: number of augmented views beside the base view.
+        geometry: kind of geometry that is stored; None: views are stored whole.
         channels: int64 `(K,)`, the sensitive channels, ascending; None for whole views.
-        outside: float32 `(C,)`, a channel's value where a view shows nothing of the base view; None for whole views.
-        channel_maps: float32 `(2, N * C + K + 1, C)`, how the other channels follow from all warped ones, N positions
-            of each, and the sensitive ones, for views that are not mirrored and for those that are; None: each is its
-            base view's, warped.
-        limits: float32 `(2, C)`, the smallest and the largest value of a channel; None without channel maps.
-        own_inputs: whether a view has model inputs of its own (labels that a collator draws).
+        outside: float32 `(C,)`, value of a channel where a view shows nothing of the base view; None for whole views.
+        channel_maps: float32 `(2, N * C + K + 1, C)`, linear maps that give the other channels from the warped and
+            the sensitive ones, see `apply_channel_map`; None: a channel is only warped.
+        limits: float32 `(2, C)`, smallest and largest value of a channel; None without channel maps.
+        own_inputs: whether each view has model inputs for itself, e.g. labels that a collator draws.
 
-    Shapes: C channels, K sensitive ones.
+    Shapes: C channels, K of them sensitive, N neighbouring positions.
     """
 
     count: int = 0
@@ -49,28 +49,28 @@ class ViewSpec:
 
     @property
     def whole(self) -> bool:
-        """Whether views are kept whole."""
+        """Whether views are stored whole."""
         return self.geometry is None
 
     def needs_features(self, layout: FeatureLayout) -> bool:
-        """Whether anything of a view's features is kept; with its geometry alone the prefix need not run on it."""
+        """Whether any feature of a view is stored. If only its geometry is, the prefix does not run on the view."""
         return self.whole or len(self.channels) > 0 or layout.special_tokens > 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What of it is a tensor, by name."""
-        tensors = {f"view_{name}": getattr(self, name) for name in VIEW_TENSORS}
+        """The fields that are tensors, by their names in the codec's file."""
+        tensors = {view_tensor(name): getattr(self, name) for name in VIEW_TENSORS}
         return {name: value for name, value in tensors.items() if value is not None}
 
 
 class ViewColumns:
     """The columns of a store's views.
 
-    Columns of view v are `view_<v>` (codes), `view_special_<v>` (special tokens) and `geometry_<v>`. A batch that was
-    read has one view per row; its entries are named without the number.
+    View v has the columns `view_<v>` (codes), `view_special_<v>` (special tokens) and `geometry_<v>`. A batch has one
+    view per row, and its entries have these names without the number.
 
     Args:
-        spec: what is kept.
-        codec: of the base view, fitted.
+        spec: what is stored of each view.
+        codec: fitted codec of the base view.
     """
 
     def __init__(self, spec: ViewSpec, codec: Codec):
@@ -79,69 +79,77 @@ class ViewColumns:
         if spec.whole:
             return
         if len(spec.channels):
-            self._parts["view"] = codec.narrowed(spec.channels)
+            self._parts[VIEW] = codec.narrowed(spec.channels)
         if codec.layout.special_tokens:
-            self._parts["view_special"] = codec.for_special_tokens()
+            self._parts[VIEW_SPECIAL] = codec.for_special_tokens()
 
     @property
     def entries(self) -> dict[str, tuple[torch.dtype, int]]:
-        """What a row of a view consists of: name without the number -> (dtype, length)."""
+        """Columns of one view: name without the number -> (dtype, length)."""
         if not self.spec.count:
             return {}
         if self.spec.whole:
             return {_WHOLE[name]: column for name, column in self.codec.columns.items()}
-        entries = {name: part.columns["base"] for name, part in self._parts.items()}
-        return {**entries, "geometry": geometry_column(self.spec.geometry, self.codec.layout.grid)}
+        entries = {name: part.columns[BASE] for name, part in self._parts.items()}
+        return {**entries, GEOMETRY: geometry_column(self.spec.geometry, self.codec.layout.grid)}
 
     @property
     def columns(self) -> dict[str, tuple[torch.dtype, int]]:
         """All columns of all views: name -> (dtype, length)."""
         views = range(1, self.spec.count + 1)
-        return {f"{name}_{view}": column for view in views for name, column in self.entries.items()}
+        return {view_column(name, view): column for view in views for name, column in self.entries.items()}
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, all views together."""
+        """Bytes of one row of all views."""
         return sum(dtype.itemsize * length for dtype, length in self.columns.values())
 
     def encode(
         self, view: int, features: torch.Tensor | None, geometry: torch.Tensor | None, sample_ids: Sequence[int]
     ) -> dict[str, torch.Tensor]:
-        """Columns of one view.
+        """Encodes one view of some samples.
 
         Args:
-            view: its number, from 1.
-            features: `(B, *layout.shape)`, the view's own; None if nothing of them is kept.
-            geometry: `(B, G)`; None for whole views.
-            sample_ids: names of the B samples for error messages.
+            view: number of the view, from 1.
+            features: `(B, *layout.shape)`, features of the view; None if no feature is stored (`needs_features`).
+            geometry: `(B, G)`, its geometry; None for whole views.
+            sample_ids: numbers of the samples, for error messages.
+
+        Returns:
+            Column -> codes or geometry, one row per sample.
 
         Raises:
-            ValueError: if a value is not finite or beyond what the codec keeps.
+            ValueError: if a value is not finite or beyond the range of the codec.
+
+        Shapes: B samples, G numbers of a view's geometry.
         """
         if self.spec.whole:
             rows = {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
         else:
             layout = self.codec.layout
-            rows = {"geometry": geometry}
+            rows = {GEOMETRY: geometry}
             for name, part in self._parts.items():
-                if name == "view":
+                if name == VIEW:
                     channels = self.spec.channels.to(features.device)
                     values = layout.body(features).index_select(layout.channel_dim + 1, channels)
                 else:
                     values = features[:, : layout.special_tokens]
-                rows[name] = part.encode(values, sample_ids)["base"]
-        return {f"{name}_{view}": value for name, value in rows.items()}
+                rows[name] = part.encode(values, sample_ids)[BASE]
+        return {view_column(name, view): value for name, value in rows.items()}
 
     def decode(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sensitive channels and special tokens of views, one a row.
+        """Decodes sensitive channels and special tokens, one view per row.
 
         Args:
             entries: `view` and `view_special` as `pick` returned them.
 
         Returns:
-            `view`: `(B, P, K)` or `(B, K, H, W)`; `view_special`: `(B, S, C)`; each only if there is any.
+            `view`: `(B, P, K)` or `(B, K, H, W)`; `view_special`: `(B, S, C)`; each only if the store has it.
+
+        Shapes: B rows, P positions, K sensitive channels, S special tokens, C channels, H x W positions of a feature
+        map.
         """
-        return {name: part.decode({"base": entries[name]}) for name, part in self._parts.items()}
+        return {name: part.decode({BASE: entries[name]}) for name, part in self._parts.items()}
 
     def pick(
         self,
@@ -149,32 +157,35 @@ class ViewColumns:
         views: np.ndarray,
         take: Callable[[str, np.ndarray], np.ndarray],
     ) -> dict[str, np.ndarray]:
-        """One view of every row.
+        """Picks one view for every row of a batch.
 
         Args:
-            base: the rows of the base view; whole views take their places there.
-            views: int64 `(B,)`, 0 for the base view.
-            take: reads a column: `take(name, positions)` -> the rows of the batch at these positions.
+            base: columns of the base view. Whole views replace their rows.
+            views: int64 `(B,)`, view of each row, 0 for the base view.
+            take: reads a column: `take(name, positions)` returns its rows for these positions of the batch.
 
         Returns:
-            The entries of the batch; where a row's view is the base one, codes and geometry of a view are 0.
+            The entries of the batch. For stores of sensitive channels, entries of the views stand beside those of the
+            base view, are 0 where a row has the base view, and `view_index` holds `views`.
+
+        Shapes: B rows.
         """
         if self.spec.whole:
-            picked, entries = dict(base), {name: _WHOLE[name] for name in base}
+            batch, entries = dict(base), {name: _WHOLE[name] for name in base}
         else:
-            picked = {
+            batch = {
                 name: np.zeros((len(views), length), _numpy(dtype)) for name, (dtype, length) in self.entries.items()
             }
-            entries = {name: name for name in picked}
+            entries = {name: name for name in batch}
         for view in np.unique(views[views > 0]):
             positions = np.flatnonzero(views == view)
             for name, entry in entries.items():
-                picked[name][positions] = take(f"{entry}_{view}", positions)
-        return picked if self.spec.whole else {**base, **picked, "view_index": views.astype(np.int64)}
+                batch[name][positions] = take(view_column(entry, view), positions)
+        return batch if self.spec.whole else {**base, **batch, VIEW_INDEX: views.astype(np.int64)}
 
 
-#: Column of the base view -> entry of a whole view.
-_WHOLE = {"base": "view", "special": "view_special"}
+#: Column of the base view -> entry in which a whole view has the same.
+_WHOLE = {BASE: VIEW, SPECIAL: VIEW_SPECIAL}
 
 
 def _numpy(dtype: torch.dtype) -> str:

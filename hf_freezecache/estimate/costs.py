@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..units import show_bytes, show_epochs, show_seconds
+from ..units import format_table, show_bytes, show_epochs, show_seconds
 
 #: What is saved must exceed what a build costs by this factor: both are estimates.
 MARGIN = 1.05
@@ -90,7 +90,7 @@ class PlanRow:
         live_step_seconds: of one batch with this cut frozen, from images.
         replay_step_seconds: of one batch from the store.
         peak_memory_bytes: of a replay step; None if it was not measured.
-        room: bytes that the store may take; None if that is not known.
+        limit: bytes that the store may take; None if that is not known.
         most_bytes: of the Arrow files, the most that they can take where rows are packed; None: they take `bytes`.
 
     Where the suffix was not measured, steps and epochs lack it; what is saved is right.
@@ -107,7 +107,7 @@ class PlanRow:
     live_step_seconds: float
     replay_step_seconds: float
     peak_memory_bytes: int | None = None
-    room: int | None = None
+    limit: int | None = None
     most_bytes: int | None = None
 
     @property
@@ -134,13 +134,13 @@ class PlanRow:
     @property
     def fits(self) -> bool:
         """Whether budget and disk hold the store."""
-        return self.room is None or self.needed <= self.room
+        return self.limit is None or self.needed <= self.limit
 
     @property
     def verdict(self) -> str:
         """One phrase for a person."""
         if not self.fits:
-            return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.room)} left"
+            return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.limit)} left"
         if self.seconds_saved_per_epoch <= 0:
             return "does not pay: a replay step is no faster"
         epochs = math.floor(self.break_even_epochs * MARGIN) + 1
@@ -164,14 +164,12 @@ class Plan:
     probed: str
 
     def __str__(self) -> str:
-        lines = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-        text = ["  ".join(_pad(line, widths)).rstrip() for line in lines]
-        text.append(
+        table = format_table([_HEADER, *(_cells(row) for row in self.rows)], [_HEADER.index(name) for name in _LEFT])
+        plain = (
             f"Plain training, nothing frozen: {show_seconds(self.live_step_seconds)} a step, "
             f"{show_seconds(self.live_epoch_seconds)} an epoch."
         )
-        return "\n".join([*text, self.probed])
+        return "\n".join([table, plain, self.probed])
 
 
 _HEADER = (
@@ -208,13 +206,6 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     )
 
 
-def _pad(cells: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.ljust(width) if name in _LEFT else cell.rjust(width)
-        for name, cell, width in zip(_HEADER, cells, widths, strict=True)
-    ]
-
-
 def make_row(
     *,
     cut: int,
@@ -224,7 +215,7 @@ def make_row(
     view_bytes: int,
     costs: Costs,
     work: Work,
-    room: int | None,
+    limit: int | None,
     most_bytes: int | None = None,
 ) -> PlanRow:
     """Puts what was measured on one range together for all of them.
@@ -237,7 +228,7 @@ def make_row(
         view_bytes: of the Arrow files, what the augmented views take.
         costs: of one range.
         work: how many there are.
-        room: bytes that the store may take; None if that is not known.
+        limit: bytes that the store may take; None if that is not known.
         most_bytes: of the Arrow files, the most that they can take where rows are packed.
     """
     live, replay = step_seconds(costs, work.workers)
@@ -254,7 +245,7 @@ def make_row(
         live_step_seconds=live,
         replay_step_seconds=replay,
         peak_memory_bytes=costs.peak_memory_bytes,
-        room=room,
+        limit=limit,
         most_bytes=most_bytes,
     )
 
@@ -305,20 +296,20 @@ def never_pays(epochs_left: float, work: Work) -> bool:
     return epochs_left <= 1 + work.views_run + compared + work.run_twice / ranges
 
 
-def decide(row: PlanRow, epochs_left: float, room: int | None = None) -> str | None:
+def decide(row: PlanRow, epochs_left: float, limit: int | None = None) -> str | None:
     """Whether to build.
 
     Args:
         row: what the build would cost and save.
         epochs_left: epochs of training that remain.
-        room: bytes that the store may take; None: the row's own.
+        limit: bytes that the store may take; None: the row's own.
 
     Returns:
         None; or why not, in one phrase.
     """
-    room = row.room if room is None else room
-    if room is not None and row.needed > room:
-        return f"it needs {show_bytes(row.needed)}, and {show_bytes(room)} are left"
+    limit = row.limit if limit is None else limit
+    if limit is not None and row.needed > limit:
+        return f"it needs {show_bytes(row.needed)}, and {show_bytes(limit)} are left"
     saved = row.seconds_saved_per_epoch
     if saved <= 0:
         return "a replay step would be no faster than a live one"

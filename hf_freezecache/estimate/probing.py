@@ -18,16 +18,18 @@ from torch import nn
 from ..augment.channel_map import ChannelMapFit
 from ..augment.geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry, is_mirrored
 from ..augment.sensitivity import CHUNK, SensitivityMeter
+from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures, check_shape
 from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import Codec, make_codec
-from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
-from ..cache.store import FORMAT_VERSION, FeatureStore, Manifest, ShardStream, own_input
+from ..cache.manifest import FORMAT_VERSION, Manifest
+from ..cache.names import own_input
+from ..cache.rows import BatchSplit, DrawnBatch, split_batch
+from ..cache.shards import ShardStream
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns, ViewSpec
-from ..config import FreezeCacheConfig
-from ..model.chain import BlockChain
 from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
 from ..rng import preserve_rng
@@ -46,8 +48,8 @@ _SOLVED = 768
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """A few ranges, loaded.
+class _LoadedRanges:
+    """A few ranges in memory.
 
     Args:
         rows: their row numbers.
@@ -70,40 +72,33 @@ class Prober:
     """Measures on a few batches.
 
     Args:
-        chain: the model, traced and proved at the cuts asked for.
-        source: the train samples as model inputs.
-        model_inputs: of a collated batch, what the model takes for its prefix, on its device.
-        config: how sensitive channels are chosen.
-        processes: that train together.
+        context: the training; its chain is traced and proved at the cuts that are asked for.
         steps: how a training step is made, for costs with the suffix.
-        step_inputs: of a collated batch, what such a step takes; what the prefix takes if None.
+        step_inputs: selects from a collated batch what such a step takes; what the prefix takes if None.
     """
 
     def __init__(
         self,
-        chain: BlockChain,
-        source: RowSource,
-        model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        *,
-        config: FreezeCacheConfig,
-        processes: int = 1,
+        context: BuildContext,
         steps: TrialSteps | None = None,
         step_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ):
-        self.chain, self.source, self.model_inputs, self.config = chain, source, model_inputs, config
-        self.processes, self.steps = processes, TrialSteps(chain) if steps is None else steps
-        # Without labels a step is as dear, and a model's own loss need not be the training's.
-        self.step_inputs = model_inputs if step_inputs is None else step_inputs
-        self._loaded: tuple[Any, _Sample] | None = None
+        self.context = context
+        self.chain, self.source, self.config = context.chain, context.source, context.config
+        self.model_inputs, self.processes = context.model_inputs, context.group.size
+        self.steps = TrialSteps(self.chain) if steps is None else steps
+        # Without labels a step takes as long, and a model's own loss need not be the training's.
+        self.step_inputs = self.model_inputs if step_inputs is None else step_inputs
+        self._loaded: tuple[Any, _LoadedRanges] | None = None
         self._split: BatchSplit | None = None
 
-    def refuse(self, spec: StoreSpec, epochs_left: float, room: int | None) -> tuple[str | None, PlanRow | None]:
+    def refuse(self, spec: StoreSpec, epochs_left: float, limit: int | None) -> tuple[str | None, PlanRow | None]:
         """Decides whether a build pays, with as little measuring as the decision needs.
 
         Args:
             spec: the build; its sensitive channels need not be settled.
             epochs_left: epochs of training that remain.
-            room: bytes that the store may take.
+            limit: bytes that the store may take.
 
         Returns:
             None, or why not to build; and what was measured, if anything was. Where measuring broke off because the
@@ -111,18 +106,18 @@ class Prober:
         """
         with preserve_rng():
             try:
-                free = self._row(spec, _NOTHING, room)
+                free = self._row(spec, _NOTHING, limit)
                 if not free.fits:
                     return decide(free, epochs_left), None
                 if isinstance(spec.feature_source, ImageFeatures) and never_pays(epochs_left, self.work(spec)):
                     return f"the {show_epochs(epochs_left)} left cannot save what a build costs", None
                 # A single range settles what is clear.
-                row = self._row(spec, next(self._in_stages(spec, batches=1, with_suffix=False)), room)
+                row = self._row(spec, next(self._in_stages(spec, batches=1, with_suffix=False)), limit)
                 reason = decide(row, _CLEARLY * epochs_left)
                 if reason is not None:
                     return decide(row, epochs_left), row
                 for costs in self._in_stages(spec, batches=2, with_suffix=False):
-                    row = self._row(spec, costs, room)
+                    row = self._row(spec, costs, limit)
                     reason = decide(row, epochs_left)
                     if reason is not None:
                         break
@@ -142,16 +137,16 @@ class Prober:
             *_, costs = self._in_stages(spec, batches, with_suffix)
             return costs
 
-    def row(self, spec: StoreSpec, costs: Costs, room: int | None = None) -> PlanRow:
+    def row(self, spec: StoreSpec, costs: Costs, limit: int | None = None) -> PlanRow:
         """What a build would cost and save.
 
         Args:
             spec: the build.
             costs: what was measured for it.
-            room: bytes that the store may take; None if that is not known.
+            limit: bytes that the store may take; None if that is not known.
         """
         with preserve_rng():
-            return self._row(spec, costs, room)
+            return self._row(spec, costs, limit)
 
     def work(self, spec: StoreSpec) -> Work:
         """How much a build has to do."""
@@ -176,11 +171,11 @@ class Prober:
             batches: that are measured.
         """
         with preserve_rng():
-            sample = self._load(spec, batches)
+            loaded = self._load(spec, batches)
             # An augmented view computes as a base view does.
-            loaded = [self.step_inputs(drawn.batch) for drawn in sample.base]
-            computed, _ = self.steps.measure(0, loaded)
-            step = overlapped(computed, sample.live, self.source.num_workers)
+            inputs = [self.step_inputs(drawn.batch) for drawn in loaded.base]
+            computed, _ = self.steps.measure(0, inputs)
+            step = overlapped(computed, loaded.live, self.source.num_workers)
             return step, step * self.work(spec).ranges / self.processes
 
     def load(self, spec: StoreSpec, batches: int) -> list[DrawnBatch]:
@@ -188,7 +183,7 @@ class Prober:
         with preserve_rng():
             return self._load(spec, batches).views
 
-    def _row(self, spec: StoreSpec, costs: Costs, room: int | None) -> PlanRow:
+    def _row(self, spec: StoreSpec, costs: Costs, limit: int | None) -> PlanRow:
         codec = make_codec(spec.codec, spec.layout)
         if self._split is None:
             self._split = split_batch(self.source.probe(), self.chain.main_input)
@@ -205,7 +200,7 @@ class Prober:
             view_bytes=both - base,
             costs=costs,
             work=self.work(spec),
-            room=room,
+            limit=limit,
             most_bytes=most,
         )
 
@@ -214,39 +209,39 @@ class Prober:
 
         But for the suffix: it comes first, where loader processes may be what a live epoch waits for.
         """
-        sample = self._load(spec, batches)
-        features, of_views, prefix = self._run_prefix(spec, sample)
+        loaded = self._load(spec, batches)
+        features, of_views, prefix = self._run_prefix(spec, loaded)
         costs = Costs(
-            load=sample.live,
+            load=loaded.live,
             prefix=prefix,
-            load_base=median_low(sample.base_seconds),
-            load_view=median_low(sample.view_seconds) if sample.view_seconds else 0.0,
+            load_base=median_low(loaded.base_seconds),
+            load_view=median_low(loaded.view_seconds) if loaded.view_seconds else 0.0,
             run=None if isinstance(spec.feature_source, ImageFeatures) else self._time_runs(spec, batches),
         )
         workers = self.source.num_workers
         # One process alone cannot run what the processes of a training normalize together.
         alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
         if with_suffix or (workers and alone and costs.load / workers > prefix):
-            tried = self._with_features(features, sample)
-            suffix, peak = self.steps.measure(spec.cut, tried if with_suffix else tried[:1])
+            inputs = self._with_features(features, loaded)
+            suffix, peak = self.steps.measure(spec.cut, inputs if with_suffix else inputs[:1])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
         codec = make_codec(spec.codec, spec.layout)
         fitting = 0.0 if codec.fitted else self._fit(spec, codec, [*features, *of_views])
-        store, encode = self._encode(spec, codec, sample, features, of_views)
+        store, encode = self._encode(spec, codec, loaded, features, of_views)
         read, decode = self._time_replay(store)
         packed = store.frame_bytes() if spec.lossless else None
         costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting, frame_bytes=packed)
         yield costs
         if not spec.views.whole:
-            compare = self._time_comparison(spec, sample, features, of_views)
-            solving = _solving_seconds(spec, self._count_maps(spec, sample))
+            compare = self._time_comparison(spec, loaded, features, of_views)
+            solving = _solving_seconds(spec, self._count_maps(spec, loaded))
             costs = replace(costs, compare=compare, fixed=fitting + solving)
             yield costs
 
     # What a range costs, step by step
 
-    def _load(self, spec: StoreSpec, batches: int) -> _Sample:
+    def _load(self, spec: StoreSpec, batches: int) -> _LoadedRanges:
         views = spec.views
         geometry = None if views.whole else (views.geometry, spec.layout.grid)
         key = (batches, bool(views.count), geometry)
@@ -267,11 +262,13 @@ class Prober:
         # Whole views are drawn as in a live epoch. Where there is none, and none was turned off, nothing is random.
         if geometry is not None or not self.config.views:
             live = median_low([timed(lambda each=each: self.source.draw(each, 1))[1] for each in rows[:2]])
-        sample = _Sample(rows, base, of_views, live, base_seconds, view_seconds)
-        self._loaded = key, sample
-        return sample
+        loaded = _LoadedRanges(rows, base, of_views, live, base_seconds, view_seconds)
+        self._loaded = key, loaded
+        return loaded
 
-    def _run_prefix(self, spec: StoreSpec, sample: _Sample) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    def _run_prefix(
+        self, spec: StoreSpec, loaded: _LoadedRanges
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
         """Features of the base views and of the augmented views, and seconds of a run.
 
         Raises:
@@ -281,13 +278,13 @@ class Prober:
         def run(drawn: DrawnBatch) -> torch.Tensor:
             return self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
 
-        run(sample.base[0])
+        run(loaded.base[0])
         base, of_views, seconds = [], [], []
-        for kept, drawn_views in ((base, sample.base), (of_views, sample.views)):
-            for rows, drawn in zip(sample.rows, drawn_views, strict=False):
+        for computed, batches in ((base, loaded.base), (of_views, loaded.views)):
+            for rows, drawn in zip(loaded.rows, batches, strict=False):
                 features, spent = timed(lambda drawn=drawn: run(drawn))
                 check_shape(features, spec.layout, rows)
-                kept.append(features)
+                computed.append(features)
                 seconds.append(spent)
         return base, of_views, median_low(seconds)
 
@@ -303,10 +300,10 @@ class Prober:
             seconds.append(timed(run)[1])
         return median_low(seconds[1:])
 
-    def _with_features(self, features: Sequence[torch.Tensor], sample: _Sample) -> list[dict[str, Any]]:
+    def _with_features(self, features: Sequence[torch.Tensor], loaded: _LoadedRanges) -> list[dict[str, Any]]:
         return [
             {**self.step_inputs(drawn.batch), self.chain.main_input: each}
-            for each, drawn in zip(features, sample.base, strict=True)
+            for each, drawn in zip(features, loaded.base, strict=True)
         ]
 
     def _fit(self, spec: StoreSpec, codec: Codec, features: list[torch.Tensor]) -> float:
@@ -321,17 +318,17 @@ class Prober:
         self,
         spec: StoreSpec,
         codec: Codec,
-        sample: _Sample,
+        loaded: _LoadedRanges,
         features: list[torch.Tensor],
         of_views: list[torch.Tensor],
     ) -> tuple[FeatureStore, float]:
-        """A store of the sample in memory, and the seconds that a range of it took."""
-        views = ViewColumns(self._standing_for(spec, sample), codec)
-        splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in sample.base]
+        """A store of these ranges in memory, and the seconds that one range took."""
+        views = ViewColumns(self._standing_for(spec, loaded), codec)
+        splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in loaded.base]
         sink, seconds = pa.BufferOutputStream(), []
         stream = ShardStream(sink, codec, views, splits[0].describe(), spec.lossless)
-        for place, (rows, split) in enumerate(zip(sample.rows, splits, strict=True)):
-            geometry = _geometry(spec, sample.views[place], rows) if sample.views and not spec.views.whole else None
+        for place, (rows, split) in enumerate(zip(loaded.rows, splits, strict=True)):
+            geometry = _geometry(spec, loaded.views[place], rows) if loaded.views and not spec.views.whole else None
             view_features = of_views[place] if of_views else None
 
             def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
@@ -347,27 +344,27 @@ class Prober:
         buffer = sink.getvalue()
         _, hashing = timed(lambda: hashlib.sha256(buffer).hexdigest())
         store = _store_in_memory(spec, codec, views, splits[0], buffer)
-        return store, median_low(seconds) + hashing / len(sample.rows)
+        return store, median_low(seconds) + hashing / len(loaded.rows)
 
-    def _count_maps(self, spec: StoreSpec, sample: _Sample) -> int:
+    def _count_maps(self, spec: StoreSpec, loaded: _LoadedRanges) -> int:
         """Maps between channels that will be fitted: for mirrored views, for the others, or for both."""
         if spec.views.whole or not self.config.channel_map:
             return 0
         layout = spec.layout
-        geometry = torch.cat([_geometry(spec, *drawn) for drawn in zip(sample.views, sample.rows, strict=True)])
+        geometry = torch.cat([_geometry(spec, *drawn) for drawn in zip(loaded.views, loaded.rows, strict=True)])
         mirrored = is_mirrored(decode_geometry(geometry, spec.views.geometry, layout.grid)).float().mean().item()
-        at_once = min(max(1, CHUNK // (layout.channels * layout.positions)), len(sample.rows[0]))
-        updates = self.work(spec).compared * -(-len(sample.rows[0]) // at_once)
+        at_once = min(max(1, CHUNK // (layout.channels * layout.positions)), len(loaded.rows[0]))
+        updates = self.work(spec).compared * -(-len(loaded.rows[0]) // at_once)
         fit = ChannelMapFit(layout.channels, layout.grid)
         return sum(
             fit.will_fit(len(spec.views.channels), share * at_once * layout.positions, updates)
             for share in (mirrored, 1 - mirrored)
         )
 
-    def _standing_for(self, spec: StoreSpec, sample: _Sample) -> ViewSpec:
+    def _standing_for(self, spec: StoreSpec, loaded: _LoadedRanges) -> ViewSpec:
         """The views, with a linear map between channels of the right size where there may be one."""
         views, layout = spec.views, spec.layout
-        if views.channel_maps is not None or not self._count_maps(spec, sample):
+        if views.channel_maps is not None or not self._count_maps(spec, loaded):
             return views
         inputs = ChannelMapFit(layout.channels, layout.grid).warped_inputs + len(views.channels) + 1
         generator = torch.Generator().manual_seed(0)
@@ -376,7 +373,7 @@ class Prober:
 
     def _time_replay(self, store: FeatureStore) -> tuple[float, float]:
         """Seconds of reading random rows, and of turning them into features on the device."""
-        rows, device = min(self.source.batch_size, len(store)), next(self.chain.model.parameters()).device
+        rows, device = min(self.source.batch_size, len(store)), self.context.device
         reading, decoding = [], []
         for epoch in range(_REPLAYS + 1):
             order = np.random.default_rng(epoch).permutation(len(store))[:rows]
@@ -394,11 +391,11 @@ class Prober:
         return median_low(reading[1:]), median_low(decoding[1:])
 
     def _time_comparison(
-        self, spec: StoreSpec, sample: _Sample, features: list[torch.Tensor], of_views: list[torch.Tensor]
+        self, spec: StoreSpec, loaded: _LoadedRanges, features: list[torch.Tensor], of_views: list[torch.Tensor]
     ) -> float:
-        base, view, rows = features[0], of_views[0], sample.rows[0]
+        base, view, rows = features[0], of_views[0], loaded.rows[0]
         count = len(base) if base.numel() <= CHUNK else min(len(base), _COMPARED_ROWS)
-        geometry = _geometry(spec, sample.views[0], rows)[:count].to(base.device)
+        geometry = _geometry(spec, loaded.views[0], rows)[:count].to(base.device)
         sources = decode_geometry(geometry, spec.views.geometry, spec.layout.grid)
         meter = SensitivityMeter(spec.layout, self.config.similarity)
 
@@ -453,9 +450,7 @@ def _store_in_memory(
         files={},
         lossless=spec.lossless,
     )
-    store = FeatureStore(spec.path, manifest, codec, views)
-    store.__dict__["dataset"] = Dataset(InMemoryTable(table))
-    return store
+    return FeatureStore(spec.path, manifest, codec, views, Dataset(InMemoryTable(table)))
 
 
 def _solving_seconds(spec: StoreSpec, maps: int) -> float:

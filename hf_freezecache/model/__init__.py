@@ -1,1 +1,1 @@
-"""The model as a chain of blocks: finding them, freezing them, running them alone, bypassing them."""
+"""The model as a chain of blocks: finding, freezing and running them, and replaying the rest without them."""

@@ -1,4 +1,4 @@
-"""The model as a chain of blocks: finding the blocks, freezing them, running them alone, and bypassing them."""
+"""The model as a chain of blocks: finding, freezing and running the blocks, and replaying the rest without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..rng import preserve_rng
-from .families import FAMILIES, block_groups
+from .blocks import declared_blocks, named_blocks
 from .layout import FeatureLayout
 from .tracing import (
     Block,
@@ -32,13 +32,21 @@ from .tracing import (
 class BlockChain:
     """A model seen as stem -> block 1 .. block L -> head.
 
-    `cut` counts the frozen blocks from the input, stem included: 0 is nothing, `len(chain)` everything but the head.
-    The feature at a cut is the tensor that enters block `cut` (that leaves the last block, if `cut == len(chain)`).
+    A cut is a number of frozen blocks, counted from the input, stem included: 0 freezes nothing, `len(chain)`
+    everything but the head. The feature at a cut is the tensor that enters block `cut` or, at `len(chain)`, the tensor
+    that leaves the last block.
 
-    The chain never changes the model's structure. In `replay`, the `forward` of the prefix's module *instances* is
-    overridden: they return placeholders of the right shape without computing, and block `cut` gets the feature. Code
-    of the model that runs between the blocks sees what it expects, and `state_dict`, pickling and evaluation outside
-    `replay` are those of the untouched model.
+    The chain never changes the model's structure. `replay` overrides `forward` on the prefix's module *instances*:
+    they return placeholders of the recorded shapes without computing, and block `cut` receives the feature. Code of
+    the model that runs between the blocks gets outputs of the structure it expects. Outside `replay`, `state_dict`,
+    pickling and evaluation are those of the original model.
+
+    Args:
+        model: the model; it stays the caller's.
+        blocks: its blocks, in the order in which they run. `from_model` finds and checks them.
+
+    Attributes:
+        cut: number of blocks that `freeze` has frozen.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]):
@@ -62,14 +70,15 @@ class BlockChain:
         Args:
             model: a Transformers model of a declared family, or any module if `blocks` is given.
             blocks: module names, in the order in which they run; the first is the stem.
-            probe: a batch of model inputs (two rows are used). If None, random pixels of the configured size are; if
-                the configuration does not tell the size, the proof is made with the first inputs that `prefix` gets.
+            probe: a batch of model inputs, of which two rows are used. If None, the probe is random pixels of the
+                size in the model's configuration; if the configuration has no size, the first inputs that `prefix`
+                gets are used for the proof.
 
         Raises:
-            ChainError: if the blocks are unknown, a module does not exist, or a cut fails the proof; the message
-                names the module and the reason.
+            ChainError: if the model's family is not declared, a module does not exist, or a cut fails the proof; the
+                message names the module and the reason.
         """
-        chain = cls(model, _named_blocks(model, blocks) if blocks is not None else _declared_blocks(model))
+        chain = cls(model, named_blocks(model, blocks) if blocks is not None else declared_blocks(model))
         if probe is None:
             probe = synthetic_probe(model)
         if probe is not None:
@@ -88,33 +97,36 @@ class BlockChain:
 
     @property
     def main_input(self) -> str:
-        """Name of the model's main input, `pixel_values` for vision models."""
+        """Name of the input that the feature replaces: `pixel_values` for vision models."""
         return main_input_name(self.model)
 
-    # Knowing the model
+    # Tracing and proving
 
     def trace(self, inputs: Mapping[str, Any]) -> None:
         """Runs the model once (two rows, eval mode) and records what crosses every block.
 
         Raises:
-            ChainError: if a block does not run exactly once, or not in its order.
+            ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
         self._trace = run_trace(self.model, self.blocks, self._probe(inputs))
         self._proved.clear()
         if self.cut:
-            self.freeze(self.cut)  # parameters outside the blocks are known only now
+            self.freeze(self.cut)  # only a trace tells which parameters outside the blocks belong to the prefix
 
     @contextlib.contextmanager
     def traced(self, record: Mapping[str, Any] | Trace) -> Iterator[Trace]:
-        """Inside, the chain knows the model from another run, of inputs of another size; yields that run's record.
+        """Inside the context, the chain uses the trace of inputs of another size; outside, its own.
 
         Args:
-            record: model inputs to trace the model with, or what this has yielded for some.
+            record: model inputs to trace the model with, or a trace that this method yielded before.
+
+        Yields:
+            The trace.
 
         Raises:
             ChainError: as `trace`.
         """
-        kept = self._trace, self._proved
+        own_trace, own_proofs = self._trace, self._proved
         self._proved = set()
         try:
             if isinstance(record, Trace):
@@ -123,21 +135,22 @@ class BlockChain:
                 self.trace(record)
             yield self._trace
         finally:
-            self._trace, self._proved = kept
+            self._trace, self._proved = own_trace, own_proofs
 
     def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 
         Raises:
-            ChainError: if they do not: something besides the output of the block before the cut crosses it. Also if
-                training draws random numbers before the cut outside the modules that a freeze puts in eval mode.
+            ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
+                Also if in training the feature depends on random numbers or on the batch, because a module that
+                `freeze` does not put in eval mode runs before the cut.
         """
         self._check_cut(cut)
         if self._trace is None:
             self.trace(inputs)
         probe = self._probe(inputs)
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
-            expected = _answer(self.model(**probe))
+            expected = _logits(self.model(**probe))
             features = self._capture(probe, cut)
             if not torch.equal(features, self._captured_in_training(probe, cut)):
                 raise ChainError(
@@ -147,14 +160,14 @@ class BlockChain:
                 )
             try:
                 with self.replay(cut):
-                    replayed = _answer(self.model(**{**probe, self.main_input: features}))
+                    replayed = _logits(self.model(**{**probe, self.main_input: features}))
             except Exception as error:
                 raise ChainError(f"{self._cannot_cut(cut)} running the rest on the feature failed: {error}") from error
             if torch.equal(expected, replayed):
                 self._proved.add(cut)
                 return
-            # An accelerator's kernels may differ from run to run: then, and only then, closeness has to do.
-            reproducible = torch.equal(expected, _answer(self.model(**probe)))
+            # An accelerator's kernels may differ from run to run. Only then are close logits accepted.
+            reproducible = torch.equal(expected, _logits(self.model(**probe)))
         if reproducible or not torch.allclose(expected, replayed, rtol=1e-3, atol=1e-4):
             difference = (expected.double() - replayed.double()).abs().max().item()
             raise ChainError(
@@ -167,7 +180,7 @@ class BlockChain:
         """Shape, grid, special tokens and dtype of the feature at `cut`.
 
         Raises:
-            ChainError: if the model was not run yet and its configuration does not tell the size of its input.
+            ChainError: if the model was not run yet and its configuration does not name the size of its input.
         """
         self._check_cut(cut)
         if self._trace is None:
@@ -183,10 +196,12 @@ class BlockChain:
     # Freezing
 
     def freeze(self, cut: int) -> list[nn.Parameter]:
-        """Freezes the prefix: no gradient, no BatchNorm update, no dropout. Never thaws.
+        """Freezes the prefix: its parameters get no gradient, its BatchNorm and dropout run in eval mode.
+
+        A smaller cut than the present one thaws nothing.
 
         Returns:
-            The parameters that were trainable before, for the optimizer to forget.
+            The parameters that were trainable before: the optimizer must drop their state.
         """
         self._check_cut(cut)
         newly_frozen = []
@@ -201,26 +216,26 @@ class BlockChain:
         return newly_frozen
 
     def unfreeze(self) -> None:
-        """Gives every parameter the `requires_grad` it had before the first `freeze`."""
+        """Restores the `requires_grad` that every parameter had before the first `freeze`; the cut becomes 0."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         self._requires_grad.clear()
         self.cut = 0
 
     def eval_prefix(self) -> None:
-        """Puts the frozen modules in eval mode (again: `model.train()` undoes it)."""
+        """Puts the frozen modules in eval mode. To be called again after every `model.train()`, which undoes it."""
         for module in self.prefix_modules(self.cut):
             module.training = False
 
     def prefix_modules(self, cut: int) -> list[nn.Module]:
-        """All modules that run before `cut` only, submodules included."""
+        """All modules that run before the cut and not after it, submodules included."""
         roots = [module for block in self.blocks[:cut] for module in block.modules]
         if self._trace is not None:
             roots += self._trace.glue_before(cut)
         return list({id(module): module for root in roots for module in root.modules()}.values())
 
     def prefix_parameters(self, cut: int) -> dict[str, nn.Parameter]:
-        """The parameters that belong to the prefix or on which the feature at `cut` depends, by name."""
+        """The parameters of the prefix's blocks, and others on which the feature at `cut` depends, by name."""
         modules = [module for block in self.blocks[:cut] for module in block.modules]
         members = {id(p) for module in modules for p in module.parameters()}
         if self._trace is not None:
@@ -232,6 +247,10 @@ class BlockChain:
         members = {id(b) for module in self.prefix_modules(cut) for b in module.buffers(recurse=False)}
         return {name: buffer for name, buffer in self.model.named_buffers() if id(buffer) in members}
 
+    def prefix_state(self, cut: int) -> dict[str, torch.Tensor]:
+        """The parameters and the buffers of the prefix by name: every tensor on which the feature at `cut` depends."""
+        return {**self.prefix_parameters(cut), **self.prefix_buffers(cut)}
+
     # Running the two parts
 
     def prefix(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
@@ -242,10 +261,12 @@ class BlockChain:
             cut: number of blocks to run.
 
         Returns:
-            The feature, `(B, T, C)` or `(B, C, H, W)`; the main input itself at cut 0.
+            The feature, `(B, T, C)` or `(B, C, H, W)`; at cut 0 the main input itself.
 
         Raises:
             ChainError: if this cut has not been proved yet and the proof on these inputs fails.
+
+        Shapes: B samples, T tokens, C channels, H height, W width.
         """
         self._check_cut(cut)
         if cut == 0:
@@ -261,18 +282,19 @@ class BlockChain:
         """Runs the blocks between two cuts alone, in eval mode and without gradients.
 
         Args:
-            inputs: as for `prefix`, but with the feature at `from_cut` for the main input; it must come from inputs of
-                the shape on which the model was traced.
-            from_cut: blocks that have run.
-            to_cut: blocks to have run afterwards.
+            inputs: as for `prefix`, but with the feature at `from_cut` as the main input. The feature must come from
+                inputs of the shape on which the model was traced.
+            from_cut: number of blocks that ran to give this feature.
+            to_cut: number of blocks that have run to give the result.
 
         Returns:
-            The feature at `to_cut`: what `prefix` gives there, bit for bit, if it gave the one at `from_cut`.
+            The feature at `to_cut`. If `prefix` computed the feature at `from_cut`, the result equals that of `prefix`
+            at `to_cut`, bit for bit.
 
         Raises:
             ChainError: if a cut has not been proved yet and its proof on the traced inputs fails, or if the feature
                 has another shape or dtype than the one at `from_cut`.
-            ValueError: if `to_cut` lies before `from_cut`.
+            ValueError: if `to_cut` is smaller than `from_cut`.
         """
         self._check_cut(from_cut)
         self._check_cut(to_cut)
@@ -285,12 +307,12 @@ class BlockChain:
             return feature
         if self._trace is None:
             self.layout(from_cut)
-        expected, found = self._trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
-        if expected != found:
+        traced, given = self._trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
+        if traced != given:
             raise ChainError(
-                f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {expected[0]} "
-                f"({expected[1]}), not {found[0]} ({found[1]}): trace it on inputs of the size and precision that the "
-                "feature was made from."
+                f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {traced[0]} "
+                f"({traced[1]}), not {given[0]} ({given[1]}): trace it on inputs of the size and precision from which "
+                "the feature was computed."
             )
         for cut in (from_cut, to_cut):
             if cut not in self._proved:
@@ -300,17 +322,18 @@ class BlockChain:
 
     @contextlib.contextmanager
     def replay(self, cut: int) -> Iterator[None]:
-        """Inside, the model takes the feature at `cut` in place of its main input and runs the suffix only.
+        """Inside the context, the model takes the feature at `cut` as its main input and runs the suffix only.
 
-        Wrap the backward pass too: activation checkpointing runs the suffix again there.
+        The backward pass belongs inside the context too: activation checkpointing runs the suffix again in it.
 
         Raises:
-            ChainError: if the model was never run, so that the shapes of the prefix are unknown.
-            RuntimeError: if a replay is already going on.
+            ChainError: if the model was never run and its configuration does not name the size of its input: then the
+                shapes of the prefix's outputs are unknown.
+            RuntimeError: if another replay is active.
         """
         self._check_cut(cut)
         if self._replaying:
-            raise RuntimeError("a replay is already going on; leave it before the next one.")
+            raise RuntimeError("a replay is already active: leave it before you start the next one.")
         if cut == 0:
             yield
             return
@@ -386,7 +409,7 @@ class BlockChain:
         raise ChainError(f"{self._cannot_cut(cut)} the model returned without running it.")
 
     def _captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        """The feature as training on a frozen prefix computes it; buffers and modes are put back."""
+        """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with eval_mode(self.model):
             self.model.train()
@@ -403,7 +426,7 @@ class BlockChain:
         trace = self._trace
         if cut not in trace.stray_by_cut:
             candidates = [p for p in trace.stray_parameters if p.is_floating_point()]
-            used = []
+            dependencies = []
             if candidates and cut:
                 flags = [p.requires_grad for p in candidates]
                 try:
@@ -413,11 +436,11 @@ class BlockChain:
                         feature = self._capture(trace.probe, cut)
                         if feature.requires_grad:
                             gradients = torch.autograd.grad(feature.float().sum(), candidates, allow_unused=True)
-                            used = [p for p, g in zip(candidates, gradients, strict=True) if g is not None]
+                            dependencies = [p for p, g in zip(candidates, gradients, strict=True) if g is not None]
                 finally:
                     for parameter, flag in zip(candidates, flags, strict=True):
                         parameter.requires_grad_(flag)
-            trace.stray_by_cut[cut] = used
+            trace.stray_by_cut[cut] = dependencies
         return trace.stray_by_cut[cut]
 
     def _probe(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,49 +462,7 @@ class BlockChain:
         return f"{type(self.model).__name__} cannot be cut {where} (cut {cut}):"
 
 
-def _answer(output: Any) -> torch.Tensor:
+def _logits(output: Any) -> torch.Tensor:
     if isinstance(output, Mapping) and "logits" in output:
         return first_tensor(output["logits"])
     return first_tensor(output)
-
-
-def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:
-    modules = dict(model.named_modules())
-    if isinstance(names, str) or not names:
-        raise ChainError("`blocks` is a list of module names, the stem first; it must not be empty.")
-    for name in names:
-        if name not in modules:
-            raise ChainError(
-                f"{type(model).__name__} has no module '{name}'; see `model.named_modules()` for the names."
-            )
-    if len(set(names)) != len(names):
-        raise ChainError("`blocks` names a module twice.")
-    for name in names:
-        inside = [other for other in names if other.startswith(name + ".")]
-        if inside:
-            raise ChainError(f"blocks must not contain each other: '{inside[0]}' is inside '{name}'.")
-    return [Block(name, (modules[name],)) for name in names]
-
-
-def _declared_blocks(model: nn.Module) -> list[Block]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ChainError(
-            f"the blocks of {type(model).__name__} (model type {model_type!r}) are not declared; known are "
-            f"{', '.join(sorted(FAMILIES))}. Name the blocks yourself, stem first: blocks=['stem', 'layer1.0', ...]."
-        )
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    base = model if base is None else base
-    groups = block_groups(base, family)
-    if groups is None:
-        raise ChainError(
-            f"{type(model).__name__} does not look like a '{model_type}': no module '{family.stem}' or no blocks "
-            f"'{family.blocks[0]}' in its {type(base).__name__}. Name the blocks yourself with blocks=[...]."
-        )
-    names = {module: name for name, module in model.named_modules()}
-    return [
-        Block(names[base.get_submodule(name)], tuple(base.get_submodule(path) for path in paths))
-        for name, paths in groups
-    ]

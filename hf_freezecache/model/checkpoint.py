@@ -1,4 +1,4 @@
-"""Loading a checkpoint's weights into a model, completely or not at all."""
+"""Loading the weights of a checkpoint into a model: all of them, or none."""
 
 from __future__ import annotations
 
@@ -25,24 +25,28 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not hold the weights of the model; the message names them."""
+    """A checkpoint does not hold the weights of the model; the message names the keys."""
 
 
 def has_weights(directory: str | Path) -> bool:
-    """Whether a checkpoint holds the weights of a whole model (not of an adapter or of a sharded wrapper)."""
+    """Whether a checkpoint holds the weights of a whole model, not those of an adapter or of a sharded wrapper."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((Path(directory) / name).is_file() for name in names)
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Loads a checkpoint's weights into the model.
+    """Loads the weights of a checkpoint into a model.
 
-    `save_pretrained` writes the key names of the first release of a model, and `Trainer` loads them unconverted and
-    not strictly: for several models most weights stay what they were, with a warning. Here the names go through
-    Transformers' own conversion, and a missing or unexpected key is an error.
+    `save_pretrained` writes the key names of a model's first release. `Trainer` loads them without converting them and
+    not strictly: for several models it leaves most weights unchanged and only warns. Here Transformers' own conversion
+    is applied to the names, and a missing or unexpected key is an error.
+
+    Args:
+        model: the model; changed in place.
+        directory: the checkpoint.
 
     Raises:
-        CheckpointError: if a weight is missing, unexpected or of another shape; the model is then as it was.
+        CheckpointError: if a weight is missing, unexpected or of another shape; the model is unchanged then.
     """
     expected = model.state_dict()
     state_dict = _read(Path(directory))
@@ -59,8 +63,8 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     misshapen = [key for key in state_dict if key in expected and state_dict[key].shape != expected[key].shape]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {kind}, e.g. {keys[:3]}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"the checkpoint {directory} does not fit the model: {found}.")
+        summary = "; ".join(f"{len(keys)} {kind}, e.g. {keys[:3]}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"the checkpoint {directory} does not fit the model: {summary}.")
     model.load_state_dict(state_dict, strict=False)
 
 
@@ -82,7 +86,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 def _converted(model: PreTrainedModel, directory: str | Path, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights under the model's own key names."""
-    # `save_pretrained` renames with this function: sent through it, marks tell which key became which.
+    # `save_pretrained` renames keys with this function. Its output for marked tensors shows which key became which.
     marks = {key: torch.empty(1) for key in model.state_dict()}
     own = {id(mark): key for key, mark in marks.items()}
     saved = revert_weight_conversion(model, dict(marks))
@@ -95,7 +99,7 @@ def _converted(model: PreTrainedModel, directory: str | Path, raw: dict[str, tor
 def _converted_by_twin(
     model: PreTrainedModel, directory: str | Path, raw: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights of a model that is saved with tensors split or merged, converted by loading a second instance."""
+    """The weights under the model's own key names, from a second instance: for models saved with merged tensors."""
     with preserve_rng():
         twin, info = type(model).from_pretrained(
             directory,
@@ -107,6 +111,6 @@ def _converted_by_twin(
         )
     lost = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     converted = {key: value for key, value in twin.state_dict().items() if key not in lost}
-    # What the user added to the architecture is not in the twin, but is saved under its own name.
+    # Modules that the user added to the architecture are not in the twin; they are saved under their own names.
     converted.update({key: raw.get(key, torch.empty(0)) for key in info["unexpected_keys"]})
     return converted

@@ -1,4 +1,4 @@
-"""Where the blocks of the known model families are: declarations as data, no code runs from here."""
+"""Where the blocks of each model family are, as data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """The blocks of one model family, as module paths below the base model; `*` stands for an index.
+    """The blocks of one model family, as module paths below the base model; `*` matches an index.
 
     Args:
         stem: path of the embedding or stem module, block 0.
-        blocks: alternative patterns of the blocks; the first one that matches is used (module paths differ between
-            releases of Transformers).
-        stage_entry: pattern of the modules that run at a stage's beginning, counted to the stage's first block.
-        stage_exit: pattern of the module that runs at a stage's end, counted to the stage's last block.
+        blocks: alternative patterns of the other blocks, because module paths differ between releases of
+            Transformers; the first pattern that matches is used.
+        stage_entry: pattern of the modules that run at the beginning of a stage; they belong to its first block.
+        stage_exit: pattern of the module that runs at the end of a stage; it belongs to its last block.
     """
 
     stem: str
@@ -51,24 +51,24 @@ FAMILIES: dict[str, Family] = {
 
 
 def _matches(base: nn.Module, pattern: str) -> list[tuple[tuple[int, ...], str]]:
-    """Lists `(indices, path)` of the modules that match, in the order of their indices."""
+    """Lists `(indices, path)` of the modules whose path matches, in the order of their indices."""
     regex = re.compile("^" + re.escape(pattern).replace(r"\*", r"(\d+)") + "$")
-    found = []
-    for path, _ in base.named_modules():
-        match = regex.match(path)
-        if match:
-            found.append((tuple(int(index) for index in match.groups()), path))
-    return sorted(found)
+    matches = [(match, path) for path, _ in base.named_modules() if (match := regex.match(path))]
+    return sorted((tuple(int(index) for index in match.groups()), path) for match, path in matches)
 
 
 def block_groups(base: nn.Module, family: Family) -> list[tuple[str, tuple[str, ...]]] | None:
-    """Expands a declaration on a model.
+    """Finds the blocks of a model by its family's declaration.
+
+    Args:
+        base: the base model, e.g. `model.vit`.
+        family: the declaration.
 
     Returns:
-        `(name, module paths)` per block, stem first; the paths are below `base` and in the order in which they run.
-        None if the declaration does not fit this model.
+        `(name, module paths)` for each block, stem first. The paths are relative to `base` and in the order in which
+        the modules run. None if the model has no such stem or no such blocks.
     """
-    blocks = next((found for pattern in family.blocks if (found := _matches(base, pattern))), None)
+    blocks = next((modules for pattern in family.blocks if (modules := _matches(base, pattern))), None)
     if blocks is None or family.stem not in dict(base.named_modules()):
         return None
     entries, exits = {}, {}

@@ -1,4 +1,4 @@
-"""The layout of one feature: what crosses a cut, for one sample."""
+"""Shape and meaning of one sample's feature."""
 
 from dataclasses import dataclass
 from math import prod
@@ -14,10 +14,10 @@ class FeatureLayout:
     """Shape and meaning of one sample's feature.
 
     Args:
-        shape: without the batch: `(T, C)` tokens, `(C, H, W)` map or `(C,)` vector.
-        grid: `(H, W)` of the spatial positions, `None` where there is no picture behind them (text, vectors).
-        special_tokens: number of leading tokens that are not positions (CLS, distillation, registers); 0 for maps and
-            vectors.
+        shape: without the batch: `(T, C)` tokens, a `(C, H, W)` feature map or a `(C,)` vector.
+        grid: `(H, W)` of the spatial positions; None where the feature has none (text, vectors).
+        special_tokens: number of leading tokens that are no positions of an image (CLS, distillation, registers); 0
+            for feature maps and vectors.
         dtype: float32, float16 or bfloat16.
 
     Raises:
@@ -47,7 +47,7 @@ class FeatureLayout:
 
     @property
     def channel_dim(self) -> int:
-        """Index of the channels in `shape`: first for a map, last for tokens and vectors."""
+        """Index of the channels in `shape`: first for a feature map, last for tokens and vectors."""
         return 0 if len(self.shape) == 3 else len(self.shape) - 1
 
     @property
@@ -66,11 +66,15 @@ class FeatureLayout:
         return self.values // self.channels - self.special_tokens
 
     def body(self, features: torch.Tensor) -> torch.Tensor:
-        """The positions of features `(B, *shape)`, without special tokens; a view of them."""
+        """Features `(B, *shape)` without their special tokens; shares their memory."""
         return features[:, self.special_tokens :] if self.special_tokens else features
 
     def narrowed(self, channels: int) -> "FeatureLayout":
-        """The layout of some channels alone, without special tokens."""
+        """The layout of fewer channels, without special tokens.
+
+        Args:
+            channels: number of channels.
+        """
         if len(self.shape) == 3:
             shape = (channels, *self.shape[1:])
         else:
@@ -78,7 +82,7 @@ class FeatureLayout:
         return FeatureLayout(shape, self.grid, 0, self.dtype)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the layout as a dict of JSON types, for a manifest."""
+        """The layout as JSON values, for a manifest."""
         return {
             "shape": list(self.shape),
             "grid": None if self.grid is None else list(self.grid),
@@ -88,7 +92,7 @@ class FeatureLayout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureLayout":
-        """Reads what `to_json` returned.
+        """The layout that `to_json` has written.
 
         Raises:
             ValueError: if the dtype is unknown or the fields contradict each other.

@@ -1,4 +1,4 @@
-"""What one run of a model tells about its blocks: shapes, order, where the main tensor enters, who runs in between."""
+"""The record of one run of a model: shapes, order of the blocks, where their main tensors enter, what runs between."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .layout import FeatureLayout
 
 
 class ChainError(ValueError):
-    """A model cannot be split as asked; the message names the module and the reason."""
+    """A model cannot be split at its blocks as asked; the message names the module and the reason."""
 
 
 class Captured(Exception):
-    """Carries the feature out of a run that needs to go no further."""
+    """Stops a run of the model and carries the feature out of it."""
 
     def __init__(self, feature: torch.Tensor):
         self.feature = feature
@@ -29,7 +29,12 @@ class Captured(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of the chain: a name, and the modules that run one after the other as this block."""
+    """One unit of the chain.
+
+    Args:
+        name: module name of the block, of its first module if there are several.
+        modules: the modules that run one after the other as this block.
+    """
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -37,7 +42,14 @@ class Block:
 
 @dataclass(frozen=True)
 class _TensorSpec:
-    """Stands for a tensor in a recorded output; the first entry of `shape` is rows per sample unless `fixed`."""
+    """Description of a tensor in a recorded output.
+
+    Args:
+        shape: of the tensor; unless `fixed`, its first entry is the number of rows per sample.
+        dtype: of the tensor.
+        device: of the tensor.
+        fixed: whether the shape is the same for every batch size.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,17 +59,19 @@ class _TensorSpec:
 
 @dataclass
 class Trace:
-    """The record of one run.
+    """The record of one run of the model.
 
     Args:
         probe: the inputs of the run.
         main_input: name of the main input.
-        outputs: output of every block's modules, tensors replaced by their specification.
-        entries: per block, where its main tensor stands: a position or a keyword.
-        features: per cut, shape (without batch) and dtype of the feature; cut 0 is the main input.
-        glue: modules that run outside the blocks, with the last block that had begun when they ran.
+        positional: names of the arguments of the model's `forward`, in their order.
+        outputs: output of every module of the blocks, tensors replaced by their descriptions.
+        entries: for each block, the position or the keyword at which its main tensor is passed.
+        features: for each cut, shape (without the batch) and dtype of the feature; cut 0 is the main input.
+        glue: modules that run outside the blocks, each with the number of the last block that had begun by then.
         stray_parameters: parameters that belong to no block.
-        grid: the image in patches, if the configuration tells the patch size.
+        grid: `(H, W)` of the image in patches; None if the configuration has no patch size.
+        stray_by_cut: for cuts asked so far, the stray parameters on which the feature depends; filled by the chain.
     """
 
     probe: dict[str, Any]
@@ -72,7 +86,7 @@ class Trace:
     stray_by_cut: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the record holds for inputs of this shape, type and place."""
+        """Whether the main input has the shape (without the batch), dtype and device of the recorded one."""
         probe, new = self.probe[self.main_input], inputs[self.main_input]
         return (probe.shape[1:], probe.dtype, probe.device) == (new.shape[1:], new.dtype, new.device)
 
@@ -81,7 +95,18 @@ class Trace:
         return [module for module, position in self.glue if position < cut]
 
     def swap_main_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, torch.Tensor]:
-        """Takes the feature out of a call of the model and puts a placeholder of the main input in."""
+        """Replaces the feature by a placeholder of the main input in a call of the model.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+
+        Returns:
+            The new positional and keyword arguments, and the feature.
+
+        Raises:
+            ValueError: if the call has no main input.
+        """
         original = self.probe[self.main_input]
         if self.main_input in kwargs:
             feature = kwargs[self.main_input]
@@ -90,11 +115,11 @@ class Trace:
         else:
             raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
         spec = _TensorSpec((1, *original.shape[1:]), original.dtype, feature.device, fixed=False)
-        stand_in = placeholders(spec, len(feature))
+        placeholder = placeholders(spec, len(feature))
         if self.main_input in kwargs:
-            return args, {**kwargs, self.main_input: stand_in}, feature
+            return args, {**kwargs, self.main_input: placeholder}, feature
         position = self.positional.index(self.main_input)
-        return (*args[:position], stand_in, *args[position + 1 :]), kwargs, feature
+        return (*args[:position], placeholder, *args[position + 1 :]), kwargs, feature
 
     def injected(self, block: int, args: tuple, kwargs: dict) -> torch.Tensor:
         """The main tensor in a call of a block."""
@@ -109,6 +134,7 @@ class Trace:
         return args, {**kwargs, entry: feature}
 
     def layout(self, cut: int) -> FeatureLayout:
+        """Shape, grid, special tokens and dtype of the feature at a cut."""
         shape, dtype = self.features[cut]
         image = self.probe[self.main_input]
         if len(shape) == 3:
@@ -124,9 +150,15 @@ def token_grid(
 ) -> tuple[tuple[int, int] | None, int]:
     """Splits a number of tokens into special tokens and a grid with the image's aspect ratio (height / width).
 
+    Args:
+        tokens: number of all tokens.
+        aspect: height of the image divided by its width.
+        expected: grid that the configuration of the model gives; None if it gives none.
+        most_special: largest number of special tokens that is tried.
+
     Returns:
-        `((height, width), special tokens)`: the expected grid if the number allows it, otherwise the one with the
-        fewest special tokens; `(None, 0)` if no grid fits.
+        `((height, width), special tokens)`: the expected grid if the number of tokens allows it, otherwise the grid
+        with the fewest special tokens; `(None, 0)` if no grid fits.
     """
     if expected is not None and 0 <= tokens - expected[0] * expected[1] <= most_special:
         return expected, tokens - expected[0] * expected[1]
@@ -142,7 +174,8 @@ def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) 
     """Runs the model once in eval mode and records every block.
 
     Raises:
-        ChainError: if a block does not run exactly once, or not in the order of the chain.
+        ChainError: if the model does not run, if a block does not run exactly once, or if the blocks run in another
+            order than that of the chain.
     """
     _check_checkpointing(model)
     recorder = _Recorder(model, blocks)
@@ -179,7 +212,7 @@ def _check_checkpointing(model: nn.Module) -> None:
 
 
 class _Recorder(contextlib.AbstractContextManager):
-    """Hooks on every module for the length of one run."""
+    """Hooks on every module that record one run; they are removed on leaving the context."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]):
         self.model, self.blocks = model, blocks
@@ -188,7 +221,7 @@ class _Recorder(contextlib.AbstractContextManager):
         inside = {id(m) for module in self.order for m in module.modules()}
         around = {id(m) for m in model.modules() if any(id(b) in map(id, m.modules()) for b in self.order)} - inside
         self.outside = [m for m in model.modules() if id(m) not in inside and id(m) not in around]
-        self.ran: list[nn.Module] = []
+        self.calls: list[nn.Module] = []
         self.inputs: list[torch.Tensor] = []
         self.entries: list[int | str] = []
         self.outputs: dict[nn.Module, Any] = {}
@@ -212,13 +245,16 @@ class _Recorder(contextlib.AbstractContextManager):
             self._check()
 
     def _begin(self, module, args, kwargs):
-        self.ran.append(module)
+        self.calls.append(module)
         if module in self.first_of:
             self.position = self.first_of[module]
             entry = _entry(args, kwargs)
             if entry is None:
                 name = self.blocks[self.position].name
-                raise ChainError(f"block '{name}' of {type(self.model).__name__} gets no tensor to freeze behind.")
+                raise ChainError(
+                    f"block '{name}' of {type(self.model).__name__} is called without a tensor: there is "
+                    "no feature to cache before it."
+                )
             self.entries.append(entry)
             self.inputs.append(args[entry] if isinstance(entry, int) else kwargs[entry])
 
@@ -226,7 +262,7 @@ class _Recorder(contextlib.AbstractContextManager):
         batch_size = len(self.inputs[0])
         self.outputs[module] = _specification(output, batch_size)
         if module is self.order[-1]:
-            self.last = first_tensor(output)
+            self.last = find_tensor(output)
             self.position = len(self.blocks)
 
     def _between(self, module, args):
@@ -236,25 +272,25 @@ class _Recorder(contextlib.AbstractContextManager):
         names = {module: block.name for block in self.blocks for module in block.modules}
         model = type(self.model).__name__
         for module in self.order:
-            count = self.ran.count(module)
+            count = self.calls.count(module)
             if count != 1:
                 raise ChainError(f"block '{names[module]}' of {model} runs {count} times in a forward pass, not once.")
-        for expected, ran in zip(self.order, self.ran, strict=True):
-            if expected is not ran:
+        for expected, module in zip(self.order, self.calls, strict=True):
+            if expected is not module:
                 raise ChainError(
-                    f"the blocks of {model} do not run in the given order: '{names[ran]}' ran where "
+                    f"the blocks of {model} do not run in the given order: '{names[module]}' ran where "
                     f"'{names[expected]}' was expected."
                 )
 
     def features(self, batch_size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype at cut 1 .. L."""
+        """Shape (without the batch) and dtype of the feature at the cuts 1 to L, the number of blocks."""
         tensors = [*self.inputs[1:], self.last]
         for cut, tensor in enumerate(tensors, start=1):
             if tensor is None or tensor.ndim < 2 or len(tensor) != batch_size:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise ChainError(
-                    f"{type(self.model).__name__} cannot be cut after '{self.blocks[cut - 1].name}': what leaves it "
-                    f"({shape}) has not one row per sample (batch of {batch_size})."
+                    f"{type(self.model).__name__} cannot be cut after '{self.blocks[cut - 1].name}': its output "
+                    f"({shape}) does not have one row per sample (batch of {batch_size})."
                 )
         return [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors]
 
@@ -289,7 +325,7 @@ def _specification(output: Any, batch_size: int) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         fixed = value.ndim == 0 or len(value) % batch_size != 0
-        # Window attention folds windows into the batch: such a tensor grows with the batch by a whole factor.
+        # Window attention folds windows into the batch: such a tensor has a whole number of rows per sample.
         shape = tuple(value.shape) if fixed else (len(value) // batch_size, *value.shape[1:])
         return _TensorSpec(shape, value.dtype, value.device, fixed)
 
@@ -297,7 +333,12 @@ def _specification(output: Any, batch_size: int) -> Any:
 
 
 def placeholders(specification: Any, batch_size: int) -> Any:
-    """Builds an output of the recorded structure for a batch; its tensors hold zeros and take no memory."""
+    """An output of the recorded structure for a batch; its tensors hold zeros and take no memory.
+
+    Args:
+        specification: a recorded output, as in `Trace.outputs`.
+        batch_size: number of samples.
+    """
 
     def build(value):
         if not isinstance(value, _TensorSpec):
@@ -310,21 +351,32 @@ def placeholders(specification: Any, batch_size: int) -> Any:
     return _map_structure(build, specification)
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor in a (nested) output."""
+def find_tensor(output: Any) -> torch.Tensor | None:
+    """The first tensor in an output of tuples, lists and mappings; None if it holds none."""
     if isinstance(output, torch.Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for value in values:
-        if value is not None:
-            found = first_tensor(value)
-            if found is not None:
-                return found
-    return None
+    return next((tensor for value in values if (tensor := find_tensor(value)) is not None), None)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor in an output of tuples, lists and mappings.
+
+    Raises:
+        ChainError: if it holds none.
+    """
+    tensor = find_tensor(output)
+    if tensor is None:
+        raise ChainError(f"a tensor was expected in an output, but {type(output).__name__} holds none.")
+    return tensor
 
 
 def accept_feature(output: Any, feature: torch.Tensor) -> Any:
-    """The same output with its first tensor replaced."""
+    """The same output with the feature in place of its first tensor.
+
+    Raises:
+        ChainError: if the output holds no tensor.
+    """
     target = first_tensor(output)
     return _map_structure(lambda value: feature if value is target else value, output)
 
@@ -336,7 +388,7 @@ def main_input_name(model: nn.Module) -> str:
 
 
 def _argument_names(model: nn.Module) -> list[str]:
-    """Arguments of `forward`, from the class: a forward put on the instance may have lost its signature."""
+    """Names of the arguments of `forward`, from the class: an override on the instance may have lost its signature."""
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
@@ -349,7 +401,13 @@ def _patch_grid(model: nn.Module, image: torch.Tensor) -> tuple[int, int] | None
 
 
 def take_rows(inputs: Mapping[str, Any], rows: int, batch_size: int) -> dict[str, Any]:
-    """The first rows of every per-sample entry of a batch; other entries as they are."""
+    """The first rows of every entry of a batch that has one row per sample; other entries as they are.
+
+    Args:
+        inputs: the batch.
+        rows: number of rows to take.
+        batch_size: number of samples in the batch.
+    """
 
     def cut_off(value):
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch_size:
@@ -360,13 +418,13 @@ def take_rows(inputs: Mapping[str, Any], rows: int, batch_size: int) -> dict[str
 
 
 def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Two random images of the size in `model.config`; None if the configuration does not tell."""
+    """Two random images of the size in `model.config`; None if the configuration has no size."""
     config = getattr(model, "config", None)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if channels is None or main_input_name(model) != "pixel_values":
         return None
     if size is None:
-        size = 64  # convolutional families have no fixed size in their configuration and take any
+        size = 64  # the configuration of a convolutional family has no image size; the model takes any
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -376,7 +434,7 @@ def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode after."""
+    """Puts the model in eval mode inside the context; restores every module's own mode after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -388,7 +446,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def override_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Overrides `forward` on one module instance; an earlier instance-level forward comes back after."""
+    """Overrides `forward` on one module instance inside the context; restores the instance's own override after it.
+
+    Args:
+        module: the instance.
+        wrap: makes the new `forward` from the present one.
+    """
     had_own, original = "forward" in module.__dict__, module.forward
     # The wrapped signature stays visible to code that inspects it (Trainer, DDP).
     module.forward = functools.wraps(original)(wrap(original))

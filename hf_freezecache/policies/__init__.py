@@ -1,4 +1,4 @@
-"""When to freeze: one rule a file, one small interface."""
+"""Rules that say when to freeze, one in each file, behind one small interface."""
 
 from .base import FreezePolicy, Moment, ObservedBlock
 from .linear import LinearPolicy

@@ -1,4 +1,4 @@
-"""What a freezing rule sees and what it answers."""
+"""The interface of freezing rules: their input and their answer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-#: What a policy may ask to observe.
+#: Signals that a policy may observe.
 SIGNALS = frozenset({"weights", "gradients", "activations"})
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where the training stands.
+    """The progress of a training.
 
     Args:
         epoch: the epoch that begins (`decide`) or is running (`observe`), from 0.
-        num_epochs: epochs of the whole training; a started one counts.
-        step: optimizer steps done.
-        max_steps: optimizer steps of the whole training.
-        cut: frozen blocks.
-        num_blocks: `len(chain)`.
+        num_epochs: number of epochs of the whole training; the last one counts even if it is not complete.
+        step: number of optimizer steps so far.
+        max_steps: number of optimizer steps of the whole training.
+        cut: number of frozen blocks.
+        num_blocks: number of blocks, `len(chain)`.
     """
 
     epoch: int
@@ -37,14 +37,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class ObservedBlock:
-    """One live block during training, just before an optimizer step.
+    """A block that is not frozen, just before an optimizer step.
 
     Args:
-        index: position in the chain, 0 is the stem.
+        index: position in the chain; 0 is the stem.
         name: module name.
-        parameters: the block's parameters by name; their `.grad` holds the step's (unscaled, clipped) gradient.
-        activation: what the block returned for this process's last micro-batch, detached, if the policy observes
-            activations; None otherwise.
+        parameters: the block's parameters by name; their `.grad` is the gradient of the step, unscaled and clipped.
+        activation: output of the block for the last micro-batch of this process, detached; None unless the policy
+            observes activations.
     """
 
     index: int
@@ -56,40 +56,58 @@ class ObservedBlock:
 class FreezePolicy(ABC):
     """A rule that says how many blocks to freeze.
 
-    `observes` names what `observe` needs of `"weights"`, `"gradients"`, `"activations"`; nothing is collected for a
-    policy that leaves it empty. `observe` must not change anything and must not draw from the global generators.
-    Decisions are taken by the main process and hold for all. The cut never moves back: a smaller answer is kept at
-    the present cut. A policy with a memory returns it from `state_dict` (JSON values), so that a resumed training
-    decides as the uninterrupted one.
+    `observes` names the signals that `observe` needs: `"weights"`, `"gradients"`, `"activations"`. Nothing is
+    collected for a policy that leaves it empty. `observe` must not change anything and must not draw from the global
+    random generators. The main process decides for all processes. The cut never becomes smaller: if `decide` returns a
+    smaller one, the present cut stays. A policy with a memory returns it from `state_dict` as JSON values, so that a
+    resumed training decides as an uninterrupted one.
     """
 
     observes: frozenset[str] = frozenset()
 
     def start(self, num_blocks: int) -> None:  # noqa: B027 - schedules remember nothing
-        """Called before every training: forget the last one. ValueError if the rule does not fit `num_blocks`."""
+        """Called before every training: the policy forgets the previous one.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+
+        Raises:
+            ValueError: if the rule does not fit this number of blocks.
+        """
 
     def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:  # noqa: B027 - schedules do not observe
-        """Called before every optimizer step with the live blocks, if `observes` is not empty."""
+        """Called before every optimizer step if `observes` is not empty.
+
+        Args:
+            moment: the progress of the training.
+            blocks: the blocks that are not frozen, in their order.
+        """
 
     @abstractmethod
     def decide(self, moment: Moment) -> int:
         """Called at the beginning of every epoch.
+
+        Args:
+            moment: the progress of the training.
 
         Returns:
             The cut from this epoch on, 0 to `moment.num_blocks`.
         """
 
     def next_change(self, moment: Moment) -> int | None:
-        """The epoch at which the cut will move on, where the rule knows; a store of the present cut serves until then.
+        """The epoch in which the cut will change next: a store of the present cut is used until then.
 
         Args:
-            moment: with the cut that holds from now on.
+            moment: the progress of the training, with the cut that holds from now on.
+
+        Returns:
+            The epoch; None if the cut will not change, or the rule does not know.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule has learnt so far, as JSON values."""
+        """The memory of the rule, as JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - schedules have no memory
-        """Puts `state_dict()` back."""
+        """Restores the memory that `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""Freezing in equal steps over a part of training."""
+"""Freezing in equal steps during a part of the training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from .schedule import FreezePoint, next_change, scheduled_cut
 
 
 class LinearPolicy(FreezePolicy):
-    """`stages` equal steps to `max_frozen` of the blocks, between two fractions of training.
+    """Freezes a share of the blocks in equal steps between two points of the training.
 
     Stage j of n sets `cut = round(max_frozen * blocks * j / n)` at the fraction
-    `start + (end - start) * (j - 1) / max(n - 1, 1)` of training, rounded up to an epoch.
+    `start + (end - start) * (j - 1) / max(n - 1, 1)` of the training, rounded up to an epoch.
+
+    Args:
+        start: fraction of the training at which the first stage freezes.
+        end: fraction of the training at which the last stage freezes.
+        max_frozen: fraction of the blocks that are frozen after the last stage.
+        stages: number of stages.
     """
 
     def __init__(self, start: float = 0.25, end: float = 0.5, max_frozen: float = 0.75, stages: int = 2):
         self.begin, self.end, self.max_frozen, self.stages = start, end, max_frozen, stages
 
     def points(self, num_blocks: int) -> list[FreezePoint]:
-        """The schedule for a chain of `num_blocks`."""
+        """The schedule for a chain of `num_blocks` blocks."""
         return [
             FreezePoint(
                 when=float(self.begin + (self.end - self.begin) * (stage - 1) / max(self.stages - 1, 1)),

@@ -1,4 +1,4 @@
-"""Freezing at given epochs."""
+"""Freezing at epochs that the user names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from .schedule import next_change, parse_freeze_points, scheduled_cut
 
 
 class ManualPolicy(FreezePolicy):
-    """Cuts at the epochs, or fractions of training, that the user names (`"1:4,3:8"`)."""
+    """Freezes at the epochs, or fractions of the training, that the user names.
+
+    Args:
+        freeze_points: e.g. `"1:4,3:8"`, see `parse_freeze_points`.
+
+    Raises:
+        ValueError: if the text is not understood.
+    """
 
     def __init__(self, freeze_points: str):
         self.text = freeze_points

@@ -1,4 +1,4 @@
-"""Schedules: cuts fixed before training, as points in epochs or fractions of training."""
+"""Schedules: cuts that are fixed before the training, at epochs or fractions of it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ _POINT = re.compile(r"^\s*(?P<when>\d+|\d*\.\d+|\d+\.\d*)\s*:\s*(?P<cut>\d+)\s*$
 
 @dataclass(frozen=True)
 class FreezePoint:
-    """A cut and when it takes effect: an epoch (int) or a fraction of training (float)."""
+    """A cut and the point of the training at which it takes effect.
+
+    Args:
+        when: an epoch, from 0 (int), or a fraction of the training (float).
+        cut: number of frozen blocks.
+    """
 
     when: int | float
     cut: int
 
     def epoch(self, num_epochs: int) -> int:
-        """The epoch at whose beginning the cut takes effect; fractions are rounded up to an epoch."""
+        """The epoch at whose beginning the cut takes effect; a fraction of the training is rounded up to an epoch."""
         if isinstance(self.when, int):
             return self.when
-        # 0.1 * 30 is 3.0000000000000004: without the slack it would be rounded up to epoch 4.
+        # 0.1 * 30 is 3.0000000000000004: without the subtraction it would be rounded up to epoch 4.
         return math.ceil(self.when * num_epochs - 1e-9)
 
 
 def parse_freeze_points(text: str) -> list[FreezePoint]:
-    """Reads `"1:4,3:8"` or `"0.25:8"`.
+    """Reads the points of a schedule.
+
+    Args:
+        text: `when:cut` pairs separated by commas. An integer is an epoch (`"1:4,3:8"`), a number with a decimal point
+            a fraction of the training (`"0.25:8"`).
 
     Raises:
         ValueError: on a syntax error, a fraction above 1, points out of order or cuts that decrease.
@@ -53,11 +62,11 @@ def parse_freeze_points(text: str) -> list[FreezePoint]:
 
 
 def scheduled_cut(points: list[FreezePoint], epoch: int, num_epochs: int) -> int:
-    """The deepest cut among the points that have come by `epoch`."""
+    """The deepest cut among the points up to and including `epoch`; 0 if there are none."""
     return max((point.cut for point in points if point.epoch(num_epochs) <= epoch), default=0)
 
 
 def next_change(points: list[FreezePoint], epoch: int, num_epochs: int, cut: int) -> int | None:
-    """The first epoch after `epoch` in which a point goes beyond `cut`; None if none does within the training."""
+    """The first epoch after `epoch` with a point deeper than `cut`; None if there is none within the training."""
     epochs = [point.epoch(num_epochs) for point in points if point.cut > cut]
     return min((later for later in epochs if epoch < later < num_epochs), default=None)

@@ -1,1 +1,1 @@
-"""How cached features come back as training batches."""
+"""Cached features as training batches."""

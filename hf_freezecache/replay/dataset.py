@@ -1,4 +1,4 @@
-"""The train data set whose source turns from images to cached rows."""
+"""The wrapped data set, whose rows come from images or from a store."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ _MAX_PATH = 4096
 
 @dataclass(frozen=True)
 class WriteRound:
-    """An epoch whose features are stored while it runs live: every sample is drawn as one of its views.
+    """A live epoch whose features are stored: every sample is drawn as one of its views.
 
     Args:
-        number: how many such epochs came before, from 0.
-        views: augmented views beside the base view; after `views + 1` rounds each sample has had each view once.
-        geometry: kind and feature grid in which the views' geometry is wanted; None if it is not.
+        number: of the round, from 0.
+        views: number of augmented views beside the base view. In `views + 1` rounds every sample is drawn once as each
+            of its views.
+        geometry: kind and feature grid of the views' geometry; None: no geometry is requested.
     """
 
     number: int
@@ -37,13 +38,13 @@ class WriteRound:
 
 
 class SourceSwitch:
-    """Which source an epoch's batches come from, in shared memory: loader processes that live on see it too."""
+    """The source of an epoch's batches, in shared memory so that persistent loader processes see a change."""
 
     def __init__(self):
         self._length = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._path = torch.zeros(_MAX_PATH, dtype=torch.uint8).share_memory_()
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        # Of a `WriteRound`: 1, number, views, kind of geometry from 1 or 0, height and width of the grid.
+        # A `WriteRound` as 1, number, views, kind of geometry (from 1; 0: none), height and width of the grid.
         self._round = torch.zeros(6, dtype=torch.int64).share_memory_()
 
     @property
@@ -57,12 +58,19 @@ class SourceSwitch:
 
     @property
     def path(self) -> Path | None:
-        """The store that is replayed; None for live epochs, those that are stored included."""
+        """Path of the store that is replayed; None in live epochs, also in those that are stored."""
         length = int(self._length[0])
         return Path(bytes(self._path[:length].tolist()).decode()) if length else None
 
     def set(self, path: Path | None) -> None:
-        """Turns to a store, or back to live (None). Takes effect with the next epoch's first batch."""
+        """Sets the source: a store, or images. Takes effect with the first batch of the next epoch.
+
+        Args:
+            path: of the store; None: images.
+
+        Raises:
+            ValueError: if the path is too long.
+        """
         encoded = b"" if path is None else str(path.absolute()).encode()
         if len(encoded) > _MAX_PATH:
             raise ValueError(f"the path of the feature store is longer than {_MAX_PATH} bytes: {path}.")
@@ -72,27 +80,27 @@ class SourceSwitch:
 
     @property
     def round(self) -> WriteRound | None:
-        """What the live samples are drawn for; None if they are not stored."""
+        """The round of a live epoch that is stored; None in all other epochs."""
         running, number, views, kind, height, width = self._round.tolist()
         if not running:
             return None
         return WriteRound(number, views, (GEOMETRY_KINDS[kind - 1], (height, width)) if kind else None)
 
-    def write(self, round: WriteRound) -> None:
-        """Turns to live samples drawn as views. Takes effect with the next epoch's first batch."""
+    def write(self, write_round: WriteRound) -> None:
+        """Sets the source: images drawn as views of a round. Takes effect with the first batch of the next epoch."""
         self.set(None)
-        kind, grid = (0, (0, 0)) if round.geometry is None else round.geometry
+        kind, grid = (0, (0, 0)) if write_round.geometry is None else write_round.geometry
         kind = kind and GEOMETRY_KINDS.index(kind) + 1
-        self._round.copy_(torch.tensor([1, round.number, round.views, kind, *grid]))
+        self._round.copy_(torch.tensor([1, write_round.number, write_round.views, kind, *grid]))
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Rows read from a store, before collating: codes and model inputs by name.
+    """Rows of a store, before collating.
 
     Args:
-        rows: what `FeatureStore.read_rows` returned.
-        codes: which of them are codes.
+        rows: codes and model inputs by name, as `FeatureStore.read_rows` returned them.
+        codes: names of the codes among them.
     """
 
     rows: dict[str, Any]
@@ -104,12 +112,15 @@ class DrawnRows:
     """Live samples of a `WriteRound`, before collating.
 
     Args:
-        samples: as the user's collator takes them.
+        samples: the samples for the user's collator.
         numbers: row numbers, int64 `(B,)`.
-        views: view of each, int64 `(B,)`.
-        geometry: `(B, G)`, zeros for base views; None if it was not asked for or could not be told.
-        refused: why a replayable transform could not tell it.
-        key: what the random numbers of the user's collator depend on.
+        views: view of each sample, int64 `(B,)`.
+        geometry: the views' geometry `(B, G)`, zeros for base views; None if it was not requested or no transform
+            returned it.
+        refused: why a replayable transform could not return it; None if it could.
+        key: seed of the random numbers of the user's collator, see `seeded_rng`.
+
+    Shapes: B samples, G numbers of a view's geometry.
     """
 
     samples: Any
@@ -120,44 +131,47 @@ class DrawnRows:
     key: tuple[int | str, ...]
 
 
-def rotate_views(seed: int, round: WriteRound, samples: Sequence[int]) -> np.ndarray:
-    """Which view each sample is drawn as: base and augmented views side by side in every round, as in replay.
+def rotate_views(seed: int, write_round: WriteRound, samples: Sequence[int]) -> np.ndarray:
+    """The view as which each sample is drawn in a round. As in replay, every round has base and augmented views.
 
     Args:
         seed: of the training.
-        round: of the epoch; over `views + 1` rounds a sample gets each of its views once.
-        samples: row numbers.
+        write_round: the round. In `views + 1` rounds every sample gets each of its views once.
+        samples: row numbers, B of them.
 
     Returns:
-        int64 `(B,)`, from 0 to `round.views`.
+        int64 `(B,)`, from 0 to `write_round.views`.
     """
-    drawn = [(hash_key("write", seed, sample) + round.number) % (round.views + 1) for sample in samples]
-    return np.array(drawn, dtype=np.int64)
+    views = [(hash_key("write", seed, sample) + write_round.number) % (write_round.views + 1) for sample in samples]
+    return np.array(views, dtype=np.int64)
 
 
 def choose_views(seed: int, epoch: int, samples: Sequence[int], views: int) -> np.ndarray:
-    """Which view each sample gets in a replay epoch: every one alike, the base view included.
+    """The view that each sample gets in a replay epoch; all views, the base view included, are equally likely.
+
+    It depends on the seed, the epoch and the sample, and on nothing else.
 
     Args:
-        seed: of the training; nothing else but it, the epoch and the sample counts.
-        epoch: of the training.
-        samples: row numbers.
-        views: augmented views in the store.
+        seed: of the training.
+        epoch: of the training, from 0.
+        samples: row numbers, B of them.
+        views: number of augmented views in the store.
 
     Returns:
         int64 `(B,)`, from 0 to `views`.
     """
-    drawn = [hash_key("replay", seed, epoch, sample) % (views + 1) for sample in samples]
-    return np.array(drawn, dtype=np.int64)
+    choices = [hash_key("replay", seed, epoch, sample) % (views + 1) for sample in samples]
+    return np.array(choices, dtype=np.int64)
 
 
 class ReplayDataset(Dataset):
-    """Wraps the user's map-style data set once for a training; its length and sample order never change.
+    """Wraps the user's map-style data set for a training. Its length and the order of its samples never change.
 
     Args:
         inner: the user's data set.
-        switch: says where samples come from.
-        seed: what a replayable transform draws, and which view is replayed, depends on it, the epoch and the sample.
+        switch: the source of an epoch's rows.
+        seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch
+            and the sample.
     """
 
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
@@ -171,9 +185,9 @@ class ReplayDataset(Dataset):
         path = self.switch.path
         if path is not None:
             return self._read(path, [index])
-        round = self.switch.round
-        if round is not None:
-            return self._draw(round, [index], lambda: [self.inner[index]])
+        write_round = self.switch.round
+        if write_round is not None:
+            return self._draw(write_round, [index], lambda: [self.inner[index]])
         with self._drawing([index]):
             return self.inner[index]
 
@@ -181,34 +195,37 @@ class ReplayDataset(Dataset):
         path = self.switch.path
         if path is not None:
             return self._read(path, indices)
-        round = self.switch.round
-        if round is not None:
-            return self._draw(round, indices, lambda: fetch(self.inner, indices))
+        write_round = self.switch.round
+        if write_round is not None:
+            return self._draw(write_round, indices, lambda: fetch(self.inner, indices))
         with self._drawing(indices):
             return fetch(self.inner, indices)
 
     def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:
         return use_draw(Draw(self.seed, indices, epoch=self.switch.epoch))
 
-    def _draw(self, round: WriteRound, indices: Sequence[int], fetch_samples: Callable[[], Any]) -> DrawnRows:
-        """Samples as the views that this round is for; what no `ReplayableTransform` draws depends on the batch."""
-        views = rotate_views(self.seed, round, indices)
-        wanted = Draw(self.seed, indices, view=views.tolist(), geometry=round.geometry)
-        key = ("write", self.seed, indices[0], round.number)
-        with seeded_rng(*key), use_draw(wanted):
+    def _draw(self, write_round: WriteRound, indices: Sequence[int], fetch_samples: Callable[[], Any]) -> DrawnRows:
+        """Draws samples as the views of a round.
+
+        Random numbers of other transforms than `ReplayableTransform` depend on the first sample of the batch.
+        """
+        views = rotate_views(self.seed, write_round, indices)
+        draw = Draw(self.seed, indices, view=views.tolist(), geometry=write_round.geometry)
+        key = ("write", self.seed, indices[0], write_round.number)
+        with seeded_rng(*key), use_draw(draw):
             samples = fetch_samples()
-        geometry, augmented = None, torch.from_numpy(views > 0)
-        if round.geometry is not None and len(wanted.geometries) == int(augmented.sum()):
-            dtype, length = geometry_column(*round.geometry)
+        geometry, is_augmented = None, torch.from_numpy(views > 0)
+        if write_round.geometry is not None and len(draw.geometries) == int(is_augmented.sum()):
+            dtype, length = geometry_column(*write_round.geometry)
             geometry = torch.zeros(len(indices), length, dtype=dtype)
-            if wanted.geometries:
-                geometry[augmented] = torch.stack(wanted.geometries)
+            if draw.geometries:
+                geometry[is_augmented] = torch.stack(draw.geometries)
         return DrawnRows(
-            samples, torch.tensor(indices), torch.from_numpy(views), geometry, wanted.refused, (*key, "collate")
+            samples, torch.tensor(indices), torch.from_numpy(views), geometry, draw.refused, (*key, "collate")
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Loaders call what a data set offers besides its rows, e.g. `set_epoch`.
+        # Loaders call other methods of a data set as well, e.g. `set_epoch`.
         if name == "inner" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -221,14 +238,15 @@ class ReplayDataset(Dataset):
         return CachedRows(rows, self._store.code_names(rows))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped file does not travel to a loader process; it is opened again there.
+        # Mapped memory cannot be pickled: a loader process opens the store itself.
         return {**self.__dict__, "_store": None}
 
 
 class EvaluationDataset(ReplayDataset):
-    """Wraps an evaluation set, whose source turns to a store for the length of an evaluation.
+    """Wraps an evaluation set, whose rows come from a store during a cached evaluation.
 
-    Images are fetched as without it: a random transform, a replayable one too, draws from the global generators.
+    Images are fetched as from the data set itself: a random transform, also a replayable one, draws from the global
+    generators.
     """
 
     def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:

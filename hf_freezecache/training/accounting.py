@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..model.chain import BlockChain
 from ..model.tracing import eval_mode, first_tensor, main_input_name
 from ..rng import preserve_rng
 
@@ -44,6 +46,11 @@ class Phase:
     flops: float = 0.0
     store_bytes: int = 0
     peak_memory_bytes: int = 0
+
+    def add_store(self, store_bytes: int) -> None:
+        """Books a store that was built in this phase."""
+        self.epochs += 1
+        self.store_bytes += store_bytes
 
 
 class Ledger:
@@ -100,13 +107,13 @@ class Ledger:
         if self._open:
             self._open[-1].peak_memory_bytes = max(self._open[-1].peak_memory_bytes, memory_in_use())
 
-    def state(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """The phases as JSON values, up to this moment."""
         self._settle()
         return [asdict(phase) for phase in self.phases]
 
-    def load(self, state: list[Mapping[str, Any]]) -> None:
-        """Continues from `state()`."""
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Continues from `state_dict()`."""
         self._phases = {(entry["cut"], entry["mode"]): Phase(**entry) for entry in state}
 
     def _settle(self) -> None:
@@ -179,3 +186,107 @@ def measure_forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     with eval_mode(model), torch.no_grad(), counting_flops() as counter:
         model(**inputs)
     return counter.get_total_flops() // len(inputs[main_input_name(model)])
+
+
+class FlopMeter:
+    """FLOPs of a training: one sample's in every way to run the model, measured once each, and how many samples ran.
+
+    Args:
+        chain: the model.
+        probe: a small batch of model inputs.
+
+    Attributes:
+        samples: samples of the training steps so far, of this process.
+    """
+
+    def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
+        self.chain, self.probe = chain, probe
+        self.samples = 0
+        self._per_sample: dict[tuple[int, str], float] = {}
+        self._runs: Counter[tuple[int, int]] = Counter()
+        self._unreported = 0.0
+
+    def per_sample(self, mode: str, cut: int | None = None) -> float:
+        """FLOPs of one sample.
+
+        Args:
+            mode: a training step (live, replay), a build, or an evaluation (eval, eval_replay).
+            cut: frozen blocks; the chain's cut if None.
+        """
+        cut = self.chain.cut if cut is None else cut
+        if (cut, mode) not in self._per_sample:
+            with preserve_rng():
+                self._per_sample[cut, mode] = self._measure(mode, cut)
+        return self._per_sample[cut, mode]
+
+    def step(self, mode: str, samples: int) -> float:
+        """FLOPs of a training step's micro-batch, whose samples are counted."""
+        self.samples += samples
+        return self.per_sample(mode) * samples
+
+    def plain_per_step(self, steps: int) -> float | None:
+        """FLOPs of an average optimizer step at cut 0; None if nothing was trained or cut 0 was never measured."""
+        plain = self._per_sample.get((0, "live"))
+        return None if plain is None or not steps else plain * self.samples / steps
+
+    def count_run(self, from_cut: int, to_cut: int, samples: int) -> None:
+        """Counts samples on which a build has run the blocks between two cuts."""
+        self._runs[from_cut, to_cut] += samples
+
+    def book_builds(self, phase: Phase) -> None:
+        """Books the runs that were counted since the last call."""
+        for (start, end), samples in self._runs.items():
+            before = self.per_sample("build", start) if start else 0.0
+            flops = (self.per_sample("build", end) - before) * samples
+            phase.flops += flops
+            self._unreported += flops
+        self._runs.clear()
+
+    def take_build_flops(self) -> float:
+        """FLOPs of the builds since the last call, for `total_flos`."""
+        flops, self._unreported = self._unreported, 0.0
+        return flops
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values to continue from."""
+        return {"samples": self.samples, "plain_flops_per_sample": self._per_sample.get((0, "live"))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict()`."""
+        self.samples = state["samples"]
+        if state["plain_flops_per_sample"] is not None:
+            self._per_sample[0, "live"] = state["plain_flops_per_sample"]
+
+    def _measure(self, mode: str, cut: int) -> float:
+        model = self.chain.model
+        if mode == "live":
+            return measure_training_flops(model, self.probe)
+        if mode == "eval":
+            return measure_forward_flops(model, self.probe)
+        if mode == "build":
+            with counting_flops() as counter:
+                features = self.chain.prefix(self.probe, cut)
+            return counter.get_total_flops() / len(features)
+        features = self.chain.prefix(self.probe, cut)
+        measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops
+        with self.chain.replay(cut):
+            return measure(model, {**self.probe, self.chain.main_input: features})
+
+
+class Accounts:
+    """The ledger and the FLOPs of one training.
+
+    Args:
+        chain: the model.
+        probe: a small batch of model inputs.
+    """
+
+    def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
+        self.ledger, self.meter = Ledger(), FlopMeter(chain, probe)
+
+    @contextlib.contextmanager
+    def building(self, cut: int) -> Iterator[Phase]:
+        """A build phase for the length of a block, with the FLOPs of what was run for it."""
+        with self.ledger.phase(cut, "build") as phase:
+            yield phase
+            self.meter.book_builds(phase)

@@ -1,8 +1,8 @@
-"""Which codec fits into what is left of the budget and the disk, and which store has to go for it."""
+"""Which codec fits into the bytes that are left, and whether outdated stores have to be deleted first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..config import FreezeCacheConfig
 from ..distributed import Group
 from ..units import parse_bytes, show_bytes
 
-#: Codecs that are taken, in this order, where the wanted one does not fit: none that is known to cost accuracy.
+#: Codecs that are tried, in this order, where the configured one does not fit: none that is known to cost accuracy.
 _COARSER = ("fp16", "int8", "int4", "int3")
 
 
@@ -25,7 +25,7 @@ class StoreBudget:
     Args:
         config: the user's settings.
         group: the processes.
-        cache_dir: where stores lie.
+        cache_dir: the directory of the stores.
     """
 
     def __init__(self, config: FreezeCacheConfig, group: Group, cache_dir: Path):
@@ -33,68 +33,69 @@ class StoreBudget:
         budget = config.cache_budget
         self.holdings = Holdings(None if budget is None else parse_bytes(budget))
 
-    def codecs(self, wanted: str, spec: StoreSpec) -> Iterator[str]:
-        """The wanted codec, then those that are smaller."""
-        yield wanted
-        row_bytes = make_codec(wanted, spec.layout).row_bytes
-        for codec in _COARSER:
-            smaller = make_codec(codec, spec.layout).row_bytes
-            if smaller < row_bytes:
-                row_bytes = smaller
-                yield codec
+    def codecs(self, codec: str, spec: StoreSpec) -> Iterator[str]:
+        """The configured codec, then coarser ones, each with smaller rows than the one before."""
+        yield codec
+        row_bytes = make_codec(codec, spec.layout).row_bytes
+        for coarser in _COARSER:
+            coarser_bytes = make_codec(coarser, spec.layout).row_bytes
+            if coarser_bytes < row_bytes:
+                row_bytes = coarser_bytes
+                yield coarser
 
-    def attempts(
-        self, spec: StoreSpec, current: FeatureStore | None, copies: int
-    ) -> Iterator[tuple[int | None, bool]]:
-        """The ways to build a spec that may fit.
+    def attempts(self, spec: StoreSpec, copies: int = 1) -> Iterator[tuple[int | None, bool]]:
+        """The ways to build a store that may fit.
 
         Args:
             spec: what would be built.
-            current: the store of the cut before.
-            copies: how often its bytes lie on the disk until it is finished.
+            copies: how many times its bytes are on the disk until it is finished.
 
         Yields:
-            The most bytes that its files may take, None where nothing limits them; and whether `current` has to go
-            before, which is tried last.
+            The most bytes that its files may take, None where nothing limits them; and whether the outdated stores
+            have to be deleted first, which is tried last.
         """
         needed = copies * self.needed(spec)
-        room = self.room()
-        if room is None or needed <= room:
-            yield room, False
-        if current is not None and self.holdings.has(current.path):
-            room = self.room(without=current.path)
-            if room is not None and needed <= room:
-                yield room, True
+        limit = self.limit()
+        if limit is None or needed <= limit:
+            yield limit, False
+        outdated = self.holdings.outdated(spec.cut)
+        if outdated:
+            limit = self.limit(without=outdated)
+            if limit is not None and needed <= limit:
+                yield limit, True
 
     def needed(self, spec: StoreSpec) -> int:
         """Bytes of the Arrow files."""
         return self.group.on_main(partial(estimate_bytes, spec, self.group.size))
 
-    def room(self, without: Path | None = None) -> int | None:
-        """Bytes for another store: of the budget, and of the free disk unless a store is wanted in any case.
+    def limit(self, without: Collection[Path] = ()) -> int | None:
+        """Bytes that another store may take: of the budget, and of the free disk unless `cache='always'`.
 
         Args:
-            without: a store that goes before. Its bytes on the disk do not count: processes may still read it.
-        """
-        room = self.holdings.room(without)
-        if self.config.cache == "always":
-            return room
-        return self.group.on_main(partial(disk_limit, self.cache_dir, room))
+            without: stores that are deleted before. Their bytes on the disk still count: processes may read them.
 
-    def holds(self, store: FeatureStore, current: FeatureStore | None) -> bool:
-        """Whether a store that exists may be used beside what is there, `current` excepted."""
-        room = self.holdings.room(None if current is None else current.path)
-        return room is None or self.holdings.has(store.path) or store.total_bytes <= room
+        Returns:
+            Bytes; None: no limit.
+        """
+        limit = self.holdings.limit(without)
+        if self.config.cache == "always":
+            return limit
+        return self.group.on_main(partial(disk_limit, self.cache_dir, limit))
+
+    def holds(self, store: FeatureStore) -> bool:
+        """Whether a store that exists may be used beside the others, outdated ones not counted."""
+        limit = self.holdings.limit(self.holdings.outdated(store.manifest.cut))
+        return limit is None or self.holdings.has(store.path) or store.total_bytes <= limit
 
     def too_large(self, spec: StoreSpec, needed: int | None = None) -> str:
-        """Why a spec is not built, as the end of a sentence.
+        """Why a store is not built, as the end of a sentence.
 
         Args:
             spec: what would be built.
             needed: bytes of all its files, where they are known.
         """
         needed = self.needed(spec) if needed is None else needed
-        left, room = self.holdings.room(), self.room()
-        place = "the budget" if left is not None and room == left else f"the disk of {self.cache_dir}"
-        room = show_bytes(max(room or 0, 0))
-        return f"it needs {show_bytes(needed)} even as {spec.codec}, and {room} are left of {place}"
+        budget, limit = self.holdings.limit(), self.limit()
+        place = "`cache_budget`" if budget is not None and limit == budget else f"the disk of {self.cache_dir}"
+        left = show_bytes(max(limit or 0, 0))
+        return f"it needs {show_bytes(needed)} even with codec `{spec.codec}`, but only {left} of {place} are left"

@@ -1,4 +1,4 @@
-"""The clock: asks the policy at every epoch, moves the cut, keeps what was decided in `trainer_state.json`."""
+"""Asks the policy at every epoch, moves the cut, and saves the decisions in `trainer_state.json`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from transformers.trainer_callback import ExportableState
 
 from ..policies import FreezePolicy, Moment, ObservedBlock
 
+#: Version of the entry in `trainer_state.json`.
+STATE_VERSION = 2
 
-class CutMover(Protocol):
+
+class RunningTraining(Protocol):
     """What the callback needs of a running training."""
 
     num_blocks: int
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
@@ -39,7 +42,7 @@ class CutMover(Protocol):
     def observed_blocks(self) -> Sequence[ObservedBlock]:
         """The live blocks with what is collected."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON values to continue from."""
 
 
@@ -58,35 +61,36 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self.cut = 0
         self.decided_epoch = -1
         self._epoch: int | None = None
-        self._mover: CutMover | None = None
+        self._session: RunningTraining | None = None
 
-    def attach(self, mover: CutMover | None) -> None:
+    def attach(self, training: RunningTraining | None) -> None:
         """Starts a training from cut 0; None: nothing will be frozen."""
-        self._mover = mover
+        self._session = training
         self.cut, self.decided_epoch, self._epoch = 0, -1, None
 
-    def restore(self, attributes: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned."""
+    def load_state_dict(self, attributes: Mapping[str, Any]) -> None:
+        """Continues from the attributes that `state` returned."""
         self.cut, self.decided_epoch = attributes["cut"], attributes["decided_epoch"]
         self.policy.load_state_dict(attributes["policy"])
 
     def state(self) -> dict[str, Any]:
-        """What goes to `trainer_state.json`."""
+        """The entry in `trainer_state.json`."""
         attributes = {
+            "version": STATE_VERSION,
             "cut": self.cut,
             "decided_epoch": self.decided_epoch,
             "policy": {} if self.policy is None else self.policy.state_dict(),
-            "session": {} if self._mover is None else self._mover.state(),
+            "session": None if self._session is None else self._session.state_dict(),
         }
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._epoch = None
-        if self._mover is not None:
-            self._mover.watch(self.policy.observes)
+        if self._session is not None:
+            self._session.watch(self.policy.observes)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if self._mover is None:
+        if self._session is None:
             return
         batches = len(train_dataloader)
         steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
@@ -100,22 +104,22 @@ class FreezeCallback(TrainerCallback, ExportableState):
         change = self.policy.next_change(self._moment(state))
         if change is not None:
             epochs_left = min(epochs_left, change - self._epoch)
-        self._mover.begin_epoch(self._moment(state), self._mover.agree(epochs_left))
+        self._session.begin_epoch(self._moment(state), self._session.broadcast(epochs_left))
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self._mover is not None:
-            self._mover.end_epoch()
+        if self._session is not None:
+            self._session.end_epoch()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._mover is not None:
-            self._mover.end_step()
+        if self._session is not None:
+            self._session.end_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self._mover is not None and self.policy.observes:
-            self.policy.observe(self._moment(state), self._mover.observed_blocks())
+        if self._session is not None and self.policy.observes:
+            self.policy.observe(self._moment(state), self._session.observed_blocks())
 
     def _decide(self, moment: Moment) -> int:
-        answer = self._mover.agree(self.policy.decide(moment))
+        answer = self._session.broadcast(self.policy.decide(moment))
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= moment.num_blocks:
             raise ValueError(
                 f"{type(self.policy).__name__} decided for cut {answer!r} in epoch {moment.epoch}; a cut is an "
@@ -130,5 +134,5 @@ class FreezeCallback(TrainerCallback, ExportableState):
             step=state.global_step,
             max_steps=state.max_steps,
             cut=self.cut,
-            num_blocks=self._mover.num_blocks,
+            num_blocks=self._session.num_blocks,
         )

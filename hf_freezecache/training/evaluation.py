@@ -1,11 +1,10 @@
-"""Evaluations during training from cached features: the frozen prefix is not run on the evaluation set either."""
+"""Evaluations during training from cached features: they do not run the frozen prefix either."""
 
 from __future__ import annotations
 
 import contextlib
-import logging as python_logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -13,346 +12,255 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from ..build.feature_sources import ImageFeatures
-from ..build.materialize import OverLimit, materialize, open_matching
-from ..build.spec_maker import SpecMaker
+from ..build.errors import OverLimit
+from ..build.materialize import materialize, open_matching
+from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..build.survey import survey
-from ..cache.fingerprint import fingerprint_inputs
 from ..cache.holdings import Holdings, disk_limit
-from ..cache.lossless import LOSSLESS
 from ..cache.rows import RowSource, check_dataset
-from ..cache.store import FORMAT_VERSION, FeatureStore, remove_store
+from ..cache.store import FeatureStore, remove_store
+from ..distributed import Announcer
 from ..model.tracing import Trace
-from ..replay.collator import ReplayCollator, take_codes
+from ..replay.collator import ReplayCollator
 from ..replay.dataset import EvaluationDataset, SourceSwitch
-from ..replay.decode import replay_features
 from ..rng import preserve_rng
+from ..units import show_bytes
+from .accounting import Accounts
+from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
 
 logger = logging.get_logger(__name__)
 
-#: Half precision: what evaluation reports should be the model's, not the codec's.
-_CODEC = "fp16"
 #: Data sets that are remembered though they are not the trainer's and have no store.
-_MOST_STRANGERS = 8
-#: Entries of an evaluation's metrics that say how long it took, not how good the model is.
+_MOST_FOREIGN_SETS = 8
+#: Entries of an evaluation's metrics that tell how long it took, not how good the model is.
 _TIMINGS = ("_runtime", "_per_second", "_model_preparation_time")
 
-Metrics = dict[str, float]
 
-
-class _CachedSet:
-    """An evaluation set with its store.
+@dataclass(frozen=True)
+class UsersLoader:
+    """What a loader is made of.
 
     Args:
         dataset: the user's.
-        users_collator: the user's; another one makes other batches.
-        source: the samples, unused columns removed.
-        own: whether it is the trainer's, so that every evaluation will read it.
+        collator: the user's; another one makes other batches.
+        inner: the data set without the columns that the model does not take.
+        inner_collator: the collator without them.
+        batch_size: rows of a batch.
+        is_trainers: whether the data set is the trainer's, so that every evaluation will read it.
     """
 
-    def __init__(self, dataset: Any, users_collator: Callable, source: RowSource, own: bool):
-        self.dataset, self.users_collator, self.source, self.own = dataset, users_collator, source, own
+    dataset: Any
+    collator: Callable
+    inner: Any
+    inner_collator: Callable
+    batch_size: int
+    is_trainers: bool
+
+
+class _CachedSet:
+    """An evaluation set with its store."""
+
+    def __init__(self, loader: UsersLoader, rows: RowSource):
+        self.loader, self.rows = loader, rows
         self.switch = SourceSwitch()
-        self.store: FeatureStore | None = None
+        self.source: FromStore | None = None
         self.trace: Trace | None = None
         #: Of the prefix that the store was made with.
         self.checksums: list[int] = []
-        self.declined_cut, self.evaluations, self.surveyed = 0, 0, False
+        #: Cut for which no store could be made; None: none was declined.
+        self.declined_cut: int | None = None
+        self.evaluations, self.surveyed = 0, False
 
-    def matches(self, dataset: Any, users_collator: Callable) -> bool:
-        if self.users_collator is not users_collator:
+    def matches(self, loader: UsersLoader) -> bool:
+        if self.loader.collator is not loader.collator:
             return False
-        if isinstance(dataset, datasets.Dataset) and isinstance(self.dataset, datasets.Dataset):
-            return dataset._fingerprint == self.dataset._fingerprint
-        return dataset is self.dataset
+        dataset, own = loader.dataset, self.loader.dataset
+        if isinstance(dataset, datasets.Dataset) and isinstance(own, datasets.Dataset):
+            return dataset._fingerprint == own._fingerprint
+        return dataset is own
 
 
 @dataclass
-class _Pass:
+class EvaluationPass:
     """One evaluation of one data set.
 
     Args:
-        images: whether it must not be from a store.
-        build: whether a store that is missing is built for it: whether a further evaluation would read it.
-        replayed: whether it was from a store.
+        loader: of the data set.
+        prefix: of the metrics' names.
+        settings: the other arguments of `Trainer.evaluation_loop`.
+        source: where its batches came from.
+        metrics: its result.
     """
 
-    images: bool
-    build: bool = False
-    replayed: bool = False
+    loader: DataLoader
+    prefix: str
+    settings: Mapping[str, Any]
+    source: EpochSource
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def from_store(self) -> bool:
+        """Whether its batches came from a store."""
+        return isinstance(self.source, FromStore)
 
 
 class EvaluationCache:
-    """Keeps the evaluation sets' features at the current cut, for the evaluations of one training.
+    """Stores of the evaluation sets' features at the current cut, for the evaluations of one training.
 
-    The last evaluation runs on images and is repeated from the store, so that both results can be compared. Whatever
-    goes wrong is said once, and evaluations go on from images.
+    The last evaluation runs on images and once more from the store, so that both results can be compared. Whatever
+    goes wrong is logged, and evaluations run on images.
 
     Args:
-        spec_maker: of the training, whose model, cache directory and processes are the same.
+        spec_maker: of the training.
         holdings: the training's stores, which share its budget.
-        to_device: moves a batch to where the model is.
+        accounts: of the training.
+        is_last: whether the training ends with this step, as far as is known.
     """
 
-    def __init__(
-        self,
-        spec_maker: SpecMaker,
-        holdings: Holdings,
-        to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    ):
-        self.spec_maker, self.holdings, self.to_device = spec_maker, holdings, to_device
-        self.model, self.chain, self.group = spec_maker.model, spec_maker.chain, spec_maker.group
+    def __init__(self, spec_maker: SpecMaker, holdings: Holdings, accounts: Accounts, is_last: Callable[[], bool]):
+        self.spec_maker, self.holdings, self.accounts, self.is_last = spec_maker, holdings, accounts, is_last
+        self.context = spec_maker.context
+        self.chain, self.group = self.context.chain, self.context.group
+        self.announcer = Announcer(self.group, logger)
         self._sets: list[_CachedSet] = []
         self._running: _CachedSet | None = None
-        self._pass: _Pass | None = None
-        #: Data set and prefix of the evaluations that the outermost `evaluate` has answered from stores.
-        self._answered: list[tuple[Any, str]] = []
-        self._ended_from_cache = False
-        self._said: set[str] = set()
+        #: Of the outermost `evaluate`; None outside.
+        self._passes: list[EvaluationPass] | None = None
+        self._ended_from_store = False
 
-    # Evaluating
-
-    def evaluate(
-        self,
-        dataset: Any,
-        prefix: str,
-        *,
-        evaluate: Callable[[Any, str], Metrics],
-        again: Callable[[Any, str], Metrics],
-        is_last: Callable[[], bool],
-        log_history: list[dict[str, Any]],
-    ) -> Metrics:
-        """An evaluation during training: from stores, the last one on images and from stores.
-
-        Args:
-            dataset: as `Trainer.evaluate` takes it: None and names are the trainer's own.
-            prefix: of the metrics' names.
-            evaluate: `Trainer.evaluate`; it comes back here for every entry of a dict.
-            again: evaluates and logs, but does not call `on_evaluate`; an empty dict if it should be from a store and
-                there is none.
-            is_last: whether the training ends here, as far as is known.
-            log_history: what was logged.
-
-        Returns:
-            The metrics under their usual names; those of the last evaluation are the ones on images.
-        """
-        outermost = self._pass is None
-        if outermost:
-            self._answered.clear()
-        metrics = self._evaluate(dataset, prefix, evaluate, again, is_last)
-        if outermost and self._answered and is_last():
-            # Early stopping decides after the evaluation, which was from stores.
-            for answered, its_prefix in self._answered:
-                cached = _rename_logged(log_history, its_prefix)
-                with self._passing(images=True), preserve_rng():
-                    on_images = again(answered, its_prefix)
-                self._compare(on_images, cached, its_prefix)
-                metrics.update({name: value for name, value in on_images.items() if name in metrics})
-            self._ended_from_cache = False
-        return metrics
-
-    def _evaluate(self, dataset: Any, prefix: str, evaluate: Callable, again: Callable, is_last: Callable) -> Metrics:
-        last = is_last()
-        with self._passing(images=last, build=not last) as one:
-            metrics = evaluate(dataset, prefix)
-        if isinstance(dataset, dict):
-            return metrics
-        if last:
-            with self._passing(images=False), preserve_rng():
-                self._compare(metrics, again(dataset, f"{prefix}_cached"), prefix)
-        elif one.replayed:
-            self._answered.append((dataset, prefix))
-        self._ended_from_cache = one.replayed
-        return metrics
+    # Evaluations
 
     @contextlib.contextmanager
-    def _passing(self, images: bool, build: bool = False) -> Iterator[_Pass]:
-        outer, self._pass = self._pass, _Pass(images, build)
-        try:
-            yield self._pass
-        finally:
-            self._pass = outer
+    def evaluation(self) -> Iterator[list[EvaluationPass]]:
+        """Collects the passes of one `Trainer.evaluate`, which calls itself for every entry of a dict.
 
-    @property
-    def wants_images(self) -> bool:
-        """Whether the evaluation that is going on must not be from a store."""
-        return self._pass is None or self._pass.images
+        Yields:
+            The passes so far; inside an outer `evaluate` an empty list, as the outer one collects them.
+        """
+        if self._passes is not None:
+            yield []
+            return
+        self._passes = []
+        try:
+            yield self._passes
+        finally:
+            self._passes = None
+
+    def record(self, evaluation_pass: EvaluationPass) -> None:
+        """Notes that a pass has ended."""
+        if self._passes is not None:
+            self._passes.append(evaluation_pass)
+            self._ended_from_store = evaluation_pass.from_store
+
+    def second_source(self, first: EvaluationPass) -> EpochSource | None:
+        """Where the batches come from when the last evaluation is repeated; None: it is not.
+
+        An evaluation on images is repeated from the store, if there is one. One from a store is repeated on images:
+        early stopping decides after an evaluation that it was the last.
+        """
+        if first.from_store:
+            return FromImages(self.chain.cut)
+        source = self._stored_source(first.loader)
+        return source if isinstance(source, FromStore) else None
+
+    def compare(self, on_images: Mapping[str, float], from_store: Mapping[str, float], prefix: str) -> None:
+        """Logs the last evaluation's metrics on images beside those from the store.
+
+        Args:
+            on_images: metrics named with the prefix.
+            from_store: metrics named with the prefix and `_cached`.
+            prefix: of the metrics' names.
+        """
+        self._ended_from_store = False
+        pairs = []
+        for name, value in on_images.items():
+            other = from_store.get(cached_name(name, prefix))
+            if isinstance(other, float) and not name.endswith(_TIMINGS):
+                pairs.append(f"{name} {value:.6g} / {other:.6g}")
+        if pairs:
+            self.announcer.info(f"The last evaluation on images / from cached features: {', '.join(pairs)}.")
 
     def stop(self) -> None:
         """The training has ended or broken off."""
-        if self._ended_from_cache:
-            self._say(
+        if self._ended_from_store:
+            self.announcer.warning(
                 "The last evaluation of this training was from cached features (fp16); `trainer.evaluate()` runs on "
                 "images."
             )
 
     # Data
 
-    def wrap(
-        self, dataset: Any, inner: Any, users_collator: Callable, collator: Callable, batch_size: int, own: bool
-    ) -> EvaluationDataset | None:
-        """The data set for a loader; None if its rows cannot be cached.
-
-        Args:
-            dataset: the user's.
-            inner: the same, unused columns removed.
-            users_collator: the user's.
-            collator: the same, unused columns removed.
-            batch_size: rows of a batch.
-            own: whether it is the trainer's.
-        """
-        entry = next((entry for entry in self._sets if entry.matches(dataset, users_collator)), None)
+    def wrap(self, loader: UsersLoader) -> EvaluationDataset | None:
+        """The data set for a loader; None if its rows cannot be cached."""
+        entry = next((entry for entry in self._sets if entry.matches(loader)), None)
         if entry is None:
             try:
-                check_dataset(inner)
+                check_dataset(loader.inner)
             except ValueError:
-                self._say_once(
-                    f"An evaluation set ({type(dataset).__name__}) has no rows to cache: no cached evaluation."
+                self.announcer.warning_once(
+                    f"An evaluation set ({type(loader.dataset).__name__}) has no rows to cache: it is evaluated on "
+                    "images."
                 )
                 return None
-            train = self.spec_maker.source
-            source = RowSource(
-                inner, collator, batch_size, train.seed, train.num_workers, train.multiprocessing_context
+            train = self.context.source
+            rows = RowSource(
+                loader.inner,
+                loader.inner_collator,
+                loader.batch_size,
+                train.seed,
+                train.num_workers,
+                train.multiprocessing_context,
             )
-            entry = _CachedSet(dataset, users_collator, source, own)
-            strangers = [entry for entry in self._sets if not entry.own and entry.store is None]
-            if len(strangers) == _MOST_STRANGERS:
-                self._sets.remove(strangers[0])
+            entry = _CachedSet(loader, rows)
+            foreign = [entry for entry in self._sets if not entry.loader.is_trainers and entry.source is None]
+            if len(foreign) == _MOST_FOREIGN_SETS:
+                self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return EvaluationDataset(inner, entry.switch, entry.source.seed)
+        return EvaluationDataset(loader.inner, entry.switch, entry.rows.seed)
 
-    def needs_store(self, loader: DataLoader) -> bool:
-        """Whether `prepare` has something to do before an evaluation that may be from a store."""
-        entry = self._entry(loader)
-        if entry is None or self.wants_images or not self.chain.cut:
-            return False
-        entry.evaluations += 1
-        if entry.declined_cut == self.chain.cut or (not entry.own and entry.evaluations == 1):
-            return False  # a data set that is given once needs no store
-        return entry.store is None or entry.store.manifest.cut != self.chain.cut
+    def prepare(self, loader: DataLoader) -> None:
+        """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.
 
-    def prepare(self, loader: DataLoader) -> FeatureStore | None:
-        """Opens the store for the loader's data set at the current cut, or builds it if that pays.
+        Called before the evaluation's clock begins.
 
         Args:
             loader: of the evaluation.
-
-        Returns:
-            The store, if it was built now.
         """
-        entry, cut = self._entry(loader), self.chain.cut
+        entry, cut, builds = self._entry(loader), self.chain.cut, not self.is_last()
+        if entry is None or not cut:
+            return
+        entry.evaluations += builds
+        if entry.declined_cut == cut or (not entry.loader.is_trainers and entry.evaluations == 1):
+            return  # a data set that is given once needs no store
+        if entry.source is not None and entry.source.cut == cut:
+            return
         try:
-            with preserve_rng():
-                return self._prepare(entry, cut)
+            with self.accounts.building(cut) as phase, preserve_rng():
+                store, built = self._find_or_build(entry, cut, builds)
+                if built:
+                    phase.add_store(store.bytes)
         except Exception as error:  # an optional thing: nothing that goes wrong here may cost a training
             entry.declined_cut = cut
-            self._say(f"No store of the evaluation set for cut {cut}, evaluations go on from images: {error}")
-            return None
-
-    def _prepare(self, entry: _CachedSet, cut: int) -> FeatureStore | None:
-        probe = self.group.on_all(lambda: self.spec_maker.model_inputs(entry.source.probe()))
-        with contextlib.ExitStack() as stack:
-            # Of its own: the evaluation's images may have another size than those of the training.
-            trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
-            spec = self._make_spec(entry, probe, cut)
-            store = open_matching(spec, self.group)
-            if store is None and not self._pass.build:
-                return None
-            self._say_what_is_random(entry)
-            built = store is None
-            if built:
-                store = self._build(spec, entry)
-        outdated, entry.store, entry.trace = entry.store, store, trace
-        self.holdings.add(store.path, store.total_bytes, built, evaluation_cut=cut)
-        entry.checksums = self._checksums(cut)
-        if outdated is not None and outdated.path != store.path:
-            self._remove(outdated)
-        if not built:
-            self._say(f"Reusing the store of the evaluation set {store.path}.", python_logging.INFO)
-            return None
-        self._say(
-            f"Built the store of the evaluation set {store.path} ({store.bytes / 1e6:.1f} MB, {_CODEC}, {len(store)} "
-            f"samples): {cut} of {len(self.chain)} blocks are not run any more in evaluations during training."
-        )
-        return store
-
-    def _build(self, spec: StoreSpec, entry: _CachedSet) -> FeatureStore:
-        try:
-            return materialize(spec, self.group)
-        except OverLimit as error:
-            if entry.store is None or not self.holdings.has_built(entry.store.path):
-                raise
-            # Of an earlier cut, which never comes back.
-            outdated, entry.store = entry.store, None
-            self._remove(outdated)
-            limit = self.group.on_main(self._limit)
-            if limit is not None and error.needed > limit:
-                raise OverLimit(error.needed, limit) from error
-            return materialize(replace(spec, limit=limit), self.group)
-
-    def _make_spec(self, entry: _CachedSet, probe: Mapping[str, Any], cut: int) -> StoreSpec:
-        source, chain, lossless = entry.source, self.chain, self.spec_maker.config.lossless
-
-        def made_from() -> dict[str, Any]:
-            inputs = fingerprint_inputs(
-                # Whose store it is stands there too: an outdated one is taken away, a training's is not.
-                augmentation={"views": 0, "for": "evaluation"},
-                source=source,
-                model=self.model,
-                tensors=self._prefix(cut),
-                cut=cut,
-                blocks=chain.names[:cut],
-                codec=_CODEC,
-                precision=self.spec_maker.precision,
-                format_version=FORMAT_VERSION,
+            self.announcer.failure(
+                f"There is no store of the evaluation set for cut {cut}, so evaluations run on images", error
             )
-            return {**inputs, **LOSSLESS} if lossless else inputs
-
-        self.group.on_all(lambda: chain.prove(probe, cut))
-        layout = chain.layout(cut)
-        return StoreSpec(
-            chain=chain,
-            cut=cut,
-            source=source,
-            codec=_CODEC,
-            layout=layout,
-            made_from=self.group.on_main(made_from),
-            directory=self.spec_maker.cache_dir,
-            feature_source=ImageFeatures(chain, cut, source, layout, self.spec_maker.counting(0, cut)),
-            disable_tqdm=self.spec_maker.disable_tqdm,
-            limit=self.group.on_main(self._limit),
-            lossless=lossless,
-        )
-
-    def _limit(self) -> int | None:
-        room = self.holdings.room()
-        return room if self.spec_maker.config.cache == "always" else disk_limit(self.spec_maker.cache_dir, room)
 
     # Replay
 
-    def replays(self, loader: DataLoader) -> bool:
-        """Whether an evaluation of this loader that begins now is from a store."""
-        entry = self._entry(loader)
-        if entry is None or entry.store is None or self.wants_images:
-            return False
-        if entry.store.manifest.cut != self.chain.cut or len(entry.store) != len(loader.dataset):
-            return False
-        if all(self.group.gather(self._checksums(self.chain.cut) == entry.checksums)):
-            return True
-        self._say_once(
-            "The frozen prefix has other weights than when the store of the evaluation set was built (averaged "
-            "weights, a loaded checkpoint?): evaluations of such a model run on images."
-        )
-        return False
+    def source_of(self, loader: DataLoader) -> EpochSource:
+        """Where the batches of an evaluation that begins now come from."""
+        return FromImages(self.chain.cut) if self.is_last() else self._stored_source(loader)
 
     @contextlib.contextmanager
-    def replaying(self, loader: DataLoader) -> Iterator[None]:
-        """Inside, the loader's samples come from the store."""
+    def replaying(self, loader: DataLoader, source: EpochSource) -> Iterator[None]:
+        """Inside, the loader's samples come from the source."""
         entry = self._entry(loader)
-        self._pass.replayed = True
+        if entry is None or not isinstance(source, FromStore):
+            yield
+            return
         self._running = entry
-        entry.switch.set(entry.store.path)
+        source.turn(entry.switch)
         try:
             yield
         finally:
@@ -360,23 +268,20 @@ class EvaluationCache:
             self._running = None
 
     @contextlib.contextmanager
-    def prediction_step(self, inputs: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
+    def prediction_step(self, batch: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
         """Yields the inputs for one batch of an evaluation; codes are decoded and the prefix is bypassed.
 
         Args:
-            inputs: a batch of images as it is, or one from the store.
+            batch: of images, or of codes.
             force_eager: run compiled code uncompiled where the prefix is bypassed.
         """
-        taken = take_codes(inputs)
-        if taken is None or self._running is None:
-            yield inputs
+        entry = self._running
+        if entry is None or entry.source is None or entry.trace is None:
+            yield batch
             return
-        codes, others = taken
-        entry, store = self._running, self._running.store
-        features = replay_features(store, self.to_device(codes))
-        eager = torch.compiler.set_stance("force_eager") if force_eager else contextlib.nullcontext()
-        with self.chain.traced(entry.trace), self.chain.replay(store.manifest.cut), eager:
-            yield {self.chain.main_input: features, **others}
+        step: StepInputs = entry.source.step_inputs(batch, self.context)
+        with self.chain.traced(entry.trace), bypassing(self.chain, step.bypassed, force_eager):
+            yield step.inputs
 
     # Helpers
 
@@ -387,20 +292,80 @@ class EvaluationCache:
             return None
         return next((entry for entry in self._sets if entry.switch is dataset.switch), None)
 
-    def _prefix(self, cut: int) -> dict[str, torch.Tensor]:
-        return {**self.chain.prefix_parameters(cut), **self.chain.prefix_buffers(cut)}
+    def _stored_source(self, loader: DataLoader) -> EpochSource:
+        """The store of a loader's data set, if it is valid for the model as it is now; else images."""
+        images, entry = FromImages(self.chain.cut), self._entry(loader)
+        if entry is None or entry.source is None:
+            return images
+        if entry.source.cut != self.chain.cut or len(entry.source.store) != len(entry.rows):
+            return images
+        if all(self.group.gather(self._checksums() == entry.checksums)):
+            return entry.source
+        self.announcer.warning_once(
+            "The frozen prefix has other weights than when the store of the evaluation set was built (averaged "
+            "weights, a loaded checkpoint?): evaluations of such a model run on images."
+        )
+        return images
 
-    def _checksums(self, cut: int) -> list[int]:
-        return [_sum_of_bits(tensor) for tensor in self._prefix(cut).values()]
+    def _find_or_build(self, entry: _CachedSet, cut: int, builds: bool) -> tuple[FeatureStore | None, bool]:
+        """The store of a data set, None if there is none and none is built; and whether it was built now."""
+        probe = self.group.on_all(lambda: self.context.model_inputs(entry.rows.probe()))
+        with contextlib.ExitStack() as stack:
+            # Of its own: the evaluation's images may have another size than those of the training.
+            trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
+            limit = self.group.on_main(self._limit)
+            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit)
+            store = open_matching(spec, self.group)
+            if store is None and not builds:
+                return None, False
+            self._announce_randomness(entry)
+            built = store is None
+            if store is None:
+                store = self._build(spec, entry)
+        outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
+        self.holdings.add(store.path, store.total_bytes, built, cut, is_evaluation=True)
+        entry.checksums = self._checksums()
+        if outdated is not None and outdated.store.path != store.path:
+            self._remove(outdated.store)
+        if built:
+            self.announcer.warning(
+                f"Built the store of the evaluation set {store.path} ({show_bytes(store.bytes)}, {EVALUATION_CODEC}, "
+                f"{len(store)} samples): evaluations during training do not run {cut} of {len(self.chain)} blocks any "
+                "more."
+            )
+        else:
+            self.announcer.info(f"Reusing the store of the evaluation set {store.path}.")
+        return store, built
 
-    def _say_what_is_random(self, entry: _CachedSet) -> None:
+    def _build(self, spec: StoreSpec, entry: _CachedSet) -> FeatureStore:
+        try:
+            return materialize(spec, self.group)
+        except OverLimit as error:
+            if entry.source is None or not self.holdings.has_built(entry.source.store.path):
+                raise
+            # Of an earlier cut, which never comes back.
+            outdated, entry.source = entry.source, None
+            self._remove(outdated.store)
+            limit = self.group.on_main(self._limit)
+            if limit is not None and error.needed > limit:
+                raise OverLimit(error.needed, limit) from error
+            return materialize(replace(spec, limit=limit), self.group)
+
+    def _limit(self) -> int | None:
+        limit = self.holdings.limit()
+        return limit if self.context.config.cache == "always" else disk_limit(self.context.cache_dir, limit)
+
+    def _checksums(self) -> list[int]:
+        return [_sum_of_bits(tensor) for tensor in self.chain.prefix_state(self.chain.cut).values()]
+
+    def _announce_randomness(self, entry: _CachedSet) -> None:
         if entry.surveyed:
             return
         entry.surveyed = True
-        found = self.group.on_main(lambda: survey(entry.source, self.chain.main_input))
-        if found.random:
-            repeated = "the base view of its ReplayableTransform" if found.replayable else "one draw of it"
-            self._say(
+        augmentation = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input))
+        if augmentation.random:
+            repeated = "the base view of its ReplayableTransform" if augmentation.replayable else "one draw of it"
+            self.announcer.warning(
                 f"The evaluation set is random (transform or collator): evaluations from its store repeat {repeated}, "
                 "those on images draw anew."
             )
@@ -409,42 +374,15 @@ class EvaluationCache:
         if self.holdings.has_built(store.path):
             try:
                 self.group.on_main(lambda: remove_store(store.path))
-            except OSError as error:
-                self._say(f"An outdated store of the evaluation set could not be removed: {error}")
+            except OSError as error:  # it still counts
+                self.announcer.failure("An outdated store of the evaluation set could not be deleted", error)
+                return
         self.holdings.drop(store.path)
 
-    def _compare(self, on_images: Metrics, cached: Metrics, prefix: str) -> None:
-        pairs = []
-        for name, value in on_images.items():
-            other = cached.get(f"{prefix}_cached{name.removeprefix(prefix)}")
-            if isinstance(other, float) and not name.endswith(_TIMINGS):
-                pairs.append(f"{name} {value:.6g} / {other:.6g}")
-        if pairs:
-            what = f"The last evaluation on images / from cached features: {', '.join(pairs)}."
-            self._say(what, python_logging.INFO)
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            self._say(message)
-
-    def _say(self, message: str, level: int = python_logging.WARNING) -> None:
-        if self.group.rank == 0:
-            logger.log(level, message)
-
-
-def _rename_logged(log_history: list[dict[str, Any]], prefix: str) -> Metrics:
-    """Puts `_cached` behind the prefix in the last logged evaluation; returns it as it is then."""
-    for entry in reversed(log_history):
-        if f"{prefix}_runtime" in entry:
-            renamed = {
-                name.replace(prefix, f"{prefix}_cached", 1) if name.startswith(f"{prefix}_") else name: value
-                for name, value in entry.items()
-            }
-            entry.clear()
-            entry.update(renamed)
-            return renamed
-    return {}
+def cached_name(name: str, prefix: str) -> str:
+    """Name of a metric of the pass from the store."""
+    return f"{prefix}_cached{name.removeprefix(prefix)}"
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

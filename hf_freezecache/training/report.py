@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..units import format_table, show_bytes, show_flops, show_seconds
 from .accounting import Phase
 
 
@@ -71,32 +72,32 @@ class FreezeCacheReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [("cut", "mode", "epochs", "steps", "seconds", "GFLOPs", "store MB", "peak MB")]
-        for phase in self.phases:
-            rows.append(
-                (
-                    str(phase.cut),
-                    phase.mode,
-                    str(phase.epochs),
-                    str(phase.steps),
-                    f"{phase.seconds:.1f}",
-                    f"{phase.flops / 1e9:.1f}",
-                    f"{phase.store_bytes / 1e6:.1f}",
-                    f"{phase.peak_memory_bytes / 1e6:.0f}",
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        header = ("cut", "mode", "epochs", "steps", "time", "compute", "store", "peak memory")
+        table = format_table([header, *map(_cells, self.phases)], left=[header.index("mode")])
         totals, plain = self.totals, self.plain_estimate
-        trained = totals.train_seconds + totals.build_seconds
-        lines.append(
-            f"training {trained:.1f} s (of it builds {totals.build_seconds:.1f} s), {totals.flops / 1e9:.1f} GFLOPs"
-        )
-        if plain.seconds is not None:
-            lines.append(f"plain training, estimated: {plain.seconds:.1f} s, {plain.flops / 1e9:.1f} GFLOPs")
-        elif plain.flops is not None:
-            lines.append(f"plain training, estimated: {plain.flops / 1e9:.1f} GFLOPs")
-        return "\n".join(lines)
+        training = totals.train_seconds + totals.build_seconds
+        lines = [
+            f"training: {show_seconds(training)} (of it builds {show_seconds(totals.build_seconds)}), "
+            f"{show_flops(totals.flops)}"
+        ]
+        estimate = [] if plain.seconds is None else [show_seconds(plain.seconds)]
+        estimate += [] if plain.flops is None else [show_flops(plain.flops)]
+        if estimate:
+            lines.append(f"plain training, estimated: {', '.join(estimate)}")
+        return "\n".join([table, *lines])
+
+
+def _cells(phase: Phase) -> tuple[str, ...]:
+    return (
+        str(phase.cut),
+        phase.mode,
+        str(phase.epochs),
+        str(phase.steps),
+        show_seconds(phase.seconds),
+        show_flops(phase.flops),
+        show_bytes(phase.store_bytes),
+        show_bytes(phase.peak_memory_bytes),
+    )
 
 
 def make_report(phases: list[Phase], plain_flops_per_step: float | None) -> FreezeCacheReport:

@@ -186,8 +186,17 @@ def test_cutmix_without_a_grid_is_refused_whatever_is_drawn(layout, mixup):
             mixer(batch_of(layout.shape), "x", layout=layout)
 
 
-def test_grid_is_not_needed_by_mixup_alone():
-    Mixer(1.0, 0.0, CLASSES).check(VECTOR)
+@pytest.mark.parametrize("layout", [VECTOR, TEXT], ids=["vector", "text"])
+def test_grid_is_not_needed_by_mixup_alone(layout):
+    batch, mixup = batch_of(layout.shape), Mixer(1.0, 0.0, CLASSES)
+    with pytest.raises(ValueError, match="no grid"):
+        Mixer(1.0, 1.0, CLASSES).check(layout)
+    mixup.check(layout)
+    torch.manual_seed(0)
+    mixed = mixup(batch, "x", layout=layout)
+    share = own_share(batch, mixed["labels"])
+    assert 0 < share < 1
+    torch.testing.assert_close(mixed["x"], share * batch["x"] + (1 - share) * batch["x"].roll(1, 0))
 
 
 @pytest.mark.parametrize(

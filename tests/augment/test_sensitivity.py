@@ -1,53 +1,15 @@
 """Which channels follow the augmentation: what is compared, what is not, and what comes out."""
 
-import sys
-
 import pytest
 import safetensors.torch
 import torch
-from support.images import identity_geometry
+from support.feature_maps import flip, identity, make_sensitivity, map_layout, measure, partly_outside, random_maps
 
-from hf_freezecache.augment.geometry import PROJECTIVE, decode_geometry
-from hf_freezecache.augment.maps import put_maps, to_maps
 from hf_freezecache.augment.sensitivity import SIMILARITIES, Sensitivity, SensitivityMeter
-from hf_freezecache.cli.plots import plot_sensitivity
 from hf_freezecache.model.layout import FeatureLayout
 
 GRIDS = [(1, 1), (1, 6), (2, 2), (4, 4), (7, 7), (14, 14), (16, 16), (2, 9)]
 both = pytest.mark.parametrize("method", SIMILARITIES)
-
-
-def map_layout(channels=4, grid=(7, 7), dtype=torch.float32):
-    return FeatureLayout((channels, *grid), grid, 0, dtype)
-
-
-def random_maps(rows=16, channels=4, grid=(7, 7), seed=0):
-    return torch.randn(rows, channels, *grid, generator=torch.Generator().manual_seed(seed))
-
-
-def identity(rows, grid):
-    return decode_geometry(identity_geometry(rows, PROJECTIVE, grid), PROJECTIVE, grid)
-
-
-def flip(rows, grid):
-    sources = identity(rows, grid)
-    sources[..., 0] *= -1
-    return sources
-
-
-def measure(base, view, sources, method="ssim", layout=None, **settings) -> Sensitivity:
-    layout = map_layout(base.shape[1], tuple(base.shape[2:])) if layout is None else layout
-    meter = SensitivityMeter(layout, method, **settings)
-    meter.update(base, view, sources, range(len(base)))
-    return meter.result()
-
-
-def partly_outside(base, columns=3):
-    """Sources and view of flipped maps whose first columns show nothing of the base view."""
-    sources = flip(len(base), tuple(base.shape[2:]))
-    sources[:, :, 0] = torch.nan
-    sources[:, :, 1:columns] = 1.5
-    return sources, base.flip(3)
 
 
 # What is compared
@@ -233,10 +195,6 @@ def test_tokens_and_maps_of_the_same_data_give_the_same(method, dtype):
 # What comes out
 
 
-def make_sensitivity(values) -> Sensitivity:
-    return Sensitivity(torch.tensor(values), torch.zeros(len(values)), 0.0, 1, {})
-
-
 def test_choose_takes_the_least_similar_sorted_and_the_first_of_equal_ones():
     sensitivity = make_sensitivity([0.5, 0.1, 0.5, 0.9, 0.5, 0.1])
     assert sensitivity.choose(0).tolist() == [] and sensitivity.choose(0).dtype == torch.int64
@@ -322,48 +280,3 @@ def test_batches_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="as many"):
             meter.update(*arguments)
-
-
-# Maps
-
-
-def test_put_maps_replaces_positions_and_leaves_special_tokens():
-    layout = FeatureLayout((8, 4), (2, 3), 2, torch.float32)
-    features, maps = torch.randn(5, 8, 4), torch.randn(5, 4, 2, 3)
-    special = features[:, :2].clone()
-    assert put_maps(features, maps, layout) is features
-    assert torch.equal(features[:, :2], special)
-    assert torch.equal(to_maps(features, layout), maps)
-    assert torch.equal(features[1, 2 + 1 * 3 + 2], maps[1, :, 1, 2])
-
-
-def test_put_maps_works_for_maps_in_any_memory_format():
-    layout = map_layout(3, (2, 5))
-    features = torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
-    maps = torch.randn(4, 3, 2, 5)
-    assert torch.equal(put_maps(features, maps, layout), maps)
-
-
-def test_put_maps_refuses_maps_that_do_not_fit():
-    layout = map_layout(3, (2, 5))
-    with pytest.raises(ValueError, match="expected maps"):
-        put_maps(torch.zeros(4, 3, 2, 5), torch.zeros(1, 3, 2, 5), layout)
-
-
-# The picture
-
-
-@pytest.mark.parametrize("channels, previews", [(1, 1), (9, 3), (9, 0)])
-def test_picture_is_written(tmp_path, channels, previews):
-    pytest.importorskip("matplotlib")
-    base = random_maps(channels=channels)
-    sources, view = partly_outside(base)
-    sensitivity = measure(base, view, sources, "cosine", previews=previews)
-    plot_sensitivity(sensitivity, sensitivity.choose(channels // 3), tmp_path / "picture.png", "title")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "hf_freezecache\[recipes\]"'):
-        plot_sensitivity(make_sensitivity([0.5]), torch.tensor([0]), tmp_path / "picture.png", "title")

@@ -1,8 +1,6 @@
 """Stores made from the one before: as those from images where nothing is lost, near them elsewhere."""
 
-import os
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +10,13 @@ import torch
 from support.builds import Rows, collate, make_spec, on_every_process
 from support.helpers import tiny_resnet, tiny_vit
 from support.images import TO_PIXELS, picture_dataset, replayable
+from support.packed_stores import pack
 from torchvision.transforms import v2
 
-from hf_freezecache import FeatureStore
 from hf_freezecache.augment.geometry import DENSE
 from hf_freezecache.build.deepening import DEEPENED_FROM, StoreFeatures, deepened, why_not_deepen
 from hf_freezecache.build.materialize import materialize, open_matching
 from hf_freezecache.build.survey import choose_channels, make_view_spec, survey
-from hf_freezecache.cache.store import create_aside, remove_store
 from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
 from hf_freezecache.replay.decode import replay_features
@@ -202,6 +199,19 @@ def test_labels_of_views_go_with_their_view(tmp_path):
     assert shard_sums(chained) == shard_sums(materialize(spec, Group()))
     weights = [chained.read_rows(range(22), np.full(22, view))["weight"] for view in (0, 1, 2)]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_deepening_from_a_packed_store_gives_the_bytes_of_one_from_images(tmp_path):
+    model = tiny_vit().eval()
+    before, after = (make_spec(model, tmp_path, cut=cut, codec="fp32") for cut in (1, 3))
+    old = materialize(pack(before), Group())
+    for target in (after, pack(after)):
+        images = materialize(target, Group())
+        assert why_not_deepen(old, target) is None
+        chained = materialize(deepened(target, old, lambda batch: batch), Group())
+        assert [shard.sha256 for shard in chained.manifest.shards] == [
+            shard.sha256 for shard in images.manifest.shards
+        ]
 
 
 # How
@@ -387,58 +397,3 @@ def test_runs_refuse_views_that_the_store_does_not_hold(tmp_path):
     for wanted in (dict(views=1), dict(geometry="projective")):
         with pytest.raises(ValueError, match="from images"):
             next(features.run([0], **wanted))
-
-
-# Taking a store away
-
-
-def test_removed_store_is_gone_while_its_readers_read_on(tmp_path):
-    store = materialize(make_spec(tiny_vit().eval(), tmp_path), Group())
-    expected = store.read(range(4))
-    remove_store(store.path)
-    assert list(tmp_path.iterdir()) == []
-    assert torch.equal(store.read(range(4)), expected) and torch.isfinite(store.read(range(22))).all()
-    remove_store(store.path)
-
-
-@pytest.mark.parametrize("deleted", [0, 1])
-def test_removal_that_is_killed_leaves_nothing_under_the_stores_name(deleted, tmp_path, monkeypatch):
-    spec = make_spec(tiny_vit().eval(), tmp_path)
-    store = materialize(spec, Group())
-
-    def killed(path, **settings):
-        for file in sorted(path.iterdir())[:deleted]:
-            file.unlink()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            remove_store(store.path)
-    assert not store.path.exists() and open_matching(spec, Group()) is None
-    (left,) = tmp_path.iterdir()
-    assert ".tmp-" in left.name
-    aside = create_aside(tmp_path / "another")
-    assert list(tmp_path.iterdir()) == [aside]
-
-
-def test_store_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch):
-    store = materialize(make_spec(tiny_vit().eval(), tmp_path), Group())
-
-    def refused(*paths):
-        raise PermissionError("not yours")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", refused)
-        with pytest.raises(OSError, match="not yours"):
-            remove_store(store.path)
-    assert FeatureStore.open(store.path).verify()
-
-
-def test_damaged_store_is_taken_away_at_once(tmp_path, monkeypatch):
-    spec = make_spec(tiny_vit().eval(), tmp_path)
-    store = materialize(spec, Group())
-    (store.path / "data-00000-of-00001.arrow").write_bytes(b"")
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **settings: None)
-    assert open_matching(spec, Group()) is None
-    assert not store.path.exists() and len(list(tmp_path.iterdir())) == 1

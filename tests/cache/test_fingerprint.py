@@ -15,10 +15,12 @@ import torch
 from support import zoo
 from support.builds import Rows, collate, make_spec
 from support.helpers import pixel_dataset
+from support.images import TO_PIXELS, picture_dataset, replayable
+from torchvision.transforms import v2
 from transformers import DefaultDataCollator, default_data_collator
 
 from hf_freezecache.build import materialize as materialize_module
-from hf_freezecache.cache.fingerprint import digest, fingerprint_inputs, tensors_digest
+from hf_freezecache.cache.fingerprint import digest, fingerprint_inputs, sample_digest, tensors_digest
 from hf_freezecache.cache.rows import RowSource
 
 TENSORS = {"stem.weight": torch.arange(6.0).reshape(2, 3), "stem.running_mean": torch.zeros(3)}
@@ -291,3 +293,11 @@ def test_saving_the_model_changes_nothing(tmp_path):
     before = fingerprint(model=model)
     model.save_pretrained(tmp_path)
     assert fingerprint(model=model) == before
+
+
+def test_view_changes_the_digest_of_sampled_rows():
+    first, second = (
+        sample_digest(RowSource(picture_dataset().with_transform(replayable(pipeline)), collate, 4, 0))
+        for pipeline in (v2.Compose(TO_PIXELS), v2.Compose([v2.RandomHorizontalFlip(), *TO_PIXELS]))
+    )
+    assert first != second

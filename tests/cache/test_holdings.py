@@ -1,23 +1,23 @@
 """The bytes that a training's stores take."""
 
-from hf_freezecache.cache.holdings import Holdings
+from hf_freezecache.cache.holdings import DISK_SHARE, Holdings, disk_limit
 
 
-def test_room_is_what_the_stores_leave(tmp_path):
+def test_limit_is_what_the_stores_leave(tmp_path):
     holdings = Holdings(100)
-    assert holdings.room() == 100
+    assert holdings.limit() == 100
     holdings.add(tmp_path / "a", 30, built=True)
     holdings.add(tmp_path / "b", 20, built=False)
-    assert holdings.room() == 50
-    assert holdings.room(without=tmp_path / "a") == 80
+    assert holdings.limit() == 50
+    assert holdings.limit(without=tmp_path / "a") == 80
     holdings.drop(tmp_path / "a")
-    assert holdings.room() == 80
+    assert holdings.limit() == 80
 
 
 def test_no_budget_is_no_limit(tmp_path):
     holdings = Holdings(None)
     holdings.add(tmp_path / "a", 30, built=True)
-    assert holdings.room() is None
+    assert holdings.limit() is None
 
 
 def test_only_what_was_built_here_may_be_removed(tmp_path):
@@ -35,6 +35,15 @@ def test_state_comes_back(tmp_path):
     holdings.add(tmp_path / "a", 30, built=True)
     holdings.add(tmp_path / "b", 20, built=False, evaluation_cut=2)
     again = Holdings(100)
-    again.load(holdings.state(), tmp_path)
-    assert again.room() == 50 and again.has_built(tmp_path / "a") and not again.has_built(tmp_path / "b")
+    again.load_state_dict(holdings.state_dict(), tmp_path)
+    assert again.limit() == 50 and again.has_built(tmp_path / "a") and not again.has_built(tmp_path / "b")
     assert again.evaluations_before(3) == [tmp_path / "b"] and again.evaluations_before(2) == []
+
+
+def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    missing = tmp_path / "not" / "there"
+    assert disk_limit(missing) == int(1000 * DISK_SHARE)
+    assert disk_limit(missing, budget=100) == 100
+    assert disk_limit(missing, budget=5000) == int(1000 * DISK_SHARE)
+    assert not missing.exists()

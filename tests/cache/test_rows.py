@@ -6,46 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from support.builds import Rows, collate
-from support.helpers import pixel_dataset
-from transformers import default_data_collator
+from support.builds import Rows
+from support.noisy_rows import DRAWS, Noisy, source
 
 from hf_freezecache.build.survey import survey
 from hf_freezecache.cache.rows import InputColumn, RowError, RowSource, fetch, split_batch
-
-
-class Noisy(Rows):
-    """Adds noise from one of the global generators."""
-
-    def __init__(self, draw, rows=22):
-        super().__init__(rows)
-        self.draw = draw
-
-    def __getitem__(self, row):
-        sample = super().__getitem__(row)
-        sample["pixel_values"] += self.draw()
-        return sample
-
-
-def torch_draw():
-    return torch.randn(()).item()
-
-
-def numpy_draw():
-    return np.random.randn()
-
-
-def python_draw():
-    return random.gauss(0, 1)
-
-
-DRAWS = pytest.mark.parametrize("draw", [torch_draw, numpy_draw, python_draw])
-
-
-def source(dataset=None, **settings):
-    return RowSource(
-        Rows() if dataset is None else dataset, **{"collator": collate, "batch_size": 4, "seed": 3, **settings}
-    )
 
 
 def states():
@@ -62,50 +27,6 @@ def test_ranges_cover_every_row_once_in_order():
     assert [row for number in range(6) for row in rows.rows(number)] == list(range(22))
     assert list(rows.rows(5)) == [20, 21]
     assert source(Rows(20)).num_ranges == 5
-
-
-def test_deterministic_samples_are_not_random():
-    assert not survey(source(), "pixel_values").random
-    assert not survey(source(pixel_dataset(8), collator=default_data_collator), "pixel_values").random
-
-
-@DRAWS
-def test_random_transform_is_found(draw):
-    assert survey(source(Noisy(draw)), "pixel_values").random
-
-
-@DRAWS
-def test_random_collator_is_found(draw):
-    def noisy(samples):
-        batch = collate(samples)
-        return {**batch, "pixel_values": batch["pixel_values"] + draw()}
-
-    assert survey(source(collator=noisy), "pixel_values").random
-
-
-def test_random_label_alone_is_found():
-    """MixUp in a collator changes labels too; a label may be the only random entry."""
-
-    def noisy(samples):
-        return {**collate(samples), "mask": torch.rand(len(samples))}
-
-    assert survey(source(collator=noisy), "pixel_values").random
-
-
-def test_rare_randomness_is_found():
-    """A flip of probability one half is missed by a single row half of the time."""
-
-    def flip(batch):
-        images = [torch.as_tensor(image) for image in batch["pixel_values"]]
-        return {**batch, "pixel_values": [image.flip(-1) if random.random() < 0.5 else image for image in images]}
-
-    found = [
-        survey(
-            source(pixel_dataset(8).with_transform(flip), collator=default_data_collator, seed=seed), "pixel_values"
-        ).random
-        for seed in range(20)
-    ]
-    assert sum(found) >= 18
 
 
 @DRAWS
@@ -232,3 +153,13 @@ def test_single_row_batch_keeps_constants_out_of_the_columns():
     """With one row, a list of one number is the row's; a plain number stays a constant."""
     split = split_batch({"pixel_values": torch.zeros(1, 2), "names": ["a"], "scale": 1.5}, "pixel_values")
     assert split.columns == {"names": ["a"]} and split.constants == {"scale": 1.5}
+
+
+def test_collating_in_a_forked_loader_never_asks_the_gpu(monkeypatch):
+    def in_bad_fork():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", in_bad_fork)
+    source = RowSource(range(8), lambda rows: {"pixel_values": torch.rand(len(rows))}, batch_size=4, seed=0)
+    assert torch.equal(source.collate([0, 1])["pixel_values"], source.collate([0, 1])["pixel_values"])

@@ -10,9 +10,12 @@ import time
 import pytest
 from support import helpers, images, zoo
 from support.builds import build
+from support.helpers import tiny_vit
+from support.packed_stores import build_plain_and_packed
 from transformers import ViTImageProcessor
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.cli import main as cli
 from hf_freezecache.cli.main import main
 from hf_freezecache.units import show_bytes
 
@@ -69,7 +72,7 @@ def test_inspect_prints_what_is_kept_of_the_views(augmented, capsys):
     assert main(["inspect", str(store.path)]) == 0
     found = facts(capsys.readouterr().out)
     assert found["views"] == "2 beside the base view"
-    expected = {"replayed": ("projective", "8 of 32"), "whole": ("none: views are kept whole", "all 32")}[kind]
+    expected = {"replayed": ("projective", "8 of 32"), "whole": ("none: views are stored whole", "all 32")}[kind]
     assert (found["geometry"], found["sensitive channels"]) == expected
 
 
@@ -85,7 +88,7 @@ def test_inspect_draws_the_sensitivity_that_was_measured(augmented, tmp_path, mo
             assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     else:
         assert main(["inspect", str(store.path), "--sensitivity"]) == 1
-        assert "its views are kept whole" in capsys.readouterr().err
+        assert "its views are stored whole" in capsys.readouterr().err
 
 
 def test_inspect_says_why_there_is_no_sensitivity(plain, capsys):
@@ -240,7 +243,7 @@ def test_clean_lists_and_removes_nothing_unless_told(crowded, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert {line.split()[-1] for line in lines[:-1]} == {str(path) for path in stores | building}
         assert sum("being built, stays" in line for line in lines) == 3
-        assert "nothing was" in lines[-1]
+        assert "nothing was removed" in lines[-1]
         assert sorted(folder.rglob("*")) == before
 
 
@@ -265,3 +268,11 @@ def test_clean_of_what_holds_no_stores_says_so(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path}: no stores\n"
     assert main(["clean", str(tmp_path / "missing")]) == 1
     assert "is not a directory" in capsys.readouterr().err
+
+
+def test_inspect_says_that_rows_are_packed(tmp_path, capsys):
+    plain, packed = build_plain_and_packed(tiny_vit(), tmp_path)
+    for store, expected in ((plain, "int4"), (packed, "int4, every row packed with zstd")):
+        assert cli.main(["inspect", str(store.path)]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("codec  ")]
+        assert line.removeprefix("codec").strip() == expected

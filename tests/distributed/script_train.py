@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
+from support.sessions import chain_of  # noqa: E402
 
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 
@@ -60,7 +61,7 @@ def main() -> None:
     )
     status = trainer.freeze_status()
     # Live BatchNorm statistics differ between processes until the next forward pass, under plain `Trainer` too.
-    frozen = trainer._session.chain.prefix_buffers(status.cut)
+    frozen = chain_of(trainer).prefix_buffers(status.cut)
     seen = {
         "losses": losses(trainer),
         "evaluations": [entry for entry in trainer.state.log_history if any("eval" in name for name in entry)],

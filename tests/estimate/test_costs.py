@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from hf_freezecache.cache.holdings import DISK_SHARE, disk_limit
 from hf_freezecache.estimate.costs import (
     Costs,
     Plan,
@@ -18,7 +17,6 @@ from hf_freezecache.estimate.costs import (
     overlapped,
     step_seconds,
 )
-from hf_freezecache.units import show_bytes, show_seconds
 
 COSTS = Costs(
     load=2.0,
@@ -47,7 +45,7 @@ def row(**changes):
         live_step_seconds=0.9,
         replay_step_seconds=0.5,
         peak_memory_bytes=2_000_000,
-        room=5000,
+        limit=5000,
     )
     return PlanRow(**{**values, **changes})
 
@@ -110,7 +108,7 @@ def test_row_multiplies_steps_to_epochs():
         view_bytes=6,
         costs=replace(COSTS, peak_memory_bytes=9),
         work=Work(ranges=12, processes=2),
-        room=10,
+        limit=10,
     )
     assert (made.live_step_seconds, made.replay_step_seconds) == (10, 6)
     assert (made.live_epoch_seconds, made.replay_epoch_seconds) == (60, 36)
@@ -132,8 +130,8 @@ def test_verdict_says_when_it_pays_and_what_does_not_fit():
     assert row().break_even_epochs == 2.5
     assert row().verdict == "pays after 3 epochs"
     assert row(build_seconds=1.0).verdict == "pays after 1 epoch"
-    assert row(room=999).verdict == "does not fit: needs 1 kB, 999 B left"
-    assert row(room=None).fits
+    assert row(limit=999).verdict == "does not fit: needs 1 kB, 999 B left"
+    assert row(limit=None).fits
 
 
 def test_verdict_and_decision_agree_at_every_number_of_epochs():
@@ -153,9 +151,9 @@ def test_decision_builds_only_with_a_margin():
 
 
 def test_decision_declines_what_there_is_no_room_for():
-    assert decide(row(), 100, room=1000) is None
-    assert decide(row(), 100, room=999) == "it needs 1 kB, and 999 B are left"
-    assert decide(row(room=10), 100) is not None
+    assert decide(row(), 100, limit=1000) is None
+    assert decide(row(), 100, limit=999) == "it needs 1 kB, and 999 B are left"
+    assert decide(row(limit=10), 100) is not None
 
 
 @pytest.mark.parametrize(
@@ -173,29 +171,12 @@ def test_few_epochs_never_pay(work, least):
     assert not never_pays(least + 0.01, work)
     # A build that costs nothing but its runs of the prefix, and a replay that costs nothing at all.
     costs = Costs(load=0.0, prefix=1.0, load_base=0.0)
-    free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, room=None)
+    free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, limit=None)
     assert decide(free, least) is not None
 
 
-def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    missing = tmp_path / "not" / "there"
-    assert disk_limit(missing) == int(1000 * DISK_SHARE)
-    assert disk_limit(missing, budget=100) == 100
-    assert disk_limit(missing, budget=5000) == int(1000 * DISK_SHARE)
-    assert not missing.exists()
-
-
-def test_units_are_for_people():
-    sizes = [0, 999, 1234, 5_670_000, 12_345_678_901, 2_500_000_000_000]
-    assert [show_bytes(size) for size in sizes] == ["0 B", "999 B", "1.23 kB", "5.67 MB", "12.3 GB", "2.5 TB"]
-    seconds = [0.0123, 0.9996, 3.456, 99.96, 125, 4800, -2.5]
-    shown = ["12.3 ms", "1 s", "3.46 s", "1 min 40 s", "2 min 05 s", "1 h 20 min", "-2.5 s"]
-    assert [show_seconds(each) for each in seconds] == shown
-
-
 def test_table_has_a_line_a_cut_and_says_what_plain_training_takes():
-    rows = (row(), row(cut=10, block="vit.layers.8", room=999, peak_memory_bytes=None))
+    rows = (row(), row(cut=10, block="vit.layers.8", limit=999, peak_memory_bytes=None))
     lines = str(Plan(rows, 1.5, 90.0, "Measured on nothing.")).splitlines()
     assert len(lines) == 5
     header, first, second = lines[:3]

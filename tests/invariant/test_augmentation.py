@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.helpers import assert_same_weights, losses, manual, run, tiny_resnet, tiny_vit, weights
 from support.images import OpaqueFlip, picture_dataset, replayable
+from support.sessions import chain_of, rows_of
 from test_equal_trajectories import SaveAt
 from torchvision.transforms import v2
 
@@ -47,7 +48,7 @@ def test_replayed_view_is_prefix_of_the_view(model_and_data, kept, tmp_path):
     config = manual("0:2", codec="fp32", cache="always", **KEPT[kept])
     trainer = run(make_model(), dataset, tmp_path, config, num_train_epochs=1, remove_unused_columns=False)
     store = FeatureStore.open(trainer.freeze_status().store_path)
-    chain, source = trainer._session.chain, trainer._session.source
+    chain, source = chain_of(trainer), rows_of(trainer)
     for view in range(store.manifest.views + 1):
         for batch in range(source.num_ranges):
             rows = source.rows(batch)
@@ -122,13 +123,13 @@ def test_whole_replayed_views_train_as_the_same_views_drawn_live(tmp_path):
     class SameViews(torch.utils.data.Dataset):
         """What the store replays, as pixels."""
 
-        epoch, seed = 0, cached._session.source.seed
+        epoch, seed = 0, rows_of(cached).seed
 
         def __len__(self):
             return len(dataset)
 
         def __getitem__(self, row):
-            batch = cached._session.source.collate([row], int(choose_views(self.seed, self.epoch, [row], 2)[0]))
+            batch = rows_of(cached).collate([row], int(choose_views(self.seed, self.epoch, [row], 2)[0]))
             return {name: value[0] for name, value in batch.items()}
 
     views = SameViews()

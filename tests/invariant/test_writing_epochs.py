@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit, weights
 from support.images import OpaqueFlip, picture_dataset, replayable
+from support.sessions import rows_of
 from test_augmentation import model_and_data  # noqa: F401
 from test_equal_trajectories import SaveAt
 
@@ -66,7 +67,7 @@ def test_writing_epochs_train_as_the_same_views_drawn_live(model_and_data, tmp_p
     class SameViews(torch.utils.data.Dataset):
         """What the first three epochs draw, as pixels."""
 
-        epoch, source = 0, written._session.source
+        epoch, source = 0, rows_of(written)
 
         def __len__(self):
             return len(dataset)

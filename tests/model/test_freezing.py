@@ -90,6 +90,15 @@ def test_frozen_batchnorm_statistics_stay_and_live_ones_move():
     assert moved == set(before) - frozen
 
 
+def test_prefix_state_holds_parameters_and_buffers_of_the_prefix():
+    chain = BlockChain.from_model(zoo.make("resnet"))
+    parameters, buffers, state = chain.prefix_parameters(3), chain.prefix_buffers(3), chain.prefix_state(3)
+    assert parameters and buffers and set(state) == set(parameters) | set(buffers)
+    assert all(state[name] is parameter for name, parameter in parameters.items())
+    assert all(state[name] is buffer for name, buffer in buffers.items())
+    assert chain.prefix_state(0) == {}
+
+
 def test_timm_stray_parameters_freeze_with_the_first_block():
     """timm keeps `cls_token` and `pos_embed` on the model and adds them between stem and first block."""
     model = zoo.timm_vit()

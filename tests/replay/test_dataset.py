@@ -1,31 +1,29 @@
-"""How cached rows come back: the switch, the wrapped data set and the collator."""
+"""The switch between images and stores, the wrapped data set, and the views that it takes."""
 
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support import zoo
-from support.builds import Rows, build, collate
-from support.helpers import pixel_dataset
+from support.builds import NoItems, Rows, build, collate
+from support.helpers import pixel_dataset, tiny_vit
+from support.images import picture_dataset, replayable
+from support.packed_stores import build_plain_and_packed
+from support.view_trainings import train
 from torch.utils.data import DataLoader
-from transformers import default_data_collator
 
-from hf_freezecache.replay.collator import CODE_PREFIX, ReplayCollator, is_code, take_codes
-from hf_freezecache.replay.dataset import CachedRows, ReplayDataset, SourceSwitch
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return build(zoo.make("vit"), tmp_path_factory.mktemp("stores"))
-
-
-class NoItems(Rows):
-    """A data set that must not be read."""
-
-    def __getitem__(self, row):
-        raise AssertionError("a live sample was read in a replay epoch")
-
+from hf_freezecache.augment.geometry import PROJECTIVE
+from hf_freezecache.replay.collator import ReplayCollator, take_codes
+from hf_freezecache.replay.dataset import (
+    CachedRows,
+    ReplayDataset,
+    SourceSwitch,
+    WriteRound,
+    choose_views,
+    rotate_views,
+)
 
 # The switch
 
@@ -137,73 +135,92 @@ def test_data_set_pickles_without_its_mapped_files(store):
     assert len(pickle.dumps(dataset.__getstate__()["_store"])) < 100
 
 
-# The collator
+# Which view
 
 
-def test_live_samples_go_through_the_users_collator_untouched():
-    seen = []
-
-    def collator(samples):
-        seen.append(samples)
-        return {"anything": len(samples)}
-
-    samples = [{"pixel_values": torch.zeros(1)}, {"pixel_values": torch.ones(1)}]
-    assert ReplayCollator(collator)(samples) == {"anything": 2}
-    assert seen[0] is samples
-    assert ReplayCollator(collator)([]) == {"anything": 0}
+def test_choice_depends_on_seed_epoch_and_sample_alone():
+    samples = list(range(1000))
+    chosen = choose_views(3, 5, samples, 2)
+    assert np.array_equal(choose_views(3, 5, samples[::-1], 2)[::-1], chosen)
+    assert [int(choose_views(3, 5, [sample], 2)[0]) for sample in samples[:20]] == chosen[:20].tolist()
+    assert not np.array_equal(choose_views(3, 6, samples, 2), chosen)
+    assert not np.array_equal(choose_views(4, 5, samples, 2), chosen)
 
 
-def test_cached_rows_become_codes_and_inputs_without_the_users_collator(store):
-    def forbidden(samples):
-        raise AssertionError("cached rows do not go through the user's collator")
-
-    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
-    dataset.switch.set(store.path)
-    whole = ReplayCollator(forbidden)(dataset.__getitems__([4, 2]))
-    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels"}
-    assert whole[CODE_PREFIX + "base"].dtype == torch.uint8
-    # A loader without `__getitems__` hands over single rows.
-    single = ReplayCollator(forbidden)([dataset[4], dataset[2]])
-    assert single.keys() == whole.keys()
-    assert all(torch.equal(single[name], whole[name]) for name in whole)
+def test_every_view_is_chosen_alike():
+    counts = np.bincount(choose_views(0, 0, range(9000), 2), minlength=3)
+    assert abs(counts - 3000).max() < 200
+    assert choose_views(0, 0, range(10), 0).tolist() == [0] * 10
 
 
-def test_single_rows_with_strings_and_constants_merge(tmp_path):
-    class Named(Rows):
-        def __getitem__(self, row):
-            return {**super().__getitem__(row), "name": f"n{row}"}
+def test_batch_holds_the_chosen_views(tmp_path):
+    _, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2)
+    switch = SourceSwitch()
+    switch.set(store.path)
+    switch.epoch = 4
+    dataset = ReplayDataset(list(range(32)), switch, seed=3)
+    batch = ReplayCollator(None)(dataset.__getitems__([5, 1, 30]))
+    chosen = choose_views(3, 4, [5, 1, 30], 2)
+    assert batch["freezecache.view_index"].tolist() == chosen.tolist()
+    singly = ReplayCollator(None)([dataset[5], dataset[1], dataset[30]])
+    assert batch.keys() == singly.keys()
+    for name, value in batch.items():
+        assert torch.equal(value, singly[name])
+        for place, view in enumerate(chosen):
+            if view and name == "freezecache.view":
+                assert value[place].tolist() == store.dataset[[5, 1, 30][place]][f"view_{view}"]
 
-    store = build(
-        zoo.make("vit"), tmp_path, Named(6), collator=lambda samples: {**collate(samples), "scale": 2.5, "none": None}
+
+def test_live_draws_depend_on_seed_epoch_and_sample_alone():
+    switch = SourceSwitch()
+    rows = picture_dataset().with_transform(replayable())
+
+    def pixels(indices, epoch, seed=3):
+        switch.epoch = epoch
+        return {
+            index: row["pixel_values"]
+            for index, row in zip(indices, ReplayDataset(rows, switch, seed).__getitems__(indices), strict=True)
+        }
+
+    together = pixels(list(range(16)), epoch=1)
+    torch.manual_seed(123)
+    backwards = pixels(list(range(15, -1, -1)), epoch=1)
+    assert all(torch.equal(together[index], backwards[index]) for index in together)
+    for other in (pixels(list(range(16)), epoch=2), pixels(list(range(16)), epoch=1, seed=4)):
+        assert not all(torch.equal(together[index], other[index]) for index in together)
+
+
+# Views of a round of writing
+
+
+@pytest.mark.parametrize("views", [0, 1, 3])
+def test_rounds_draw_each_view_of_a_sample_once(views):
+    drawn = np.stack([rotate_views(3, WriteRound(number, views), range(200)) for number in range(views + 1)])
+    assert (np.sort(drawn, axis=0) == np.arange(views + 1)[:, None]).all()
+    if views:
+        assert all(np.bincount(of_round, minlength=views + 1).min() > 20 for of_round in drawn)
+
+
+def test_switch_keeps_a_round_until_it_is_set():
+    switch = SourceSwitch()
+    for round in (WriteRound(1, 2, (PROJECTIVE, (3, 5))), WriteRound(0, 0)):
+        switch.write(round)
+        assert switch.round == round and switch.path is None
+    switch.set(None)
+    assert switch.round is None
+
+
+# Packed rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_processes_read_packed_rows(workers, tmp_path):
+    _, store = build_plain_and_packed(tiny_vit(), tmp_path)
+    switch = SourceSwitch()
+    switch.set(store.path)
+    loader = DataLoader(
+        ReplayDataset(Rows(), switch, seed=3), batch_size=8, collate_fn=ReplayCollator(collate), num_workers=workers
     )
-    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
-    dataset.switch.set(store.path)
-    batch = ReplayCollator(collate)([dataset[row] for row in (5, 0, 5)])
-    assert batch["name"] == ["n5", "n0", "n5"] and batch["scale"] == 2.5 and batch["none"] is None
-    assert batch["labels"].tolist() == [0, 0, 0]
-
-
-def test_model_input_named_as_a_codec_column_of_another_codec_is_no_code(tmp_path):
-    store = build(zoo.make("vit"), tmp_path, Rows(6), collator=lambda s: {**collate(s), "view_0": torch.ones(len(s))})
-    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
-    dataset.switch.set(store.path)
-    codes, others = take_codes(ReplayCollator(collate)(dataset.__getitems__([1, 2])))
-    assert "view_0" in others and set(codes) == {"base", "special"}
-
-
-def test_take_codes_splits_only_replayed_batches():
-    codes, others = take_codes({CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1)})
-    assert list(codes) == ["base"] and list(others) == ["labels"]
-    assert take_codes({"pixel_values": torch.zeros(1)}) is None
-    assert take_codes(torch.zeros(1)) is None
-    assert take_codes({}) is None
-    assert is_code(CODE_PREFIX + "x") and not is_code("base") and not is_code(3)
-
-
-def test_default_collator_of_transformers_is_used_for_live_rows():
-    dataset = ReplayDataset(pixel_dataset(6), SourceSwitch(), seed=0)
-    loader = DataLoader(dataset, batch_size=3, collate_fn=ReplayCollator(default_data_collator))
-    expected = DataLoader(pixel_dataset(6), batch_size=3, collate_fn=default_data_collator)
-    for found, wanted in zip(loader, expected, strict=True):
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for _ in range(2):
+        rows = torch.cat([take_codes(batch)[0]["base"] for batch in loader])
+        assert torch.equal(rows, store.read_rows(range(22))["base"])

@@ -12,8 +12,9 @@ from hf_freezecache.build.feature_sources import ImageFeatures
 from hf_freezecache.build.materialize import materialize
 from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.cache.fingerprint import fingerprint_inputs
+from hf_freezecache.cache.manifest import FORMAT_VERSION
 from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.cache.store import FORMAT_VERSION, FeatureStore
+from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.distributed import Group
 
 
@@ -29,6 +30,13 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict:
         generator = torch.Generator().manual_seed(row)
         return {"pixel_values": torch.randn(3, self.size, self.size, generator=generator), "labels": self.label(row)}
+
+
+class NoItems(Rows):
+    """A data set that must not be read."""
+
+    def __getitem__(self, row):
+        raise AssertionError("a live sample was read in a replay epoch")
 
 
 def collate(samples: list[dict]) -> dict:
@@ -52,7 +60,7 @@ def make_spec(model, directory: Path, dataset=None, cut: int = 2, codec: str = "
     made_from = fingerprint_inputs(
         source=source,
         model=model,
-        tensors={**chain.prefix_parameters(cut), **chain.prefix_buffers(cut)},
+        tensors=chain.prefix_state(cut),
         cut=cut,
         blocks=chain.names[:cut],
         codec=codec,
@@ -124,3 +132,10 @@ def on_every_process(size: int, work) -> list:
     for thread in threads:
         thread.join(timeout=60)
     return results
+
+
+def flip(file: Path, position: int) -> None:
+    """Damages one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)

@@ -4,10 +4,10 @@ import contextlib
 import copy
 
 import pytest
-from support.helpers import manual, pixel_dataset, run, tiny_vit
 from transformers import TrainerCallback
 
 from hf_freezecache.cache.store import FeatureStore
+from support.helpers import manual, pixel_dataset, run, tiny_vit
 
 POINTS = "1:2,2:4"
 TIMES = ("_runtime", "_per_second")

@@ -69,3 +69,28 @@ def same(one, other):
     for key in one:
         assert one[key].dtype == other[key].dtype
         assert torch.equal(one[key], other[key]), key
+
+
+MAP = FeatureLayout((6, 8, 8), (8, 8), 0, torch.float32)
+TOKENS = FeatureLayout((65, 6), (8, 8), 1, torch.float32)
+
+
+def smooth(layout, rows=12, seed=0):
+    """Maps whose neighbours are alike and whose channels differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(rows, layout.channels, 4, 4, generator=generator)
+    maps = torch.nn.functional.interpolate(coarse, layout.grid, mode="bilinear")
+    maps = maps + 0.1 * torch.randn(maps.shape, generator=generator)
+    maps = maps * torch.logspace(-1, 1, layout.channels)[:, None, None]
+    if len(layout.shape) == 3:
+        return maps
+    tokens = maps.flatten(2).transpose(1, 2)
+    special = torch.randn(rows, layout.special_tokens, layout.channels, generator=generator)
+    return torch.cat([special, tokens], dim=1)
+
+
+def error(codec, x):
+    """Squared error of every channel."""
+    back = codec.decode(codec.encode(x))
+    difference = body(codec.layout, back).double() - body(codec.layout, x).double()
+    return difference.square().movedim(codec.layout.channel_dim + 1, 0).flatten(1).mean(1)

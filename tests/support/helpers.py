@@ -79,6 +79,11 @@ def manual(points: str, **settings) -> FreezeCacheConfig:
     return FreezeCacheConfig(policy="manual", freeze_points=points, **{"cache": "always", **settings})
 
 
+def through(points: str = "0:2", **settings) -> FreezeCacheConfig:
+    """As `manual`; live epochs write the stores."""
+    return manual(points, **{"cache": "always", "materialize": "write_through", **settings})
+
+
 def losses(trainer) -> list[float]:
     """The logged training losses, in order."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -106,3 +111,8 @@ def run(model, dataset, output_dir, config=None, resume=None, trainer_class=Free
     trainer = trainer_class(model=model, args=make_args(output_dir, **settings), train_dataset=dataset, **own)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def messages(caplog) -> str:
+    """The log, a line a message."""
+    return "\n".join(record.message for record in caplog.records)

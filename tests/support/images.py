@@ -5,11 +5,11 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import torch
-from support.helpers import CLASSES
 from torchvision.transforms import v2
 
 from hf_freezecache import ReplayableTransform
 from hf_freezecache.augment.geometry import PROJECTIVE, cell_centres, encode_geometry
+from support.helpers import CLASSES
 
 TO_PIXELS = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 

@@ -1,10 +1,11 @@
 """What a training costs: FLOPs against closed forms, and clocks that do not count twice."""
 
-import time
-
 import pytest
 import torch
 from support import zoo
+from support.images import picture_dataset, replayable
+from support.sessions import session_of
+from support.view_trainings import train
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -144,18 +145,6 @@ def test_freezing_and_replaying_take_fewer_flops_with_every_cut(name):
 # The ledger
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that a test moves."""
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def advance(seconds):
-        now[0] += seconds
-
-    return advance
-
-
 def seconds(ledger):
     return {(phase.cut, phase.mode): phase.seconds for phase in ledger.phases}
 
@@ -262,3 +251,13 @@ def test_peak_memory_of_a_phase_sees_what_was_allocated_in_it():
     before, during = (phase.peak_memory_bytes for phase in ledger.phases)
     assert during - before >= 50_000_000
     del held
+
+
+# Builds
+
+
+def test_build_counts_what_the_prefix_ran_on(tmp_path):
+    trainer, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2, sensitivity_batches=2)
+    build = next(phase for phase in trainer.freeze_cache_report().phases if phase.mode == "build")
+    # 32 samples in three views, and two batches of 8 in two views to compare.
+    assert build.flops == session_of(trainer).meter.per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)

@@ -29,9 +29,10 @@ from support.helpers import (
     weights,
 )
 from support.images import picture_dataset, replayable
+from support.packed_stores import train_on_rows
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache import FeatureStore, FreezeCacheTrainer
 from hf_freezecache.training import evaluation as evaluation_room
 
 
@@ -336,3 +337,16 @@ def test_images_of_another_size_than_in_training_are_cached_too(tmp_path):
     assert losses(cached) == losses(images)
     assert_close(without_cached(evaluations(cached)), evaluations(images))
     assert len(evaluations(cached, "eval_cached_")) == 1
+
+
+def test_evaluation_set_is_packed_too(tmp_path):
+    logged = []
+    for lossless in (False, True):
+        settings = dict(eval_dataset=pixel_dataset(20, seed=5), eval_strategy="epoch", cache_eval=True)
+        trainer = train_on_rows(tmp_path / str(lossless), lossless, **settings)
+        found = [FeatureStore.open(path) for path in (tmp_path / str(lossless) / "_freeze_cache").iterdir()]
+        assert sorted(len(store) for store in found) == [20, 32]
+        assert all(store.manifest.lossless == lossless for store in found)
+        history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        logged.append(history)
+    assert len(logged[0]) == 4 and logged[0] == logged[1]

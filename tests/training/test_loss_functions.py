@@ -4,7 +4,8 @@ import pytest
 import torch
 from support import zoo
 from support.builds import Rows, collate
-from support.helpers import assert_same_weights, losses, make_args, manual, weights
+from support.helpers import CLASSES, assert_same_weights, losses, make_args, manual, pixel_dataset, tiny_vit, weights
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_freezecache import FreezeCacheTrainer
@@ -65,3 +66,40 @@ def test_labels_that_only_the_users_loss_takes_are_cached(name, tmp_path):
     assert cached.freeze_status().replaying and not frozen.freeze_status().replaying
     assert losses(cached) == losses(frozen) and len(losses(cached)) == 9
     assert_same_weights(weights(cached), weights(frozen))
+
+
+def test_label_columns_of_many_kinds_are_replayed(tmp_path):
+    """Soft labels, masks and names: what the collator returns comes back as it was."""
+    rows, seen = pixel_dataset(16), {"live": {}, "replay": {}}
+
+    def collate(samples):
+        pixels = torch.stack([sample["pixel_values"] for sample in samples])
+        labels = torch.stack([sample["labels"] for sample in samples])
+        return {
+            "pixel_values": pixels,
+            "labels": nn.functional.one_hot(labels, CLASSES).to(torch.bfloat16),
+            "mask": pixels[:, 0] > 0,
+            "name": [f"sample {pixel.sum():.4f}" for pixel in pixels],
+        }
+
+    class Own(FreezeCacheTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            phase = seen["replay" if self.freeze_status().replaying else "live"]
+            for index, name in enumerate(inputs["name"]):
+                phase[name] = (
+                    inputs["labels"][index].tolist(),
+                    inputs["mask"][index].tolist(),
+                    inputs["labels"].dtype,
+                )
+            logits = model(pixel_values=inputs["pixel_values"]).logits
+            return nn.functional.cross_entropy(logits, inputs["labels"].float())
+
+    trainer = Own(
+        model=tiny_vit(),
+        args=make_args(tmp_path, num_train_epochs=2, remove_unused_columns=False),
+        train_dataset=rows,
+        data_collator=collate,
+        freeze_cache=manual("1:3"),
+    )
+    trainer.train()
+    assert len(seen["live"]) == 16 and seen["replay"] == seen["live"]

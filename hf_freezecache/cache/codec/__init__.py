@@ -1,20 +1,20 @@
-"""How a feature becomes bytes and comes back.
+"""Codecs turn features into bytes and back.
 
-A codec turns a batch of features into rows of bytes (`encode`) and rows into features (`decode`). What a row contains
-depends on its own sample and on the fitted tensors alone, never on the batch it was encoded in, so a store can be
-written in any order and by any number of processes.
+A codec encodes a batch of features as rows of bytes (`encode`) and decodes rows to features (`decode`). A row depends
+on its own sample and on the fitted tensors, never on the batch in which it was encoded. So a store can be written in
+any order and by any number of processes.
 
-| codec | bits a value | what is lost |
+| codec | bits per value | what is lost |
 |---|---|---|
 | `fp32` | 32 | nothing |
-| `fp16` | 16 | precision of float32 and bfloat16 features; nothing of float16 ones |
-| `int8`, `int4`, `int3`, `int2` | 8, 4, 3, 2 | precision, and a channel's tails where that lowers the error |
-| `mixed`, `mixed@3.5` | 2.5, 3.5 | the same, least where the model's answer is sensitive |
-| `zfp`, `zfp@2` | 4, 2 | what ZFP loses at that rate; for comparison |
+| `fp16` | 16 | precision of float32 and bfloat16 features; nothing of float16 features |
+| `int8`, `int4`, `int3`, `int2` | 8, 4, 3, 2 | precision, and a channel's tails where clipping lowers the error |
+| `mixed`, `mixed@3.5` | 2.5, 3.5 | the same, least in the channels to whose errors the logits are most sensitive |
+| `zfp`, `zfp@2` | 4, 2 | the loss of ZFP at that rate; for comparison |
 
-All but `fp32` and `fp16` keep special tokens in 16 bits.
+All codecs but `fp32` and `fp16` store special tokens as float16.
 
-Lossy storage is part of what makes cached layer freezing affordable: see arXiv 2508.15033.
+Lossy storage makes cached layer freezing affordable, see arXiv 2508.15033.
 """
 
 import re
@@ -32,7 +32,7 @@ _PLAIN: dict[str, type[Codec]] = {
     cls.name: cls for cls in (Float32Codec, Float16Codec, Int8Codec, Int4Codec, Int3Codec, Int2Codec)
 }
 _RATED: dict[str, type[Codec]] = {"mixed": MixedCodec, "zfp": ZfpCodec}
-#: The rate of a bare name, and the lowest and the highest one.
+#: Codec -> its rate where a name has none, and its lowest and highest rate, in bits per value.
 _RATES = {"mixed": (2.5, 1.0, 12.0), "zfp": (4.0, 1.0, 32.0)}
 CODEC_NAMES: tuple[str, ...] = (*_PLAIN, *_RATED)
 
@@ -41,24 +41,24 @@ def check_codec_name(name: str) -> tuple[str, float | None]:
     """Reads the name of a codec.
 
     Args:
-        name: one of `CODEC_NAMES`; `mixed` and `zfp` take a rate in bits a value: `mixed@3.5`.
+        name: one of `CODEC_NAMES`; `mixed` and `zfp` take a rate in bits per value: `mixed@3.5`.
 
     Returns:
-        Which of `CODEC_NAMES`, and the rate; None for codecs without one.
+        The name without the rate, and the rate; None for codecs without a rate.
 
     Raises:
-        ValueError: if there is no such codec, or not at this rate.
+        ValueError: if there is no such codec, or it does not have this rate.
     """
     family, at, text = name.partition("@")
     if family not in CODEC_NAMES:
         raise ValueError(f"unknown codec {name!r}; choose one of {', '.join(CODEC_NAMES)}")
     if family not in _RATES:
         if at:
-            raise ValueError(f"codec {name!r}: {family} has no rate; leave {at + text!r} away")
+            raise ValueError(f"codec {name!r}: {family} has no rate; leave {at + text!r} out")
         return family, None
     rate, lowest, highest = _RATES[family]
     if at:
-        # Not `float`: a name is part of a fingerprint, and has few spellings.
+        # Not `float`: the name is part of a fingerprint, so a rate must not have many spellings.
         if not re.fullmatch(r"\d+(\.\d+)?", text) or not lowest <= float(text) <= highest:
             raise ValueError(
                 f"codec {name!r}: the rate of {family} is a number of bits from {lowest:g} to {highest:g}, "
@@ -69,14 +69,14 @@ def check_codec_name(name: str) -> tuple[str, float | None]:
 
 
 def make_codec(name: str, layout: FeatureLayout) -> Codec:
-    """Makes a codec by its name.
+    """Makes a codec.
 
     Args:
-        name: one of `CODEC_NAMES`, with a rate where it has one (`check_codec_name`).
-        layout: of the features.
+        name: one of `CODEC_NAMES`, optionally with a rate (`check_codec_name`).
+        layout: layout of the features.
 
     Returns:
-        The codec; `fp32`, `fp16` and `zfp` are ready, the others need `fit` or `load_tensors`.
+        The codec. `fp32`, `fp16` and `zfp` are ready for use; the others need `fit` or `load_tensors` first.
 
     Raises:
         ValueError: if the name is unknown.

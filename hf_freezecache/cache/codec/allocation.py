@@ -1,4 +1,4 @@
-"""Which channel gets how many bits."""
+"""Allocation of bits to channels."""
 
 import heapq
 
@@ -8,23 +8,26 @@ from .packing import WIDTHS, plane_length
 
 
 def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length: int) -> list[int]:
-    """Spends the bytes of a row where they take the most weighted squared error away.
+    """Distributes the bytes of a row over channels so that the weighted sum of squared errors becomes small.
 
-    Starts without a bit and takes, again and again, the step of some channel (by one bit or several: the lower convex
-    hull of its errors) that wins most a bit, until no step fits (Shoham and Gersho, 1988). Equal inputs give equal
-    bits on every machine; the bits of a stored row follow from it, so that it is part of the store's format.
+    All channels start with 0 bits. Each step gives one channel more bits: the step, of one bit or several (the lower
+    convex hull of the channel's errors), that lowers the sum most per bit. It ends when no step fits any more (Shoham
+    and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). Equal inputs give equal bits on
+    every machine: the layout of a stored row follows from them, so this function is part of the store's format.
 
     Args:
-        errors: float32 `(I, L)`, root mean squared error of a channel with 0 .. L - 1 bits.
-        weights: float32 `(I,)`, what a squared error costs; all the same if all are 0.
-        positions: values of a channel.
-        length: bytes that the codes may take.
+        errors: float32 `(I, L)`, root mean squared error of a channel with 0 to L - 1 bits.
+        weights: float32 `(I,)`, factor of a channel's squared error; equal factors if all are 0.
+        positions: number of values of a channel.
+        length: number of bytes for all codes.
 
     Returns:
-        The bits of every channel.
+        Number of bits of every channel, I integers.
+
+    Shapes: I channels, L numbers of bits.
     """
     squares = errors.double().square()
-    # Weights may be tiny, and their products with tiny errors 0: only ratios count.
+    # Products of tiny weights and tiny errors could be 0, so both are scaled: only ratios count.
     scaled = (
         weights.double() / weights.double().max() if weights.any() else torch.ones(len(errors), dtype=torch.double)
     )
@@ -42,7 +45,7 @@ def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length
         bits[channel], left = target, left - step
         for entry in _best_step(costs[channel], target, channel):
             heapq.heappush(heap, entry)
-    # Each plane ends in whole bytes: what does not fit is taken back.
+    # Each plane is rounded up to whole bytes, which may exceed the length: then the last steps are undone.
     while coded_bytes(bits, positions) > length:
         channel, before = steps.pop()
         bits[channel] = before
@@ -50,12 +53,19 @@ def allocate(errors: torch.Tensor, weights: torch.Tensor, positions: int, length
 
 
 def coded_bytes(bits: list[int], positions: int) -> int:
-    """Bytes of all codes, each plane of all channels packed together."""
-    return sum(plane_length(sum(width & own > 0 for own in bits) * positions, width) for width in WIDTHS)
+    """Number of bytes of all codes; equal planes of all channels are packed together.
+
+    Args:
+        bits: number of bits of every channel.
+        positions: number of values of a channel.
+    """
+    return sum(
+        plane_length(sum(width & channel_bits > 0 for channel_bits in bits) * positions, width) for width in WIDTHS
+    )
 
 
 def _best_step(costs: list[float], bits: int, channel: int) -> list[tuple[float, int, int]]:
-    """The next step of a channel, as a heap's entry `(- what a bit wins, channel, bits after)`; none if none wins."""
+    """The best next step of a channel for the heap: `(change of the sum per bit, channel, bits after)`, or nothing."""
     steps = [((costs[more] - costs[bits]) / (more - bits), channel, more) for more in range(bits + 1, len(costs))]
     best = min(steps, default=(0.0, channel, bits))
     return [best] if best[0] < 0 else []

@@ -1,4 +1,4 @@
-"""What every codec has in common."""
+"""The base class of all codecs, with the checks that all share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,14 @@ class Codec(ABC):
     """Turns features of one layout into rows of bytes and back.
 
     Args:
-        layout: of the features; every batch has the shape `(B, *layout.shape)` and the dtype `layout.dtype`.
+        layout: layout of the features; every batch has the shape `(B, *layout.shape)` and the dtype `layout.dtype`.
 
     Attributes:
-        name: what a config calls the codec.
-        layout: as given.
-        uses_weights: whether `fit` makes something of its `weights`.
+        name: name of the codec in a config.
+        layout: layout of the features.
+        uses_weights: whether `fit` uses its `weights`.
+
+    Shapes: B samples.
     """
 
     name: str
@@ -44,17 +46,17 @@ class Codec(ABC):
 
     @property
     def weight_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes that `weights` may have: one a channel; the last one is the finest the codec makes something of."""
+        """Shapes that `weights` may have, the coarsest first: `(C,)`, and `(bands, C)` for codecs that use bands."""
         return [(self.layout.channels,)]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, all columns together."""
+        """Bytes of one row of all columns."""
         return sum(dtype.itemsize * length for dtype, length in self.columns.values())
 
     @property
     def bits_per_value(self) -> float:
-        """Stored bits of a row, special tokens included, over the number of values of a feature."""
+        """Bits of a row, special tokens included, divided by the number of values of a feature."""
         return 8 * self.row_bytes / self.layout.values
 
     @torch.no_grad()
@@ -64,20 +66,20 @@ class Codec(ABC):
         sample_ids: Sequence[int] | None = None,
         weights: torch.Tensor | None = None,
     ) -> "Codec":
-        """Learns what the codec must know about the features; codecs that need nothing only check them.
+        """Fits the codec to features. Codecs without tensors only check the features.
 
         Args:
             features: `(B, *layout.shape)`, at least one sample, finite.
-            sample_ids: names of the B samples for error messages; their row index by default.
-            weights: float32 `(C,)`, what a squared error in a channel costs; all the same by default. Codecs that do
-                not trade one channel against another (`uses_weights`) leave them alone; see also `weight_shapes`.
+            sample_ids: numbers of the samples for error messages; by default their index in the batch.
+            weights: float32 `(C,)` or another of `weight_shapes`: factor of the squared error in a channel; by default
+                all are equal. Codecs that do not trade one channel against another (`uses_weights`) ignore them.
 
         Returns:
             The codec itself.
 
         Raises:
-            ValueError: if shape or dtype are not the layout's, there is no sample, a value is not finite, or the
-                weights are not C finite float32 values from 0 on.
+            ValueError: if shape or dtype differ from the layout, there is no sample, a value is not finite, or the
+                weights are not finite float32 values of 0 or more, of one of `weight_shapes`.
 
         Shapes: B samples, C channels.
         """
@@ -91,20 +93,20 @@ class Codec(ABC):
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor, sample_ids: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-        """Turns features into rows of bytes.
+        """Encodes features as rows of bytes.
 
         Args:
             features: `(B, *layout.shape)`, of dtype `layout.dtype`, finite, on any device.
-            sample_ids: names of the B samples for error messages; their row index by default.
+            sample_ids: numbers of the samples for error messages; by default their index in the batch.
 
         Returns:
-            One tensor a column, on the device of the features: `base` uint8 `(B, N)` and, where a quantizing codec
-            meets special tokens, `special` float16 `(B, S * C)`. They share no memory with the features.
+            One tensor per column, on the device of the features: `base` uint8 `(B, N)` and, where a quantizing codec
+            has special tokens to store, `special` float16 `(B, S * C)`. They share no memory with the features.
 
         Raises:
             RuntimeError: if the codec is not fitted.
-            ValueError: if shape or dtype are not the layout's, or a value is not finite or beyond float16 where that
-                is the stored type (the sample is named).
+            ValueError: if shape or dtype differ from the layout, or if a value is not finite, or is beyond the range
+                of float16 where it is stored as such; the message names the sample.
 
         Shapes: B samples, N bytes of `base` (see `columns`), S special tokens, C channels.
         """
@@ -114,17 +116,17 @@ class Codec(ABC):
 
     @torch.no_grad()
     def decode(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Turns rows back into features, on the device of the rows.
+        """Decodes rows to features, on the device of the rows.
 
         Args:
-            rows: what `encode` returned, or any selection of such rows; other columns are ignored.
+            rows: what `encode` returned, or any selection of its rows; other columns are ignored.
 
         Returns:
             Features `(B, *layout.shape)` of dtype `layout.dtype`, sharing no memory with the rows.
 
         Raises:
             RuntimeError: if the codec is not fitted.
-            ValueError: if a column is missing or has another shape or dtype than `columns` says.
+            ValueError: if a column is missing or has another shape or dtype than in `columns`.
 
         Shapes: B rows.
         """
@@ -142,7 +144,7 @@ class Codec(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What `fit` learned: float32 tensors on the CPU; empty for codecs that learn nothing.
+        """The fitted tensors by name: float32, on the CPU; empty for codecs that have none.
 
         Raises:
             RuntimeError: if the codec is not fitted.
@@ -150,26 +152,31 @@ class Codec(ABC):
 
     @abstractmethod
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "Codec":
-        """Restores what `tensors` returned; the rows and the features are then the same, bit for bit.
+        """Restores fitted tensors. The codec then encodes and decodes as the fitted one, bit for bit.
+
+        Args:
+            tensors: what `tensors` returned.
 
         Returns:
             The codec itself, fitted.
 
         Raises:
-            ValueError: if the tensors are not those of this codec and layout.
+            ValueError: if the tensors do not belong to this codec and layout.
         """
 
     @abstractmethod
     def narrowed(self, channels: torch.Tensor) -> "Codec":
-        """The same code for some channels alone, without special tokens; fitted if this codec is.
+        """A codec that encodes some of the channels as this one does, without special tokens; fitted if this one is.
 
         Args:
             channels: int64 `(K,)`, at least one.
+
+        Shapes: K channels.
         """
 
     @abstractmethod
     def for_special_tokens(self) -> "Codec":
-        """The code that special tokens get, as a codec of the layout `(S, C)`; it is fitted.
+        """A fitted codec of the layout `(S, C)` that encodes special tokens as this one does.
 
         Shapes: S special tokens, C channels.
         """
@@ -217,7 +224,7 @@ class Codec(ABC):
 
 
 class ReadyCodec(Codec):
-    """A codec that learns nothing from features."""
+    """A codec without fitted tensors."""
 
     fitted = True
 
@@ -234,12 +241,13 @@ class ReadyCodec(Codec):
 
 
 def special_layout(layout: FeatureLayout) -> FeatureLayout:
+    """The layout `(S, C)` of the special tokens alone."""
     return FeatureLayout((layout.special_tokens, layout.channels), None, 0, layout.dtype)
 
 
 def _first_not_finite(batch: torch.Tensor) -> int | None:
-    """Returns the first row with a NaN or an infinity, `None` if there is none."""
-    # One reduction that reads the values once; a finite batch whose sum overflows only costs the second look.
+    """Index of the first row with a NaN or an infinity; None if there is none."""
+    # One reduction that reads the values once. If the sum of finite values overflows, they are checked a second time.
     if batch.sum(dtype=torch.float32).isfinite():
         return None
     bad = ~batch.flatten(1).isfinite().all(dim=1)
@@ -251,12 +259,23 @@ def _sample_name(row: int, sample_ids: Sequence[int] | None) -> int:
 
 
 def to_fp16(features: torch.Tensor, sample_ids: Sequence[int] | None, advice: str) -> torch.Tensor:
-    """Returns finite features as float16 `(B, values)`, a copy; refuses values that float16 does not reach."""
+    """Copies finite features to float16 `(B, values)`.
+
+    Args:
+        features: `(B, ...)`.
+        sample_ids: numbers of the samples for error messages; None: their index in the batch.
+        advice: end of the error message, with the remedy.
+
+    Raises:
+        ValueError: if a value is beyond the range of float16; the message names the sample.
+
+    Shapes: B samples.
+    """
     half = features.flatten(1).to(torch.float16, copy=True)
     row = _first_not_finite(half)
     if row is not None:
         raise ValueError(
             f"feature of sample {_sample_name(row, sample_ids)} has a value beyond {_FP16_MAX}, "
-            f"the largest of float16; {advice}"
+            f"the largest value of float16; {advice}"
         )
     return half

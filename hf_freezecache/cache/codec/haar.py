@@ -1,22 +1,22 @@
-"""The 2 x 2 Haar transform of feature maps: what neighbouring positions share, and how they differ.
+"""The 2 x 2 Haar transform of features: the sum of four neighbouring positions, and three differences.
 
-Neighbouring positions are alike in most channels, so that the mean of four is most of their energy, and the three
-differences need few bits. Only additions and exact halvings: a row's numbers do not depend on its batch, which those
-of a learned transform (a matrix product) would.
+Neighbouring positions are similar in most channels: their sum has most of the energy, and the three differences need
+few bits. The transform consists of additions and exact halvings, so that a row does not depend on its batch. With a
+learned transform (a matrix product) it would.
 
-Shapes: B samples, C channels, H x W positions; Z = H * W / 4 of them in each of the 4 bands.
+Shapes: B samples, C channels, H x W positions, Z = H * W / 4 positions in each of the 4 bands.
 """
 
 import torch
 
 from ...model.layout import FeatureLayout
 
-# Sums of what is below this stay finite.
+# The sum of four values up to this is finite.
 _WIDEST = torch.finfo(torch.float32).max / 4
 
 
 def band_count(layout: FeatureLayout) -> int:
-    """4 where the positions are a grid of even sides, else 1: there is no transform, then."""
+    """Number of bands: 4 for a grid with even sides; 1, without a transform, for any other layout."""
     return 4 if layout.grid is not None and not any(side % 2 for side in layout.grid) else 1
 
 
@@ -25,11 +25,11 @@ def to_bands(body: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
 
     Args:
         body: `(B, H * W, C)`, `(B, C, H, W)` or `(B, C)`, without special tokens.
-        layout: of the features.
+        layout: layout of the features.
 
     Returns:
-        float32 `(B, bands, C, Z)`, contiguous: sums, differences along W, along H, and along both, each half the sum
-        of four values with their signs (the transform is orthonormal).
+        float32 `(B, bands, C, Z)`, contiguous. The bands are sums, differences along W, along H, and along both. Each
+        value is half the signed sum of four values, so that the transform is orthonormal.
     """
     channels, maps = layout.channels, len(layout.shape) == 3
     if band_count(layout) == 1:
@@ -48,18 +48,18 @@ def to_bands(body: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
 
 
 def from_bands(bands: torch.Tensor, layout: FeatureLayout, out: torch.Tensor) -> None:
-    """The other way round.
+    """Joins bands to features: the inverse of `to_bands`.
 
     Args:
-        bands: float32 `(B, 4, C, Z)` for maps and `(B, 4, Z, C)` for tokens, already halved; overwritten.
-        layout: of the features.
-        out: float32 `(B, V)` with contiguous rows; is written.
+        bands: float32 `(B, 4, C, Z)` for feature maps and `(B, 4, Z, C)` for tokens, already halved; overwritten.
+        layout: layout of the features.
+        out: float32 `(B, V)` with contiguous rows, V values each; receives the features.
     """
     body = out.unflatten(1, layout.narrowed(layout.channels).shape)
     upper, lower = _rows(body, layout)
     if len(layout.shape) == 3:
         bands = bands.unflatten(3, _half_grid(layout))
-        # Complex numbers are pairs: the one way to interleave two tensors at the speed of memory.
+        # Complex numbers are stored as pairs: no other operation interleaves two tensors at the speed of memory.
         columns = torch.complex(bands[:, ::2] + bands[:, 1::2], bands[:, ::2] - bands[:, 1::2])
         sums, differences = torch.view_as_real(columns).flatten(-2).unbind(1)
         torch.add(sums, differences, out=upper)
@@ -84,7 +84,7 @@ def _band_shape(layout: FeatureLayout) -> tuple[int, int, int]:
 
 
 def _rows(body: torch.Tensor, layout: FeatureLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the even and the odd rows of positions: `(B, C, H / 2, W)`, of tokens `(B, H / 2, W, C)`."""
+    """The even and the odd rows of positions, sharing memory: `(B, C, H / 2, W)`, for tokens `(B, H / 2, W, C)`."""
     if len(layout.shape) == 3:
         return body.unflatten(2, (-1, 2)).unbind(3)
     return body.unflatten(1, (layout.grid[0] // 2, 2, layout.grid[1])).unbind(2)

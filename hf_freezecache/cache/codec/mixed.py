@@ -1,4 +1,4 @@
-"""A codec that spends a mean rate where the loss feels it."""
+"""A codec with a mean rate whose bits go to the channels that affect the loss most."""
 
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
@@ -20,23 +20,22 @@ _TENSORS = ("error", "scale", "offset", "weight")
 
 
 class MixedCodec(BodyCodec):
-    """Quantizer with 0 to 12 bits a channel, their mean given.
+    """Quantizer with 0 to 12 bits per channel and a given mean number of bits.
 
-    Feature maps of even sides are split by a 2 x 2 Haar transform first; every channel of each of the 4 bands has a
-    quantizer of its own, as `int4` has one a channel, and the bits go where they lower `sum(weight * squared error)`
-    most (Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). With the Fisher
-    information of the features as weights this is the second-order term of the change of the model's answer. A
-    channel without a bit is its mean.
+    Features on a grid with even sides are first split into 4 bands by a 2 x 2 Haar transform. Every channel of every
+    band has its own quantizer, and the bits go where they lower `sum(weight * squared error)` most (Shoham and Gersho
+    1988, "Efficient bit allocation for an arbitrary set of quantizers"). With the Fisher information of the features
+    as weights, the sum is the second-order term of the change of the logits. A channel with 0 bits becomes its mean.
 
-    Row: the planes of all codes (see `packing`), the widest first. In a plane, the channels that have it stand in the
-    order of their bits, all positions of one after the other; zeros fill the row.
+    A row consists of the planes of all codes (see `packing`), the widest first. A plane holds the channels that have
+    it, ordered by their bits, all positions of one channel after those of another. Zeros fill the row.
 
     Args:
-        layout: of the features.
-        rate: mean bits a value; a position of all channels gets the whole bits in `rate * C`.
-        name: as a config has it.
+        layout: layout of the features.
+        rate: mean number of bits per value; all channels of a position together get `rate * C` bits, rounded down.
+        name: name of the codec in a config, with the rate.
 
-    Shapes: B samples, C channels, I = bands * C of them with their own bits, Z positions of each, L = 13 numbers of
+    Shapes: B samples, C channels, I = bands * C channels with their own bits, Z positions of each, L = 13 numbers of
         bits.
     """
 
@@ -56,7 +55,7 @@ class MixedCodec(BodyCodec):
 
     @property
     def bits(self) -> torch.Tensor:
-        """Bits of every channel, int64 `(bands, C)`; bands are sums, differences along W, along H and along both.
+        """Bits of every channel, int64 `(bands, C)`. The bands are sums, differences along W, along H and along both.
 
         Raises:
             RuntimeError: if the codec is not fitted.
@@ -127,23 +126,23 @@ class MixedCodec(BodyCodec):
         self._constants.clear()
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Returns what is needed on a device.
+        """The constants of encoding and decoding on a device; computed once per device.
 
         Returns:
-            Scale and offset `(bands, C)`; of the channels that have bits, grouped: their numbers, the lower edge of
-            code 0's bin, 1 / scale and the end of the last bin, each `(K, 1)`; per channel its place among them, K
-            where it has no bits.
+            Scale and offset, `(bands, C)` each. For the K channels that have bits, ordered by their bits: their
+            numbers `(K,)`, and the lower edge of the bin of code 0, 1 / scale and the end of the last bin, `(K, 1)`
+            each. For every channel its place among the K `(I,)`; K for channels with 0 bits.
         """
         if device not in self._constants:
-            chosen = self._bits[:, None]
-            scale, offset = (self._tables[name].flatten(0, 1).gather(1, chosen)[:, 0] for name in ("scale", "offset"))
+            column = self._bits[:, None]
+            scale, offset = (self._tables[name].flatten(0, 1).gather(1, column)[:, 0] for name in ("scale", "offset"))
             order = self._order
             inverse = torch.where(scale == 0, 0.0, 1 / scale)
             edge = offset - scale / 2
             top = (1 << self._bits) - 0.5
             place = torch.full((len(scale),), len(order))
             place[order] = torch.arange(len(order))
-            # The inverse transform halves: exact, and here it costs nothing.
+            # The inverse transform halves its input. Halving the constants is exact and costs nothing.
             halved = 0.5 if self._bands > 1 else 1.0
             shape = (self._bands, -1)
             constants = [(scale * halved).view(shape), (offset * halved).view(shape), order]
@@ -166,8 +165,8 @@ class MixedCodec(BodyCodec):
         return torch.cat(packed, dim=1)
 
     def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
-        # In parts on a CPU: freeing large temporary tensors gives their pages back, and getting them anew costs more
-        # than all the arithmetic. An accelerator's allocator keeps them.
+        # In parts on a CPU: large temporary tensors return their pages to the system when they are freed, and to
+        # request them again costs more than all the arithmetic. An accelerator's allocator keeps its memory.
         rows = max(1, _DECODE_CHUNK // self._values) if base.device.type == "cpu" else max(1, len(base))
         for part, target in zip(base.split(rows), out.split(rows), strict=True):
             self._decode_part(part, target)
@@ -187,7 +186,7 @@ class MixedCodec(BodyCodec):
             from_bands(work.mul_(scale).add_(offset), self.layout, out)
 
     def _unpack(self, base: torch.Tensor) -> torch.Tensor:
-        """Returns the codes of the channels that have bits, grouped, and zeros for all others: `(B, K + 1, Z)`."""
+        """The codes of the K channels that have bits, ordered by bits, and one channel of zeros: `(B, K + 1, Z)`."""
         count, positions = len(self._order), self._positions
         codes = torch.empty(len(base), (count + 1) * positions, dtype=self._dtype, device=base.device)
         codes[:, count * positions :] = 0
@@ -209,7 +208,7 @@ class MixedCodec(BodyCodec):
         return codes.unflatten(1, (count + 1, positions))
 
     def _sections(self) -> Iterator[tuple[int, list[tuple[slice, int]]]]:
-        """The planes of a row: width, and by groups of equal bits which of the codes and from which bit on."""
+        """Yields the planes of a row: width, and for each group of channels its codes and its lowest bit there."""
         for width in WIDTHS:
             members, first = [], 0
             for bits, count in self._groups:

@@ -1,27 +1,28 @@
-"""Codes of a few bits as bytes, in large contiguous operations.
+"""Packing codes of a few bits into bytes, with large contiguous operations.
 
-A code of 1, 2, 4 or 8 bits is packed as it is: with `k = 8 // bits` codes a byte and `N = ceil(V / k)`, byte `j` holds
-the codes of the values `j`, `j + N`, ..., the first in the lowest bits. Any other code is cut into such *planes*, the
-widest one, which holds the lowest bits, first: 3 bits are a plane of 2 and a plane of 1, 13 are 8, 4 and 1.
+Codes of 1, 2, 4 or 8 bits are packed directly: with `k = 8 // bits` codes per byte and `N = ceil(V / k)`, byte `j`
+holds the codes of the values `j`, `j + N`, ..., the first of them in the lowest bits. Codes of other widths are split
+into such *planes*, the widest first, which holds the lowest bits: 3 bits are a plane of 2 and a plane of 1, 13 bits
+are planes of 8, 4 and 1.
 
-Shapes: V codes of a row, N bytes of it.
+Shapes: B rows, V codes of a row, N bytes of a row.
 """
 
 import torch
 
 #: Widths of planes, the widest first.
 WIDTHS = (8, 4, 2, 1)
-#: The most bits a code can have: its planes are all different.
+#: Largest number of bits of a code, whose planes are all different.
 MOST_BITS = sum(WIDTHS)
 
 
 def planes(bits: int) -> list[int]:
-    """Widths of the planes of a code, the one with the lowest bits first."""
+    """Widths of the planes of a code of `bits` bits, the plane with the lowest bits first."""
     return [width for width in WIDTHS if bits & width]
 
 
 def packed_length(values: int, bits: int) -> int:
-    """Bytes that `values` codes of `bits` bits take."""
+    """Number of bytes of `values` codes of `bits` bits."""
     return sum(plane_length(values, width) for width in planes(bits))
 
 
@@ -30,7 +31,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: uint8 or int16 `(B, V)`, below `2 ** bits`; overwritten.
-        bits: of a code; from 9 on the codes must be int16.
+        bits: number of bits of a code; with 9 or more the codes must be int16.
 
     Returns:
         uint8 `(B, packed_length(V, bits))`.
@@ -47,12 +48,13 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
-    """Writes codes where they are wanted.
+    """Unpacks codes into a tensor.
 
     Args:
         packed: uint8 `(B, packed_length(V, bits))`.
-        bits: of a code.
-        out: `(B, V)`: of any type that holds the codes if they are a single plane, else uint8 or int16.
+        bits: number of bits of a code.
+        out: `(B, V)`, receives the codes; of any dtype that can hold them if they have a single plane, else uint8 or
+            int16.
     """
     widths = planes(bits)
     first = plane_length(out.shape[1], widths[0])
@@ -67,23 +69,23 @@ def unpack(packed: torch.Tensor, bits: int, out: torch.Tensor) -> None:
 
 
 def plane_length(values: int, width: int) -> int:
-    """Bytes that one plane of `values` codes takes."""
+    """Number of bytes of one plane of `values` codes."""
     return -(-values // (8 // width))
 
 
 def pack_plane(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """Packs one plane, uint8 `(B, V)` -> `(B, N)`; the codes are overwritten."""
+    """Packs one plane, uint8 `(B, V)` -> `(B, N)`; overwrites the codes."""
     length = plane_length(codes.shape[1], width)
     packed = codes[:, :length]
     for slot in range(1, 8 // width):
         part = codes[:, slot * length : (slot + 1) * length]
-        # A shifted code and the bits below it never overlap: adding is or-ing, in one pass.
+        # A shifted code and the bits below it never overlap: an addition is a bitwise or, in one pass.
         packed[:, : part.shape[1]].add_(part, alpha=1 << (slot * width))
     return packed.contiguous()
 
 
 def unpack_plane(packed: torch.Tensor, width: int, out: torch.Tensor) -> None:
-    """Writes the codes of one plane, uint8 `(B, N)`, into `out`, `(B, V)` of any type."""
+    """Unpacks one plane, uint8 `(B, N)`, into `out`, `(B, V)` of any dtype."""
     length = packed.shape[1]
     for slot in range(8 // width):
         part = out[:, slot * length : (slot + 1) * length]

@@ -1,5 +1,4 @@
-"""Which codec at which depth: the deeper the cut, the fewer bits a feature needs (arXiv 2508.15033, progressive
-compression)."""
+"""Codecs by depth: the deeper the cut, the fewer bits a feature needs (arXiv 2508.15033, progressive compression)."""
 
 from __future__ import annotations
 
@@ -16,14 +15,17 @@ class Progression:
     """Codecs by depth.
 
     Args:
-        steps: `(depth, codec)` with depths from 0 to 1, ascending. Below the first depth its codec holds.
+        steps: `(depth, codec)`, ascending depths from 0 to 1. Below the first depth, the first codec is used.
     """
 
     steps: tuple[tuple[float, str], ...]
 
     @classmethod
     def parse(cls, text: str) -> Progression:
-        """Reads `"0.25:int8,0.5:int4,0.75:int3"`, or `"default"`.
+        """Reads a progression from a config.
+
+        Args:
+            text: e.g. `"0.25:int8,0.5:int4,0.75:int3"`, or `"default"`.
 
         Raises:
             ValueError: on a syntax error, an unknown codec, or depths that are not fractions in ascending order.
@@ -49,8 +51,8 @@ class Progression:
         """The codec at a cut.
 
         Args:
-            cut: frozen blocks.
-            num_blocks: `len(chain)`.
+            cut: number of frozen blocks.
+            num_blocks: number of blocks, `len(chain)`.
         """
         reached = [codec for depth, codec in self.steps if depth <= cut / num_blocks + 1e-9]
         return reached[-1] if reached else self.steps[0][1]

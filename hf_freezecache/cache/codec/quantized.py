@@ -7,16 +7,16 @@ import torch
 
 from ...model.layout import FeatureLayout
 from .base import Codec
-from .clipping import fit_ranges
+from .clipping import fit_clip_ranges
 from .packing import pack, packed_length, planes, unpack
 from .special import BodyCodec
 
 
 class _Quantized(BodyCodec):
-    """Per-channel affine uniform quantizer with clipping that minimizes the squared error.
+    """Uniform quantizer with scale and offset per channel; its clip ranges minimize the squared error.
 
-    Value `v` of channel `c` becomes the code `round((v - offset[c]) / scale[c])`, clipped to `0 .. 2 ** bits - 1`;
-    constant channels have scale 0 and come back exactly.
+    Value `v` of channel `c` becomes the code `round((v - offset[c]) / scale[c])`, clipped to `0 .. 2 ** bits - 1`.
+    Constant channels have scale 0 and are decoded exactly.
 
     Shapes: C channels.
     """
@@ -71,7 +71,7 @@ class _Quantized(BodyCodec):
         self._constants.clear()
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Returns scale, offset, 1 / scale and the lower edge of code 0's bin, shaped to broadcast over features."""
+        """Scale, offset, 1 / scale and the lower edge of the bin of code 0, in shapes that broadcast over features."""
         if device not in self._constants:
             constant = self._scale == 0
             inverse = torch.where(constant, 0.0, 1 / self._scale)
@@ -83,14 +83,14 @@ class _Quantized(BodyCodec):
 
     def _fit(self, features: torch.Tensor, weights: torch.Tensor | None) -> None:
         body = self.layout.body(features).movedim(self.layout.channel_dim + 1, 0).flatten(1)
-        self._set(*fit_ranges(body, self._levels))
+        self._set(*fit_clip_ranges(body, self._levels))
 
     def _encode_body(self, body: torch.Tensor) -> torch.Tensor:
         _, _, inverse, edge = self._on(body.device)
         work = torch.empty(body.shape, dtype=torch.float32, device=body.device).copy_(body)
-        # Separate, correctly rounded operations: whether a multiply-add is fused may depend on the place in the batch.
+        # Separate, correctly rounded operations: whether a multiply-add is fused can depend on the place in the batch.
         work.sub_(edge).mul_(inverse)
-        # The bins begin at whole numbers now, so that truncation to uint8 rounds to the nearest code.
+        # The bins now begin at whole numbers: truncation to uint8 rounds to the nearest code.
         return pack(work.clamp_(0, self._levels + 0.5).to(torch.uint8).flatten(1), self.bits)
 
     def _decode_body(self, base: torch.Tensor, out: torch.Tensor) -> None:
@@ -106,14 +106,14 @@ class _Quantized(BodyCodec):
 
 
 class Int8Codec(_Quantized):
-    """One byte a value."""
+    """One byte per value."""
 
     name = "int8"
     bits = 8
 
 
 class Int4Codec(_Quantized):
-    """Two values a byte."""
+    """Two values per byte."""
 
     name = "int4"
     bits = 4
@@ -127,7 +127,7 @@ class Int3Codec(_Quantized):
 
 
 class Int2Codec(_Quantized):
-    """Four values a byte."""
+    """Four values per byte."""
 
     name = "int2"
     bits = 2

@@ -1,4 +1,4 @@
-"""The codec of the paper's authors, for comparison."""
+"""The codec ZFP, which arXiv 2508.15033 uses, for comparison."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ except ImportError:
 class ZfpCodec(ReadyCodec, BodyCodec):
     """ZFP at a fixed rate (Lindstrom 2014, "Fixed-rate compressed floating-point arrays"; used by arXiv 2508.15033).
 
-    One array a sample. Where both sides of the grid are multiples of ZFP's blocks of 4, it is `(H, W, C)`, else
-    `(positions, C)`: no other arrangement had a lower KL of the logits at the same number of bits, padding included
-    (`benchmarks/codecs`). It runs on the CPU; rows are moved there and features back.
+    Every sample is one array: `(H, W, C)` if both sides of the grid are multiples of 4, the side of ZFP's blocks, else
+    `(positions, C)`. No other arrangement had a lower KL divergence of the logits at the same number of bits, padding
+    included (`benchmarks/codecs`). ZFP runs on the CPU: features and rows are copied there and back.
 
     Args:
-        layout: of the features.
-        rate: bits a value, as ZFP counts them: arrays are padded to whole blocks.
-        name: as a config has it.
+        layout: layout of the features.
+        rate: bits per value as ZFP counts them: it pads arrays to whole blocks.
+        name: name of the codec in a config, with the rate.
 
     Raises:
         ImportError: if `zfpy` is not installed.
@@ -40,7 +40,7 @@ class ZfpCodec(ReadyCodec, BodyCodec):
         self._blocks = grid is not None and not any(side % 4 for side in grid)
         channels = layout.channels
         self._shape = (*grid, channels) if self._blocks else (layout.positions, channels)
-        # At a fixed rate, all arrays of a shape take the same number of bytes.
+        # At a fixed rate, all arrays of one shape have the same number of bytes.
         self._length = len(self._compress(np.zeros(self._shape, np.float32)))
 
     def narrowed(self, channels: torch.Tensor) -> Codec:

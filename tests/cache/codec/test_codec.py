@@ -7,20 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.codec_cases import (
-    DTYPES,
-    EXAMPLES,
-    NAMES,
-    QUANTIZED,
-    body,
-    features,
-    layout_of,
-    layouts,
-    per_channel,
-    same,
-)
+from support.codec_cases import DTYPES, EXAMPLES, MAP, NAMES, QUANTIZED, body, features, layout_of, per_channel, same
 
-from hf_freezecache.cache.codec import make_codec
+from hf_freezecache.cache.codec import check_codec_name, make_codec
 from hf_freezecache.model.layout import FeatureLayout
 
 
@@ -397,25 +386,26 @@ def test_device_and_cpu_agree_bit_for_bit(name, dtype):
     assert make_codec(name, layout).fit(x.cuda()).fitted
 
 
-@EXAMPLES
-@given(layouts())
-def test_layout_survives_json(layout):
-    assert FeatureLayout.from_json(layout.to_json()) == layout
-    assert layout.values == layout.channels * (layout.positions + layout.special_tokens)
+# Names
 
 
-@pytest.mark.parametrize(
-    "shape, grid, special, dtype, message",
-    [
-        ((), None, 0, torch.float32, "positive sizes"),
-        ((3, 0), None, 0, torch.float32, "positive sizes"),
-        ((1, 2, 3, 4), None, 0, torch.float32, "positive sizes"),
-        ((3, 4), None, 3, torch.float32, "0 to 2 leading special tokens"),
-        ((3, 4, 4), None, 1, torch.float32, "0 to 0 leading special tokens"),
-        ((5, 4), (2, 2), 0, torch.float32, "does not cover the 5 positions"),
-        ((3, 4), None, 0, torch.int64, "float32, float16, bfloat16"),
-    ],
-)
-def test_contradictory_layout_is_refused(shape, grid, special, dtype, message):
-    with pytest.raises(ValueError, match=message):
-        FeatureLayout(shape, grid, special, dtype)
+def test_names_with_and_without_rates_are_read():
+    assert check_codec_name("mixed") == ("mixed", 2.5)
+    assert check_codec_name("mixed@3.5") == ("mixed", 3.5)
+    assert check_codec_name("zfp") == ("zfp", 4.0)
+    assert check_codec_name("zfp@8") == ("zfp", 8.0)
+    assert check_codec_name("int3") == ("int3", None)
+    assert make_codec("mixed@3.50", MAP).name == "mixed@3.50"
+
+
+@pytest.mark.parametrize("name", ["mixed@", "mixed@0", "mixed@13", "mixed@-2", "mixed@nan", "mixed@2e0", "zfp@33"])
+def test_wrong_rates_are_refused(name):
+    family = name.partition("@")[0]
+    with pytest.raises(ValueError, match=rf"'{name}': the rate of {family} is a number of bits from 1 to .*{family}@"):
+        make_codec(name, MAP)
+
+
+@pytest.mark.parametrize("name", ["int4@4", "int4@", "fp32@32"])
+def test_rates_of_codecs_without_one_are_refused(name):
+    with pytest.raises(ValueError, match="has no rate; leave '@"):
+        make_codec(name, MAP)

@@ -50,9 +50,3 @@ def test_default_progression_is_one_and_gets_coarser():
 def test_bad_progression_is_refused_with_the_reason(text, message):
     with pytest.raises(ValueError, match=message):
         FreezeCacheConfig(progressive=text)
-
-
-def test_config_prefers_the_progression():
-    config = FreezeCacheConfig(codec="fp32", progressive="0.5:int4,0.8:int2")
-    assert [config.codec_at(cut, 10) for cut in (1, 5, 8)] == ["int4", "int4", "int2"]
-    assert FreezeCacheConfig(codec="fp32").codec_at(3, 10) == "fp32"

@@ -1,0 +1,57 @@
+"""What all stores of one training have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..cache.rows import RowSource
+from ..config import FreezeCacheConfig
+from ..distributed import Group
+from ..model.chain import BlockChain
+from ..model.inputs import ModelInputs
+
+
+def _count_nothing(from_cut: int, to_cut: int, samples: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """The model, the samples and the settings of one training.
+
+    Args:
+        chain: the model's blocks.
+        source: the train samples as collated batches.
+        config: the user's settings.
+        cache_dir: the directory of the stores.
+        group: the processes.
+        model_inputs: selects the prefix's inputs from a batch.
+        precision: mixed precision and parameter type under which the prefix runs.
+        disable_tqdm: no progress bars.
+        count_run: is told `(from_cut, to_cut, samples)` whenever a build has run the blocks between two cuts.
+    """
+
+    chain: BlockChain
+    source: RowSource
+    config: FreezeCacheConfig
+    cache_dir: Path
+    group: Group
+    model_inputs: ModelInputs
+    precision: str
+    disable_tqdm: bool = False
+    count_run: Callable[[int, int, int], None] = _count_nothing
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, not wrapped."""
+        return self.chain.model
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.chain.model.parameters()).device

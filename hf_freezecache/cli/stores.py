@@ -1,0 +1,132 @@
+"""The commands that read or remove stores: `freezecache inspect`, `verify` and `clean`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from ..augment.sensitivity import SENSITIVITY, Sensitivity
+from ..cache.cleaning import Removable, find_stores, remove
+from ..cache.manifest import MANIFEST
+from ..cache.store import FeatureStore, StoreError
+from ..model.layout import FeatureLayout
+from ..units import format_table, show_bytes
+from .plots import plot_sensitivity
+
+_SENSITIVITY_FILE = f"{SENSITIVITY}.safetensors"
+
+
+def inspect(directory: str | os.PathLike, picture: str | os.PathLike | None) -> None:
+    """Prints what a store holds; draws the sensitivity of its channels if a file for the picture is given.
+
+    Raises:
+        StoreError: if the store is missing or damaged, or nothing was measured that could be drawn.
+        ImportError: if a picture is wanted and matplotlib is not installed.
+    """
+    store = FeatureStore.open(directory)
+    print(describe(store))
+    if picture is not None:
+        draw_sensitivity(store, picture)
+
+
+def verify(directory: str | os.PathLike) -> None:
+    """Reads a whole store, compares every checksum and prints that the store is undamaged.
+
+    Raises:
+        StoreError: if it is missing or damaged.
+    """
+    store = FeatureStore.open(directory)
+    store.verify()
+    print(f"{store.path}: ok")
+
+
+def clean(directory: str | os.PathLike, yes: bool) -> None:
+    """Lists the stores in a directory and the leftovers of builds, and removes them if `yes`.
+
+    Raises:
+        OSError: if it is no directory, or something cannot be removed.
+    """
+    stores = find_stores(Path(directory))
+    if not stores:
+        print(f"{directory}: no stores")
+        return
+    print(format_table([(show_bytes(store.bytes), _state(store), str(store.path)) for store in stores], left=[1, 2]))
+    if yes:
+        print(f"removed {show_bytes(remove(stores))}")
+    else:
+        removable = sum(store.bytes for store in stores if not store.running)
+        print(f"{show_bytes(removable)} can be removed; nothing was removed: add --yes to do so")
+
+
+def _state(store: Removable) -> str:
+    if store.finished:
+        return "store"
+    return "being built, stays" if store.running else "left by a build"
+
+
+def describe(store: FeatureStore) -> str:
+    """Returns what a store holds, as text: the facts of its manifest and its files."""
+    manifest = store.manifest
+    files = [(shard.name, shard.bytes, f"{shard.rows:,} samples") for shard in manifest.shards]
+    files += [(name, entry["bytes"], "") for name, entry in manifest.files.items()]
+    files.append((MANIFEST, (store.path / MANIFEST).stat().st_size, ""))
+    facts = [
+        *_facts(store),
+        ("bytes", f"{sum(size for _, size, _ in files):,}"),
+        ("bytes a sample", f"{store.bytes / max(1, manifest.rows):,.0f}, in the Arrow files"),
+    ]
+    rows = [(name, f"{size:,}", note) for name, size, note in files]
+    return f"{format_table(facts, left=[0, 1])}\n\n{format_table(rows, left=[0, 2])}"
+
+
+def _facts(store: FeatureStore) -> list[tuple[str, str]]:
+    manifest, layout = store.manifest, FeatureLayout.from_json(store.manifest.layout)
+    facts = [
+        ("path", str(store.path)),
+        ("cut", f"{manifest.cut} frozen blocks"),
+        ("codec", f"{manifest.codec}, every row packed with zstd" if manifest.lossless else manifest.codec),
+        ("feature", f"{_times(layout.shape)}, {str(layout.dtype).removeprefix('torch.')}"),
+        ("grid", "none" if layout.grid is None else _times(layout.grid)),
+        ("special tokens", str(layout.special_tokens)),
+        ("samples", f"{manifest.rows:,}"),
+        ("views", f"{manifest.views} beside the base view"),
+    ]
+    if manifest.views:
+        channels = manifest.sensitive_channels
+        count = f"all {layout.channels}" if channels is None else f"{len(channels)} of {layout.channels}"
+        facts.append(("geometry", "none: views are stored whole" if manifest.geometry is None else manifest.geometry))
+        facts.append(("sensitive channels", count))
+    return facts
+
+
+def draw_sensitivity(store: FeatureStore, picture: str | os.PathLike) -> None:
+    """Draws which channels a store holds for every view, from the measurement before its build.
+
+    Raises:
+        StoreError: if nothing was measured.
+        ImportError: if matplotlib is not installed.
+    """
+    manifest = store.manifest
+    if _SENSITIVITY_FILE not in manifest.files:
+        if not manifest.views:
+            reason = "it holds the base view alone"
+        elif manifest.geometry is None:
+            reason = "its views are stored whole"
+        else:
+            reason = f"it has no {_SENSITIVITY_FILE}"
+        raise StoreError(f"no channel's sensitivity was measured for {store.path}: {reason}.")
+    try:
+        sensitivity = Sensitivity.from_tensors(safetensors.torch.load_file(store.path / _SENSITIVITY_FILE))
+    except KeyError as error:
+        raise StoreError(f"{store.path / _SENSITIVITY_FILE} lacks {error}: build the store again.") from error
+    channels = torch.tensor(manifest.sensitive_channels, dtype=torch.int64)
+    plot_sensitivity(sensitivity, channels, picture, f"How the channels at cut {manifest.cut} follow the augmentation")
+    print(f"\npicture: {picture}")
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))

@@ -1,0 +1,303 @@
+"""Where an epoch's batches come from, as a value: images, images whose features a store keeps, or a store."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..build.context import BuildContext
+from ..build.errors import GeometryMisfit
+from ..build.feature_sources import ViewRun
+from ..build.partial import PartialStore
+from ..cache.rows import split_batch
+from ..cache.store import FeatureStore
+from ..distributed import describe_error
+from ..model.chain import BlockChain
+from ..model.layout import FeatureLayout
+from ..replay.collator import DrawnViews, take_codes, take_drawn
+from ..replay.dataset import SourceSwitch, WriteRound
+from ..replay.decode import replay_features
+
+#: Entry of a source's state that names its class.
+KIND = "kind"
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A collated batch as the model takes it.
+
+    Args:
+        inputs: model inputs and labels by name.
+        samples: rows of the batch.
+        bypassed: cut up to which the model is not run, as its main input holds the features there; 0: all of it runs.
+        mode: key of the step's FLOPs, `live` or `replay`.
+        layout: of the features; None where the main input is the image.
+    """
+
+    inputs: Mapping[str, Any]
+    samples: int
+    bypassed: int = 0
+    mode: str = "live"
+    layout: FeatureLayout | None = None
+
+
+class EpochSource(ABC):
+    """Where the batches of an epoch come from. A closed family: `FromImages`, `Writing`, `FromStore`.
+
+    Attributes:
+        cut: frozen blocks that it was chosen for.
+        mode: mode of the epoch in the report, `live` or `replay`.
+    """
+
+    cut: int
+    mode = "live"
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes on the disk that the epoch reads or writes."""
+        return 0
+
+    @abstractmethod
+    def turn(self, switch: SourceSwitch) -> None:
+        """Tells the data set, in every loader process, how rows are drawn from the next batch on."""
+
+    @abstractmethod
+    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+        """Turns a collated batch of this source into model inputs.
+
+        Args:
+            batch: as the loader returned it. One that a user has made of images is taken as it is in every epoch.
+            context: the model.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint; `load_source` reads them."""
+
+    def close(self) -> None:  # noqa: B027 - only `Writing` has files open
+        """Closes files."""
+
+
+class FromImages(EpochSource):
+    """Batches of images; the model runs whole.
+
+    Args:
+        cut: frozen blocks that it was chosen for.
+        why: why there is no store, as the end of a sentence; None at cut 0.
+    """
+
+    def __init__(self, cut: int = 0, why: str | None = None):
+        self.cut, self.why = cut, why
+
+    def turn(self, switch: SourceSwitch) -> None:
+        switch.set(None)
+
+    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+        return _live(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {KIND: "images", "cut": self.cut, "why": self.why}
+
+
+class FromStore(EpochSource):
+    """Batches of codes from a store; the prefix is bypassed.
+
+    Args:
+        cut: frozen blocks of the store.
+        store: the store; None if a checkpoint names it and nobody has opened it since.
+    """
+
+    mode = "replay"
+
+    def __init__(self, cut: int, store: FeatureStore | None):
+        self.cut, self._store = cut, store
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the store is open."""
+        return self._store is not None
+
+    @property
+    def store(self) -> FeatureStore:
+        """The store.
+
+        Raises:
+            RuntimeError: if nobody has opened it since the training was resumed.
+        """
+        if self._store is None:
+            raise RuntimeError(f"the store of cut {self.cut} was not opened since the training was resumed.")
+        return self._store
+
+    @property
+    def store_bytes(self) -> int:
+        return self.store.bytes
+
+    def turn(self, switch: SourceSwitch) -> None:
+        switch.set(self.store.path)
+
+    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+        codes_and_inputs = take_codes(batch)
+        if codes_and_inputs is None:
+            return _live(batch)
+        codes, others = codes_and_inputs
+        features = replay_features(self.store, context.model_inputs.to_device(codes))
+        inputs = {context.chain.main_input: features, **others}
+        return StepInputs(inputs, len(features), self.cut, "replay", self.store.codec.layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {KIND: "store", "cut": self.cut}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an epoch's features could not be written.
+
+    Args:
+        is_misfit: whether a view's geometry does not fit: a build may still do.
+        reason: as the end of a sentence.
+        epoch: the epoch at whose end it counts, on all processes together.
+    """
+
+    is_misfit: bool
+    reason: str
+    epoch: int
+
+
+class Writing(EpochSource):
+    """Live batches whose features train the suffix as they are, and go to a store as codes.
+
+    With V augmented views, V + 1 epochs after the freeze run so. In each of them every sample is drawn as another one
+    of its views, as the store would draw it. What cannot be written costs the training nothing: the first problem is
+    remembered, and the next epoch's beginning deals with it.
+
+    Args:
+        cut: frozen blocks.
+        store: what is written; a complete store where a training that was resumed from before the freeze repeats the
+            epochs that have written it; None if a checkpoint names it and nobody has opened it since.
+        start: the first epoch that writes.
+        epoch: the running epoch.
+        problem: why nothing is written any more.
+        name: directory name of the future store.
+    """
+
+    def __init__(
+        self,
+        cut: int,
+        store: PartialStore | FeatureStore | None,
+        start: int,
+        epoch: int,
+        problem: Problem | None = None,
+        name: str | None = None,
+    ):
+        self.cut, self.store, self.start, self.epoch, self.problem = cut, store, start, epoch, problem
+        self.name = _store_name(store) if store is not None else name
+
+    @property
+    def round(self) -> int:
+        """How many epochs have been written before this one."""
+        return self.epoch - self.start
+
+    def rounds(self) -> int:
+        """How many epochs write in all."""
+        return self.opened.views.spec.count + 1
+
+    @property
+    def store_bytes(self) -> int:
+        return self.store.bytes if isinstance(self.store, PartialStore) else 0
+
+    def turn(self, switch: SourceSwitch) -> None:
+        spec, layout = self.opened.views.spec, self.opened.codec.layout
+        geometry = None if spec.geometry is None or layout.grid is None else (spec.geometry, layout.grid)
+        switch.write(WriteRound(self.round, spec.count, geometry))
+
+    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+        views_and_batch = take_drawn(batch)
+        if views_and_batch is None:
+            return _live(batch)
+        views, batch = views_and_batch
+        chain = context.chain
+        features = chain.prefix(context.model_inputs(batch), self.cut)
+        self._write(views, batch, features, chain.main_input)
+        others = {name: value for name, value in batch.items() if name != chain.main_input}
+        inputs = {chain.main_input: features, **others}
+        return StepInputs(inputs, len(features), self.cut, "live", chain.layout(self.cut))
+
+    def state_dict(self) -> dict[str, Any]:
+        problem = self.problem
+        return {
+            KIND: "writing",
+            "cut": self.cut,
+            "store": self.name,
+            "start": self.start,
+            "epoch": self.epoch,
+            "problem": None if problem is None else [problem.is_misfit, problem.reason, problem.epoch],
+        }
+
+    def close(self) -> None:
+        if isinstance(self.store, PartialStore):
+            self.store.close()
+
+    @property
+    def opened(self) -> PartialStore | FeatureStore:
+        """The store.
+
+        Raises:
+            RuntimeError: if nobody has opened it since the training was resumed.
+        """
+        if self.store is None:
+            raise RuntimeError(f"the store of cut {self.cut} was not opened since the training was resumed.")
+        return self.store
+
+    def _write(self, views: DrawnViews, batch: Mapping[str, Any], features: torch.Tensor, main_input: str) -> None:
+        if self.problem is not None or not isinstance(self.store, PartialStore):
+            return
+        try:
+            split = split_batch(batch, main_input)
+            view_run = ViewRun(split.columns, split.constants, features, views.geometry, views.refused)
+            self.store.write(views.numbers.tolist(), views.views.cpu().numpy(), view_run)
+        except GeometryMisfit as misfit:
+            self.problem = Problem(True, str(misfit), self.epoch)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a full disk, features beyond the codec's range: the step needs neither
+            self.problem = Problem(False, describe_error(error), self.epoch)
+
+
+def load_source(state: Mapping[str, Any]) -> EpochSource:
+    """The source that a checkpoint describes; its store is not opened yet."""
+    cut = state["cut"]
+    if state[KIND] == "images":
+        return FromImages(cut, state["why"])
+    if state[KIND] == "store":
+        return FromStore(cut, None)
+    problem = None if state["problem"] is None else Problem(*state["problem"])
+    return Writing(cut, None, state["start"], state["epoch"], problem, state["store"])
+
+
+def _live(batch: Mapping[str, Any]) -> StepInputs:
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    return StepInputs(batch, next((len(value) for value in values if isinstance(value, torch.Tensor)), 0))
+
+
+def _store_name(store: PartialStore | FeatureStore) -> str:
+    return store.spec.path.name if isinstance(store, PartialStore) else store.path.name
+
+
+@contextlib.contextmanager
+def bypassing(chain: BlockChain, cut: int, force_eager: bool) -> Iterator[None]:
+    """Inside, the model takes the feature at `cut` for its main input; at cut 0 it runs whole.
+
+    Args:
+        chain: the model.
+        cut: frozen blocks.
+        force_eager: run compiled code uncompiled: it would run the bypassed blocks.
+    """
+    eager = torch.compiler.set_stance("force_eager") if force_eager and cut else contextlib.nullcontext()
+    with chain.replay(cut), eager:
+        yield

@@ -1,0 +1,455 @@
+"""Finding or making the store of one cut: which codec fits, whether it pays, from images or from the store before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..augment.geometry import DENSE, PROJECTIVE
+from ..build.deepening import DEEPENED_FROM, why_not_deepen
+from ..build.errors import GeometryMisfit, OverLimit
+from ..build.materialize import materialize, open_matching
+from ..build.partial import PartialStore
+from ..build.spec_maker import WRITTEN, SpecMaker
+from ..build.store_spec import StoreSpec
+from ..cache.store import FeatureStore, remove_store
+from ..cache.view_columns import ViewSpec
+from ..distributed import Announcer, describe_error
+from ..estimate.costs import PlanRow
+from ..estimate.probing import Prober
+from ..units import show_bytes
+from .accounting import Phase
+from .budget import StoreBudget
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The choice made at a cut. It is saved in the checkpoint so that a resumed training makes the same one.
+
+    Args:
+        codec: of the store.
+        store: directory name of the store; None while live epochs write it.
+        parent: cut of the store that it was made from; None if it was made from images.
+        written: whether live epochs have written it, or do.
+    """
+
+    codec: str
+    store: str | None = None
+    parent: int | None = None
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a `StoreProvider`.
+
+    Args:
+        cut: frozen blocks.
+        epochs_left: epochs of training that remain at this cut.
+        phase: books what is built.
+        parent: the store that was replayed before, or its cut if it is not open; None if there was none.
+    """
+
+    cut: int
+    epochs_left: float
+    phase: Phase
+    parent: FeatureStore | int | None = None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A request and the way in which it is met.
+
+    Args:
+        request: what is asked.
+        decision: the choice made at this cut before.
+        writing: live epochs write the store, and only its directory is begun.
+        decided: whether to write was decided before, so that nothing is measured.
+        accept_built: while writing, a complete store that a build has made does as well.
+    """
+
+    request: Request
+    decision: Decision | None
+    writing: bool = False
+    decided: bool = False
+    accept_built: bool = True
+
+
+class Declined(Exception):
+    """No store is built; the message is the reason, as the end of a sentence."""
+
+
+class StoreProvider:
+    """Finds or makes stores.
+
+    Args:
+        spec_maker: describes them.
+
+    Attributes:
+        decisions: the choice at every cut so far.
+    """
+
+    def __init__(self, spec_maker: SpecMaker):
+        self.spec_maker, context = spec_maker, spec_maker.context
+        self.config, self.group, self.chain, self.source = context.config, context.group, context.chain, context.source
+        self.cache_dir = context.cache_dir
+        self.announcer = Announcer(self.group, logger)
+        self.budget = StoreBudget(self.config, self.group, self.cache_dir)
+        self.holdings = self.budget.holdings
+        self.decisions: dict[int, Decision] = {}
+        self._prober = Prober(context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training must know, as JSON values."""
+        return {
+            "decisions": {str(cut): asdict(decision) for cut, decision in self.decisions.items()},
+            "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
+            "stores": self.holdings.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict()`; stores that are gone do not count any more."""
+        self.decisions = {int(cut): Decision(**fields) for cut, fields in state["decisions"].items()}
+        self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+        existing = self.group.on_main(
+            lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
+        )
+        self.holdings.load_state_dict(existing, self.cache_dir)
+
+    def build(self, request: Request) -> FeatureStore:
+        """Opens the matching store or builds it.
+
+        Raises:
+            Declined: if no store pays or fits.
+            BuildFailed: if it could not be written.
+            ValueError: if the features cannot be stored (not finite, of several sizes).
+        """
+        return self._complete(_Attempt(request, self.decisions.get(request.cut)))
+
+    def begin(self, request: Request, decided: bool = False, accept_built: bool = True) -> PartialStore | FeatureStore:
+        """Begins the directory that live epochs write to, or goes on with one that was begun.
+
+        Where too few epochs are left for it, or no room for the directory and the store beside it, the store is built
+        upfront, if that pays and fits.
+
+        Args:
+            request: what is asked.
+            decided: whether a checkpoint has decided for it: some or all of the live epochs are over.
+            accept_built: whether a store that a build has made does as well.
+
+        Returns:
+            The directory; or a store, if a complete one matches or was built upfront.
+
+        Raises:
+            Declined: if no store pays or fits.
+            BuildFailed: if it could not be written.
+            ValueError: if the features cannot be stored (not finite).
+        """
+        attempt = _Attempt(request, self.decisions.get(request.cut), True, decided, accept_built)
+        store = self._find_or_make(attempt)
+        if isinstance(store, PartialStore):
+            self.holdings.add(store.path, store.reserved, built=True, cut=request.cut)
+            rounds = store.views.spec.count + 1
+            self.announcer.info(
+                f"Cut {request.cut}: {rounds} live epoch{'s' if rounds > 1 else ''} write{'' if rounds > 1 else 's'} "
+                f"the features to {store.path} ({show_bytes(store.bytes)}), then replay begins."
+            )
+        return store
+
+    def finish(self, partial_store: PartialStore, request: Request) -> FeatureStore:
+        """Completes a store that live epochs have written.
+
+        Raises:
+            BuildFailed: if some process could not write.
+            GeometryMisfit: if a missing view's geometry cannot be stored as it was begun.
+            ValueError: if a missing feature is not finite.
+        """
+        store = partial_store.finish()
+        self.holdings.drop(partial_store.path)
+        self._register(store, built=True)
+        request.phase.add_store(store.bytes)
+        self._announce_built(store)
+        return store
+
+    def remove_outdated(self, cut: int, evaluations_only: bool = False) -> None:
+        """Deletes the stores of earlier cuts that this training has built; the others are forgotten.
+
+        Args:
+            cut: frozen blocks.
+            evaluations_only: leave the stores of the training set.
+        """
+        for path in self.holdings.outdated(cut, evaluations_only):
+            if self.holdings.has_built(path):
+                try:
+                    self.group.on_main(partial(remove_store, path))
+                except OSError as error:  # it still counts, and the next change of the cut tries again
+                    self.announcer.failure("A feature store that is not needed any more could not be deleted", error)
+                    continue
+                self.announcer.info(f"Deleted the feature store {path}: no epoch will read it any more.")
+            self.holdings.drop(path)
+
+    # Finding and making
+
+    def _complete(self, attempt: _Attempt) -> FeatureStore:
+        store = self._find_or_make(attempt)
+        assert isinstance(store, FeatureStore), "only a request for writing returns a directory"
+        return store
+
+    def _find_or_make(self, attempt: _Attempt) -> FeatureStore | PartialStore:
+        cut = attempt.request.cut
+        codec = self.config.codec_at(cut, len(self.chain)) if attempt.decision is None else attempt.decision.codec
+        first, reason = self.spec_maker.make(cut, codec), ""
+        if self.config.cutmix_alpha and first.layout.grid is None:
+            raise Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
+        for candidate in [codec] if attempt.writing else self.budget.codecs(codec, first):
+            images = first if candidate == codec else self.spec_maker.with_codec(first, candidate)
+            store = self._find(images, attempt)
+            if store is not None:
+                return store
+            rounds = images.views.count + 1
+            if attempt.writing and not attempt.decided and attempt.request.epochs_left < rounds + 1:
+                reason = f"writing it takes {rounds} epochs, and {attempt.request.epochs_left:g} remain"
+                break
+            try:
+                return self._make_if_it_fits(images, attempt)
+            except OverLimit as error:
+                reason = self.budget.too_large(images, error.needed)
+            except ValueError as error:
+                if candidate == codec:
+                    raise
+                # A coarser codec than the configured one, e.g. beyond float16's range.
+                reason = f"`{codec}` does not fit, and `{candidate}` fails: {describe_error(error)}"
+        if attempt.writing and not attempt.decided:
+            self.announcer.warning(f"Cut {cut}: a build makes the store, not live epochs, because {reason}.")
+            return self._find_or_make(replace(attempt, writing=False))
+        raise Declined(reason)
+
+    def _find(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore | None:
+        """A complete store, or one that was begun."""
+        spec, decision = images, attempt.decision
+        if attempt.writing:
+            spec = self.spec_maker.written(images)
+        elif decision is not None and decision.parent is not None:
+            parent = self.decisions[decision.parent].store
+            spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
+        else:
+            spec = self._deepened(images, attempt)
+        store = open_matching(spec, self.group)
+        if store is None and attempt.writing and attempt.accept_built:
+            store = open_matching(images, self.group)
+        if store is not None and self.budget.holds(store):
+            self._announce_randomness(spec)
+            self.announcer.info(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).")
+            self._register(store, built=False)
+            return store
+        return PartialStore.reopen(spec, self.group) if attempt.writing else None
+
+    def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
+        """Makes a store, or begins it, in the first way that fits.
+
+        Raises:
+            OverLimit: if none does.
+            Declined: if it would not pay.
+        """
+        spec = self.spec_maker.written(images) if attempt.writing else self._deepened(images, attempt)
+        problem = None
+        for limit, deletes_outdated in self.budget.attempts(spec, copies=2 if attempt.writing else 1):
+            if attempt.decision is None and not attempt.decided:
+                self._check_worth(spec, attempt.request.epochs_left, limit)
+            self._announce_randomness(spec)
+            if deletes_outdated:
+                self.announcer.warning(
+                    f"The feature stores of earlier cuts are deleted before the one of cut {spec.cut} is built: the "
+                    "budget does not hold both."
+                )
+                self.remove_outdated(spec.cut)
+                if self.holdings.outdated(spec.cut):
+                    continue  # one could not be deleted
+                spec = self.spec_maker.written(images) if attempt.writing else images
+            try:
+                return self._make(replace(spec, limit=limit), images, attempt)
+            except OverLimit as error:
+                problem = error
+        raise problem or OverLimit(self.budget.needed(spec), self.budget.limit() or 0)
+
+    def _make(self, spec: StoreSpec, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
+        """Makes a store with the smallest kind of geometry that fits every view; with whole views if none does.
+
+        Args:
+            spec: what to make.
+            images: the same from images.
+            attempt: how.
+
+        Raises:
+            OverLimit: if it does not fit.
+            Declined: if what turned out to be necessary would not pay.
+        """
+        while True:
+            try:
+                settled = self.spec_maker.settle(spec)
+                if attempt.writing:
+                    partial_store = PartialStore.begin(settled, self.group)
+                    self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))
+                    return partial_store
+                store = materialize(settled, self.group)
+            except GeometryMisfit as misfit:
+                spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
+            else:
+                self._register(store, built=True)
+                attempt.request.phase.add_store(store.bytes)
+                self._announce_built(store)
+                return store
+            if attempt.decision is None:
+                self._check_worth(spec, attempt.request.epochs_left, spec.limit)
+
+    def _with_larger_geometry(self, base: StoreSpec, spec: StoreSpec, misfit: GeometryMisfit) -> StoreSpec:
+        """The next larger way to store views.
+
+        Args:
+            base: the spec to change.
+            spec: the one that did not fit.
+            misfit: why.
+
+        Raises:
+            OverLimit: if the next larger way takes more bytes than `spec.limit`.
+        """
+        if spec.views.geometry == PROJECTIVE and not misfit.for_all_kinds:
+            views = replace(base.views, geometry=DENSE)
+            consequence = "The store holds the geometry of every position of a feature"
+        else:
+            views = ViewSpec(spec.views.count)
+            consequence = "The store holds whole views, whatever sensitive_fraction and sensitive_budget are"
+        spec = replace(base, views=views, notes={}, limit=spec.limit)
+        needed = self.budget.needed(spec)
+        self.announcer.warning(f"{consequence} ({show_bytes(needed)} in all), because {misfit}.")
+        if spec.limit is not None and needed > spec.limit:
+            raise OverLimit(needed, spec.limit) from misfit
+        return spec
+
+    def _check_worth(self, spec: StoreSpec, epochs_left: float, limit: int | None) -> None:
+        """Raises Declined if the store would not pay."""
+        if self.config.cache == "always":
+            return
+        if epochs_left < 1:
+            raise Declined("less than one epoch remains")
+
+        def measure() -> tuple[str | None, PlanRow | None]:
+            try:
+                return self._prober.refuse(spec, epochs_left, limit)
+            except (RuntimeError, OSError) as error:  # out of memory is not worth a training
+                return f"the time that it would save could not be measured: {describe_error(error)}", None
+
+        reason, row = self.group.on_main(measure)
+        if reason is not None or row is None:
+            raise Declined(reason)
+        self.announcer.warning_once(
+            f"Cut {spec.cut}: {row.codec}, {show_bytes(row.bytes)} (base {show_bytes(row.base_bytes)}, views "
+            f"{show_bytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
+            f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: it pays."
+        )
+
+    # Deepening
+
+    def _deepened(self, images: StoreSpec, attempt: _Attempt) -> StoreSpec:
+        """The spec with the store before as its source, where that is configured and possible."""
+        parent = self._open_parent(images, attempt)
+        if parent is None:
+            return images
+        reason = self.group.on_main(partial(why_not_deepen, parent, images))
+        if reason is not None:
+            self.announcer.warning_once(
+                f"Building the store for cut {images.cut} from images; the store at cut {parent.manifest.cut} cannot "
+                f"be extended because {reason}."
+            )
+            return images
+        return self.spec_maker.deepened(images, parent)
+
+    def _open_parent(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | None:
+        """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs images."""
+        parent = attempt.request.parent
+        if isinstance(parent, FeatureStore):
+            cut, store = parent.manifest.cut, parent
+        else:
+            cut, store = parent, None
+        if attempt.decision is not None:
+            store = store if cut == attempt.decision.parent else None
+            cut = attempt.decision.parent
+        elif self.config.deepen != "cache":
+            return None
+        if cut is None or cut >= images.cut:
+            return None
+        if store is not None:
+            return store
+        request = Request(cut, 0, attempt.request.phase)
+        try:
+            return self._complete(_Attempt(request, self.decisions.get(cut)))
+        except Declined as reason:
+            self.announcer.warning(
+                f"The store of cut {cut} cannot be built again, so the deeper one is built from images: {reason}."
+            )
+            return None
+
+    # Records and messages
+
+    def _register(self, store: FeatureStore, built: bool) -> None:
+        manifest = store.manifest
+        self.holdings.add(store.path, store.total_bytes, built, manifest.cut)
+        decision = self.decisions.get(manifest.cut)
+        if decision is None or decision.store is None:
+            origin = manifest.made_from.get(DEEPENED_FROM)
+            parents = [cut for cut, other in self.decisions.items() if origin is not None and other.store == origin]
+            parent = parents[0] if parents else None
+            written = WRITTEN in manifest.made_from
+            self.decisions[manifest.cut] = Decision(manifest.codec, store.path.name, parent, written)
+
+    def _announce_randomness(self, spec: StoreSpec) -> None:
+        augmentation, views = self.spec_maker.augmentation, self.config.views
+        if hasattr(self.source.dataset, "set_epoch"):
+            self.announcer.warning_once(
+                "The train data set changes with the epoch: every replay epoch repeats its state at the time when the "
+                "feature store is built."
+            )
+        if augmentation is None or not augmentation.random:
+            return
+        if not views:
+            self.announcer.warning_once(
+                "The train data set is random (transform or collator): every replay epoch repeats what is drawn when "
+                "the feature store is built (views=0); augmentation ends at the freeze point."
+            )
+        elif not augmentation.replayable:
+            size = show_bytes(self.budget.needed(spec))
+            self.announcer.warning_once(
+                f"Augmentation cannot be replayed from one base view, because {augmentation.why_not}: {views + 1} "
+                f"whole draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay "
+                "epochs repeat them."
+            )
+
+    def _announce_built(self, store: FeatureStore) -> None:
+        manifest = store.manifest
+        configured = self.config.codec_at(manifest.cut, len(self.chain))
+        codec = (
+            manifest.codec if manifest.codec == configured else f"{manifest.codec}, since {configured} does not fit"
+        )
+        origin = "from the store before it, " if DEEPENED_FROM in manifest.made_from else ""
+        self.announcer.warning(
+            f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {len(store)} "
+            f"samples{_describe_views(store)}): training does not run {manifest.cut} of {len(self.chain)} blocks any "
+            "more."
+        )
+
+
+def _describe_views(store: FeatureStore) -> str:
+    views, layout = store.views.spec, store.codec.layout
+    if not views.count:
+        return ""
+    text = f", {views.count} augmented view{'s' if views.count > 1 else ''} each"
+    if views.whole or views.channels is None:
+        return f"{text}, whole"
+    return f"{text}, {len(views.channels)} of {layout.channels} channels of it"

@@ -1,0 +1,32 @@
+"""The shape of a feature: what contradicts itself, and how it is written down."""
+
+import pytest
+import torch
+from hypothesis import given
+from support.codec_cases import EXAMPLES, layouts
+
+from hf_freezecache.model.layout import FeatureLayout
+
+
+@EXAMPLES
+@given(layouts())
+def test_layout_survives_json(layout):
+    assert FeatureLayout.from_json(layout.to_json()) == layout
+    assert layout.values == layout.channels * (layout.positions + layout.special_tokens)
+
+
+@pytest.mark.parametrize(
+    "shape, grid, special, dtype, message",
+    [
+        ((), None, 0, torch.float32, "positive sizes"),
+        ((3, 0), None, 0, torch.float32, "positive sizes"),
+        ((1, 2, 3, 4), None, 0, torch.float32, "positive sizes"),
+        ((3, 4), None, 3, torch.float32, "0 to 2 leading special tokens"),
+        ((3, 4, 4), None, 1, torch.float32, "0 to 0 leading special tokens"),
+        ((5, 4), (2, 2), 0, torch.float32, "does not cover the 5 positions"),
+        ((3, 4), None, 0, torch.int64, "float32, float16, bfloat16"),
+    ],
+)
+def test_contradictory_layout_is_refused(shape, grid, special, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureLayout(shape, grid, special, dtype)

@@ -1,0 +1,27 @@
+"""Policies asked epoch by epoch."""
+
+from hypothesis import settings
+
+from hf_freezecache.policies import FreezePolicy, Moment
+
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def cuts(policy, epochs, blocks=12):
+    policy.start(blocks)
+    return [policy.decide(Moment(epoch, epochs, 0, 100, 0, blocks)) for epoch in range(epochs)]
+
+
+class Answers(FreezePolicy):
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def decide(self, moment):
+        self.asked.append(moment.epoch)
+        return self.answers[moment.epoch]
+
+    def state_dict(self):
+        return {"asked": list(self.asked)}
+
+    def load_state_dict(self, state):
+        self.asked = list(state["asked"])

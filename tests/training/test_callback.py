@@ -1,0 +1,112 @@
+"""The callback asks the policy once an epoch, and a decision stays."""
+
+import pytest
+from support.policies import Answers
+
+from hf_freezecache.policies import ManualPolicy
+from hf_freezecache.training.callback import FreezeCallback
+
+
+class Mover:
+    num_blocks = 6
+
+    def __init__(self):
+        self.cuts, self.epochs_left, self.watched = [], [], []
+
+    def watch(self, signals):
+        self.watched.append(signals)
+
+    def agree(self, value):
+        return value
+
+    def begin_epoch(self, moment, epochs_left):
+        self.cuts.append(moment.cut)
+        self.epochs_left.append(epochs_left)
+
+    def state(self):
+        return {"some": "state"}
+
+
+def run_epochs(callback, mover, first, last, max_steps=20):
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(gradient_accumulation_steps=1)
+    state = SimpleNamespace(epoch=float(first), global_step=4 * first, max_steps=max_steps, num_train_epochs=5)
+    callback.on_train_begin(args, state, None)
+    for epoch in range(first, last):
+        state.epoch, state.global_step = float(epoch), 4 * epoch
+        callback.on_epoch_begin(args, state, None, train_dataloader=range(4))
+    return mover.cuts
+
+
+def test_callback_cut_never_moves_back():
+    callback, mover = FreezeCallback(Answers(0, 3, 1, 4, 2)), Mover()
+    callback.attach(mover)
+    assert run_epochs(callback, mover, 0, 5) == [0, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("answer", [7, -1, 2.0, True, None, "2"])
+def test_callback_refuses_an_impossible_answer(answer):
+    callback, mover = FreezeCallback(Answers(answer)), Mover()
+    callback.attach(mover)
+    with pytest.raises(ValueError, match="Answers decided .* from 0 to 6"):
+        run_epochs(callback, mover, 0, 1)
+
+
+def test_callback_restored_does_not_decide_again():
+    """A checkpoint at the end of epoch 1 and one in the middle of it decide the same from there on."""
+    policy = Answers(0, 3, 4, 5, 5)
+    callback, mover = FreezeCallback(policy), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 2)
+    saved = callback.state()["attributes"]
+    assert saved["session"] == {"some": "state"} and saved["cut"] == 3
+
+    changed = Answers(6, 6, 4, 6, 6)
+    again, other = FreezeCallback(changed), Mover()
+    again.attach(other)
+    again.restore(saved)
+    assert changed.asked == [0, 1]
+    assert run_epochs(again, other, 1, 3) == [3, 4]
+    assert changed.asked == [0, 1, 2]
+
+
+def test_callback_starts_every_training_from_nothing():
+    policy = Answers(2, 3, 4, 5, 5)
+    callback, mover = FreezeCallback(policy), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 5)
+    again = Mover()
+    callback.attach(again)
+    assert (callback.cut, callback.decided_epoch) == (0, -1)
+    assert run_epochs(callback, again, 0, 1) == [2]
+
+
+def test_callback_tells_the_epochs_that_remain():
+    callback, mover = FreezeCallback(Answers(1, 1, 1)), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 3, max_steps=10)
+    assert mover.epochs_left == [2.5, 1.5, 0.5]
+
+
+def test_callback_ends_a_store_where_the_cut_moves_on():
+    callback, mover = FreezeCallback(ManualPolicy("0:1,2:2")), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 4)
+    assert mover.epochs_left == [2, 1, 3, 2]
+
+
+def test_callback_has_what_the_policy_observes_collected():
+    policy, mover = Answers(1), Mover()
+    policy.observes = frozenset({"gradients"})
+    callback = FreezeCallback(policy)
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 1)
+    assert mover.watched == [{"gradients"}]
+
+
+def test_callback_without_a_training_does_nothing():
+    callback = FreezeCallback(Answers(1))
+    callback.attach(None)
+    callback.on_epoch_begin(None, None, None)
+    assert callback.cut == 0 and callback.policy.asked == []
