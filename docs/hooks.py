@@ -35,7 +35,8 @@ def _turn(link, source, files):
     if not target.exists():
         return link[0]  # the strict build says what is broken
     name = target.relative_to(ROOT / "docs" if target.is_relative_to(ROOT / "docs") else ROOT).as_posix()
-    name = "index.md" if name == "README.md" else name
+    if name == "README.md":
+        name, mark, anchor = "index.md", "", ""  # the site's first page has other headings
     name = f"{name}/README.md" if target.is_dir() else name
     if files.get_file_from_path(name) is None:
         return text

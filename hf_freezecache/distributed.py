@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -98,7 +98,13 @@ class Announcer:
     Args:
         group: the processes.
         logger: of the module whose messages these are.
+
+    Attributes:
+        raises: types of errors that `failure` raises in place of logging them. Empty for users; the tests of this
+            package list what only a bug raises.
     """
+
+    raises: ClassVar[tuple[type[Exception], ...]] = ()
 
     def __init__(self, group: Group, logger: logging.Logger):
         self.group, self.logger = group, logger
@@ -125,6 +131,8 @@ class Announcer:
             message: what does not happen now, without a full stop.
             error: why.
         """
+        if isinstance(error, self.raises):
+            raise error
         self.warning(f"{message}: {describe_error(error)}")
         self._log(logging.DEBUG, message, exc_info=error)
 

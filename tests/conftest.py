@@ -7,8 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_freezecache.distributed import Announcer
+
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+# What only a bug raises is never survived in tests: not under the default settings either.
+Announcer.raises = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy
 from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
-from hf_freezecache.trainer import make_policy
+from hf_freezecache.training.trainer_hooks import make_policy
 
 POINTS = "1:2,3:4"
 

@@ -1,1 +1,1 @@
-"""What is random in a sample, and what of it can be repeated on cached features."""
+"""Random augmentation that can be repeated: on images, and on cached features."""

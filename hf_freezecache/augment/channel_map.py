@@ -1,10 +1,11 @@
-"""Channels of a view from those of its base view, where warping each one alone does not give them.
+"""Channel maps: linear maps that compute the channels of a view from the warped channels of its base view.
 
-A filter that sees left edges answers to a mirrored image where another one answered before: the features of a mirrored
-view are not the mirrored features, channel by channel, but they nearly are a linear map of them. One map is fitted to
-views that are mirrored and one to those that are not, by ridge regression on the sample on which the channels'
-similarity is measured, from all warped channels and the sensitive ones, which are kept of every view. A position's
-neighbours count too, where that is affordable: interpolation between positions blurs, and they sharpen.
+In a mirrored image, a filter for right edges responds where a filter for left edges did before. So the features of a
+mirrored view are not the mirrored features, channel by channel, but nearly a linear map of them. One map is fitted for
+mirrored views and one for the others, by ridge regression on the same sample from which the channels' similarity is
+measured. The inputs are all warped channels and the sensitive channels, which are stored for every view. Where it is
+affordable, the neighbours of a position are inputs too: warping interpolates between positions, which blurs, and the
+neighbours undo that.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Share of the mean square of the inputs that is added to each: what hardly varies gets no weight.
+# Ridge: this share of the inputs' mean square is added to each input, so that inputs that hardly vary get no weight.
 _RIDGE = 1e-3
-# Positions per unknown below which a map is not fitted.
+# A map is fitted only if there are at least this many positions per unknown.
 _POSITIONS_PER_INPUT = 4
-# Positions of a batch that are looked at: more cost time and change nothing.
+# Number of positions of a batch that are used; more would take time and change nothing.
 _POSITIONS = 2048
-# Inputs up to which the neighbours count.
+# The neighbours are inputs only if there are at most this many inputs.
 _MOST_INPUTS = 2048
 
 
 class ChannelMapFit:
-    """Accumulates what a map can be fitted to, in two halves that judge each other.
+    """Accumulates the data for channel maps in two halves; a map fitted to one half is judged on the other.
 
     Args:
-        channels: number of them.
-        grid: `(h, w)` of their maps.
+        channels: number of channels.
+        grid: `(h, w)`, the feature grid.
+
+    Attributes:
+        warped_inputs: number of inputs that come from warped channels, neighbours included.
     """
 
     def __init__(self, channels: int, grid: tuple[int, int]):
@@ -40,25 +44,27 @@ class ChannelMapFit:
         self._products = torch.zeros(2, 2, size, size, dtype=torch.float64)
         self._batches = 0
 
-    def will_fit(self, kept: int, positions: float, updates: int) -> bool:
-        """Whether a map for one kind of view will be fitted, mirrored ones or the others.
+    def will_fit(self, sensitive: int, positions: float, updates: int) -> bool:
+        """Whether there will be enough data to fit a map for one kind of views, the mirrored ones or the others.
 
         Args:
-            kept: channels that are kept of every view.
-            positions: of this kind, in an update.
-            updates: that there will be.
+            sensitive: number of channels that are stored for every view.
+            positions: number of positions of views of this kind in one update.
+            updates: number of updates.
         """
-        taken = positions / max(1, positions // _POSITIONS)
-        return updates // 2 * taken >= _POSITIONS_PER_INPUT * (self.warped_inputs + kept + 1)
+        used = positions / max(1, positions // _POSITIONS)
+        return updates // 2 * used >= _POSITIONS_PER_INPUT * (self.warped_inputs + sensitive + 1)
 
     def update(self, warped: Tensor, true: Tensor, shown: Tensor, mirrored: Tensor) -> None:
-        """Takes in a batch.
+        """Adds a batch.
 
         Args:
-            warped: normalized features of base views, warped, float32 `(B, C, h, w)`.
-            true: those of their views.
-            shown: bool `(B, h, w)`, where the view shows something of its base view.
-            mirrored: bool `(B,)`.
+            warped: warped normalized features of base views, float32 `(B, C, h, w)`.
+            true: normalized features of their views, of the same shape.
+            shown: bool `(B, h, w)`, where a view shows something of its base view.
+            mirrored: bool `(B,)`, whether a view is mirrored.
+
+        Shapes: B views, C channels, (h, w) the feature grid.
         """
         half, self._batches = self._batches % 2, self._batches + 1
         for kind in (0, 1):
@@ -69,19 +75,22 @@ class ChannelMapFit:
             values = torch.cat([values, values.new_ones(len(values), 1)], 1)
             self._products[half, kind] += (values.T @ values).cpu().double()
 
-    def solve(self, kept: Tensor) -> Tensor | None:
-        """The maps for normalized features.
+    def solve(self, sensitive: Tensor) -> Tensor | None:
+        """Fits the channel maps for normalized features.
 
         Args:
-            kept: int64 `(K,)`, the channels that are kept of every view.
+            sensitive: int64 `(K,)`, the channels that are stored for every view.
 
         Returns:
-            float64 `(2, N * C + K + 1, C)`, for views that are not mirrored and those that are: the weights of warped
-            channels (each with its N neighbours, itself included), of kept channels and of one. A channel that its
-            map would not bring nearer is only warped. None if no channel gains.
+            float64 `(2, N * C + K + 1, C)`: a map for views that are not mirrored and one for mirrored views. A map
+            holds the weights of the warped channels (each with its N neighbouring positions, itself included), of the
+            sensitive channels, and a constant. For a channel whose error it would not lower, it only copies the warped
+            channel. None if it lowers the error of no channel.
+
+        Shapes: C channels, K of them sensitive, N neighbouring positions.
         """
         channels, warped = self.channels, self.warped_inputs
-        inputs = torch.cat([torch.arange(warped), warped + kept, torch.tensor([warped + channels])])
+        inputs = torch.cat([torch.arange(warped), warped + sensitive, torch.tensor([warped + channels])])
         targets = warped + torch.arange(channels)
         warp_alone = torch.zeros(len(inputs), channels, dtype=torch.float64)
         middle = self.side**2 // 2
@@ -93,80 +102,87 @@ class ChannelMapFit:
                 maps.append(warp_alone)
                 continue
             errors = torch.zeros(2, channels, dtype=torch.float64)
-            for fitted, judge in ((0, 1), (1, 0)):
-                own = _ridge(halves[fitted], inputs, targets)
-                errors += torch.stack([_error(halves[judge], inputs, targets, each) for each in (own, warp_alone)])
+            for fit, judge in ((0, 1), (1, 0)):
+                weights = _ridge(halves[fit], inputs, targets)
+                errors += torch.stack([_error(halves[judge], inputs, targets, each) for each in (weights, warp_alone)])
             better = errors[0] < errors[1]
-            # What is kept is not made.
-            better[kept] = False
+            # Sensitive channels are stored, not computed.
+            better[sensitive] = False
             gains |= bool(better.any())
             maps.append(torch.where(better, _ridge(halves.sum(0), inputs, targets), warp_alone))
         return torch.stack(maps) if gains else None
 
 
-def denormalized(maps: Tensor, kept: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The maps for features as they are.
+def denormalized(channel_maps: Tensor, sensitive: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Turns channel maps for normalized features into maps for the features themselves.
 
     Args:
-        maps: what `ChannelMapFit.solve` returned.
-        kept: the channels that it was solved for.
+        channel_maps: what `ChannelMapFit.solve` returned, float64 `(2, N * C + K + 1, C)`.
+        sensitive: the channels that were passed to it, int64 `(K,)`.
         mean, deviation: `(C,)`, by which the features were normalized.
 
     Returns:
-        float32, of the same shape.
+        float32 `(2, N * C + K + 1, C)`.
+
+    Shapes: C channels, K of them sensitive, N neighbouring positions.
     """
     mean, deviation = mean.double(), deviation.double()
-    neighbours = (maps.shape[1] - len(kept) - 1) // len(mean)
+    neighbours = (channel_maps.shape[1] - len(sensitive) - 1) // len(mean)
     input_mean, input_deviation = (
-        torch.cat([value.repeat_interleave(neighbours), value[kept]]) for value in (mean, deviation)
+        torch.cat([value.repeat_interleave(neighbours), value[sensitive]]) for value in (mean, deviation)
     )
-    weights = maps[:, :-1] / input_deviation[:, None] * deviation
-    constant = mean + deviation * maps[:, -1:] - input_mean[None, None] @ weights
+    weights = channel_maps[:, :-1] / input_deviation[:, None] * deviation
+    constant = mean + deviation * channel_maps[:, -1:] - input_mean[None, None] @ weights
     return torch.cat([weights, constant], 1).float()
 
 
-def apply_channel_map(maps: Tensor, warped: Tensor, kept: Tensor | None, mirrored: Tensor, limits: Tensor) -> Tensor:
-    """Features of views from those of their base views.
+def apply_channel_map(
+    channel_maps: Tensor, warped: Tensor, sensitive: Tensor | None, mirrored: Tensor, limits: Tensor
+) -> Tensor:
+    """Computes the features of views from the warped features of their base views.
 
     Args:
-        maps: float32 `(2, N * C + K + 1, C)`.
-        warped: features of the base views, warped, `(B, C, h, w)`.
-        kept: the views' own sensitive channels, `(B, K, h, w)`; None if there are none.
-        mirrored: bool `(B,)`.
-        limits: float32 `(2, C)`, the smallest and the largest value that a channel may have.
+        channel_maps: float32 `(2, N * C + K + 1, C)`, for views that are not mirrored and for mirrored views.
+        warped: warped features of the base views, `(B, C, h, w)`.
+        sensitive: sensitive channels of the views, `(B, K, h, w)`; None if there are none.
+        mirrored: bool `(B,)`, whether a view is mirrored.
+        limits: float32 `(2, C)`, smallest and largest value of a channel in the result.
 
     Returns:
         `(B, C, h, w)`, of the dtype of the features.
+
+    Shapes: B views, C channels, K of them sensitive, N neighbouring positions, (h, w) the feature grid.
     """
-    channels, own = warped.shape[1], 0 if kept is None else kept.shape[1]
-    side = round(((maps.shape[1] - own - 1) // channels) ** 0.5)
-    made = torch.empty(warped.shape, dtype=torch.float32, device=warped.device)
+    channels, stored = warped.shape[1], 0 if sensitive is None else sensitive.shape[1]
+    side = round(((channel_maps.shape[1] - stored - 1) // channels) ** 0.5)
+    features = torch.empty(warped.shape, dtype=torch.float32, device=warped.device)
     for kind in (0, 1):
         rows = (mirrored == bool(kind)).nonzero().squeeze(1)
         if len(rows) == 0:
             continue
-        weights, constant = maps[kind, :-1].T, maps[kind, -1]
-        around = weights[:, : weights.shape[1] - own].reshape(channels, channels, side, side)
+        weights, constant = channel_maps[kind, :-1].T, channel_maps[kind, -1]
+        around = weights[:, : weights.shape[1] - stored].reshape(channels, channels, side, side)
         values = F.conv2d(_padded(warped[rows].float(), side), around, constant)
-        if own:
-            values += F.conv2d(kept[rows].float(), weights[:, -own:, None, None])
-        made[rows] = values
+        if stored:
+            values += F.conv2d(sensitive[rows].float(), weights[:, -stored:, None, None])
+        features[rows] = values
     low, high = limits[:, :, None, None]
-    return torch.minimum(torch.maximum(made, low), high).to(warped.dtype)
+    return torch.minimum(torch.maximum(features, low), high).to(warped.dtype)
 
 
-def _padded(maps: Tensor, side: int) -> Tensor:
-    return F.pad(maps, (side // 2,) * 4, mode="replicate") if side > 1 else maps
+def _padded(features: Tensor, side: int) -> Tensor:
+    return F.pad(features, (side // 2,) * 4, mode="replicate") if side > 1 else features
 
 
 def _ridge(products: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Weights `(inputs, targets)` of a ridge regression, from the products of all inputs."""
     square = products[inputs][:, inputs]
     square = square + _RIDGE * square.diagonal().mean() * torch.eye(len(inputs), dtype=torch.float64)
     return torch.linalg.solve(square, products[inputs][:, targets])
 
 
 def _error(products: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over positions of the squared error of every target."""
+    """Squared error of every target, summed over the positions."""
     square, cross = products[inputs][:, inputs], products[inputs][:, targets]
-    own = products.diagonal()[targets]
-    return own - 2 * (weights * cross).sum(0) + (weights * (square @ weights)).sum(0)
+    squares = products.diagonal()[targets]
+    return squares - 2 * (weights * cross).sum(0) + (weights * (square @ weights)).sum(0)

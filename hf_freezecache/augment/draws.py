@@ -1,7 +1,7 @@
-"""For what a replayable transform draws: a sample in a live epoch, or a view of a sample for the cache.
+"""Draws: the samples for which a replayable transform draws, in a live epoch or as views for the cache.
 
-A data set hands its transform images, not sample numbers. Whoever fetches rows says in a context which samples they
-are; the transform takes its random numbers from there, and leaves the geometry of what it drew.
+A data set passes images to its transform, not sample numbers. Code that fetches rows sets a `Draw` for the length of a
+context. The transform reads from it what its random numbers depend on, and writes the geometry of its views to it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ _current: ContextVar[Draw | None] = ContextVar("freezecache_draw", default=None)
 
 
 class Draw:
-    """What the rows that are being fetched are for.
+    """The samples of one fetch, and what their random numbers depend on.
 
     Args:
         seed: of the training.
         samples: row numbers, in the order in which they are fetched.
-        epoch: of a live epoch; None for the cache.
-        view: number of the view for the cache, 0 being the base, or one number per sample; None in live epochs.
-        geometry: kind and feature grid `(h, w)` in which the views' geometry is wanted; None if it is not.
+        epoch: the live epoch; None for the cache.
+        view: number of the view for the cache, 0 for the base view, or one number per sample; None in live epochs.
+        geometry: kind and feature grid `(h, w)` of the geometry that is requested; None: no geometry is.
 
     Attributes:
-        geometries: what the transform has left, one row per sample taken whose view is not the base view.
-        refused: why a transform could not tell the geometry; None if it could.
+        geometries: geometry of the views that are not the base view, `(G,)` each, written by the transform.
+        refused: why a transform could not give the geometry; None if it could.
+        position: number of samples that the transform has drawn so far.
+
+    Raises:
+        ValueError: if the number of views is not the number of samples.
     """
 
     def __init__(
@@ -44,31 +48,31 @@ class Draw:
         self._view = view
         self.geometries: list[torch.Tensor] = []
         self.refused: str | None = None
-        self.taken = 0
+        self.position = 0
 
     @property
     def view(self) -> int | None:
-        """View of the sample that was taken last; None in live epochs."""
+        """View of the sample that `take` returned last; None in live epochs."""
         if self._view is None or isinstance(self._view, int):
             return self._view
-        return self._view[max(self.taken - 1, 0)]
+        return self._view[max(self.position - 1, 0)]
 
     def take(self) -> int:
-        """Number of the sample whose image comes next.
+        """Counts one more image and returns the number of its sample.
 
         Raises:
             ValueError: if the transform is called for more images than samples are fetched.
         """
-        if self.taken == len(self.samples):
+        if self.position == len(self.samples):
             raise ValueError(
                 f"the transform was called for more images than the {len(self.samples)} samples fetched: which image "
                 "belongs to which sample is unknown. Use one `ReplayableTransform`, once per row."
             )
-        self.taken += 1
-        return self.samples[self.taken - 1]
+        self.position += 1
+        return self.samples[self.position - 1]
 
     def key(self, sample: int) -> tuple[int | str, ...]:
-        """What the random numbers of the sample that was taken last depend on, and nothing else."""
+        """Everything on which the random numbers of the sample that `take` returned last depend."""
         view = self.view
         if view is None:
             return ("live", self.seed, self.epoch, sample)
@@ -77,23 +81,23 @@ class Draw:
 
 @contextlib.contextmanager
 def use_draw(draw: Draw) -> Iterator[Draw]:
-    """Inside, replayable transforms draw for these samples.
+    """Inside the context, replayable transforms draw for these samples.
 
     Raises:
-        ValueError: on leaving, if a transform was called for some of the samples, but not for all.
+        ValueError: on leaving the context, if a transform was called for some of the samples, but not for all.
     """
     token = _current.set(draw)
     try:
         yield draw
     finally:
         _current.reset(token)
-    if draw.taken not in (0, len(draw.samples)):
+    if draw.position not in (0, len(draw.samples)):
         raise ValueError(
-            f"the transform was called for {draw.taken} of {len(draw.samples)} samples fetched: which image "
+            f"the transform was called for {draw.position} of {len(draw.samples)} samples fetched: which image "
             "belongs to which sample is unknown. A data set that keeps transformed images cannot be replayed."
         )
 
 
 def current_draw() -> Draw | None:
-    """What is being fetched; None where a data set is read by somebody else."""
+    """The draw of the fetch that is running; None if rows are read outside `use_draw`."""
     return _current.get()

@@ -1,4 +1,4 @@
-"""Features as maps: the positions of every channel as a small picture, without special tokens."""
+"""Feature maps: the positions of every channel as an image, without special tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from ..model.layout import FeatureLayout
 
 
 def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
-    """The positions of features as one map per channel; special tokens are left out.
+    """Features as one feature map per channel, without special tokens.
 
     Args:
         features: `(B, *layout.shape)`.
+        layout: layout of the features.
 
     Returns:
         `(B, C, h, w)`, sharing memory with the features.
@@ -31,14 +32,15 @@ def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
 
 
 def put_maps(features: torch.Tensor, maps: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
-    """Writes maps over the positions of features, in place; special tokens stay.
+    """Replaces the positions of features by feature maps, in place; special tokens do not change.
 
     Args:
-        features: `(B, *layout.shape)`.
+        features: `(B, *layout.shape)`; changed in place.
         maps: `(B, C, h, w)`, of any float dtype.
+        layout: layout of the features.
 
     Returns:
-        The features.
+        The same features.
 
     Raises:
         ValueError: if the layout has no grid, or a shape does not fit.
@@ -53,7 +55,11 @@ def put_maps(features: torch.Tensor, maps: torch.Tensor, layout: FeatureLayout) 
 
 
 def check_grid(layout: FeatureLayout) -> None:
-    """Raises ValueError if the layout has no grid."""
+    """Checks that features can be warped.
+
+    Raises:
+        ValueError: if the layout has no grid.
+    """
     if layout.grid is None:
         raise ValueError(
             f"features of shape {layout.shape} have no grid, so nothing in them can be warped: "

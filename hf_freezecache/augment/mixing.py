@@ -1,4 +1,4 @@
-"""Mixup, cutmix and noise: on the images of live epochs, on the features of replay epochs."""
+"""Mixup, cutmix and noise, on the images of live epochs and on the features of replay epochs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .maps import put_maps, to_maps
 class Mixer:
     """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) on a training batch, by torchvision's `v2` transforms.
 
-    In live epochs they mix images, in replay epochs the features at the cut, with the same draws in the same order
-    from torch's CPU generator. Each row is mixed with the one before it. With both of them on, each batch gets one or
-    the other with probability 1/2, as from `v2.RandomChoice([CutMix, MixUp])`.
+    Live epochs mix images, replay epochs mix the features at the cut, with the same draws in the same order from
+    torch's CPU generator. Each row is mixed with the row before it. If both are on, each batch gets one of them with
+    probability 1/2, as with `v2.RandomChoice([CutMix, MixUp])`.
 
-    Mixup mixes every value of a feature alike. CutMix pastes a box of positions; special tokens (CLS, registers) lie
-    nowhere, so they are mixed by the box's share of the area, as the labels are. On a coarse grid the box is coarse
-    too: torchvision rounds its half sides down to whole positions, so that small boxes vanish (on 7x7 those whose
-    sides are under 2/7). The labels follow the box that was pasted.
+    Mixup mixes all values of a feature with the same weights. CutMix pastes a box of positions. Special tokens (CLS,
+    registers) have no position: they are mixed with the box's share of the area as weight, as the labels are. On a
+    coarse grid the box is coarse too: torchvision rounds its half sides down to whole positions, so that small boxes
+    vanish (on a 7x7 grid those with sides under 2/7). The weights of the labels are those of the box after rounding.
 
     Args:
-        mixup_alpha: of the Beta distribution mixup draws from; 0 turns it off.
-        cutmix_alpha: of the Beta distribution cutmix draws from; 0 turns it off.
+        mixup_alpha: parameter of the Beta distribution from which mixup draws; 0 turns mixup off.
+        cutmix_alpha: parameter of the Beta distribution from which cutmix draws; 0 turns cutmix off.
         num_classes: number of classes, at least 2.
 
     Raises:
@@ -42,14 +42,14 @@ class Mixer:
             raise ValueError("nothing to mix: both mixup_alpha and cutmix_alpha are 0.")
         if num_classes < 2:
             raise ValueError(f"mixup and cutmix mix the labels of 2 classes or more, got num_classes={num_classes}")
-        # torchvision cannot draw with an integer alpha. Cutmix needs the arithmetic of mixup for special tokens, but
-        # never draws from it.
+        # torchvision cannot draw with an integer alpha. Cutmix uses the arithmetic of mixup for special tokens, but
+        # never draws with it.
         self._mixup = v2.MixUp(alpha=float(mixup_alpha) or 1.0, num_classes=num_classes)
         self._cutmix = v2.CutMix(alpha=float(cutmix_alpha), num_classes=num_classes) if cutmix_alpha else None
         self._both = mixup_alpha > 0 and cutmix_alpha > 0
 
     def check(self, layout: FeatureLayout) -> None:
-        """Says whether features of this layout can be mixed.
+        """Checks that features of a layout can be mixed.
 
         Raises:
             ValueError: if cutmix is on and the features have no grid.
@@ -67,18 +67,18 @@ class Mixer:
         label_name: str = "labels",
         layout: FeatureLayout | None = None,
     ) -> dict[str, Any]:
-        """Mixes a batch; the one given stays as it is.
+        """Mixes a batch. Does not change the given one.
 
         Args:
-            inputs: the model's inputs by name, with int64 labels `(B,)`.
-            main_input: name of what is mixed: images `(B, 3, H, W)` without a layout, features `(B, *shape)` with one;
-                floating point.
+            inputs: model inputs by name, with int64 labels `(B,)`.
+            main_input: name of the input that is mixed: floating point images `(B, 3, H, W)`, or features
+                `(B, *layout.shape)` if a layout is given.
             label_name: name of the labels.
-            layout: of the features; None for images.
+            layout: layout of the features; None for images.
 
         Returns:
-            The inputs with the main one mixed, its dtype kept, and float32 labels `(B, K)` whose rows sum to 1; the
-            other inputs as they were.
+            The inputs with the main input mixed, in its dtype, and float32 labels `(B, K)` whose rows sum to 1; the
+            other inputs are unchanged.
 
         Raises:
             ValueError: if labels or main input cannot be mixed, or cutmix is on and the features have no grid.
@@ -90,13 +90,13 @@ class Mixer:
         _check_values(values, len(labels), main_input, layout)
         if layout is not None:
             self.check(layout)
-        known = {"labels": labels, "batch_size": len(labels)}
+        batch = {"labels": labels, "batch_size": len(labels)}
         if self._draws_cutmix():
-            mixing, (mixed, params) = self._cutmix, self._cut(values, layout, known)
+            transform, (mixed, params) = self._cutmix, self._cut(values, layout, batch)
         else:
-            mixing, params = self._mixup, known | self._mixup.make_params([values])
+            transform, params = self._mixup, batch | self._mixup.make_params([values])
             mixed = self._blend(values, params["lam"])
-        return {**inputs, main_input: mixed, label_name: mixing.transform(labels, params)}
+        return {**inputs, main_input: mixed, label_name: transform.transform(labels, params)}
 
     def _draws_cutmix(self) -> bool:
         if not self._both:
@@ -105,10 +105,10 @@ class Mixer:
         return int(torch.multinomial(torch.tensor([0.5, 0.5]), 1)) == 0
 
     def _cut(
-        self, values: torch.Tensor, layout: FeatureLayout | None, known: dict[str, Any]
+        self, values: torch.Tensor, layout: FeatureLayout | None, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         maps = values if layout is None else to_maps(values, layout)
-        params = known | self._cutmix.make_params([maps])
+        params = batch | self._cutmix.make_params([maps])
         maps = self._cutmix.transform(maps, params)
         if layout is None:
             return maps, params
@@ -131,13 +131,16 @@ def soft_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy of a model's logits for class numbers or class probabilities; a loss function of `Trainer`.
+    """Cross entropy of a model's logits with class numbers or class probabilities; a loss function for `Trainer`.
 
     Args:
-        outputs: with `logits` `(B, K)`.
-        labels: int64 `(B,)` or float `(B, K)`.
-        num_items_in_batch: samples in all micro-batches of the optimizer step; None: those of this one.
+        outputs: model outputs with `logits` `(B, K)`.
+        labels: class numbers, int64 `(B,)`, or class probabilities, float `(B, K)`.
+        num_items_in_batch: number of samples in all micro-batches of the optimizer step; None: B.
         label_smoothing: from 0 to 1.
+
+    Returns:
+        The sum over the samples, divided by `num_items_in_batch`: a scalar.
 
     Shapes: B samples, K classes.
     """
@@ -146,11 +149,11 @@ def soft_cross_entropy(
 
 
 def add_noise(features: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Adds Gaussian noise, drawn as dropout draws: from the global generator of the features' device.
+    """Adds Gaussian noise from the global generator of the features' device, from which dropout draws too.
 
     Args:
         features: float tensor of any shape.
-        sigma: standard deviation, in the unit of the features.
+        sigma: standard deviation, in units of the features.
 
     Returns:
         A new tensor of the same dtype.
@@ -167,23 +170,24 @@ def _class_labels(inputs: Mapping[str, Any], name: str) -> torch.Tensor:
     labels = inputs.get(name)
     if labels is None:
         raise ValueError(
-            f"mixup and cutmix mix labels too, and the batch has no '{name}', only {', '.join(inputs)}: keep the "
+            f"mixup and cutmix mix labels too, but the batch has no '{name}', only {', '.join(inputs)}: keep the "
             "labels in the batch, or set mixup_alpha and cutmix_alpha to 0."
         )
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise ValueError(
             f"mixup and cutmix take one class number per sample, an int64 tensor (B,); '{name}' is {got}. If the "
-            "labels are soft already (a collator that mixes), take that out, or set mixup_alpha and cutmix_alpha to 0."
+            "labels are soft already (from a collator that mixes), remove that mixing, or set mixup_alpha and "
+            "cutmix_alpha to 0."
         )
     return labels
 
 
 def _check_values(values: torch.Tensor, rows: int, name: str, layout: FeatureLayout | None) -> None:
-    wanted = "(B, 3, H, W)" if layout is None else f"(B, {', '.join(map(str, layout.shape))})"
+    expected = "(B, 3, H, W)" if layout is None else f"(B, {', '.join(map(str, layout.shape))})"
     fits = values.ndim == 4 if layout is None else tuple(values.shape[1:]) == layout.shape
     if not fits or len(values) != rows or not values.is_floating_point():
         raise ValueError(
-            f"mixup and cutmix take '{name}' as floating point {wanted} with B={rows} as the labels, got "
+            f"mixup and cutmix take '{name}' as floating point {expected} with B={rows} as the labels, got "
             f"{values.dtype} {tuple(values.shape)}."
         )

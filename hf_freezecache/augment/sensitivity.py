@@ -1,8 +1,8 @@
-"""Which channels do not follow the augmentation: they must be stored for every view, the others can be warped.
+"""Sensitive channels: those that do not follow the augmentation, so that they must be stored for every view.
 
-Per channel, the true feature of an augmented view is compared with the base view's feature, warped by the view's
-geometry. Channels of the least similarity are the sensitive ones (similarity-aware channel augmentation,
-arXiv 2508.15033).
+For each channel, the true feature of an augmented view is compared with the feature of the base view, warped by the
+view's geometry. The sensitive channels are those with the lowest similarity (similarity-aware channel augmentation,
+arXiv 2508.15033). The others can be warped on replay.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from .geometry import is_mirrored, warp
 from .maps import check_grid, to_maps
 
 SIMILARITIES = ("ssim", "cosine")
-#: Name of the file in a store that keeps what was measured, without `.safetensors`.
+#: Name of the file in a store that holds the measured similarities, without `.safetensors`.
 SENSITIVITY = "sensitivity"
 
-# SSIM is made for pictures from 0 to a highest value: here 6 deviations, with the channel's mean in the middle.
+# SSIM expects values from 0 to this one. Normalized features are shifted so that a channel's mean is in the middle.
 _DATA_RANGE = 6.0
-# Mean square, in squared deviations, below which a map counts as zero for the cosine.
+# Mean square, in squared standard deviations, below which a feature map counts as zero for the cosine.
 _COSINE_FLOOR = 1e-6
-# Values compared at once: bounds the memory, of which SSIM needs about fifteen times as much; caches hold this many.
+# Number of values that are compared at once. It bounds the memory (SSIM needs about fifteen times as much), and
+# processor caches can hold this many.
 CHUNK = 1 << 18
 _PREVIEW_CHANNELS = 6
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How well the channels follow the augmentation.
+    """How well each channel follows the augmentation.
 
     Args:
-        similarity: float32 `(C,)`, mean over samples, in [-1, 1]; 1: warping the base feature gives the view's.
-        outside: float32 `(C,)`, mean of the true features where a view shows nothing of its base view; the channel's
-            mean if there was no such position.
+        similarity: float32 `(C,)` in [-1, 1], mean over samples; 1: the warped base feature equals the view's feature.
+        outside: float32 `(C,)`, mean of the true features at positions that show nothing of the base view; the mean of
+            the channel if there was no such position.
         outside_share: share of the views' positions that show nothing of their base view.
-        samples: number of views compared.
-        previews: for a picture: `sample_ids` int64 `(n,)`; `channels` int64 `(k,)`, from the least to the most
-            similar, at equal distances in that order; `base`, `view` and `warped`, float32 `(n, k, h, w)`, the last
-            NaN where the view shows nothing of its base view.
+        samples: number of views that were compared.
+        previews: feature maps to look at: `sample_ids` int64 `(n,)`; `channels` int64 `(k,)`, from the least to the
+            most similar one in equal steps; `base`, `view` and `warped`, float32 `(n, k, h, w)`. `warped` is NaN where
+            the view shows nothing of its base view.
 
     Shapes: C channels, n samples, k channels of the previews, (h, w) the feature grid.
     """
@@ -56,21 +57,21 @@ class Sensitivity:
     previews: dict[str, Tensor]
 
     def choose(self, count: int) -> Tensor:
-        """The `count` least similar channels: int64, ascending. Of equal channels the first are taken.
+        """The `count` least similar channels, int64, ascending. Of equally similar channels the first are chosen.
 
         Raises:
-            ValueError: if there are not that many channels.
+            ValueError: if there are fewer channels.
         """
         if not 0 <= count <= len(self.similarity):
             raise ValueError(f"cannot choose {count} of {len(self.similarity)} channels")
         return self.ranking()[:count].sort().values
 
     def ranking(self) -> Tensor:
-        """The channels, int64 `(C,)`, from the least to the most similar; of equal ones the first comes first."""
+        """All channels, int64 `(C,)`, from the least to the most similar; equally similar ones in their order."""
         return self.similarity.argsort(stable=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by flat names, for a safetensors file."""
+        """All fields as tensors by name, for a safetensors file."""
         return {
             "similarity": self.similarity,
             "outside": self.outside,
@@ -81,7 +82,7 @@ class Sensitivity:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Sensitivity:
-        """Restores what `tensors` returned.
+        """Restores the fields that `tensors` returned.
 
         Raises:
             KeyError: if a tensor is missing.
@@ -92,17 +93,17 @@ class Sensitivity:
 
 
 class SensitivityMeter:
-    """Accumulates, over batches, how well warped base features follow the true features of augmented views.
+    """Measures, over batches, how similar warped base features are to the true features of augmented views.
 
-    Every channel is normalized by its mean and deviation over the first batch's base features, so that a few channels
-    of large values do not decide. A channel that is constant there is only shifted by its mean.
+    Every channel is normalized by its mean and standard deviation in the base features of the first batch, so that a
+    few channels with large values do not dominate. A channel that is constant there is only shifted by its mean.
 
     Args:
-        layout: of the features; it has a grid.
-        similarity: "ssim": the mean over a map of how alike its windows are in mean, contrast and structure;
-            "cosine": of whole maps, after the channel's mean is taken away. A map of a single position has no
-            structure: its "ssim" is the cosine.
-        previews: number of samples of which some channels are kept for a picture.
+        layout: layout of the features; it must have a grid.
+        similarity: "ssim": similarity of windows in mean, contrast and structure, averaged over a feature map;
+            "cosine": cosine of whole feature maps after the channel's mean is subtracted. For feature maps with a
+            single position, which have no structure, "ssim" is the cosine too.
+        previews: number of samples of which some channels are saved to look at.
 
     Raises:
         ValueError: if the layout has no grid or the similarity is unknown.
@@ -118,22 +119,22 @@ class SensitivityMeter:
         self._samples = self._outside_count = self._positions = 0
         self._scores = torch.zeros(layout.channels, dtype=torch.float64)
         self._outside = torch.zeros(layout.channels, dtype=torch.float64)
-        self._kept: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._fit_of_maps = ChannelMapFit(layout.channels, layout.grid)
+        self._preview_rows: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._channel_map_fit = ChannelMapFit(layout.channels, layout.grid)
         self._low, self._high = torch.full((2, layout.channels), torch.inf) * torch.tensor([[1.0], [-1.0]])
 
     @torch.no_grad()
     def update(self, base: Tensor, view: Tensor, sources: Tensor, sample_ids: Sequence[int]) -> None:
-        """Compares a batch. Views that show nothing of their base view count only for what lies outside.
+        """Compares a batch. A view that shows nothing of its base view counts only for `outside`.
 
         Args:
             base: features of the base views, `(B, *layout.shape)`.
             view: features of one augmented view of each, of the same shape.
-            sources: the views' geometry, `(B, h, w, 2)`, from `geometry.decode_geometry`.
-            sample_ids: numbers of the B samples.
+            sources: geometry of the views, `(B, h, w, 2)`, from `decode_geometry`.
+            sample_ids: numbers of the samples.
 
         Raises:
-            ValueError: if a shape does not fit or a feature is not finite (the sample is named).
+            ValueError: if a shape does not fit, or a feature is not finite; the message names the sample.
 
         Shapes: B samples, (h, w) the layout's grid.
         """
@@ -155,7 +156,7 @@ class SensitivityMeter:
             self._add(_as_float(base_maps[part]), _as_float(view_maps[part]), sources[part], sample_ids[part])
 
     def result(self) -> Sensitivity:
-        """What has been accumulated so far.
+        """The result of all batches so far.
 
         Raises:
             ValueError: if no view shows anything of its base view.
@@ -172,24 +173,26 @@ class SensitivityMeter:
 
     @property
     def outside_share(self) -> float:
-        """Share of the positions so far that show nothing of their base view."""
+        """Share of the views' positions so far that show nothing of their base view."""
         return self._outside_count / max(1, self._positions)
 
-    def channel_maps(self, kept: Tensor) -> tuple[Tensor, Tensor] | None:
-        """How the channels of a view follow from the warped ones of its base view and those that are kept of it.
+    def channel_maps(self, sensitive: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Fits the maps that compute the channels of a view from warped and sensitive channels.
 
         Args:
-            kept: int64 `(K,)`.
+            sensitive: int64 `(K,)`, the channels that are stored for every view.
 
         Returns:
-            Maps float32 `(2, N * C + K + 1, C)` and limits `(2, C)` for `apply_channel_map`; None if warping alone is
-            as good, or too little was seen.
+            Channel maps, float32 `(2, N * C + K + 1, C)`, and limits, float32 `(2, C)`, for `apply_channel_map`; None
+            if warping alone is as good, or there was too little data.
+
+        Shapes: C channels, K of them sensitive, N neighbouring positions.
         """
-        maps = self._fit_of_maps.solve(kept)
+        maps = self._channel_map_fit.solve(sensitive)
         if maps is None:
             return None
         limits = torch.stack([self._low, self._high])
-        return denormalized(maps, kept, self._mean.cpu(), self._deviation.cpu()), limits
+        return denormalized(maps, sensitive, self._mean.cpu(), self._deviation.cpu()), limits
 
     def _fit(self, parts: Sequence[Tensor]) -> None:
         values = sum(part.shape[0] * part.shape[2] * part.shape[3] for part in parts)
@@ -197,7 +200,7 @@ class SensitivityMeter:
         mean = total / values
         squares = sum((_as_float(part) - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in parts)
         deviation = (squares / values).sqrt()
-        # What is left of a constant channel is the rounding of its mean: nothing to divide by.
+        # The deviation of a constant channel is only the rounding of its mean: it must not be a divisor.
         constant = deviation <= 1e-6 * mean.abs()
         self._mean, self._deviation = mean, deviation.masked_fill(constant, 1.0)
 
@@ -207,27 +210,27 @@ class SensitivityMeter:
             if not finite.all():
                 sample = sample_ids[int(finite.logical_not().nonzero()[0])]
                 raise ValueError(f"feature of sample {sample} is not finite (NaN or inf)")
-        # Exactly the positions that a replay fills with the channel's value are not compared.
+        # The positions that a replay fills with `outside`, and only these, are not compared.
         outside = warp(base.new_zeros(len(base), 1, *self.layout.grid), sources, base.new_ones(1))[:, 0] > 0
         inside = outside.logical_not()
         warped = warp(base, sources)
         rows = inside.flatten(1).any(1).nonzero().flatten()
-        true, followed = self._normalize(view), self._normalize(warped)
-        self._fit_of_maps.update(followed, true, inside, is_mirrored(sources))
+        true, predicted = self._normalize(view), self._normalize(warped)
+        self._channel_map_fit.update(predicted, true, inside, is_mirrored(sources))
         low, high = (values.cpu() for values in view.movedim(1, 0).flatten(1).aminmax(dim=1))
         self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self._outside += (true * outside.unsqueeze(1)).sum((0, 2, 3)).cpu().double()
         self._outside_count += int(outside.sum())
         self._positions += outside.numel()
         if len(rows):
-            scores = channel_similarity(true[rows], followed[rows], inside[rows], self.similarity)
+            scores = channel_similarity(true[rows], predicted[rows], inside[rows], self.similarity)
             self._scores += scores.sum(0).cpu().double()
             self._samples += len(rows)
-        for row in rows[: self.previews - len(self._kept)].tolist():
-            missing = warped[row].masked_fill(outside[row], torch.nan)
-            # `cpu` does not copy what is there already, and the maps may be the caller's own memory.
-            maps = (part.detach().cpu().clone() for part in (base[row], view[row], missing))
-            self._kept.append((int(sample_ids[row]), *maps))
+        for row in rows[: self.previews - len(self._preview_rows)].tolist():
+            shown = warped[row].masked_fill(outside[row], torch.nan)
+            # `cpu` does not copy a tensor that is on the CPU already, and the memory may be the caller's.
+            maps = (part.detach().cpu().clone() for part in (base[row], view[row], shown))
+            self._preview_rows.append((int(sample_ids[row]), *maps))
 
     def _normalize(self, maps: Tensor) -> Tensor:
         return (maps - self._mean.view(-1, 1, 1)) / self._deviation.view(-1, 1, 1)
@@ -236,37 +239,37 @@ class SensitivityMeter:
         count = min(_PREVIEW_CHANNELS, len(similarity))
         ranks = torch.linspace(0, len(similarity) - 1, count).round().long()
         channels = similarity.argsort(stable=True)[ranks]
-        previews = {"sample_ids": torch.tensor([kept[0] for kept in self._kept], dtype=torch.int64)}
+        previews = {"sample_ids": torch.tensor([row[0] for row in self._preview_rows], dtype=torch.int64)}
         previews["channels"] = channels
         for place, name in enumerate(("base", "view", "warped"), start=1):
-            maps = [kept[place][channels] for kept in self._kept]
+            maps = [row[place][channels] for row in self._preview_rows]
             previews[name] = torch.stack(maps) if maps else torch.zeros(0, count, *self.layout.grid)
         return previews
 
 
 def _as_float(maps: Tensor) -> Tensor:
-    # In one memory order, in which sums are rounded: tokens and maps then give the same bits.
+    # Always contiguous: the rounding of a sum depends on the memory order, and tokens and maps must give equal bits.
     return maps.to(torch.float32).contiguous()
 
 
 def channel_similarity(true: Tensor, warped: Tensor, valid: Tensor, method: str) -> Tensor:
-    """How alike two maps are, per sample and channel, over the valid positions alone.
+    """Similarity of two feature maps for each sample and channel, over the valid positions.
 
     Args:
         true: normalized features of a view, float32 `(B, C, h, w)`.
-        warped: normalized features of its base view, warped, of the same shape.
-        valid: bool `(B, h, w)`, at least one position of every sample.
-        method: one of `SIMILARITIES`; a map of a single position has the cosine by any.
+        warped: warped normalized features of its base view, of the same shape.
+        valid: bool `(B, h, w)`, true for at least one position of every sample.
+        method: one of `SIMILARITIES`; for feature maps with a single position, both give the cosine.
 
     Returns:
-        float32 `(B, C)` in [-1, 1]; 1, but for rounding, for equal maps, constant ones included.
+        float32 `(B, C)` in [-1, 1]; 1, up to rounding, for equal feature maps, also constant ones.
 
-    Shapes: B samples, C channels, (h, w) feature grid.
+    Shapes: B samples, C channels, (h, w) the feature grid.
     """
     valid = valid.unsqueeze(1)
     count = valid.sum((2, 3))
     if method == "ssim" and true.shape[2:] != (1, 1):
-        # Windows reach beyond the valid part; there both maps shall show the same.
+        # Windows reach beyond the valid positions; there both feature maps are made equal.
         image = _ssim(torch.where(valid, true, warped), warped)
         return (image * valid).sum((2, 3)) / count
     true, warped = true.masked_fill(~valid, 0), warped.masked_fill(~valid, 0)
@@ -277,12 +280,12 @@ def channel_similarity(true: Tensor, warped: Tensor, valid: Tensor, method: str)
 
 
 def _ssim(one: Tensor, other: Tensor) -> Tensor:
-    # torchmetrics takes seconds to import, most trainings never need it.
+    # The import of torchmetrics takes seconds, and most trainings never need it.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    # Around 0, maps of opposite signs would be alike: their means' factor is negative, as is that of their structure.
+    # Around 0, feature maps of opposite signs would be similar: the factors of mean and structure are both negative.
     middle = _DATA_RANGE / 2
-    # The image is of the maps' size: torchmetrics pads by reflection and crops nothing.
+    # The image has the size of the feature maps: torchmetrics pads by reflection and crops nothing.
     _, image = structural_similarity_index_measure(
         one + middle,
         other + middle,
@@ -291,17 +294,16 @@ def _ssim(one: Tensor, other: Tensor) -> Tensor:
         data_range=_DATA_RANGE,
         return_full_image=True,
     )
-    # Rounding can leave a covariance larger than the variances.
+    # Rounding can make a covariance larger than the variances.
     return image.clamp(-1, 1)
 
 
 def _sigma(side: int) -> float:
-    """Deviation of the Gaussian window along one side of a map.
+    """Standard deviation of the Gaussian window of SSIM along one side of a feature map.
 
-    torchmetrics takes a window of `2 * int(3.5 * sigma + 0.5) + 1` positions and pads by reflection, for which the
-    half of the window must be shorter than the side. The window is the usual one of 11 positions, or the largest that
-    the side holds; two positions get a window of 3, as one of 1 would see no contrast. Along a side of one position
-    the window has one.
+    torchmetrics uses a window of `2 * int(3.5 * sigma + 0.5) + 1` positions and pads by reflection, for which half a
+    window must be shorter than the side. The window has 11 positions, the usual number, or as many as fit. A side of
+    two positions gets a window of 3, because a window of 1 has no contrast. A side of one position gets a window of 1.
     """
     if side == 1:
         return 0.1

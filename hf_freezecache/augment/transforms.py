@@ -1,7 +1,7 @@
-"""Augmentation that can be drawn again: the same view of the same sample, and where it looks in the base view.
+"""Augmentation that can be repeated: the same view of the same sample again, and the geometry of the view.
 
-A torchvision v2 pipeline transforms images and masks with one draw. Given a mask that holds every pixel's own
-coordinates, it returns, for every pixel of the view, the coordinates of what that pixel shows.
+A torchvision v2 pipeline transforms an image and its masks with one draw. For a mask that holds the coordinates of
+every pixel, it returns, for every pixel of the view, the coordinates of the point that this pixel shows.
 """
 
 from __future__ import annotations
@@ -23,45 +23,50 @@ from ..rng import preserve_rng, seed_rng
 from .draws import Draw, current_draw
 from .geometry import cell_centres, encode_geometry, fit_affine, map_points
 
-# A coordinate grid's third channel: far from what images hold, so that a transform that treats the grid as an image
-# is found out.
+# Third channel of a coordinate grid: a value that no image holds, so that a transform that treats the grid as an image
+# is detected.
 _MARKER = 65536.0
-# Interpolation errs by half a pixel of the image, and by half a pixel of the view, along borders.
+# Interpolation errs along borders by half a pixel of the image plus half a pixel of the view; this adds a margin.
 _BORDER_ERROR = 0.6
-# Image sizes whose base view is remembered, a few hundred bytes each.
+# Number of image sizes for which the map to the base view is cached, a few hundred bytes each.
 _SIZES = 1024
 _ROUGHLY = 1e-5
 _END = "end it with v2.ToImage(), v2.ToDtype(torch.float32, scale=True)"
 
 
 class CoordinateGrid(tv_tensors.Mask):
-    """The coordinates of an image's pixels as a mask: float32 `(3, H, W)`: x + 1, y + 1 and a marker.
+    """The coordinates of an image's pixels as a mask, float32 `(3, H, W)`: x + 1, y + 1 and a constant marker.
 
-    Transforms interpolate the three linearly and put zeros outside, whatever they fill images with, so the first two
-    over the third are coordinates even half a pixel across the image's border. A plain mask takes the nearest pixel,
-    which is half a pixel of the view off on average, cannot be padded with colours, and is not erased.
+    Transforms interpolate the three channels linearly and fill them with zeros outside the image, whatever value they
+    fill images with. So the first two channels divided by the third are coordinates, up to half a pixel outside the
+    image's border. A plain mask would not do: it gets the nearest pixel, which is half a pixel of the view off on
+    average, cannot be padded with colours, and is not erased by `RandomErasing`.
+
+    Shapes: H x W pixels of the image.
     """
 
 
 class ReplayableTransform:
-    """Draws training images from a torchvision v2 pipeline so that each draw can be repeated.
+    """A transform for `dataset.with_transform` that draws training images so that each draw can be repeated.
 
-    For `dataset.with_transform`: the image column becomes `pixel_values`, other columns are passed on. Used alone it
-    draws as the pipeline does. While a trainer with a feature cache fetches rows, what is drawn depends on the seed
-    of the training, the sample and the epoch (or the number of the view) alone, not on batches, workers or what was
-    drawn before; random numbers are taken from Python's, NumPy's and torch's global generators.
+    It replaces the image column by `pixel_values` and passes on the other columns. Outside a trainer with a feature
+    cache it draws as the pipeline does. While such a trainer fetches rows, a draw depends on the seed of the training,
+    the sample and the epoch (or the number of the view), but not on batches, workers or earlier draws. Random numbers
+    come from the global generators of Python, NumPy and torch.
 
     Args:
-        train: v2 pipeline with the augmentation, `v2.Compose([...])`; takes a PIL image in RGB or a
+        train: v2 pipeline with the augmentation, `v2.Compose([...])`. It takes a PIL image in RGB or a
             `tv_tensors.Image` of 3 channels and ends in a tensor `(C, H, W)`.
-        base: the same without chance, as for evaluation: resizing and cropping, then what is done to colours. What
-            part of an image it shows may depend on the image's size, on nothing else.
-        image_column: where the images are: PIL images of any mode or tensors `(C, H, W)` with 1, 3 or 4 channels.
+        base: the pipeline for the base view, without random transforms, as for evaluation: it resizes and crops, then
+            changes colours. The part of the image that it shows may depend on the size of the image only.
+        image_column: column of the images: PIL images of any mode or tensors `(C, H, W)` with 1, 3 or 4 channels.
 
     Raises:
         ValueError: when called, if there is no image column, if `base` draws random numbers, or if a pipeline does
             not end in a tensor.
-        TypeError: when called, if an image is something else.
+        TypeError: when called, if an image is neither of these.
+
+    Shapes: C channels, H x W pixels.
     """
 
     def __init__(self, train: Callable, base: Callable, image_column: str = "image"):
@@ -73,7 +78,7 @@ class ReplayableTransform:
         return f"{type(self).__name__}(\n{textwrap.indent(pipelines, '    ')}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was remembered stays here: a used transform is hashed like a new one.
+        # Without the cached maps: a transform that was used has the same hash as a new one.
         return {"train": self.train, "base": self.base, "image_column": self.image_column}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,7 +91,10 @@ class ReplayableTransform:
             rows: column name -> values.
 
         Returns:
-            The rows, with `pixel_values`, tensors `(C, H, W)`, for the image column.
+            The same columns, the image column replaced by `pixel_values`, tensors `(C, H, W)`.
+
+        Raises:
+            ValueError, TypeError: see the class.
         """
         if self.image_column not in rows:
             raise ValueError(
@@ -95,37 +103,42 @@ class ReplayableTransform:
                 "ReplayableTransform(..., image_column=...)"
             )
         images = [_to_rgb(image) for image in rows[self.image_column]]
-        current = current_draw()
-        if current is None:
+        draw = current_draw()
+        if draw is None:
             pixels = [_draw(self.train, image, "train") for image in images]
         else:
             with preserve_rng():
-                pixels = [self._draw_sample(image, current) for image in images]
+                pixels = [self._draw_sample(image, draw) for image in images]
         others = {name: values for name, values in rows.items() if name != self.image_column}
         return {**others, "pixel_values": pixels}
 
-    def _draw_sample(self, image: Any, current: Draw) -> torch.Tensor:
-        key = current.key(current.take())
+    def _draw_sample(self, image: Any, draw: Draw) -> torch.Tensor:
+        key = draw.key(draw.take())
         seed_rng(*key)
-        if current.view == 0:
+        if draw.view == 0:
             return self._draw_base(image)
         pixels = _draw(self.train, image, "train")
-        if current.geometry is None or current.refused is not None:
+        if draw.geometry is None or draw.refused is not None:
             return pixels
-        kind, grid = current.geometry
+        kind, grid = draw.geometry
         try:
             points, tolerance = self._find_points(image, pixels, key)
         except _GridRefusedError as error:
-            current.refused = str(error)
+            draw.refused = str(error)
         else:
-            current.geometries.append(encode_geometry(points, kind, grid, tolerance))
+            draw.geometries.append(encode_geometry(points, kind, grid, tolerance))
         return pixels
 
     def _find_points(self, image: Any, pixels: torch.Tensor, key: tuple) -> tuple[torch.Tensor, float]:
-        """What `encode_geometry` wants to know of the view that was just drawn, with the generators as it left them.
+        """Points and tolerance for `encode_geometry`, for the view that was just drawn.
+
+        Args:
+            image: the image.
+            pixels: the view; the generators are in the state after its draw.
+            key: seed of the draw.
 
         Raises:
-            _GridRefusedError: if it cannot be told.
+            _GridRefusedError: if the pipeline does not give the geometry.
         """
         points = _draw_grid(self.train, image, pixels, key, "train")
         step = _mean_step(points)
@@ -135,10 +148,10 @@ class ReplayableTransform:
         return map_points(matrix.float(), points), max(_BORDER_ERROR * (1 + step) * side, 1e-3)
 
     def _map_to_base(self, image: Any) -> torch.Tensor:
-        """The affine map from an image's pixels to its base view: float64 `(3, 3)`.
+        """The affine map from the pixels of an image to its base view: float64 `(3, 3)`.
 
         Raises:
-            _GridRefusedError: if the base pipeline has none.
+            _GridRefusedError: if the base pipeline is no such map.
         """
         size = tuple(F.get_size(image))
         if size not in self._to_base:
@@ -148,13 +161,13 @@ class ReplayableTransform:
                 self._to_base[size] = self._fit_base(image)
             except _GridRefusedError as error:
                 self._to_base[size] = str(error)
-        found = self._to_base[size]
-        if isinstance(found, str):
-            raise _GridRefusedError(found)
-        return found
+        matrix = self._to_base[size]
+        if isinstance(matrix, str):
+            raise _GridRefusedError(matrix)
+        return matrix
 
     def _fit_base(self, image: Any) -> torch.Tensor:
-        """See `_map_to_base`."""
+        """Computes `_map_to_base`."""
         key = ("base",)
         seed_rng(*key)
         points = _draw_grid(self.base, image, self._draw_base(image), key, "base")
@@ -169,22 +182,22 @@ class ReplayableTransform:
         flat = matrix.det().abs() < 1e-9 and min(F.get_size(image)) > 1
         if flat or (map_points(matrix, places) - points).abs().max() > tolerance:
             raise _GridRefusedError(f"the base pipeline does more than resize and crop; {advice}")
-        # Where an image is one pixel wide, that pixel is the base view's middle.
+        # For an image one pixel wide, that pixel is mapped to the centre of the base view.
         return torch.linalg.pinv(matrix, rtol=1e-6)
 
     def _draw_base(self, image: Any) -> torch.Tensor:
-        before = _generators()
+        state = _generators()
         pixels = _draw(self.base, image, "base")
-        if _generators() != before:
+        if _generators() != state:
             raise ValueError(
-                "`base` draws random numbers, but it is the view that stands for an image in every epoch: leave out "
+                "`base` draws random numbers, but the base view of an image must be the same in every epoch: remove "
                 "its random transforms (v2.Resize and v2.CenterCrop instead of v2.RandomResizedCrop, and so on)"
             )
         return pixels
 
 
 class _GridRefusedError(Exception):
-    """A pipeline does not tell the geometry of its views; the message, one line, says why."""
+    """A pipeline does not give the geometry of its views; the message, one line, names the reason."""
 
 
 def _to_rgb(image: Any) -> PIL.Image.Image | tv_tensors.Image:
@@ -208,33 +221,33 @@ def _check_pixels(pixels: Any, name: str) -> torch.Tensor:
 
 
 def _draw_grid(pipeline: Callable, image: Any, pixels: torch.Tensor, key: tuple, name: str) -> torch.Tensor:
-    """The image's pixel that each of a view's pixels shows.
+    """The point of the image that each pixel of a view shows.
 
     Args:
-        pipeline: what has just drawn the view.
-        image: what it has drawn it from.
+        pipeline: pipeline that has just drawn the view.
+        image: the image.
         pixels: the view.
-        key: of the draw.
+        key: seed of the draw.
         name: of the pipeline.
 
     Returns:
-        float32 `(H, W, 2)`, x and y in pixels of the image, whose middles are whole numbers; NaN where no pixel is
-        shown.
+        float32 `(H, W, 2)`, x and y in pixels of the image, whose centres are whole numbers; NaN where the view shows
+        nothing of the image.
 
     Raises:
-        _GridRefusedError: if it cannot be told.
+        _GridRefusedError: if the pipeline does not give the points.
 
     Shapes: H x W pixels of the view.
     """
-    drawn = _generators()
+    state = _generators()
     seed_rng(*key)
     height, width = F.get_size(image)
     with warnings.catch_warnings():
-        # RandomErasing says so of all masks, also of those that it does erase.
+        # RandomErasing warns about all masks, also about those that it does erase.
         warnings.filterwarnings("ignore", message=".*is currently passing through inputs of type")
         try:
             outputs = pipeline(image, _make_grid(height, width))
-        except Exception as error:  # the image alone went through, so this is about the grid
+        except Exception as error:  # the image alone caused no error, so the grid did
             reason = str(error).partition("\n")[0]
             raise _GridRefusedError(
                 f"the {name} pipeline does not take an image with a mask: {type(error).__name__}: {reason}"
@@ -242,7 +255,7 @@ def _draw_grid(pipeline: Callable, image: Any, pixels: torch.Tensor, key: tuple,
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise _GridRefusedError(f"the {name} pipeline does not return an image with its mask")
     again, grid = outputs
-    if _generators() != drawn or not torch.equal(again, pixels):
+    if _generators() != state or not torch.equal(again, pixels):
         raise _GridRefusedError(f"the {name} pipeline draws other random numbers for an image with a mask than alone")
     return _read_grid(grid, pixels.shape[1:], (height, width), name)
 
@@ -256,7 +269,17 @@ def _make_grid(height: int, width: int) -> CoordinateGrid:
 
 
 def _read_grid(grid: Any, shape: tuple, size: tuple[int, int], name: str) -> torch.Tensor:
-    """Points of a grid that went through a pipeline; `shape` is the view's, `size` the image's."""
+    """The points in a grid that a pipeline has returned.
+
+    Args:
+        grid: second output of the pipeline.
+        shape: `(H, W)` of the view.
+        size: `(H, W)` of the image.
+        name: of the pipeline.
+
+    Returns:
+        See `_draw_grid`.
+    """
     if not isinstance(grid, CoordinateGrid) or grid.dtype != torch.float32:
         raise _GridRefusedError(
             f"the {name} pipeline changes the type of masks (v2.ToPureTensor is not needed here; say what images "
@@ -270,10 +293,10 @@ def _read_grid(grid: Any, shape: tuple, size: tuple[int, int], name: str) -> tor
     share = grid[2] / _MARKER
     most = grid.new_tensor([size[1], size[0]])[:, None, None]
     slack = 0.01
-    # A point of a perspective's horizon is NaN, which is outside, and for which no comparison holds.
+    # A point on the horizon of a perspective is NaN. It is outside, and every comparison with it is false.
     wrong = (share < -_ROUGHLY).any() | (share > 1 + _ROUGHLY).any()
     wrong |= (grid[:2] < share - slack).any() | (grid[:2] > share * most + slack).any()
-    # All of a view's pixels partly outside is a marker made smaller.
+    # If every pixel of the view seems to be partly outside, the pipeline has scaled the marker.
     if wrong or _ROUGHLY < share.nan_to_num().max() < 1 - _ROUGHLY:
         raise _GridRefusedError(
             f"the {name} pipeline changes the values of masks (say what images v2.Lambda is for: "
@@ -284,19 +307,24 @@ def _read_grid(grid: Any, shape: tuple, size: tuple[int, int], name: str) -> tor
 
 
 def _mean_step(points: torch.Tensor) -> float:
-    """Distance between the points that neighbouring pixels show, the larger of both directions; 0 if none do."""
+    """Mean distance of the points that neighbouring pixels show, the larger of both directions; 0 without points."""
     steps = [torch.hypot(*points.diff(dim=dim).unbind(-1)).nanmean() for dim in (0, 1)]
     return torch.stack(steps).nan_to_num(0).max().item()
 
 
 def _generators() -> tuple:
-    """The state of the generators that pipelines draw from, to be compared."""
+    """States of the global generators from which pipelines draw, for comparison."""
     _, keys, position, *gauss = np.random.get_state()
     return random.getstate(), keys.tobytes(), position, gauss, torch.get_rng_state().numpy().tobytes()
 
 
 def _interpolate_grid(functional: Callable, image_kernel: Callable) -> None:
-    """Makes a transform interpolate coordinates between pixels, without antialiasing, and fill with zeros."""
+    """Registers a kernel that interpolates coordinate grids bilinearly, without antialiasing, and fills with zeros.
+
+    Args:
+        functional: function of `v2.functional`.
+        image_kernel: its kernel for images.
+    """
 
     @F.register_kernel(functional, CoordinateGrid)
     def kernel(grid: CoordinateGrid, *args: Any, **settings: Any) -> CoordinateGrid:

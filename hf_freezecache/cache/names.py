@@ -59,7 +59,7 @@ def parse_partial(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class AsideName:
-    """What the name of a directory says that a process writes before it gets its final name.
+    """The parts of the name of a directory that a process writes before it gets its final name.
 
     Args:
         final: the final name.

@@ -165,8 +165,8 @@ class ViewColumns:
             take: reads a column: `take(name, positions)` returns its rows for these positions of the batch.
 
         Returns:
-            The entries of the batch. For stores of sensitive channels, entries of the views stand beside those of the
-            base view, are 0 where a row has the base view, and `view_index` holds `views`.
+            The entries of the batch. For stores of sensitive channels these are the columns of the base view, the
+            entries of the views, which are 0 in rows that have the base view, and `view_index`, which holds `views`.
 
         Shapes: B rows.
         """

@@ -109,8 +109,8 @@ def _converted_by_twin(
             ignore_mismatched_sizes=True,
             local_files_only=True,
         )
-    lost = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    converted = {key: value for key, value in twin.state_dict().items() if key not in lost}
+    missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    converted = {key: value for key, value in twin.state_dict().items() if key not in missing}
     # Modules that the user added to the architecture are not in the twin; they are saved under their own names.
     converted.update({key: raw.get(key, torch.empty(0)) for key in info["unexpected_keys"]})
     return converted

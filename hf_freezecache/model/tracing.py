@@ -184,7 +184,7 @@ def run_trace(model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]) 
             model(**probe)
     except ChainError:
         raise
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's own code may raise anything
         raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
     name = main_input_name(model)
     main = probe[name]

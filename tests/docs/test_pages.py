@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_freezecache
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 README = (ROOT / "README.md").read_text()
@@ -63,3 +65,8 @@ def test_headline_of_readme_is_the_committed_result():
         lost = accuracy["cached"] - arms["plain"]["accuracy_percent"]["mean"]
         assert f"{cached['speedup_over_plain']['median']:.2f}x faster at {lost:.1f} points" in README
         assert f"{accuracy['frozen']:.1f} % instead of {accuracy['cached']:.1f} %" in README
+
+
+def test_api_page_shows_every_public_name():
+    shown = set(re.findall(r"^::: hf_freezecache\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    assert set(hf_freezecache.__all__) <= shown

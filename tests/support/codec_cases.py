@@ -1,4 +1,4 @@
-"""Layouts and features of every kind, for the tests of codecs."""
+"""Layouts and features of every kind, for the tests of codecs, and the error of a codec on them."""
 
 import importlib.util
 

@@ -8,11 +8,14 @@ EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def cuts(policy, epochs, blocks=12):
+    """What a policy decides in each of the epochs."""
     policy.start(blocks)
     return [policy.decide(Moment(epoch, epochs, 0, 100, 0, blocks)) for epoch in range(epochs)]
 
 
 class Answers(FreezePolicy):
+    """Decides what it was given, epoch by epoch, and notes when it was asked."""
+
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
 

@@ -8,6 +8,8 @@ from support.helpers import CLASSES
 
 
 class MixedSizes(torch.utils.data.Dataset):
+    """12 images of 32 pixels, then 4 of 64."""
+
     def __len__(self):
         return 16
 
@@ -21,6 +23,7 @@ class MixedSizes(torch.utils.data.Dataset):
 
 
 def image_dataset(rows=32, column="image"):
+    """Random pictures, and a class label each."""
     generator = np.random.default_rng(0)
     features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)})
     images = generator.integers(0, 255, (rows, 16, 16, 3)).astype(np.uint8)
@@ -30,11 +33,13 @@ def image_dataset(rows=32, column="image"):
 
 
 def to_pixels(batch):
+    """A transform without chance."""
     pixels = [torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255.0 for image in batch["image"]]
     return {"pixel_values": pixels, "label": batch["label"]}
 
 
 def own_collator(rows):
+    """A collator that renames the label."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["label"] for row in rows]),

@@ -227,11 +227,11 @@ def test_state_continues_in_another_ledger(clock):
     with ledger.phase(0, "live") as phase:
         clock(5)
         phase.flops, phase.steps, phase.epochs, phase.store_bytes = 1e15, 3, 1, 7
-        saved = json.loads(json.dumps(ledger.state()))
+        saved = json.loads(json.dumps(ledger.state_dict()))
         clock(4)
     assert saved[0]["seconds"] == 5
     other = Ledger()
-    other.load(saved)
+    other.load_state_dict(saved)
     with other.phase(0, "live") as phase:
         clock(2)
         phase.steps += 1

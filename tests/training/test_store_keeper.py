@@ -13,6 +13,7 @@ from support.sessions import session_of
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.build.sizing import estimate_bytes
+from hf_freezecache.training.callback import STATE_VERSION
 
 
 def train(tmp_path, points="1:2", name="run", **settings):
@@ -118,9 +119,13 @@ def test_decisions_stand_in_the_checkpoint(tmp_path):
     trainer = run(tiny_vit(), pixel_dataset(), tmp_path / "run", manual("1:2", cache="always"), save_strategy="epoch")
     checkpoint = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    caching = state["stateful_callbacks"]["FreezeCallback"]["attributes"]["session"]["caching"]
-    assert caching["decisions"] == {"2": ["int4", trainer.freeze_status().store_path.name, None]}
-    assert caching["current"] == [trainer.freeze_status().store_path.name, 2]
+    attributes = state["stateful_callbacks"]["FreezeCallback"]["attributes"]
+    assert attributes["version"] == STATE_VERSION
+    store = trainer.freeze_status().store_path.name
+    assert attributes["session"]["stores"]["decisions"] == {
+        "2": {"codec": "int4", "store": store, "parent": None, "written": False}
+    }
+    assert attributes["session"]["source"] == {"kind": "store", "cut": 2}
 
 
 def test_deeper_store_comes_from_the_one_before_if_that_is_wanted(tmp_path):
@@ -160,7 +165,7 @@ def test_budget_that_does_not_hold_both_builds_from_images(tmp_path, caplog):
     budget = int(total_bytes(tmp_path / "free" / "_freeze_cache") * 1.3)
     train(tmp_path, "1:2,2:3", deepen="cache", cache_budget=str(budget))
     assert "deepened_from" not in stores(tmp_path)[3].manifest.made_from
-    assert "goes before the one of cut 3 is built" in caplog.text
+    assert "are deleted before the one of cut 3 is built" in caplog.text
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -199,10 +204,10 @@ def test_store_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplo
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hf_freezecache.training.store_keeper.remove_store", refuse)
+    monkeypatch.setattr("hf_freezecache.training.store_provider.remove_store", refuse)
     trainer = train(tmp_path, "1:2,2:3")
     assert trainer.freeze_status().replaying and sorted(stores(tmp_path)) == [2, 3]
-    assert "could not be removed" in caplog.text
+    assert "could not be deleted" in caplog.text
 
 
 def test_measurement_that_fails_declines(tmp_path, monkeypatch, caplog):
@@ -247,8 +252,8 @@ def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
     dataset = flat_pixels()
     free = train_on_rows(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
     store = stores_of(free)[2]
-    held = session_of(free).keeper.provider.holdings.state()
-    assert [entry["bytes"] for entry in held] == [store.total_bytes]
+    entries = session_of(free).keeper.provider.holdings.state_dict()
+    assert [entry["bytes"] for entry in entries] == [store.total_bytes]
     needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
     assert 2 * store.total_bytes < needed
     # It would fit once it is packed; that is not known before, and a budget is never passed.

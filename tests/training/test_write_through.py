@@ -46,7 +46,9 @@ def test_too_few_epochs_build_upfront_and_say_so(tmp_path, caplog):
     late = run(tiny_vit(), dataset, tmp_path / "w", through("2:2"), **SETTINGS)
     upfront = run(tiny_vit(), dataset, tmp_path / "u", through("2:2", materialize="upfront"), **SETTINGS)
     assert losses(late) == losses(upfront)
-    assert "built upfront, not written by training epochs: writing it takes 2 epochs, and 2 remain" in messages(caplog)
+    assert "a build makes the store, not live epochs, because writing it takes 2 epochs, and 2 remain" in messages(
+        caplog
+    )
     assert late.freeze_status().replaying
     assert [phase.epochs for phase in late.freeze_cache_report().phases if phase.mode == "build"] == [1]
 
@@ -90,7 +92,7 @@ def rare_misfit():
 def test_misfit_on_the_way_builds_upfront(tmp_path, caplog):
     """The erased picture is not among those that the channels are chosen on."""
     trainer = run(tiny_vit(), rare_misfit(), tmp_path, through(sensitivity_batches=1), **SETTINGS)
-    assert "is built upfront, not written by training epochs, because the geometry of a view" in messages(caplog)
+    assert "A build makes the feature store, not live epochs, because the geometry of a view" in messages(caplog)
     assert trainer.freeze_status().replaying
     [path] = (tmp_path / "_freeze_cache").iterdir()
     store = FeatureStore.open(path)
