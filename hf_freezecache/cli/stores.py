@@ -11,7 +11,7 @@ import torch
 
 from ..augment.sensitivity import SENSITIVITY, Sensitivity
 from ..cache.cleaning import Removable, find_stores, remove
-from ..cache.manifest import MANIFEST
+from ..cache.names import MANIFEST
 from ..cache.store import FeatureStore, StoreError
 from ..model.layout import FeatureLayout
 from ..units import format_table, show_bytes
