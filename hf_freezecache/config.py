@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 
-from .augment.sensitivity import SIMILARITIES
+from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies.schedule import parse_freeze_points
 from .units import parse_bytes
 
-POLICY_NAMES = ("none", "manual", "linear")
-CACHE_MODES = ("auto", "always", "never")
-MATERIALIZE_MODES = ("upfront", "write_through")
-DEEPEN_MODES = ("raw", "cache")
+PolicyName = Literal["none", "manual", "linear"]
+CacheMode = Literal["auto", "always", "never"]
+MaterializeMode = Literal["upfront", "write_through"]
+DeepenMode = Literal["raw", "cache"]
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -32,7 +33,7 @@ class FreezeCacheConfig:
         ImportError: on construction, if the codec's library is not installed.
     """
 
-    policy: str = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
+    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
     freeze_points: str | None = field(
         default=None,
         metadata={
@@ -55,7 +56,7 @@ class FreezeCacheConfig:
         default=None,
         metadata={"help": "Module names of the blocks, stem first, for a model whose family is not declared."},
     )
-    cache: str = field(
+    cache: CacheMode = field(
         default="auto",
         metadata={
             "help": "auto builds a store if it saves more time in the remaining epochs than its build takes and if it "
@@ -90,14 +91,14 @@ class FreezeCacheConfig:
             "not fit, the next coarser one that fits is used."
         },
     )
-    materialize: str = field(
+    materialize: MaterializeMode = field(
         default="upfront",
         metadata={
             "help": "upfront builds a store in a pass of its own at the freeze; write_through trains the next epochs "
             "on images and stores the features that they compute."
         },
     )
-    deepen: str = field(
+    deepen: DeepenMode = field(
         default="raw",
         metadata={
             "help": "Source of the store of a deeper cut: raw runs the whole prefix on images, cache runs only the "
@@ -132,7 +133,7 @@ class FreezeCacheConfig:
             "sensitive_fraction."
         },
     )
-    similarity: str = field(
+    similarity: Similarity = field(
         default="ssim",
         metadata={"help": f"How a channel is compared with its warped base view: {' or '.join(SIMILARITIES)}."},
     )
@@ -163,8 +164,8 @@ class FreezeCacheConfig:
     )
 
     def __post_init__(self):
-        _one_of("policy", self.policy, POLICY_NAMES)
-        _one_of("cache", self.cache, CACHE_MODES)
+        _one_of("policy", self.policy, PolicyName)
+        _one_of("cache", self.cache, CacheMode)
         check_codec_name(self.codec)
         codecs = [self.codec]
         if self.progressive is not None:
@@ -176,9 +177,9 @@ class FreezeCacheConfig:
                 "deepen='cache' builds a deeper store from the one before; materialize='write_through' writes it in "
                 "training epochs: choose one of them."
             )
-        _one_of("similarity", self.similarity, SIMILARITIES)
-        _one_of("materialize", self.materialize, MATERIALIZE_MODES)
-        _one_of("deepen", self.deepen, DEEPEN_MODES)
+        _one_of("similarity", self.similarity, Similarity)
+        _one_of("materialize", self.materialize, MaterializeMode)
+        _one_of("deepen", self.deepen, DeepenMode)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
@@ -227,6 +228,7 @@ class FreezeCacheConfig:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, choice: Any) -> None:
+    allowed = get_args(choice)
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; possible are {', '.join(allowed)}.")

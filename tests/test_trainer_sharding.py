@@ -23,18 +23,19 @@ class Pretends(FreezeCacheTrainer):
 
     holder, attribute, value = None, None, True
 
-    def get_train_dataloader(self):
+    def build_context(self, *args):
         holder = self if self.holder is None else self.holder(self)
         before = getattr(holder, self.attribute)
         setattr(holder, self.attribute, self.value)
         try:
-            return super().get_train_dataloader()
+            return super().build_context(*args)
         finally:
             setattr(holder, self.attribute, before)
 
 
 def claims(attribute, holder=None, value=True):
-    return type("Claims", (Pretends,), {"attribute": attribute, "holder": staticmethod(holder) if holder else None, "value": value})
+    holder = None if holder is None else staticmethod(holder)
+    return type("Claims", (Pretends,), {"attribute": attribute, "holder": holder, "value": value})
 
 
 def its_model(trainer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from .channel_map import ChannelMapFit, denormalized
 from .geometry import is_mirrored, warp
 from .maps import check_grid, to_maps
 
-SIMILARITIES = ("ssim", "cosine")
+Similarity = Literal["ssim", "cosine"]
+SIMILARITIES = get_args(Similarity)
 #: Name of the file in a store that holds the measured similarities, without `.safetensors`.
 SENSITIVITY = "sensitivity"
 
