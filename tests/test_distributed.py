@@ -1,16 +1,125 @@
-"""Processes that train together."""
+"""Processes that train together: one error for all, as an error, and one voice."""
+
+import logging
+import pickle
+import pkgutil
+from importlib import import_module
 
 import pytest
+from support.builds import on_every_process
 
-from hf_freezecache.distributed import Group
+import hf_freezecache
+from hf_freezecache.build.errors import GeometryMisfit, OverLimit
+from hf_freezecache.distributed import Announcer, Group
 
 
-def test_failure_of_one_process_is_everybodys():
-    class Second(Group):
-        def gather(self, value):
-            return [("ValueError", "sample 3"), value]
+class Unpicklable(Exception):
+    def __init__(self):
+        super().__init__("cannot travel")
+        self.lock = logging.getLogger().handlers
 
-    with pytest.raises(ValueError, match="process 0: sample 3"):
-        Second(rank=1, size=2).on_all(lambda: None)
-    with pytest.raises(KeyError, match="mine"):
-        Second(rank=1, size=2).on_all(lambda: {}["mine"])
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+def failing_on(ranks, error):
+    def work(group):
+        def step():
+            if group.rank in ranks:
+                raise error(group.rank)
+            return group.rank
+
+        return group.on_all(step)
+
+    return work
+
+
+def test_results_stay_with_their_process_and_can_be_gathered():
+    assert on_every_process(3, lambda group: group.on_all(lambda: group.rank)) == [0, 1, 2]
+    gathered = on_every_process(3, lambda group: group.gather(group.on_all(lambda: group.rank)))
+    assert gathered == [[0, 1, 2]] * 3
+
+
+def test_failure_of_one_process_is_everybodys_with_its_type_and_rank():
+    own, other = on_every_process(2, failing_on({0}, lambda rank: GeometryMisfit("sample 3 is erased", True)))
+    assert type(own) is type(other) is GeometryMisfit
+    assert (str(own), str(other)) == ("sample 3 is erased", "process 0: sample 3 is erased")
+    assert own.for_all_kinds and other.for_all_kinds
+
+
+def test_several_failures_are_one_for_all_processes():
+    """Else some would handle a misfit and go on, and wait for ever for those that handle a full disk."""
+    kinds = {1: GeometryMisfit("sample 3 is erased"), 2: OSError(28, "No space left on device")}
+    errors = on_every_process(3, failing_on({1, 2}, kinds.get))
+    assert [type(error) for error in errors] == [GeometryMisfit] * 3
+
+
+def test_errors_of_the_system_keep_their_number():
+    _, other = on_every_process(2, failing_on({0}, lambda rank: OSError(28, "No space left on device", "store")))
+    assert other.errno == 28 and "process 0: No space left on device" in str(other)
+
+
+def test_limit_that_was_passed_keeps_its_numbers():
+    _, other = on_every_process(2, failing_on({0}, lambda rank: OverLimit(1234, 5)))
+    assert (other.needed, other.limit) == (1234, 5) and str(other).startswith("process 0: the store would take 1,234")
+
+
+def test_error_that_cannot_travel_comes_as_its_name_and_message():
+    own, other = on_every_process(2, failing_on({0}, lambda rank: Unpicklable()))
+    assert type(own) is Unpicklable
+    assert type(other) is RuntimeError and "cannot travel (Unpicklable)" in str(other)
+
+
+def test_failure_on_the_main_process_is_everybodys():
+    def work(group):
+        return group.on_main(lambda: [][0])
+
+    assert [type(error) for error in on_every_process(2, work)] == [IndexError, IndexError]
+
+
+def errors_of_package() -> list[type[Exception]]:
+    for module in pkgutil.walk_packages(hf_freezecache.__path__, "hf_freezecache."):
+        import_module(module.name)
+
+    def below(cls):
+        return {cls, *(further for sub in cls.__subclasses__() for further in below(sub))}
+
+    return sorted(
+        (cls for cls in below(Exception) if cls.__module__.startswith("hf_freezecache.")), key=lambda cls: cls.__name__
+    )
+
+
+def test_every_error_of_the_package_travels():
+    errors = errors_of_package()
+    assert len(errors) > 6
+    for cls in errors:
+        error = OverLimit(1, 2) if cls is OverLimit else cls("why")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is cls and str(again) == str(error) and vars(again) == vars(error), cls
+
+
+def test_ranges_are_dealt_in_contiguous_parts():
+    for size in (1, 2, 3, 5):
+        parts = [Group(rank, size).my_ranges(7) for rank in range(size)]
+        assert [number for part in parts for number in part] == list(range(7))
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0)])
+def test_main_process_alone_logs_and_what_is_repeated_once(rank, count, caplog):
+    logger = logging.getLogger("hf_freezecache.test")
+    announcer = Announcer(Group(rank, 2), logger)
+    for _ in range(2):
+        announcer.warning_once("the data set is random")
+    assert len(caplog.records) == count
+
+
+def test_failure_that_is_survived_names_its_type_and_keeps_its_traceback_for_debugging(caplog):
+    caplog.set_level(logging.DEBUG)
+    announcer = Announcer(Group(), logging.getLogger("hf_freezecache.test"))
+    try:
+        raise OSError("the disk is full")
+    except OSError as error:
+        announcer.failure("There is no store", error)
+    warning, traced = caplog.records
+    assert (warning.levelname, warning.getMessage()) == ("WARNING", "There is no store: the disk is full (OSError)")
+    assert traced.levelname == "DEBUG" and traced.exc_info[1].__traceback__ is not None

@@ -34,7 +34,11 @@ class Pretends(FreezeCacheTrainer):
 
 
 def claims(attribute, holder=None, value=True):
-    return type("Claims", (Pretends,), {"attribute": attribute, "holder": holder, "value": value})
+    return type(
+        "Claims",
+        (Pretends,),
+        {"attribute": attribute, "holder": staticmethod(holder) if holder else None, "value": value},
+    )
 
 
 def its_model(trainer):

@@ -6,9 +6,10 @@ rescales to 0..1 and normalizes, as nearly all processors of image classifiers d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torchvision.transforms import InterpolationMode, v2
-from transformers import BaseImageProcessor
 
 #: What `train_pipeline` can do to images.
 AUGMENTATIONS = ("crop", "color", "none")
@@ -18,14 +19,15 @@ _BICUBIC = 3
 _CONVNEXT_WHOLE = 384
 
 
-def base_pipeline(processor: BaseImageProcessor, image_size: int | None = None) -> v2.Compose:
+def base_pipeline(processor: Any, image_size: int | None = None) -> v2.Compose:
     """Makes the pipeline of the base view: it prepares images as the processor does, without randomness.
 
     A processor with a resize of its own (LeViT, Perceiver) or with values outside 0..1 before the normalization
     (EfficientNet) is followed only in the steps named here.
 
     Args:
-        processor: its `size`, `crop_size`, `crop_pct`, `resample`, `image_mean` and `image_std` are read.
+        processor: image processor of Transformers; its `size`, `crop_size`, `crop_pct`, `resample`, `image_mean` and
+            `image_std` are read.
         image_size: shorter side of the result in pixels; all sizes of the processor are scaled to it. None: the
             processor's own.
 
@@ -53,7 +55,7 @@ def base_pipeline(processor: BaseImageProcessor, image_size: int | None = None) 
     return v2.Compose(steps)
 
 
-def _read_sides(processor: BaseImageProcessor) -> tuple[list[int], list[int] | None, float]:
+def _read_sides(processor: Any) -> tuple[list[int], list[int] | None, float]:
     """Sides to resize to (one: the shorter side), sides of the centre crop, and the share that the crop shows."""
     size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
     resized = [size.height, size.width] if size.height else [size.shortest_edge]

@@ -55,14 +55,16 @@ def find_columns(dataset: Dataset, image_column: str | None, label_column: str |
     if label_column is None:
         classes = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
         label_column = next(iter([*classes, *(name for name in ("label", "labels") if name in features)]), None)
-    for kind, column in (("image", image_column), ("label", label_column)):
-        if column not in features:
-            raise ValueError(
-                f"no column of the {kind}s among {', '.join(features)}: name it with --{kind}-column"
-                if column is None
-                else f"--{kind}-column: no column {column!r} among {', '.join(features)}"
-            )
-    return image_column, label_column
+    return _check_column("image", image_column, features), _check_column("label", label_column, features)
+
+
+def _check_column(kind: str, column: str | None, features: Mapping[str, Any]) -> str:
+    names = ", ".join(features)
+    if column is None:
+        raise ValueError(f"no column of the {kind}s among {names}: name it with --{kind}-column")
+    if column not in features:
+        raise ValueError(f"--{kind}-column: no column {column!r} among {names}")
+    return column
 
 
 def encode_labels(splits: DatasetDict, label_column: str) -> DatasetDict:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,31 +26,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "inspect" and options.output is not None and not options.sensitivity:
         parser.error("--output names the picture of --sensitivity: give both")
 
+    run = _choose(options)
     from ..cache.manifest import StoreError
 
     try:
-        _run(options)
+        run()
     except (StoreError, OSError, ImportError, ValueError) as error:
         print(f"freezecache: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _choose(options: argparse.Namespace) -> Callable[[], None]:
+    """Imports the command of the options and returns it, ready to run."""
     if options.command == "plan":
         from .plan import plan_images
 
-        print(plan_images(options))
-        return
-
+        return lambda: print(plan_images(options))
     from . import stores
 
     if options.command == "inspect":
-        stores.inspect(options.directory, (options.output or "sensitivity.png") if options.sensitivity else None)
-    elif options.command == "verify":
-        stores.verify(options.directory)
-    else:
-        stores.clean(options.directory, options.yes)
+        picture = (options.output or "sensitivity.png") if options.sensitivity else None
+        return partial(stores.inspect, options.directory, picture)
+    if options.command == "verify":
+        return partial(stores.verify, options.directory)
+    return partial(stores.clean, options.directory, options.yes)
 
 
 def make_parser() -> argparse.ArgumentParser:

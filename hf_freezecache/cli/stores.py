@@ -11,13 +11,13 @@ import torch
 
 from ..augment.sensitivity import SENSITIVITY, Sensitivity
 from ..cache.cleaning import Removable, find_stores, remove
-from ..cache.manifest import MANIFEST
+from ..cache.names import MANIFEST, note_file
 from ..cache.store import FeatureStore, StoreError
 from ..model.layout import FeatureLayout
 from ..units import format_table, show_bytes
 from .plots import plot_sensitivity
 
-_SENSITIVITY_FILE = f"{SENSITIVITY}.safetensors"
+_SENSITIVITY_FILE = note_file(SENSITIVITY)
 
 
 def inspect(directory: str | os.PathLike, picture: str | os.PathLike | None) -> None:

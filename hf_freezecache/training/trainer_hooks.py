@@ -90,13 +90,8 @@ class FreezeCacheMixin(_Trainer):
 
     @property
     def _own_model(self) -> nn.Module:
-        """The model, not wrapped; `Trainer` declares it as optional.
-
-        Raises:
-            RuntimeError: if there is none.
-        """
-        if self.model is None:
-            raise RuntimeError("this trainer has no model.")
+        """The model, not wrapped."""
+        assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
         return self.model
 
     def freeze_status(self) -> FreezeStatus:
@@ -230,10 +225,13 @@ class FreezeCacheMixin(_Trainer):
             return "include_for_metrics asks for the inputs"
         if getattr(self.args, "predict_with_generate", False):
             return "predict_with_generate"
-        others = [cls for cls in type(self).__mro__ if cls not in (FreezeCacheMixin, Trainer)]
-        if any("prediction_step" in vars(cls) for cls in others):
-            return f"`{type(self).__name__}.prediction_step` is overridden"
-        return None
+        overriding = self._overriding("prediction_step")
+        return None if overriding is None else f"`{overriding.__name__}.prediction_step` is overridden"
+
+    def _overriding(self, name: str) -> type | None:
+        """The class besides this one that overrides a method of `Trainer`; None if there is none."""
+        others = (cls for cls in type(self).__mro__ if cls not in (FreezeCacheMixin, Trainer))
+        return next((cls for cls in others if name in vars(cls)), None)
 
     def _cannot_freeze(self, error: Exception) -> None:
         """Raises under explicit settings; the defaults fall back to plain training."""
@@ -245,10 +243,8 @@ class FreezeCacheMixin(_Trainer):
     @property
     def _feature_cache_dir(self) -> Path:
         configured = self._freeze_config.feature_cache_dir
-        if configured is not None:
-            return Path(configured)
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(self.args.output_dir) / "_freeze_cache"
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
 
     # Data: the source of the train loader's samples can turn to a store
 
@@ -448,22 +444,32 @@ class FreezeCacheMixin(_Trainer):
             callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_strictly(resume_from_checkpoint):
+        if self._loads_strictly(resume_from_checkpoint, "_load_from_checkpoint"):
             logger.info(f"Loading model from {resume_from_checkpoint}.")
             load_weights(self._own_model if model is None else model, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         checkpoint = self.state.best_model_checkpoint
-        if checkpoint is not None and self._loads_strictly(checkpoint):
+        if checkpoint is not None and self._loads_strictly(checkpoint, "_load_best_model"):
             logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
             load_weights(self._own_model, checkpoint)
         else:
             super()._load_best_model()
 
-    def _loads_strictly(self, checkpoint: str) -> bool:
-        """Whole models in one process's memory; adapters and sharded wrappers are loaded by `Trainer`."""
+    def _loads_strictly(self, checkpoint: str, loader: str) -> bool:
+        """Whether this class loads a checkpoint: of a whole model in one process's memory.
+
+        Adapters and sharded wrappers are loaded by `Trainer`, and what another class saves in its own way by that
+        class. Where nothing can be frozen, `Trainer` loads as ever.
+
+        Args:
+            checkpoint: its directory.
+            loader: the method of `Trainer` that would load it.
+        """
+        if not self._freezes or self._fell_back or self._overriding(loader) is not None:
+            return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
             return False
         if not is_peft_available():

@@ -1,6 +1,7 @@
 """Stores made from the one before: as those from images where nothing is lost, near them elsewhere."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,10 +54,16 @@ def settle(spec):
     return choose_channels(spec, "ssim", 4, True)
 
 
-def from_store(spec, store):
+def from_store(spec, store, count_run=None):
     """The spec with the store's features in place of images."""
     assert why_not_deepen(store, spec) is None
-    return deepened(spec, store, lambda batch: batch)
+    return deepened(spec, store, lambda batch: batch, count_run=count_run)
+
+
+def counted():
+    """Samples run between two cuts, and the function that counts them."""
+    runs = Counter()
+    return runs, lambda from_cut, to_cut, samples: runs.update({(from_cut, to_cut): samples})
 
 
 def build_both(model, dataset, folder: Path, codec, cut=1, to_cut=3, **views):
@@ -220,7 +227,8 @@ def test_deepening_from_a_packed_store_gives_the_bytes_of_one_from_images(tmp_pa
 def test_only_the_blocks_in_between_run(tmp_path):
     model = tiny_vit().eval()
     old, spec = (make_spec(model, tmp_path, cut=cut) for cut in (2, 3))
-    spec = from_store(spec, materialize(old, Group()))
+    samples_run, count_run = counted()
+    spec = from_store(spec, materialize(old, Group()), count_run)
     ran = [0] * 4
 
     def count(index):
@@ -236,7 +244,7 @@ def test_only_the_blocks_in_between_run(tmp_path):
         handle.remove()
     # Block 3 is begun, and left before it computes; what is bypassed returns placeholders.
     assert [now - then for now, then in zip(ran, before, strict=True)][2:] == [22, 0]
-    assert spec.feature_source.samples == 22
+    assert samples_run == {(2, 3): 22}
 
 
 @both
@@ -286,9 +294,10 @@ def test_finished_deepening_is_found_again(tmp_path):
 def test_geometry_alone_needs_no_run_on_the_views(tmp_path):
     model, dataset = settled_resnet(), picture_dataset(22, 32).with_transform(replayable(size=32))
     old, spec = (plan_views(make_spec(model, tmp_path, dataset, cut=cut), fraction=0.0) for cut in (1, 2))
-    spec = from_store(spec, materialize(settle(old), Group()))
+    samples_run, count_run = counted()
+    spec = from_store(spec, materialize(settle(old), Group()), count_run)
     runs = [views for _, views in spec.feature_source.run(range(6), 2, "projective", own_features=False)]
-    assert spec.feature_source.samples == 22
+    assert samples_run == {(1, 2): 22}
     assert all(len(views) == 3 and views[1].features is None and views[2].geometry.shape[1] == 8 for views in runs)
 
 
@@ -386,7 +395,7 @@ def test_views_that_are_missing_are_a_reason_not_to_deepen(tmp_path):
     assert why_not_deepen(projective, planned(4)) is None
     whole = planned(1, fraction=1.0)
     whole = materialize(replace(whole, made_from={**whole.made_from, "kind": "whole"}), Group())
-    assert "keeps views whole" in why_not_deepen(whole, planned(2))
+    assert "holds whole views" in why_not_deepen(whole, planned(2))
 
 
 def test_runs_refuse_views_that_the_store_does_not_hold(tmp_path):

@@ -73,7 +73,7 @@ def test_limit_is_kept_to_the_byte(model, tmp_path):
     limited = replace(spec, directory=tmp_path / "limited", limit=needed)
     store = materialize(limited, Group())
     assert sum(file.stat().st_size for file in store.path.iterdir()) == needed
-    with pytest.raises(OverLimit, match=f"{needed:,} bytes; {needed - 1:,} are left"):
+    with pytest.raises(OverLimit, match=f"{needed:,} bytes, and only {needed - 1:,} are left"):
         materialize(replace(limited, directory=tmp_path / "less", limit=needed - 1), Group())
     assert not (tmp_path / "less").exists()
 

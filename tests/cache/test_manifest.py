@@ -61,7 +61,7 @@ def test_store_of_another_version_is_refused(store):
     def other(content):
         content["format_version"] = 99
         content.pop("checksum")
-        content["checksum"] = manifest_module._checksum(content)
+        content["checksum"] = manifest_module._content_checksum(content)
 
     edit(store, other)
     with pytest.raises(StoreError, match="format version 99.*version 2"):

@@ -10,18 +10,26 @@ from support.untouched import assert_same, snapshot, with_gradients
 
 from hf_freezecache import FreezeCacheConfig
 from hf_freezecache.augment.geometry import DENSE, PROJECTIVE
+from hf_freezecache.build.context import BuildContext
 from hf_freezecache.build.survey import choose_channels
 from hf_freezecache.cache.view_columns import ViewSpec
+from hf_freezecache.distributed import Group
 from hf_freezecache.estimate.costs import Work, decide
 from hf_freezecache.estimate.probing import Prober
 from hf_freezecache.estimate.trial_steps import TrialSteps
 
 
-def make_prober(build, config=None, **settings):
-    config = FreezeCacheConfig() if config is None else config
-    return Prober(
-        build.chain, build.source, lambda batch: {"pixel_values": batch["pixel_values"]}, config=config, **settings
+def make_prober(build, config=None, processes=1, **settings):
+    context = BuildContext(
+        chain=build.chain,
+        source=build.source,
+        config=FreezeCacheConfig() if config is None else config,
+        cache_dir=build.directory,
+        group=Group(0, processes),
+        model_inputs=lambda batch: {"pixel_values": batch["pixel_values"]},
+        precision="no",
     )
+    return Prober(context, **settings)
 
 
 def with_views(build, geometry=PROJECTIVE, count=1, channels=8):

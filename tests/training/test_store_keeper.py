@@ -1,267 +1,329 @@
-"""Which store a training gets: budget, coarser codecs, the store before, and what a resume remembers."""
+"""Where the next epoch's batches come from: the transition as a table, and the keeper without a training."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from support.builds import make_spec
-from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
-from support.largest_total import LargestTotal, total_bytes
-from support.packed_stores import flat_pixels, flat_vit, pack, stores_of, train_on_rows
-from support.sessions import session_of
+from support.builds import Rows
+from support.helpers import manual, messages, through, tiny_vit
+from support.keepers import freeze, make_keeper
 
-from hf_freezecache import FeatureStore
-from hf_freezecache.build.sizing import estimate_bytes
-from hf_freezecache.training.callback import STATE_VERSION
+from hf_freezecache.build.errors import BuildFailed, GeometryMisfit
+from hf_freezecache.build.partial import PartialStore
+from hf_freezecache.cache.store import FeatureStore
+from hf_freezecache.distributed import Announcer
+from hf_freezecache.training.epoch_source import FromImages, FromStore, Problem, Writing, load_source
+from hf_freezecache.training.store_keeper import Step, choose_step
+from hf_freezecache.training.store_provider import Decision, StoreProvider
 
-
-def train(tmp_path, points="1:2", name="run", **settings):
-    own = {key: settings.pop(key) for key in ("num_train_epochs", "save_strategy", "resume") if key in settings}
-    config = manual(points, **{"cache": "always", **settings})
-    return run(tiny_vit(), pixel_dataset(), tmp_path / name, config, **own)
+# The transition
 
 
-def stores(tmp_path, name="run") -> dict[int, FeatureStore]:
-    folder = tmp_path / name / "_freeze_cache"
-    found = [FeatureStore.open(path) for path in folder.iterdir() if ".tmp" not in path.name]
-    return {store.manifest.cut: store for store in found}
+class Opened:
+    """Stands for an open store with one augmented view: two epochs write it."""
+
+    class views:
+        class spec:
+            count = 1
+
+    class path:
+        name = "f" * 32
 
 
-def test_codec_follows_the_progression(tmp_path):
-    trainer = train(tmp_path, "1:2,2:3", progressive="0.5:int8,0.75:int4")
-    assert trainer.freeze_status().cut == 3
-    assert stores(tmp_path)[3].manifest.codec == "int4"
-    first = train(tmp_path, "1:2", name="first", codec="int8").freeze_status().store_bytes
-    last = train(tmp_path, "1:3", name="last", codec="int4").freeze_status().store_bytes
-    built = {phase.cut: phase.store_bytes for phase in trainer.freeze_cache_report().phases if phase.mode == "build"}
-    assert built == {2: first, 3: last} and first > last
+def writing(cut=2, start=3, store=None):
+    return Writing(cut, Opened if store is None else store, start, start)
 
 
-def test_store_of_the_cut_before_is_removed_when_the_deeper_one_is_complete(tmp_path):
-    folder = tmp_path / "run" / "_freeze_cache"
-    with LargestTotal(folder) as watched:
-        train(tmp_path, "1:2,2:3")
-    assert list(stores(tmp_path)) == [3]
-    assert watched.largest > 1.9 * total_bytes(folder), "for a moment both are there"
+UNOPENED = Writing(2, None, 3, 3, name="f" * 32)
+PROBLEM = Problem(False, "the disk is full", 3)
+BUILT, WRITTEN = Decision("int4", "a" * 32), Decision("int4", "a" * 32, written=True)
 
 
-def test_store_of_somebody_else_stays(tmp_path):
-    train(tmp_path, "0:2", name="other", feature_cache_dir=str(tmp_path / "cache"))
-    other = {path.name for path in (tmp_path / "cache").iterdir()}
-    train(tmp_path, "0:2,2:3", feature_cache_dir=str(tmp_path / "cache"))
-    assert other < {path.name for path in (tmp_path / "cache").iterdir()}
+@pytest.mark.parametrize(
+    ("previous", "cut", "epoch", "decision", "problems", "through", "step"),
+    [
+        # Nothing is frozen
+        (FromImages(), 0, 0, None, [], False, Step.IMAGES),
+        (FromImages(), 0, 0, None, [], True, Step.IMAGES),
+        # The first epoch of a cut
+        (FromImages(), 2, 1, None, [], False, Step.BUILD),
+        (FromImages(), 2, 1, None, [], True, Step.BEGIN),
+        (FromStore(1, Opened), 2, 1, None, [], False, Step.BUILD),
+        (FromStore(1, Opened), 2, 1, None, [], True, Step.BEGIN),
+        (FromImages(1, "it would not pay"), 2, 1, None, [], False, Step.BUILD),
+        # The cut stays
+        (FromStore(2, Opened), 2, 5, BUILT, [], False, Step.STAY),
+        (FromStore(2, Opened), 2, 5, WRITTEN, [], True, Step.STAY),
+        (FromImages(2, "it would not pay"), 2, 5, None, [], False, Step.STAY),
+        (FromImages(2, "it would not pay"), 2, 5, None, [], True, Step.STAY),
+        # Epochs write
+        (writing(start=3), 2, 3, Decision("int4", written=True), [], True, Step.WRITE),
+        (writing(start=3), 2, 4, Decision("int4", written=True), [], True, Step.WRITE),
+        (writing(start=3), 2, 5, Decision("int4", written=True), [], True, Step.FINISH),
+        (writing(start=3), 2, 4, Decision("int4", written=True), [PROBLEM], True, Step.GIVE_UP),
+        (UNOPENED, 2, 4, Decision("int4", written=True), [], True, Step.OPEN),
+        (UNOPENED, 2, 4, Decision("int4", written=True), [PROBLEM], True, Step.GIVE_UP),
+        # A misfit has given the writing up: a build makes the store
+        (FromImages(), 2, 4, Decision("int4"), [], True, Step.BUILD),
+        # Resumed in a replay epoch
+        (FromStore(2, None), 2, 6, BUILT, [], False, Step.BUILD),
+        (FromStore(2, None), 2, 6, BUILT, [], True, Step.BUILD),
+        (FromStore(2, None), 2, 6, WRITTEN, [], True, Step.RESTORE),
+        (FromStore(1, None), 2, 6, None, [], False, Step.BUILD),
+        # Resumed from before the freeze, where the stores were decided for by the killed run only
+        (FromImages(), 2, 1, None, [], False, Step.BUILD),
+    ],
+)
+def test_step_follows_from_the_last_source(previous, cut, epoch, decision, problems, through, step):
+    assert choose_step(previous, cut, epoch, decision, problems, through) is step
 
 
-def test_budget_of_half_the_bytes_is_kept_at_every_moment_by_a_coarser_codec(tmp_path):
-    train(tmp_path, name="free", codec="int8")
-    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
-    budget = needed * 3 // 4
-    folder = tmp_path / "run" / "_freeze_cache"
-    with LargestTotal(folder) as watched:
-        trainer = train(tmp_path, codec="int8", cache_budget=str(budget))
-    assert trainer.freeze_status().replaying
-    assert stores(tmp_path)[2].manifest.codec in ("int4", "int3")
-    assert 0 < watched.largest <= budget
+# The keeper
 
 
-def test_budget_of_exactly_the_needed_bytes_is_enough_and_one_byte_less_is_not(tmp_path):
-    train(tmp_path, name="free", codec="int3")
-    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
-    assert train(tmp_path, name="enough", codec="int3", cache_budget=str(needed)).freeze_status().replaying
-    declined = train(tmp_path, name="less", codec="int3", cache_budget=str(needed - 1))
-    assert not declined.freeze_status().replaying
-    assert declined.freeze_status().cut == 2
-    assert total_bytes(tmp_path / "less" / "_freeze_cache") == 0
+def next_source(keeper, cut, previous=None, epoch=1, epochs_left=10):
+    freeze(keeper, cut)
+    return keeper.next(cut, epochs_left, FromImages() if previous is None else previous, epoch)
 
 
-def test_store_before_goes_first_where_the_budget_does_not_hold_both(tmp_path):
-    train(tmp_path, name="free")
-    needed = total_bytes(tmp_path / "free" / "_freeze_cache")
-    budget = int(needed * 1.3)
-    folder = tmp_path / "run" / "_freeze_cache"
-    with LargestTotal(folder) as watched:
-        trainer = train(tmp_path, "1:2,2:3", cache_budget=str(budget))
-    assert trainer.freeze_status().replaying
-    assert {cut: store.manifest.codec for cut, store in stores(tmp_path).items()} == {3: "int4"}
-    assert needed <= watched.largest <= budget
+def resumed(keeper, source, tmp_path, **settings):
+    """Keeper and source as a checkpoint of them gives them back."""
+    state = json.loads(json.dumps({"source": source.state_dict(), "stores": keeper.state_dict()}))
+    again = make_keeper(tmp_path, keeper.provider.config, **settings)
+    again.load_state_dict(state["stores"], source.cut)
+    return again, load_source(state["source"])
 
 
-@pytest.mark.parametrize("stop", [8, 12])
-def test_resume_keeps_codec_and_stores_of_a_budget(stop, tmp_path):
-    train(tmp_path, name="free", codec="int8")
-    budget = str(total_bytes(tmp_path / "free" / "_freeze_cache") * 3 // 4)
-    settings = {"codec": "int8", "cache_budget": budget, "points": "1:2,3:3"}
-    whole = run(
-        tiny_vit(),
-        pixel_dataset(),
-        tmp_path / "whole",
-        manual(settings["points"], cache="always", codec="int8", cache_budget=budget),
-        save_strategy="steps",
-        save_steps=2,
-        num_train_epochs=5,
-    )
-    resumed = run(
-        tiny_vit(1),
-        pixel_dataset(),
-        tmp_path / "whole",
-        manual(settings["points"], cache="always", codec="int8", cache_budget=budget),
-        resume=str(tmp_path / "whole" / f"checkpoint-{stop}"),
-        save_strategy="no",
-        num_train_epochs=5,
-    )
-    assert losses(resumed) == losses(whole)
-    assert_same_weights(weights(resumed), weights(whole))
-    assert len(stores(tmp_path, "whole")) == 1
+def test_store_is_built_and_stays_for_its_cut(tmp_path):
+    keeper = make_keeper(tmp_path)
+    source = next_source(keeper, 2)
+    assert isinstance(source, FromStore) and source.cut == 2 and len(source.store) == 22
+    assert keeper.next(2, 9, source, 2) is source
+    [phase] = keeper.accounts.ledger.phases
+    assert (phase.cut, phase.mode, phase.epochs, phase.store_bytes) == (2, "build", 1, source.store.bytes)
+    assert phase.flops == keeper.accounts.meter.per_sample("build", 2) * 22
 
 
-def test_decisions_stand_in_the_checkpoint(tmp_path):
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path / "run", manual("1:2", cache="always"), save_strategy="epoch")
-    checkpoint = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    attributes = state["stateful_callbacks"]["FreezeCallback"]["attributes"]
-    assert attributes["version"] == STATE_VERSION
-    store = trainer.freeze_status().store_path.name
-    assert attributes["session"]["stores"]["decisions"] == {
-        "2": {"codec": "int4", "store": store, "parent": None, "written": False}
-    }
-    assert attributes["session"]["source"] == {"kind": "store", "cut": 2}
+def test_store_of_another_run_is_reused_and_not_deleted(tmp_path):
+    other = next_source(make_keeper(tmp_path), 2).store
+    keeper = make_keeper(tmp_path)
+    source = next_source(keeper, 2)
+    assert source.store.path == other.path and keeper.accounts.ledger.phases[0].epochs == 0
+    deeper = next_source(keeper, 3, source, epoch=2)
+    assert deeper.cut == 3 and FeatureStore.open(other.path).verify()
 
 
-def test_deeper_store_comes_from_the_one_before_if_that_is_wanted(tmp_path):
-    trainer = train(tmp_path, "1:2,2:3", deepen="cache", codec="int8")
-    store = stores(tmp_path)[3]
-    assert len(store.manifest.made_from["deepened_from"]) == 32
-    assert list(stores(tmp_path)) == [3]
-    builds = {phase.cut: phase.flops for phase in trainer.freeze_cache_report().phases if phase.mode == "build"}
-    blocks = {cut: session_of(trainer).meter.per_sample("build", cut) * 32 for cut in (2, 3)}
-    assert builds == {2: blocks[2], 3: pytest.approx(blocks[3] - blocks[2])}
+def test_own_store_of_an_earlier_cut_is_deleted_when_the_deeper_one_is_complete(tmp_path):
+    keeper = make_keeper(tmp_path)
+    source = next_source(keeper, 2)
+    deeper = next_source(keeper, 3, source, epoch=2)
+    assert not source.store.path.exists() and deeper.store.path.exists()
+    assert keeper.provider.holdings.outdated(4) == [deeper.store.path]
 
 
-def test_exact_deepening_is_the_same_training_as_building_from_images(tmp_path):
-    settings = dict(points="1:2,2:3", codec="fp32")
-    deepened = train(tmp_path, name="deepened", deepen="cache", **settings)
-    raw = train(tmp_path, name="raw", **settings)
-    assert losses(deepened) == losses(raw)
-    assert_same_weights(weights(deepened), weights(raw))
+def test_what_can_not_be_cached_is_from_images_with_the_reason(tmp_path):
+    source = next_source(make_keeper(tmp_path, why_not="cache='never'"), 2)
+    assert isinstance(source, FromImages) and (source.cut, source.why) == (2, "cache='never'")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("stop", "lost"), [(4, True), (6, False), (8, False), (8, True), (10, False), (10, True)])
-def test_resume_of_a_deepened_store_is_exact_even_if_all_stores_are_gone(stop, lost, tmp_path):
-    def go(**settings):
-        config = manual("1:2,2:3", cache="always", deepen="cache", codec="int4")
-        return run(tiny_vit(stop), pixel_dataset(), tmp_path / "run", config, **settings)
-
-    whole = go(save_strategy="steps", save_steps=2)
-    if lost:
-        shutil.rmtree(tmp_path / "run" / "_freeze_cache")
-    resumed = go(resume=str(tmp_path / "run" / f"checkpoint-{stop}"))
-    assert losses(resumed) == losses(whole)
-    assert_same_weights(weights(resumed), weights(whole))
+def test_budget_that_holds_nothing_declines_once(tmp_path, caplog):
+    keeper = make_keeper(tmp_path, manual("1:2", cache_budget="100"))
+    source = next_source(keeper, 2)
+    assert isinstance(source, FromImages) and "only 100 B of `cache_budget` are left" in source.why
+    assert keeper.next(2, 9, source, 2) is source
+    assert messages(caplog).count("No feature store for cut 2") == 1
 
 
-def test_budget_that_does_not_hold_both_builds_from_images(tmp_path, caplog):
-    train(tmp_path, name="free")
-    budget = int(total_bytes(tmp_path / "free" / "_freeze_cache") * 1.3)
-    train(tmp_path, "1:2,2:3", deepen="cache", cache_budget=str(budget))
-    assert "deepened_from" not in stores(tmp_path)[3].manifest.made_from
-    assert "are deleted before the one of cut 3 is built" in caplog.text
+def test_lost_store_is_built_again_after_a_resume(tmp_path):
+    keeper = make_keeper(tmp_path)
+    source = next_source(keeper, 2)
+    shutil.rmtree(source.store.path)
+    again, previous = resumed(keeper, source, tmp_path)
+    restored = next_source(again, 2, previous, epoch=2)
+    assert restored.store.path == source.store.path and restored.store.verify()
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_resume_of_mixed_bits_is_exact_though_the_suffix_has_learnt(lost, tmp_path):
-    def go(**settings):
-        config = manual("1:2", cache="always", codec="mixed@3")
-        return run(tiny_vit(), pixel_dataset(), tmp_path / "run", config, **settings)
-
-    whole = go(save_strategy="steps", save_steps=4)
-    if lost:
-        shutil.rmtree(tmp_path / "run" / "_freeze_cache")
-    resumed = go(resume=str(tmp_path / "run" / "checkpoint-12"))
-    assert losses(resumed) == losses(whole)
-    assert_same_weights(weights(resumed), weights(whole))
+def test_decision_for_images_is_not_taken_again_after_a_resume(tmp_path):
+    keeper = make_keeper(tmp_path, manual("1:2", cache_budget="100"))
+    again, previous = resumed(keeper, next_source(keeper, 2), tmp_path)
+    source = next_source(again, 2, previous, epoch=2)
+    assert isinstance(source, FromImages) and "cache_budget" in source.why
 
 
-def test_resume_that_finds_the_store_of_the_killed_run_still_makes_room(tmp_path):
-    train(tmp_path, name="free")
-    budget = str(int(total_bytes(tmp_path / "free" / "_freeze_cache") * 1.3))
+def test_deeper_store_comes_from_the_one_before_which_is_built_again_if_it_is_lost(tmp_path):
+    config = manual("1:2", deepen="cache", codec="fp32")
+    keeper = make_keeper(tmp_path / "whole", config)
+    source = next_source(keeper, 2)
+    expected = next_source(keeper, 3, source, epoch=2).store
+    assert expected.manifest.made_from["deepened_from"] == source.store.manifest.fingerprint
 
-    def go(**settings):
-        config = manual("1:2,2:3", cache="always", cache_budget=budget)
-        return run(tiny_vit(), pixel_dataset(), tmp_path / "run", config, **settings)
-
-    whole = go(save_strategy="steps", save_steps=2)
-    shutil.rmtree(tmp_path / "run" / "_freeze_cache")
-    # Killed after the first store was built, resumed from before: it is not the resumed training's own.
-    checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    run(tiny_vit(), pixel_dataset(), tmp_path / "run", manual("1:2", cache="always"), resume=checkpoint)
-    resumed = go(resume=checkpoint)
-    assert losses(resumed) == losses(whole)
-    assert 3 in stores(tmp_path)
+    keeper = make_keeper(tmp_path / "lost", config)
+    source = next_source(keeper, 2)
+    shutil.rmtree(source.store.path)
+    again, previous = resumed(keeper, source, tmp_path / "lost")
+    store = next_source(again, 3, previous, epoch=2).store
+    assert store.path.name == expected.path.name
+    assert again.provider.decisions[3] == Decision("fp32", store.path.name, parent=2)
 
 
-def test_store_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplog):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("hf_freezecache.training.store_provider.remove_store", refuse)
-    trainer = train(tmp_path, "1:2,2:3")
-    assert trainer.freeze_status().replaying and sorted(stores(tmp_path)) == [2, 3]
-    assert "could not be deleted" in caplog.text
-
-
-def test_measurement_that_fails_declines(tmp_path, monkeypatch, caplog):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("hf_freezecache.estimate.probing.Prober.refuse", fail)
-    trainer = train(tmp_path, cache="auto")
-    assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
-    assert "could not be measured: out of memory" in caplog.text
+def write_epoch(keeper, source):
+    """Runs an epoch whose samples are all drawn."""
+    for number in range(keeper.provider.source.num_ranges):
+        rows = list(keeper.provider.source.rows(number))
+        batch = dict(keeper.provider.source.collate(rows))
+        batch |= {
+            "freezecache-drawn.numbers": torch.tensor(rows),
+            "freezecache-drawn.views": torch.zeros(len(rows)).long(),
+        }
+        step = source.step_inputs(batch, keeper.provider.spec_maker.context)
+        assert (step.bypassed, step.mode, step.samples) == (2, "live", len(rows))
 
 
-def test_coarser_codec_that_cannot_hold_the_values_gives_way_to_the_next(tmp_path, caplog):
-    model = tiny_vit()
-    # Beyond float16's range where codes reach: the special token alone is kept in float16 by the integer codecs.
-    with torch.no_grad():
-        model.vit.embeddings.position_embeddings[:, 1:] += 1e6
-    probe = run(model, pixel_dataset(), tmp_path / "free", manual("1:1", cache="always", codec="fp32"))
-    budget = str(probe.freeze_status().store_bytes * 2 // 3)
-    trainer = run(
-        model, pixel_dataset(), tmp_path / "run", manual("1:1", cache="always", codec="fp32", cache_budget=budget)
-    )
-    assert trainer.freeze_status().replaying
-    assert stores(tmp_path)[1].manifest.codec == "int8"
+def test_store_that_an_epoch_has_written_is_that_of_a_build(tmp_path):
+    built = next_source(make_keeper(tmp_path / "built"), 2).store
+    keeper = make_keeper(tmp_path / "written", through())
+    source = next_source(keeper, 2)
+    assert isinstance(source, Writing) and isinstance(source.store, PartialStore) and source.round == 0
+    assert source.store_bytes == source.store.bytes > 0
+    write_epoch(keeper, source)
+    finished = keeper.next(2, 9, source, 2)
+    assert isinstance(finished, FromStore)
+    assert torch.equal(finished.store.read(range(22)), built.read(range(22)))
+    assert keeper.provider.decisions[2] == Decision("int4", finished.store.path.name, written=True)
+    assert [path.name for path in (tmp_path / "written").iterdir()] == [finished.store.path.name]
 
 
-def test_outdated_evaluation_stores_make_room_for_a_deeper_cut(tmp_path):
-    def go(name, **settings):
-        config = manual("0:2,2:3", cache="always", cache_eval=True, **settings)
-        data = pixel_dataset()
-        return run(tiny_vit(), data, tmp_path / name, config, eval_dataset=data, eval_strategy="epoch")
-
-    largest = go("free", codec="int8")
-    held = {path.name: total_bytes(path) for path in (tmp_path / "free" / "_freeze_cache").iterdir()}
-    assert len(held) == 2  # of the last cut alone: one for training, one for evaluation
-    trainer = go("run", codec="int8", cache_budget=str(sum(held.values())))
-    assert stores(tmp_path)[3].manifest.codec == "int8"
-    assert trainer.freeze_status().store_bytes == largest.freeze_status().store_bytes
+def test_writing_goes_on_after_a_resume_and_what_is_missing_is_computed(tmp_path):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+    source.close()
+    again, previous = resumed(keeper, source, tmp_path)
+    reopened = next_source(again, 2, previous)
+    assert isinstance(reopened, Writing) and reopened.round == 0 and reopened.name == source.name
+    finished = again.next(2, 9, reopened, 2)
+    assert isinstance(finished, FromStore) and len(finished.store) == 22
 
 
-def test_budget_counts_what_lies_on_the_disk_once_a_store_is_built(tmp_path):
-    dataset = flat_pixels()
-    free = train_on_rows(tmp_path / "free", True, dataset, model=flat_vit(), points="0:2", codec="fp32")
-    store = stores_of(free)[2]
-    entries = session_of(free).keeper.provider.holdings.state_dict()
-    assert [entry["bytes"] for entry in entries] == [store.total_bytes]
-    needed = estimate_bytes(pack(make_spec(tiny_vit(), tmp_path, dataset, codec="fp32", batch_size=8)))
-    assert 2 * store.total_bytes < needed
-    # It would fit once it is packed; that is not known before, and a budget is never passed.
-    budget = dict(cache_budget=str(needed), codec="fp32", points="0:2")
-    declined = train_on_rows(tmp_path / "budget", True, dataset, model=flat_vit(), **budget)
-    assert stores_of(declined)[2].manifest.codec == "fp16"
-    enough = dict(cache_budget=str(2 * needed), codec="fp32", points="0:2")
-    assert (
-        stores_of(train_on_rows(tmp_path / "enough", True, dataset, model=flat_vit(), **enough))[2].manifest.codec
-        == "fp32"
-    )
+def test_written_store_that_is_lost_is_computed_again_after_a_resume(tmp_path):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+    write_epoch(keeper, source)
+    finished = keeper.next(2, 9, source, 2)
+    shutil.rmtree(finished.store.path)
+    again, previous = resumed(keeper, finished, tmp_path)
+    restored = next_source(again, 2, previous, epoch=3)
+    assert isinstance(restored, FromStore) and restored.store.path == finished.store.path
+
+
+def test_epochs_that_have_written_a_store_are_repeated_by_a_training_resumed_from_before(tmp_path):
+    keeper = make_keeper(tmp_path, through())
+    start = json.loads(json.dumps(keeper.state_dict()))
+    source = next_source(keeper, 2)
+    write_epoch(keeper, source)
+    finished = keeper.next(2, 9, source, 2)
+    again = make_keeper(tmp_path, through())
+    again.load_state_dict(start, 0)
+    repeated = next_source(again, 2)
+    assert isinstance(repeated, Writing) and isinstance(repeated.store, FeatureStore) and repeated.store_bytes == 0
+    assert again.next(2, 9, repeated, 2).store.path == finished.store.path
+    # Another training takes the complete store at once.
+    assert isinstance(next_source(make_keeper(tmp_path, through()), 2), FromStore)
+
+
+def test_writing_that_the_next_cut_overtakes_is_given_up(tmp_path):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+    deeper = next_source(keeper, 3, source, epoch=2)
+    assert isinstance(deeper, Writing) and (deeper.cut, deeper.start) == (3, 2)
+    assert not source.store.path.exists() and deeper.store.path.exists()
+
+
+def test_problem_of_an_epoch_counts_at_the_next_epochs_beginning(tmp_path, caplog):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+    source.problem = Problem(False, "the disk is full", 1)
+    # Resumed in the middle of the epoch, the training goes on to its end.
+    assert isinstance(keeper.next(2, 10, source, 1), Writing)
+    ended = keeper.next(2, 9, source, 2)
+    assert isinstance(ended, FromImages) and ended.why == "the disk is full"
+    assert "could not be written" in messages(caplog) and not source.store.path.exists()
+
+
+def test_misfit_of_an_epoch_is_made_good_by_a_build(tmp_path, caplog):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+    source.problem = Problem(True, "a view is not projective", 1)
+    built = keeper.next(2, 9, source, 2)
+    assert isinstance(built, FromStore) and "materialize" not in built.store.manifest.made_from
+    assert "A build makes the feature store, not live epochs, because a view is not projective" in messages(caplog)
+    assert keeper.provider.decisions[2] == Decision("int4", built.store.path.name)
+
+
+def test_misfit_while_a_written_store_is_completed_is_made_good_by_a_build(tmp_path, monkeypatch):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+
+    def misfit(self):
+        raise GeometryMisfit("a view is not projective")
+
+    monkeypatch.setattr(PartialStore, "finish", misfit)
+    assert "materialize" not in keeper.next(2, 9, source, 2).store.manifest.made_from
+
+
+# Errors
+
+
+def failing(error):
+    def build(self, request):
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("explicit", "error", "survives"),
+    [
+        (True, BuildFailed("No space left on device"), True),
+        (False, BuildFailed("No space left on device"), True),
+        (True, ValueError("sample 3 is not finite"), False),
+        (False, ValueError("sample 3 is not finite"), True),
+        (True, RuntimeError("out of memory"), False),
+        (False, RuntimeError("out of memory"), True),
+    ],
+)
+def test_defaults_survive_what_explicit_settings_raise(explicit, error, survives, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(StoreProvider, "build", failing(error))
+    keeper = make_keeper(tmp_path, explicit=explicit)
+    if not survives:
+        with pytest.raises(type(error)):
+            next_source(keeper, 2)
+        return
+    source = next_source(keeper, 2)
+    assert isinstance(source, FromImages)
+    assert f"{error} ({type(error).__name__})" in messages(caplog) and source.why in messages(caplog)
+
+
+def test_bug_under_the_defaults_is_named_and_traced_and_fails_the_tests(tmp_path, monkeypatch, caplog):
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(StoreProvider, "build", failing(TypeError("an int is no path")))
+    with pytest.raises(TypeError, match="an int is no path"):
+        next_source(make_keeper(tmp_path, explicit=False), 2)
+    monkeypatch.setattr(Announcer, "raises", ())
+    assert isinstance(next_source(make_keeper(tmp_path, explicit=False), 2), FromImages)
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage().endswith("an int is no path (TypeError)")
+    [traced] = [record for record in caplog.records if record.levelname == "DEBUG" and record.exc_info]
+    assert traced.exc_info[0] is TypeError
+
+
+def test_several_sizes_of_features_are_an_error_under_explicit_settings(tmp_path):
+    class Sizes(Rows):
+        def __getitem__(self, row):
+            sample = super().__getitem__(row)
+            return {**sample, "pixel_values": torch.zeros(3, 16, 16 if row < 12 else 32)}
+
+    keeper = make_keeper(tmp_path, dataset=Sizes(), model=tiny_vit())
+    with pytest.raises(ValueError, match="size"):
+        next_source(keeper, 2)
