@@ -29,6 +29,7 @@ quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -47,5 +48,5 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -92,6 +92,12 @@ class Group:
                 torch.distributed.broadcast(tensor, src=0)
 
 
+class Logger(Protocol):
+    """What `Announcer` needs of a logger: those of `logging` and those of Transformers have it."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None: ...
+
+
 class Announcer:
     """Logs on the main process alone.
 
@@ -106,7 +112,7 @@ class Announcer:
 
     raises: ClassVar[tuple[type[Exception], ...]] = ()
 
-    def __init__(self, group: Group, logger: logging.Logger):
+    def __init__(self, group: Group, logger: Logger):
         self.group, self.logger = group, logger
         self._messages: set[str] = set()
 
@@ -176,6 +182,7 @@ def rewrap_ddp(model: nn.Module) -> None:
         return
     for parameter in model.module.parameters():
         parameter.grad = None  # a gradient may be a view into a bucket of the old reducer
+    buffer_sync: dict[str, Any] = {_BUFFER_SYNC: model.broadcast_buffers}
     fresh = DistributedDataParallel(
         model.module,
         device_ids=model.device_ids,
@@ -186,7 +193,7 @@ def rewrap_ddp(model: nn.Module) -> None:
         find_unused_parameters=model.find_unused_parameters,
         gradient_as_bucket_view=model.gradient_as_bucket_view,
         static_graph=model.static_graph,
-        **{_BUFFER_SYNC: model.broadcast_buffers},
+        **buffer_sync,
     )
     training = model.training
     model.__dict__.update(fresh.__dict__)  # attributes that accelerate has set beside its own stay

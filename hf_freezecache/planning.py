@@ -7,8 +7,9 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -77,7 +78,8 @@ def plan(
     with _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings) as trainer:
         context = replace(trainer.build_context(*trainer.without_unused_columns(dataset)), config=config)
         numbers = _check_cuts(context.chain, cuts)
-        planner = _Planner(context, _trial_steps(trainer, context.chain), trainer._prepare_inputs, batches)
+        steps = _trial_steps(trainer, context.chain)
+        planner = _Planner(context, steps, lambda batch: trainer._prepare_inputs(dict(batch)), batches)
         budget = None if config.cache_budget is None else parse_bytes(config.cache_budget)
         limit = disk_limit(_store_directory(config, args), budget)
         bar = tqdm(numbers, desc="Planning", disable=trainer.args.disable_tqdm, leave=False)
@@ -115,7 +117,7 @@ class _Planner:
     def row(self, cut: int, limit: int) -> PlanRow:
         """What a store at a cut would cost and save."""
         # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
-        _, fixed = timed(lambda: (self.chain.trace(self.probe), self.chain.prove(self.probe, cut)))
+        _, fixed = timed(partial(self._prove_again, cut))
         spec = self._settle_geometry(self._draft(cut))
         costs = self.prober.measure(spec, self.batches, with_suffix=True)
         return self.prober.row(spec, replace(costs, fixed=costs.fixed + fixed), limit)
@@ -143,6 +145,10 @@ class _Planner:
             f"{len(self.source):,} samples at every cut, {workers} loader processes; {augmentation}. {packed}"
             "The speed of the disk was not measured."
         )
+
+    def _prove_again(self, cut: int) -> None:
+        self.chain.trace(self.probe)
+        self.chain.prove(self.probe, cut)
 
     def _draft(self, cut: int) -> StoreSpec:
         return self.spec_maker.draft(cut, self.config.codec_at(cut, len(self.chain)))
@@ -210,18 +216,21 @@ def _checkpointing(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
     if not args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    # To the type checker, what a module does not declare may be a tensor.
+    kwargs = args.gradient_checkpointing_kwargs
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 def _trial_steps(trainer: FreezeCacheTrainer, chain: BlockChain) -> TrialSteps:
     """Training steps as the trainer makes them."""
     return TrialSteps(
         chain,
-        loss=lambda model, inputs: trainer.compute_loss(model, dict(inputs)),
+        # Without `return_outputs` it is the loss alone.
+        loss=lambda model, inputs: cast(torch.Tensor, trainer.compute_loss(model, dict(inputs))),
         optimizer=_optimizer_of(trainer),
         max_grad_norm=trainer.args.max_grad_norm or 0.0,
         accumulation=trainer.args.gradient_accumulation_steps,
@@ -231,7 +240,8 @@ def _trial_steps(trainer: FreezeCacheTrainer, chain: BlockChain) -> TrialSteps:
 def _optimizer_of(trainer: FreezeCacheTrainer) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
     """What makes the trainer's optimizer for some parameters; AdamW where it takes more than parameters."""
     given = trainer.optimizer_cls_and_kwargs
-    kind, settings = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    # Declared for the models of Transformers alone, as its own optimizers want it; those are not measured.
+    kind, settings = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # type: ignore[arg-type]
     simple = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     if not simple or {"params", "model", "optimizer_dict"} & set(settings):
         logger.info(f"Steps are measured with AdamW in place of {kind}, which is made from a whole model.")
@@ -257,4 +267,4 @@ def _store_directory(config: FreezeCacheConfig, args: TrainingArguments | None) 
     """The directory of the training's stores."""
     if config.feature_cache_dir is not None:
         return Path(config.feature_cache_dir)
-    return (Path.cwd() if args is None else Path(args.output_dir)) / "_freeze_cache"
+    return (Path.cwd() if args is None or args.output_dir is None else Path(args.output_dir)) / "_freeze_cache"

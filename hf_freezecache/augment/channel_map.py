@@ -163,7 +163,7 @@ def apply_channel_map(
         weights, constant = channel_maps[kind, :-1].T, channel_maps[kind, -1]
         around = weights[:, : weights.shape[1] - stored].reshape(channels, channels, side, side)
         values = F.conv2d(_padded(warped[rows].float(), side), around, constant)
-        if stored:
+        if sensitive is not None and stored:
             values += F.conv2d(sensitive[rows].float(), weights[:, -stored:, None, None])
         features[rows] = values
     low, high = limits[:, :, None, None]

@@ -72,11 +72,17 @@ class Draw:
         return self.samples[self.position - 1]
 
     def key(self, sample: int) -> tuple[int | str, ...]:
-        """Everything on which the random numbers of the sample that `take` returned last depend."""
+        """Everything on which the random numbers of the sample that `take` returned last depend.
+
+        Raises:
+            ValueError: if the draw has neither an epoch nor a view.
+        """
         view = self.view
-        if view is None:
-            return ("live", self.seed, self.epoch, sample)
-        return ("view", self.seed, sample, view)
+        if view is not None:
+            return ("view", self.seed, sample, view)
+        if self.epoch is None:
+            raise ValueError("a draw needs the epoch, in live epochs, or the view, for the cache.")
+        return ("live", self.seed, self.epoch, sample)
 
 
 @contextlib.contextmanager

@@ -22,13 +22,13 @@ def to_maps(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
 
     Shapes: B samples, C channels, (h, w) the layout's grid.
     """
-    check_grid(layout)
+    grid = check_grid(layout)
     if features.shape[1:] != layout.shape:
         expected = ", ".join(["B", *map(str, layout.shape)])
         raise ValueError(f"expected features of shape ({expected}), got {tuple(features.shape)}")
     if len(layout.shape) == 2:
-        return layout.body(features).transpose(1, 2).unflatten(2, layout.grid)
-    return features.view(len(features), layout.channels, *layout.grid)
+        return layout.body(features).transpose(1, 2).unflatten(2, grid)
+    return features.view(len(features), layout.channels, *grid)
 
 
 def put_maps(features: torch.Tensor, maps: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
@@ -54,8 +54,11 @@ def put_maps(features: torch.Tensor, maps: torch.Tensor, layout: FeatureLayout) 
     return features
 
 
-def check_grid(layout: FeatureLayout) -> None:
+def check_grid(layout: FeatureLayout) -> tuple[int, int]:
     """Checks that features can be warped.
+
+    Returns:
+        The layout's grid, `(h, w)`.
 
     Raises:
         ValueError: if the layout has no grid.
@@ -65,3 +68,4 @@ def check_grid(layout: FeatureLayout) -> None:
             f"features of shape {layout.shape} have no grid, so nothing in them can be warped: "
             "views of such features are stored whole."
         )
+    return layout.grid

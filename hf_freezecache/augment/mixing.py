@@ -91,25 +91,28 @@ class Mixer:
         if layout is not None:
             self.check(layout)
         batch = {"labels": labels, "batch_size": len(labels)}
-        if self._draws_cutmix():
-            transform, (mixed, params) = self._cutmix, self._cut(values, layout, batch)
+        cutmix = self._choose_cutmix()
+        if cutmix is not None:
+            mixed, params = self._cut(cutmix, values, layout, batch)
+            labels = cutmix.transform(labels, params)
         else:
-            transform, params = self._mixup, batch | self._mixup.make_params([values])
+            params = batch | self._mixup.make_params([values])
             mixed = self._blend(values, params["lam"])
-        return {**inputs, main_input: mixed, label_name: transform.transform(labels, params)}
+            labels = self._mixup.transform(labels, params)
+        return {**inputs, main_input: mixed, label_name: labels}
 
-    def _draws_cutmix(self) -> bool:
-        if not self._both:
-            return self._cutmix is not None
-        # The draw of `v2.RandomChoice`.
-        return int(torch.multinomial(torch.tensor([0.5, 0.5]), 1)) == 0
+    def _choose_cutmix(self) -> v2.CutMix | None:
+        """Cutmix if it is this batch's turn, by the draw of `v2.RandomChoice` if both are on; None for mixup."""
+        if self._both and int(torch.multinomial(torch.tensor([0.5, 0.5]), 1)) != 0:
+            return None
+        return self._cutmix
 
     def _cut(
-        self, values: torch.Tensor, layout: FeatureLayout | None, batch: dict[str, Any]
+        self, cutmix: v2.CutMix, values: torch.Tensor, layout: FeatureLayout | None, batch: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         maps = values if layout is None else to_maps(values, layout)
-        params = batch | self._cutmix.make_params([maps])
-        maps = self._cutmix.transform(maps, params)
+        params = batch | cutmix.make_params([maps])
+        maps = cutmix.transform(maps, params)
         if layout is None:
             return maps, params
         mixed, special = values.clone(), layout.special_tokens

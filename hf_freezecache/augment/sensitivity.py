@@ -112,17 +112,17 @@ class SensitivityMeter:
     """
 
     def __init__(self, layout: FeatureLayout, similarity: str = "ssim", previews: int = 4):
-        check_grid(layout)
+        self._grid = check_grid(layout)
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity is one of {', '.join(SIMILARITIES)}, got {similarity!r}")
         self.layout, self.similarity, self.previews = layout, similarity, previews
-        self._mean: Tensor | None = None
-        self._deviation: Tensor | None = None
+        self._statistics: tuple[Tensor, Tensor] | None = None
         self._samples = self._outside_count = self._positions = 0
         self._scores = torch.zeros(layout.channels, dtype=torch.float64)
         self._outside = torch.zeros(layout.channels, dtype=torch.float64)
-        self._preview_rows: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._channel_map_fit = ChannelMapFit(layout.channels, layout.grid)
+        # Number of a sample, and its base, view and warped maps.
+        self._preview_rows: list[tuple[int, tuple[Tensor, ...]]] = []
+        self._channel_map_fit = ChannelMapFit(layout.channels, self._grid)
         self._low, self._high = torch.full((2, layout.channels), torch.inf) * torch.tensor([[1.0], [-1.0]])
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class SensitivityMeter:
         Shapes: B samples, (h, w) the layout's grid.
         """
         base_maps, view_maps = to_maps(base, self.layout), to_maps(view, self.layout)
-        grid = (*self.layout.grid, 2)
+        grid = (*self._grid, 2)
         if not len(base) == len(view) == len(sources) == len(sample_ids) or sources.shape[1:] != grid:
             raise ValueError(
                 f"expected as many base features, views, sources {grid} and sample ids, got {len(base)}, {len(view)}, "
@@ -151,8 +151,8 @@ class SensitivityMeter:
             return
         rows = max(1, CHUNK // base_maps[0].numel())
         bounds = [*range(0, len(base), rows), len(base)]
-        if self._mean is None:
-            self._fit(base_maps.split(rows))
+        if self._statistics is None:
+            self._statistics = _mean_and_deviation(base_maps.split(rows))
         for first, last in pairwise(bounds):
             part = slice(first, last)
             self._add(_as_float(base_maps[part]), _as_float(view_maps[part]), sources[part], sample_ids[part])
@@ -168,7 +168,7 @@ class SensitivityMeter:
                 "none of the views compared shows anything of its base view, so no channel can follow: "
                 "check the geometric transforms of the train pipeline."
             )
-        mean, deviation = self._mean.cpu(), self._deviation.cpu()
+        mean, deviation = (values.cpu() for values in self._normalization)
         similarity = (self._scores / self._samples).float()
         outside = mean + deviation * (self._outside / max(1, self._outside_count)).float()
         return Sensitivity(similarity, outside, self.outside_share, self._samples, self._previews_of(similarity))
@@ -193,18 +193,15 @@ class SensitivityMeter:
         maps = self._channel_map_fit.solve(sensitive)
         if maps is None:
             return None
-        limits = torch.stack([self._low, self._high])
-        return denormalized(maps, sensitive, self._mean.cpu(), self._deviation.cpu()), limits
+        mean, deviation = (values.cpu() for values in self._normalization)
+        return denormalized(maps, sensitive, mean, deviation), torch.stack([self._low, self._high])
 
-    def _fit(self, parts: Sequence[Tensor]) -> None:
-        values = sum(part.shape[0] * part.shape[2] * part.shape[3] for part in parts)
-        total = sum(_as_float(part).sum((0, 2, 3)) for part in parts)
-        mean = total / values
-        squares = sum((_as_float(part) - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in parts)
-        deviation = (squares / values).sqrt()
-        # The deviation of a constant channel is only the rounding of its mean: it must not be a divisor.
-        constant = deviation <= 1e-6 * mean.abs()
-        self._mean, self._deviation = mean, deviation.masked_fill(constant, 1.0)
+    @property
+    def _normalization(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel, `(C,)` each, in the first batch."""
+        if self._statistics is None:
+            raise RuntimeError("nothing was compared yet: call `update` first")
+        return self._statistics
 
     def _add(self, base: Tensor, view: Tensor, sources: Tensor, sample_ids: Sequence[int]) -> None:
         for maps in (base, view):
@@ -213,7 +210,7 @@ class SensitivityMeter:
                 sample = sample_ids[int(finite.logical_not().nonzero()[0])]
                 raise ValueError(f"feature of sample {sample} is not finite (NaN or inf)")
         # The positions that a replay fills with `outside`, and only these, are not compared.
-        outside = warp(base.new_zeros(len(base), 1, *self.layout.grid), sources, base.new_ones(1))[:, 0] > 0
+        outside = warp(base.new_zeros(len(base), 1, *self._grid), sources, base.new_ones(1))[:, 0] > 0
         inside = outside.logical_not()
         warped = warp(base, sources)
         rows = inside.flatten(1).any(1).nonzero().flatten()
@@ -231,22 +228,35 @@ class SensitivityMeter:
         for row in rows[: self.previews - len(self._preview_rows)].tolist():
             shown = warped[row].masked_fill(outside[row], torch.nan)
             # `cpu` does not copy a tensor that is on the CPU already, and the memory may be the caller's.
-            maps = (part.detach().cpu().clone() for part in (base[row], view[row], shown))
-            self._preview_rows.append((int(sample_ids[row]), *maps))
+            copies = tuple(part.detach().cpu().clone() for part in (base[row], view[row], shown))
+            self._preview_rows.append((int(sample_ids[row]), copies))
 
     def _normalize(self, maps: Tensor) -> Tensor:
-        return (maps - self._mean.view(-1, 1, 1)) / self._deviation.view(-1, 1, 1)
+        mean, deviation = self._normalization
+        return (maps - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)
 
     def _previews_of(self, similarity: Tensor) -> dict[str, Tensor]:
         count = min(_PREVIEW_CHANNELS, len(similarity))
         ranks = torch.linspace(0, len(similarity) - 1, count).round().long()
         channels = similarity.argsort(stable=True)[ranks]
-        previews = {"sample_ids": torch.tensor([row[0] for row in self._preview_rows], dtype=torch.int64)}
+        previews = {"sample_ids": torch.tensor([sample for sample, _ in self._preview_rows], dtype=torch.int64)}
         previews["channels"] = channels
-        for place, name in enumerate(("base", "view", "warped"), start=1):
-            maps = [row[place][channels] for row in self._preview_rows]
-            previews[name] = torch.stack(maps) if maps else torch.zeros(0, count, *self.layout.grid)
+        for place, name in enumerate(("base", "view", "warped")):
+            maps = [copies[place][channels] for _, copies in self._preview_rows]
+            previews[name] = torch.stack(maps) if maps else torch.zeros(0, count, *self._grid)
         return previews
+
+
+def _mean_and_deviation(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel, float32 `(C,)` each, of feature maps `(B, C, h, w)`."""
+    values = sum(part.shape[0] * part.shape[2] * part.shape[3] for part in parts)
+    zeros = torch.zeros(parts[0].shape[1], device=parts[0].device)
+    mean = sum((_as_float(part).sum((0, 2, 3)) for part in parts), start=zeros) / values
+    squares = ((_as_float(part) - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in parts)
+    deviation = (sum(squares, start=zeros) / values).sqrt()
+    # The deviation of a constant channel is only the rounding of its mean: it must not be a divisor.
+    constant = deviation <= 1e-6 * mean.abs()
+    return mean, deviation.masked_fill(constant, 1.0)
 
 
 def _as_float(maps: Tensor) -> Tensor:

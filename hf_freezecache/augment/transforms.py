@@ -82,7 +82,7 @@ class ReplayableTransform:
         return {"train": self.train, "base": self.base, "image_column": self.image_column}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        type(self).__init__(self, **state)
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """Draws an image for each row.
@@ -314,8 +314,10 @@ def _mean_step(points: torch.Tensor) -> float:
 
 def _generators() -> tuple:
     """States of the global generators from which pipelines draw, for comparison."""
-    _, keys, position, *gauss = np.random.get_state()
-    return random.getstate(), keys.tobytes(), position, gauss, torch.get_rng_state().numpy().tobytes()
+    numpy_state = np.random.get_state(legacy=False)
+    keys = numpy_state["state"]["key"].tobytes()
+    others = numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]
+    return random.getstate(), keys, others, torch.get_rng_state().numpy().tobytes()
 
 
 def _interpolate_grid(functional: Callable, image_kernel: Callable) -> None:

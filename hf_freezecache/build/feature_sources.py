@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..augment.maps import check_grid
 from ..cache.rows import RowSource, split_batch
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
@@ -32,6 +33,26 @@ class ViewRun:
     features: torch.Tensor | None
     geometry: torch.Tensor | None = None
     refused: str | None = None
+
+    def need_features(self) -> torch.Tensor:
+        """The features, where they were asked for.
+
+        Raises:
+            ValueError: if they were not.
+        """
+        if self.features is None:
+            raise ValueError("the features of this view were not asked for")
+        return self.features
+
+    def need_geometry(self) -> torch.Tensor:
+        """The geometry, where it was asked for and could be told.
+
+        Raises:
+            ValueError: if it was not, or could not.
+        """
+        if self.geometry is None:
+            raise ValueError(f"this view has no geometry: {self.refused or 'it was not asked for'}")
+        return self.geometry
 
 
 class FeatureSource(Protocol):
@@ -86,7 +107,7 @@ class ImageFeatures:
     def run(
         self, numbers: Sequence[int], views: int = 0, geometry: str | None = None, own_features: bool = True
     ) -> Iterator[tuple[int, list[ViewRun]]]:
-        kind_and_grid = None if geometry is None else (geometry, self.layout.grid)
+        kind_and_grid = None if geometry is None else (geometry, check_grid(self.layout))
         for number, batches in self.source.loader(numbers, views, kind_and_grid):
             view_runs = []
             for view, drawn in enumerate(batches):
@@ -103,7 +124,7 @@ class ImageFeatures:
         return features
 
 
-def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: range) -> None:
+def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: Sequence[int]) -> None:
     """Whether features are what a store of a layout holds.
 
     Args:

@@ -41,7 +41,7 @@ def fisher_weights(
 
     Shapes: C channels.
     """
-    total, samples, generator = 0.0, 0, torch.Generator().manual_seed(seed)
+    total, samples, generator = torch.zeros(()), 0, torch.Generator().manual_seed(seed)
     with preserve_rng(), eval_mode(chain.model):
         for inputs in batches:
             features = chain.prefix(inputs, cut)

@@ -14,7 +14,7 @@ from ..cache.codec import Codec, make_codec
 from ..cache.fingerprint import digest
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
-from ..cache.rows import BatchSplit, RowSource, split_batch
+from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
@@ -173,7 +173,7 @@ class _Build:
                 if not spec.views.whole:
                     check_geometry(others, rows)
                 check_inputs(base, probe, rows[0])
-                codes, inputs = codec.encode(base.features, sample_ids=rows), dict(base.columns)
+                codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
                 for view, view_run in enumerate(others, start=1):
                     check_inputs(view_run, probe, rows[0])
                     codes |= views.encode(view, view_run.features, view_run.geometry, rows)
@@ -267,7 +267,7 @@ def spread(total: int, count: int) -> list[int]:
     return sorted({round(number * (total - 1) / max(count - 1, 1)) for number in range(count)})
 
 
-def find_misfit(views: Sequence[ViewRun], rows: Sequence[int]) -> str | None:
+def find_misfit(views: Sequence[ViewRun | DrawnBatch], rows: Sequence[int]) -> str | None:
     """Why the geometry of some view of a range cannot be stored; None if all can."""
     for view in views:
         if view.geometry is None:

@@ -176,7 +176,8 @@ class PartialStore:
         check_inputs(view_run, self.probe, samples[0])
         for view in np.unique(views):
             positions = np.flatnonzero(views == view)
-            self._put(int(view), [samples[position] for position in positions], pick_rows(view_run, positions))
+            of_view = [samples[position] for position in positions.tolist()]
+            self._put(int(view), of_view, pick_rows(view_run, positions))
 
     def finish(self) -> FeatureStore:
         """Computes the missing rows and writes the store, every process its shard; then deletes the directory.
@@ -251,8 +252,7 @@ class PartialStore:
         except FileNotFoundError as error:
             raise OSError(f"{error}. The feature cache directory must be one that all processes see.") from error
 
-    def _write_at(self, file: int, content: memoryview | bytes, offset: int) -> None:
-        content = memoryview(content)
+    def _write_at(self, file: int, content: memoryview, offset: int) -> None:
         while content:
             written = os.pwrite(self._files[file], content, offset)
             content, offset = content[written:], offset + written
@@ -274,7 +274,7 @@ class PartialStore:
         if view:
             codes = self.views.encode(view, view_run.features, view_run.geometry, samples)
         else:
-            codes = self.codec.encode(view_run.features, sample_ids=samples)
+            codes = self.codec.encode(view_run.need_features(), sample_ids=samples)
         columns = self._columns[view]
         rows, lists = columns.pack(codes, view_run.columns, samples)
         if columns.lists:
@@ -282,7 +282,7 @@ class PartialStore:
         for sample, row, values in zip(samples, rows, lists, strict=True):
             self._write_at(view, row.data, sample * columns.width)
             mark = np.uint32(row_checksum(row.data, values)).tobytes()
-            self._write_at(-1, mark, 4 * (view * len(self.spec.source) + sample))
+            self._write_at(-1, memoryview(mark), 4 * (view * len(self.spec.source) + sample))
 
     def _write_lines(self, view: int, samples: Sequence[int], lists: Sequence[str]) -> None:
         if self._lines is None:
@@ -334,7 +334,9 @@ class PartialStore:
         path = aside / shard_name(self.group.rank, self.group.size)
         with ShardWriter(path, self.codec, self.views, self.probe.describe(), self.spec.lossless) as writer:
             for number in self.group.my_ranges(source.num_ranges):
-                samples, codes, inputs = source.rows(number), {}, {}
+                samples = source.rows(number)
+                codes: dict[str, torch.Tensor] = {}
+                inputs: dict[str, Any] = {}
                 for view in range(len(self._columns)):
                     read_codes, read_inputs = self._read(view, samples)
                     codes, inputs = codes | read_codes, inputs | read_inputs
@@ -349,9 +351,10 @@ class PartialStore:
             rows = np.frombuffer(content, np.uint8).reshape(len(samples), columns.width)
             marks = self._read_marks(view, samples[0], samples[-1])
             lists = [self._lists_of(view, *row) for row in zip(samples, rows, marks, strict=True)]
+            whole = [values for values in lists if values is not None]
+            if len(whole) == len(lists):
+                return columns.unpack(rows, whole)
             damaged = {sample for sample, values in zip(samples, lists, strict=True) if values is None}
-            if not damaged:
-                return columns.unpack(rows, lists)
             if attempt == 0:
                 self._compute(sorted(damaged), lambda own, row: own == view)
                 self._all_lines = None

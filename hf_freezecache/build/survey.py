@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..augment.geometry import PROJECTIVE, decode_geometry
+from ..augment.maps import check_grid
 from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
 from ..cache.rows import RowSource, is_same
@@ -144,7 +145,7 @@ def choose_channels(spec: StoreSpec, similarity: str, batches: int, channel_map:
         return spec
     meter = measure_sensitivity(spec, similarity, batches)
     sensitivity = meter.result()
-    channels = sensitivity.choose(len(spec.views.channels))
+    channels = sensitivity.choose(len(spec.views.warped.channels))
     maps, limits = (meter.channel_maps(channels) if channel_map else None) or (None, None)
     views = replace(
         spec.views,
@@ -158,15 +159,16 @@ def choose_channels(spec: StoreSpec, similarity: str, batches: int, channel_map:
 
 def measure_sensitivity(spec: StoreSpec, similarity: str, batches: int) -> SensitivityMeter:
     """Compares the channels over a sample of the data; see `choose_channels`."""
-    source, kind, grid = spec.source, spec.views.geometry, spec.layout.grid
+    source, kind, grid = spec.source, spec.views.warped.geometry, check_grid(spec.layout)
     count = min(batches, source.num_ranges)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     meter = SensitivityMeter(spec.layout, similarity)
     for number, (base, view) in spec.feature_source.run(sorted(numbers.tolist()), views=1, geometry=kind):
         rows = source.rows(number)
         check_geometry([view], rows)
-        sources = decode_geometry(view.geometry.to(base.features.device), kind, grid)
-        meter.update(base.features, view.features, sources, rows)
+        features = base.need_features()
+        sources = decode_geometry(view.need_geometry().to(features.device), kind, grid)
+        meter.update(features, view.need_features(), sources, rows)
     if meter.outside_share > _MOST_OUTSIDE:
         raise GeometryMisfit(
             f"{100 * meter.outside_share:.0f} % of what views show is not in their base view; a base pipeline that "

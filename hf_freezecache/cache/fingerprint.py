@@ -140,7 +140,7 @@ def config_digest(model: nn.Module, blocks: list[str]) -> str:
         blocks: module names of the prefix.
     """
     config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     settings = {name: value for name, value in settings.items() if name not in _IRRELEVANT_CONFIG}
     settings["attention"] = getattr(config, "_attn_implementation", None)
     modules = {name: repr(module) for name, module in model.named_modules() if name in blocks}
@@ -171,4 +171,4 @@ def _own_code(cls: type) -> str:
 
 def _memory_of(value: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, without a copy."""
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+    return value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else memoryview(b"")

@@ -112,7 +112,8 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
     clashing = sorted(name for name in batch if is_reserved(name))
     if clashing:
         raise RowError(f"the collator's {clashing} clash with a store's columns: rename them.")
-    columns, constants = {}, {}
+    columns: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     for name, value in batch.items():
         if name == main_input:
             continue

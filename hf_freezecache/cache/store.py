@@ -290,7 +290,7 @@ def small_files(
     Returns:
         File name -> content; the manifest is the last.
     """
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard.name} for shard in manifest.shards],
         "_fingerprint": manifest.fingerprint,
         "_format_columns": None,

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..augment.geometry import geometry_column
+from ..augment.maps import check_grid
 from ..model.layout import FeatureLayout
 from .codec import Codec
 from .names import BASE, GEOMETRY, SPECIAL, VIEW, VIEW_INDEX, VIEW_SPECIAL, view_column, view_tensor
 
 #: Fields of a `ViewSpec` that are tensors.
 VIEW_TENSORS = ("channels", "outside", "channel_maps", "limits")
+
+
+class WarpedViews(NamedTuple):
+    """What a `ViewSpec` says of views that are not stored whole: its fields of the same names, none of them None."""
+
+    geometry: str
+    channels: torch.Tensor
+    outside: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,20 @@ class ViewSpec:
         """Whether views are stored whole."""
         return self.geometry is None
 
+    @property
+    def warped(self) -> WarpedViews:
+        """What is stored of views that are not whole.
+
+        Raises:
+            ValueError: if views are stored whole, or a field is missing.
+        """
+        if self.geometry is None or self.channels is None or self.outside is None:
+            raise ValueError("views without geometry, channels and values outside can only be stored whole")
+        return WarpedViews(self.geometry, self.channels, self.outside)
+
     def needs_features(self, layout: FeatureLayout) -> bool:
         """Whether any feature of a view is stored. If only its geometry is, the prefix does not run on the view."""
-        return self.whole or len(self.channels) > 0 or layout.special_tokens > 0
+        return self.whole or len(self.warped.channels) > 0 or layout.special_tokens > 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that are tensors, by their names in the codec's file."""
@@ -78,8 +99,9 @@ class ViewColumns:
         self._parts: dict[str, Codec] = {}
         if spec.whole:
             return
-        if len(spec.channels):
-            self._parts[VIEW] = codec.narrowed(spec.channels)
+        channels = spec.warped.channels
+        if len(channels):
+            self._parts[VIEW] = codec.narrowed(channels)
         if codec.layout.special_tokens:
             self._parts[VIEW_SPECIAL] = codec.for_special_tokens()
 
@@ -91,7 +113,7 @@ class ViewColumns:
         if self.spec.whole:
             return {_WHOLE[name]: column for name, column in self.codec.columns.items()}
         entries = {name: part.columns[BASE] for name, part in self._parts.items()}
-        return {**entries, GEOMETRY: geometry_column(self.spec.geometry, self.codec.layout.grid)}
+        return {**entries, GEOMETRY: geometry_column(self.spec.warped.geometry, check_grid(self.codec.layout))}
 
     @property
     def columns(self) -> dict[str, tuple[torch.dtype, int]]:
@@ -119,23 +141,35 @@ class ViewColumns:
             Column -> codes or geometry, one row per sample.
 
         Raises:
-            ValueError: if a value is not finite or beyond the range of the codec.
+            ValueError: if a value is not finite or beyond the range of the codec, or if features or geometry are
+                missing.
 
         Shapes: B samples, G numbers of a view's geometry.
         """
-        if self.spec.whole:
-            rows = {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
-        else:
-            layout = self.codec.layout
-            rows = {GEOMETRY: geometry}
-            for name, part in self._parts.items():
-                if name == VIEW:
-                    channels = self.spec.channels.to(features.device)
-                    values = layout.body(features).index_select(layout.channel_dim + 1, channels)
-                else:
-                    values = features[:, : layout.special_tokens]
-                rows[name] = part.encode(values, sample_ids)[BASE]
+        rows = {}
+        if not self.spec.whole:
+            if geometry is None:
+                raise ValueError(f"view {view} is not stored whole: its geometry is needed")
+            rows[GEOMETRY] = geometry
+        if self.spec.whole or self._parts:
+            if features is None:
+                raise ValueError(f"features of view {view} are stored: they are needed")
+            rows.update(self._encode_features(features, sample_ids))
         return {view_column(name, view): value for name, value in rows.items()}
+
+    def _encode_features(self, features: torch.Tensor, sample_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Codes of a view by entry, without its geometry."""
+        if self.spec.whole:
+            return {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
+        layout, rows = self.codec.layout, {}
+        for name, part in self._parts.items():
+            if name == VIEW:
+                channels = self.spec.warped.channels.to(features.device)
+                values = layout.body(features).index_select(layout.channel_dim + 1, channels)
+            else:
+                values = features[:, : layout.special_tokens]
+            rows[name] = part.encode(values, sample_ids)[BASE]
+        return rows
 
     def decode(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Decodes sensitive channels and special tokens, one view per row.

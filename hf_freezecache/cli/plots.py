@@ -45,7 +45,7 @@ def plot_sensitivity(sensitivity: Sensitivity, channels: torch.Tensor, path: str
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     if samples:
-        curve, maps = figure.subfigures(2, 1, height_ratios=[3.1, maps_height], hspace=0.03)
+        (curve,), (maps,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.1, maps_height], hspace=0.03)
         _draw_maps(maps, sensitivity, set(channels.tolist()), samples)
     else:
         curve = figure

@@ -139,7 +139,7 @@ class PlanRow:
     @property
     def verdict(self) -> str:
         """One phrase for a person."""
-        if not self.fits:
+        if self.limit is not None and not self.fits:
             return f"does not fit: needs {show_bytes(self.needed)}, {show_bytes(self.limit)} left"
         if self.seconds_saved_per_epoch <= 0:
             return "does not pay: a replay step is no faster"

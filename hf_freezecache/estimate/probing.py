@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median_low
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..augment.channel_map import ChannelMapFit
 from ..augment.geometry import PROJECTIVE, cell_centres, decode_geometry, encode_geometry, is_mirrored
+from ..augment.maps import check_grid
 from ..augment.sensitivity import CHUNK, SensitivityMeter
 from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures, check_shape
@@ -60,7 +62,7 @@ class _LoadedRanges:
         view_seconds: of every augmented view, its geometry included.
     """
 
-    rows: list[range]
+    rows: list[Sequence[int]]
     base: list[DrawnBatch]
     views: list[DrawnBatch]
     live: float
@@ -243,7 +245,7 @@ class Prober:
 
     def _load(self, spec: StoreSpec, batches: int) -> _LoadedRanges:
         views = spec.views
-        geometry = None if views.whole else (views.geometry, spec.layout.grid)
+        geometry = None if views.whole else (views.warped.geometry, check_grid(spec.layout))
         key = (batches, bool(views.count), geometry)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
@@ -251,17 +253,17 @@ class Prober:
         rows = [self.source.rows(number) for number in spread(whole, batches)]
         base, of_views, base_seconds, view_seconds = [], [], [], []
         for each in rows:
-            drawn, seconds = timed(lambda each=each: self.source.draw(each))
+            drawn, seconds = timed(partial(self.source.draw, each))
             base.append(drawn)
             base_seconds.append(seconds)
             if views.count:
-                drawn, seconds = timed(lambda each=each: self.source.draw(each, 1, geometry))
+                drawn, seconds = timed(partial(self.source.draw, each, 1, geometry))
                 of_views.append(drawn)
                 view_seconds.append(seconds)
         live = median_low(base_seconds)
         # Whole views are drawn as in a live epoch. Where there is none, and none was turned off, nothing is random.
         if geometry is not None or not self.config.views:
-            live = median_low([timed(lambda each=each: self.source.draw(each, 1))[1] for each in rows[:2]])
+            live = median_low([timed(partial(self.source.draw, each, 1))[1] for each in rows[:2]])
         loaded = _LoadedRanges(rows, base, of_views, live, base_seconds, view_seconds)
         self._loaded = key, loaded
         return loaded
@@ -279,10 +281,12 @@ class Prober:
             return self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
 
         run(loaded.base[0])
-        base, of_views, seconds = [], [], []
+        base: list[torch.Tensor] = []
+        of_views: list[torch.Tensor] = []
+        seconds = []
         for computed, batches in ((base, loaded.base), (of_views, loaded.views)):
             for rows, drawn in zip(loaded.rows, batches, strict=False):
-                features, spent = timed(lambda drawn=drawn: run(drawn))
+                features, spent = timed(partial(run, drawn))
                 check_shape(features, spec.layout, rows)
                 computed.append(features)
                 seconds.append(spent)
@@ -350,14 +354,15 @@ class Prober:
         """Maps between channels that will be fitted: for mirrored views, for the others, or for both."""
         if spec.views.whole or not self.config.channel_map:
             return 0
-        layout = spec.layout
+        layout, grid = spec.layout, check_grid(spec.layout)
+        kind, channels, _ = spec.views.warped
         geometry = torch.cat([_geometry(spec, *drawn) for drawn in zip(loaded.views, loaded.rows, strict=True)])
-        mirrored = is_mirrored(decode_geometry(geometry, spec.views.geometry, layout.grid)).float().mean().item()
+        mirrored = is_mirrored(decode_geometry(geometry, kind, grid)).float().mean().item()
         at_once = min(max(1, CHUNK // (layout.channels * layout.positions)), len(loaded.rows[0]))
         updates = self.work(spec).compared * -(-len(loaded.rows[0]) // at_once)
-        fit = ChannelMapFit(layout.channels, layout.grid)
+        fit = ChannelMapFit(layout.channels, grid)
         return sum(
-            fit.will_fit(len(spec.views.channels), share * at_once * layout.positions, updates)
+            fit.will_fit(len(channels), share * at_once * layout.positions, updates)
             for share in (mirrored, 1 - mirrored)
         )
 
@@ -366,7 +371,8 @@ class Prober:
         views, layout = spec.views, spec.layout
         if views.channel_maps is not None or not self._count_maps(spec, loaded):
             return views
-        inputs = ChannelMapFit(layout.channels, layout.grid).warped_inputs + len(views.channels) + 1
+        fit = ChannelMapFit(layout.channels, check_grid(layout))
+        inputs = fit.warped_inputs + len(views.warped.channels) + 1
         generator = torch.Generator().manual_seed(0)
         maps = torch.randn(2, inputs, layout.channels, generator=generator) / inputs
         return replace(views, channel_maps=maps, limits=torch.tensor([[-1.0], [1.0]]).expand(2, layout.channels))
@@ -385,8 +391,12 @@ class Prober:
             batch, seconds = timed(read)
             reading.append(seconds)
             codes = {name: batch[name] for name in store.code_names(batch)}
+
+            def decode(codes=codes):
+                return replay_features(store, on_device(codes, device))
+
             with torch.no_grad():
-                _, seconds = timed(lambda codes=codes: replay_features(store, on_device(codes, device)))
+                _, seconds = timed(decode)
             decoding.append(seconds)
         return median_low(reading[1:]), median_low(decoding[1:])
 
@@ -396,7 +406,7 @@ class Prober:
         base, view, rows = features[0], of_views[0], loaded.rows[0]
         count = len(base) if base.numel() <= CHUNK else min(len(base), _COMPARED_ROWS)
         geometry = _geometry(spec, loaded.views[0], rows)[:count].to(base.device)
-        sources = decode_geometry(geometry, spec.views.geometry, spec.layout.grid)
+        sources = decode_geometry(geometry, spec.views.warped.geometry, check_grid(spec.layout))
         meter = SensitivityMeter(spec.layout, self.config.similarity)
 
         def compare():
@@ -414,9 +424,9 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def _geometry(spec: StoreSpec, drawn: DrawnBatch, rows: range) -> torch.Tensor:
+def _geometry(spec: StoreSpec, drawn: DrawnBatch, rows: Sequence[int]) -> torch.Tensor:
     """A view's geometry; that of a view that shows all of its base view, where it cannot be told."""
-    kind, grid = spec.views.geometry, spec.layout.grid
+    kind, grid = spec.views.warped.geometry, check_grid(spec.layout)
     if drawn.geometry is not None and find_misfit([drawn], rows) is None:
         return drawn.geometry
     if kind == PROJECTIVE:
@@ -458,7 +468,8 @@ def _solving_seconds(spec: StoreSpec, maps: int) -> float:
     if not maps:
         return 0.0
     channels = spec.layout.channels
-    unknowns = ChannelMapFit(channels, spec.layout.grid).warped_inputs + len(spec.views.channels) + 1
+    fit = ChannelMapFit(channels, check_grid(spec.layout))
+    unknowns = fit.warped_inputs + len(spec.views.warped.channels) + 1
     size, targets = min(unknowns, _SOLVED), min(channels, _SOLVED)
     matrix = torch.eye(size, dtype=torch.float64) + 1 / size
     right = torch.ones(size, targets, dtype=torch.float64)

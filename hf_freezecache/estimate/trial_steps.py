@@ -6,7 +6,8 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +16,13 @@ from ..model.chain import BlockChain
 from ..model.tracing import eval_mode, first_tensor
 from ..rng import preserve_rng
 
+T = TypeVar("T")
+
 #: Steps before the ones that count: the first makes the optimizer's state and the allocator's buffers.
 _WARMUP = 1
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+def timed(call: Callable[[], T]) -> tuple[T, float]:
     """Runs something and waits for the accelerator; its result and its seconds."""
     _synchronize()
     start = time.perf_counter()
@@ -92,7 +95,7 @@ class TrialSteps:
                     stack.enter_context(_counting_saved(saved))
                 elif torch.cuda.is_initialized():
                     torch.cuda.reset_peak_memory_stats()
-                gradients, computed = timed(lambda batch=batch: self._gradients(cut, trained, batch))
+                gradients, computed = timed(partial(self._gradients, cut, trained, batch))
             for copy, gradient in zip(copies, gradients, strict=True):
                 copy.grad = gradient
             _, stepped = timed(lambda: self._step(optimizer, copies))

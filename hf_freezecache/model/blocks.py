@@ -44,7 +44,7 @@ def declared_blocks(model: nn.Module) -> list[Block]:
         ChainError: if the family is not declared, or the model does not have the modules of its declaration.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = FAMILIES.get(model_type)
+    family = None if model_type is None else FAMILIES.get(model_type)
     if family is None:
         raise ChainError(
             f"the blocks of {type(model).__name__} (model type {model_type!r}) are not declared; declared are "

@@ -102,16 +102,20 @@ class BlockChain:
 
     # Tracing and proving
 
-    def trace(self, inputs: Mapping[str, Any]) -> None:
+    def trace(self, inputs: Mapping[str, Any]) -> Trace:
         """Runs the model once (two rows, eval mode) and records what crosses every block.
+
+        Returns:
+            The record, which the chain uses from now on.
 
         Raises:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
-        self._trace = run_trace(self.model, self.blocks, self._probe(inputs))
+        self._trace = trace = run_trace(self.model, self.blocks, self._probe(inputs))
         self._proved.clear()
         if self.cut:
             self.freeze(self.cut)  # only a trace tells which parameters outside the blocks belong to the prefix
+        return trace
 
     @contextlib.contextmanager
     def traced(self, record: Mapping[str, Any] | Trace) -> Iterator[Trace]:
@@ -130,10 +134,10 @@ class BlockChain:
         self._proved = set()
         try:
             if isinstance(record, Trace):
-                self._trace = record
+                self._trace = trace = record
             else:
-                self.trace(record)
-            yield self._trace
+                trace = self.trace(record)
+            yield trace
         finally:
             self._trace, self._proved = own_trace, own_proofs
 
@@ -183,15 +187,7 @@ class BlockChain:
             ChainError: if the model was not run yet and its configuration does not name the size of its input.
         """
         self._check_cut(cut)
-        if self._trace is None:
-            probe = synthetic_probe(self.model)
-            if probe is None:
-                raise ChainError(
-                    f"the input of {type(self.model).__name__} is unknown: pass `probe=` to `BlockChain.from_model`, "
-                    "or call `prefix` once."
-                )
-            self.trace(probe)
-        return self._trace.layout(cut)
+        return self._own_trace().layout(cut)
 
     # Freezing
 
@@ -239,7 +235,7 @@ class BlockChain:
         modules = [module for block in self.blocks[:cut] for module in block.modules]
         members = {id(p) for module in modules for p in module.parameters()}
         if self._trace is not None:
-            members |= {id(parameter) for parameter in self._stray_parameters(cut)}
+            members |= {id(parameter) for parameter in self._stray_parameters(self._trace, cut)}
         return {name: p for name, p in self.model.named_parameters() if id(p) in members}
 
     def prefix_buffers(self, cut: int) -> dict[str, torch.Tensor]:
@@ -305,9 +301,8 @@ class BlockChain:
         feature = inputs[self.main_input]
         if from_cut == to_cut:
             return feature
-        if self._trace is None:
-            self.layout(from_cut)
-        traced, given = self._trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
+        trace = self._own_trace()
+        traced, given = trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
         if traced != given:
             raise ChainError(
                 f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {traced[0]} "
@@ -316,7 +311,7 @@ class BlockChain:
             )
         for cut in (from_cut, to_cut):
             if cut not in self._proved:
-                self.prove(self._trace.probe, cut)
+                self.prove(trace.probe, cut)
         with torch.no_grad(), eval_mode(self.model), self.replay(from_cut):
             return self._capture(inputs, to_cut)
 
@@ -337,9 +332,7 @@ class BlockChain:
         if cut == 0:
             yield
             return
-        if self._trace is None:
-            self.layout(cut)
-        trace, feed = self._trace, {}
+        trace, feed = self._own_trace(), {}
 
         def take_feature(original):
             def forward(*args, **kwargs):
@@ -387,11 +380,28 @@ class BlockChain:
 
     # Helpers
 
+    def _own_trace(self) -> Trace:
+        """The trace; if the model was not run yet, that of random inputs of the size in its configuration.
+
+        Raises:
+            ChainError: if the model was not run yet and its configuration does not name the size of its input.
+        """
+        if self._trace is not None:
+            return self._trace
+        probe = synthetic_probe(self.model)
+        if probe is None:
+            raise ChainError(
+                f"the input of {type(self.model).__name__} is unknown: pass `probe=` to `BlockChain.from_model`, "
+                "or call `prefix` once."
+            )
+        return self.trace(probe)
+
     def _capture(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         if cut < len(self):
+            trace = self._own_trace()
 
             def stop(module, args, kwargs):
-                raise Captured(self._trace.injected(cut, args, kwargs))
+                raise Captured(trace.injected(cut, args, kwargs))
 
             handle = self.blocks[cut].modules[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         else:
@@ -421,9 +431,8 @@ class BlockChain:
                 for buffer, value in buffers:
                     buffer.copy_(value)
 
-    def _stray_parameters(self, cut: int) -> list[nn.Parameter]:
+    def _stray_parameters(self, trace: Trace, cut: int) -> list[nn.Parameter]:
         """Parameters outside every block (a position embedding on the model itself) on which the feature depends."""
-        trace = self._trace
         if cut not in trace.stray_by_cut:
             candidates = [p for p in trace.stray_parameters if p.is_floating_point()]
             dependencies = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -101,7 +102,7 @@ def _converted_by_twin(
 ) -> dict[str, torch.Tensor]:
     """The weights under the model's own key names, from a second instance: for models saved with merged tensors."""
     with preserve_rng():
-        twin, info = type(model).from_pretrained(
+        loaded = type(model).from_pretrained(
             directory,
             config=copy.deepcopy(model.config),
             dtype=model.dtype,
@@ -109,6 +110,8 @@ def _converted_by_twin(
             ignore_mismatched_sizes=True,
             local_files_only=True,
         )
+    # Annotated as the model alone, whatever `output_loading_info` is.
+    twin, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     converted = {key: value for key, value in twin.state_dict().items() if key not in missing}
     # Modules that the user added to the architecture are not in the twin; they are saved under their own names.

@@ -71,13 +71,14 @@ def block_groups(base: nn.Module, family: Family) -> list[tuple[str, tuple[str, 
     blocks = next((modules for pattern in family.blocks if (modules := _matches(base, pattern))), None)
     if blocks is None or family.stem not in dict(base.named_modules()):
         return None
-    entries, exits = {}, {}
+    entries: dict[tuple[int, ...], list[str]] = {}
+    exits: dict[tuple[int, ...], list[str]] = {}
     if family.stage_entry:
         for indices, path in _matches(base, family.stage_entry):
             entries.setdefault(indices[:-1], []).append(path)
     if family.stage_exit:
         exits = {indices: [path] for indices, path in _matches(base, family.stage_exit)}
-    groups = [(family.stem, (family.stem,))]
+    groups: list[tuple[str, tuple[str, ...]]] = [(family.stem, (family.stem,))]
     for number, (indices, path) in enumerate(blocks):
         stage = indices[:-1]
         first = number == 0 or blocks[number - 1][0][:-1] != stage

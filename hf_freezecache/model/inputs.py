@@ -30,7 +30,7 @@ class ModelInputs:
     def __init__(
         self,
         model: nn.Module,
-        to_device: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        to_device: Callable[[dict[str, Any]], Mapping[str, Any]],
         label_names: Sequence[str] = (),
     ):
         self.model, self.to_device, self.label_names = model, to_device, frozenset(label_names)

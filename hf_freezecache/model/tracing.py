@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..rng import preserve_rng
 from .layout import FeatureLayout
@@ -228,7 +229,7 @@ class _Recorder(contextlib.AbstractContextManager):
         self.last: torch.Tensor | None = None
         self.glue_positions: dict[nn.Module, int] = {}
         self.position = -1
-        self.handles = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self):
         for module in self.order:
@@ -284,15 +285,16 @@ class _Recorder(contextlib.AbstractContextManager):
 
     def features(self, batch_size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and dtype of the feature at the cuts 1 to L, the number of blocks."""
-        tensors = [*self.inputs[1:], self.last]
-        for cut, tensor in enumerate(tensors, start=1):
+        features = []
+        for cut, tensor in enumerate([*self.inputs[1:], self.last], start=1):
             if tensor is None or tensor.ndim < 2 or len(tensor) != batch_size:
                 shape = None if tensor is None else tuple(tensor.shape)
                 raise ChainError(
                     f"{type(self.model).__name__} cannot be cut after '{self.blocks[cut - 1].name}': its output "
                     f"({shape}) does not have one row per sample (batch of {batch_size})."
                 )
-        return [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors]
+            features.append((tuple(tensor.shape[1:]), tensor.dtype))
+        return features
 
     def glue(self) -> list[tuple[nn.Module, int]]:
         return list(self.glue_positions.items())

@@ -117,7 +117,7 @@ def _name_codes(rows: CachedRows) -> dict[str, Any]:
 
 def _merge(rows: list[CachedRows]) -> CachedRows:
     """Joins rows that were read one by one."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for name, value in rows[0].rows.items():
         if isinstance(value, torch.Tensor):
             merged[name] = torch.cat([row.rows[name] for row in rows])
@@ -130,12 +130,12 @@ def _merge(rows: list[CachedRows]) -> CachedRows:
 
 def _merge_views(rows: list[DrawnRows]) -> DrawnRows:
     """Joins rows that were fetched one by one, each with one sample."""
-    geometry = [row.geometry for row in rows]
+    geometry = [row.geometry for row in rows if row.geometry is not None]
     return DrawnRows(
         [row.samples[0] for row in rows],
         torch.cat([row.numbers for row in rows]),
         torch.cat([row.views for row in rows]),
-        None if any(part is None for part in geometry) else torch.cat(geometry),
+        torch.cat(geometry) if len(geometry) == len(rows) else None,
         next((row.refused for row in rows if row.refused is not None), None),
         rows[0].key,
     )

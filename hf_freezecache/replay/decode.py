@@ -8,7 +8,7 @@ import torch
 
 from ..augment.channel_map import apply_channel_map
 from ..augment.geometry import decode_geometry, is_mirrored, is_shown, warp
-from ..augment.maps import put_maps, to_maps
+from ..augment.maps import check_grid, put_maps, to_maps
 from ..cache.names import GEOMETRY, VIEW, VIEW_INDEX, VIEW_SPECIAL
 from ..cache.store import FeatureStore
 
@@ -48,19 +48,20 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
 def _view_of(store: FeatureStore, base: torch.Tensor, entries: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Features of augmented views from those of their base views, which it overwrites."""
     spec, layout = store.views.spec, store.codec.layout
-    sources = decode_geometry(entries[GEOMETRY], spec.geometry, layout.grid)
+    geometry, channels, outside = spec.warped
+    sources = decode_geometry(entries[GEOMETRY], geometry, check_grid(layout))
     maps = warp(to_maps(base, layout), sources)
     decoded = store.views.decode(entries)
     sensitive = None
     if VIEW in decoded:
-        sensitive = to_maps(decoded[VIEW], layout.narrowed(len(spec.channels)))
+        sensitive = to_maps(decoded[VIEW], layout.narrowed(len(channels)))
     if spec.channel_maps is not None:
+        assert spec.limits is not None  # they come with the maps
         channel_maps, limits = spec.channel_maps.to(base.device), spec.limits.to(base.device)
         maps = apply_channel_map(channel_maps, maps, sensitive, is_mirrored(sources), limits)
-    outside = spec.outside.to(maps)[:, None, None]
-    maps = torch.where(is_shown(sources)[:, None], maps, outside)
+    maps = torch.where(is_shown(sources)[:, None], maps, outside.to(maps)[:, None, None])
     if sensitive is not None:
-        maps = maps.index_copy(1, spec.channels.to(base.device), sensitive)
+        maps = maps.index_copy(1, channels.to(base.device), sensitive)
     features = put_maps(base, maps, layout)
     if VIEW_SPECIAL in decoded:
         features[:, : layout.special_tokens] = decoded[VIEW_SPECIAL]

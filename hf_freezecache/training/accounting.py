@@ -148,7 +148,8 @@ def _cpu_attention_backward(grad_out, query, key, value, *args, out_val=None, **
     return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
 
 
-_cpu_attention._get_raw = _cpu_attention_backward._get_raw = True
+# The mark by which `FlopCounterMode` passes tensors, not shapes.
+_cpu_attention._get_raw = _cpu_attention_backward._get_raw = True  # type: ignore[attr-defined]
 _CPU_KERNELS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..policies import FreezePolicy, Moment, ObservedBlock
 
@@ -17,7 +17,9 @@ STATE_VERSION = 2
 class RunningTraining(Protocol):
     """What the callback needs of a running training."""
 
-    num_blocks: int
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model, the stem included."""
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
@@ -68,10 +70,21 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self._session = training
         self.cut, self.decided_epoch, self._epoch = 0, -1, None
 
+    @property
+    def _rule(self) -> FreezePolicy:
+        """The policy.
+
+        Raises:
+            RuntimeError: if there is none, as in a callback that `Trainer` has made again from a checkpoint.
+        """
+        if self.policy is None:
+            raise RuntimeError("this callback has no policy: it cannot decide for a training.")
+        return self.policy
+
     def load_state_dict(self, attributes: Mapping[str, Any]) -> None:
         """Continues from the attributes that `state` returned."""
         self.cut, self.decided_epoch = attributes["cut"], attributes["decided_epoch"]
-        self.policy.load_state_dict(attributes["policy"])
+        self._rule.load_state_dict(attributes["policy"])
 
     def state(self) -> dict[str, Any]:
         """The entry in `trainer_state.json`."""
@@ -87,24 +100,25 @@ class FreezeCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         self._epoch = None
         if self._session is not None:
-            self._session.watch(self.policy.observes)
+            self._session.watch(self._rule.observes)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if self._session is None:
+        session = self._session
+        if session is None:
             return
         batches = len(train_dataloader)
         steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
         # As `Trainer` counts: a resumed training may have other steps in an epoch than the checkpoint's.
         self._epoch = state.global_step // steps_per_epoch if self._epoch is None else self._epoch + 1
-        moment = self._moment(state)
         if self._epoch > self.decided_epoch:
-            self.cut = self._decide(moment)
+            self.cut = self._decide(session, self._moment(session, state, self._epoch))
             self.decided_epoch = self._epoch
         epochs_left = state.max_steps / steps_per_epoch - self._epoch
-        change = self.policy.next_change(self._moment(state))
+        moment = self._moment(session, state, self._epoch)
+        change = self._rule.next_change(moment)
         if change is not None:
             epochs_left = min(epochs_left, change - self._epoch)
-        self._session.begin_epoch(self._moment(state), self._session.broadcast(epochs_left))
+        session.begin_epoch(moment, session.broadcast(epochs_left))
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._session is not None:
@@ -115,11 +129,12 @@ class FreezeCallback(TrainerCallback, ExportableState):
             self._session.end_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self._session is not None and self.policy.observes:
-            self.policy.observe(self._moment(state), self._session.observed_blocks())
+        if self._session is None or self._epoch is None or not self._rule.observes:
+            return
+        self._rule.observe(self._moment(self._session, state, self._epoch), self._session.observed_blocks())
 
-    def _decide(self, moment: Moment) -> int:
-        answer = self._session.broadcast(self.policy.decide(moment))
+    def _decide(self, session: RunningTraining, moment: Moment) -> int:
+        answer = session.broadcast(self._rule.decide(moment))
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer <= moment.num_blocks:
             raise ValueError(
                 f"{type(self.policy).__name__} decided for cut {answer!r} in epoch {moment.epoch}; a cut is an "
@@ -127,12 +142,12 @@ class FreezeCallback(TrainerCallback, ExportableState):
             )
         return max(self.cut, answer)
 
-    def _moment(self, state) -> Moment:
+    def _moment(self, session: RunningTraining, state: TrainerState, epoch: int) -> Moment:
         return Moment(
-            epoch=self._epoch,
+            epoch=epoch,
             num_epochs=state.num_train_epochs,
             step=state.global_step,
             max_steps=state.max_steps,
             cut=self.cut,
-            num_blocks=self._session.num_blocks,
+            num_blocks=session.num_blocks,
         )

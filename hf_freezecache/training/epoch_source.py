@@ -39,7 +39,7 @@ class StepInputs:
         layout: of the features; None where the main input is the image.
     """
 
-    inputs: Mapping[str, Any]
+    inputs: dict[str, Any]
     samples: int
     bypassed: int = 0
     mode: str = "live"
@@ -67,7 +67,7 @@ class EpochSource(ABC):
         """Tells the data set, in every loader process, how rows are drawn from the next batch on."""
 
     @abstractmethod
-    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+    def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         """Turns a collated batch of this source into model inputs.
 
         Args:
@@ -97,7 +97,7 @@ class FromImages(EpochSource):
     def turn(self, switch: SourceSwitch) -> None:
         switch.set(None)
 
-    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+    def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         return _live(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class FromStore(EpochSource):
     def turn(self, switch: SourceSwitch) -> None:
         switch.set(self.store.path)
 
-    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+    def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         codes_and_inputs = take_codes(batch)
         if codes_and_inputs is None:
             return _live(batch)
@@ -215,7 +215,7 @@ class Writing(EpochSource):
         geometry = None if spec.geometry is None or layout.grid is None else (spec.geometry, layout.grid)
         switch.write(WriteRound(self.round, spec.count, geometry))
 
-    def step_inputs(self, batch: Mapping[str, Any], context: BuildContext) -> StepInputs:
+    def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         views_and_batch = take_drawn(batch)
         if views_and_batch is None:
             return _live(batch)
@@ -280,7 +280,7 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
     return Writing(cut, None, state["start"], state["epoch"], problem, state["store"])
 
 
-def _live(batch: Mapping[str, Any]) -> StepInputs:
+def _live(batch: dict[str, Any]) -> StepInputs:
     values = batch.values() if isinstance(batch, Mapping) else ()
     return StepInputs(batch, next((len(value) for value in values if isinstance(value, torch.Tensor)), 0))
 

@@ -238,7 +238,7 @@ class EvaluationCache:
         try:
             with self.accounts.building(cut) as phase, preserve_rng():
                 store, built = self._find_or_build(entry, cut, builds)
-                if built:
+                if store is not None and built:
                     phase.add_store(store.bytes)
         except Exception as error:  # an optional thing: nothing that goes wrong here may cost a training
             entry.declined_cut = cut
@@ -268,7 +268,7 @@ class EvaluationCache:
             self._running = None
 
     @contextlib.contextmanager
-    def prediction_step(self, batch: Mapping[str, Any], force_eager: bool) -> Iterator[Mapping[str, Any]]:
+    def prediction_step(self, batch: dict[str, Any], force_eager: bool) -> Iterator[dict[str, Any]]:
         """Yields the inputs for one batch of an evaluation; codes are decoded and the prefix is bypassed.
 
         Args:

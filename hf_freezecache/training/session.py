@@ -162,7 +162,7 @@ class FreezeSession:
         rewrap_ddp(self.wrapped_model)  # `Trainer` keeps the wrapper for the next training
 
     @contextlib.contextmanager
-    def training_step(self, batch: Mapping[str, Any], force_eager: bool) -> Iterator[StepInputs]:
+    def training_step(self, batch: dict[str, Any], force_eager: bool) -> Iterator[StepInputs]:
         """Yields the inputs of one training step, with features for the main input where the prefix is bypassed.
 
         Args:

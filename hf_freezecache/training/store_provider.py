@@ -374,6 +374,8 @@ class StoreProvider:
     def _open_parent(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | None:
         """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs images."""
         parent = attempt.request.parent
+        cut: int | None
+        store: FeatureStore | None
         if isinstance(parent, FeatureStore):
             cut, store = parent.manifest.cut, parent
         else:

@@ -88,11 +88,17 @@ class FreezeCacheMixin(_Trainer):
         if self._freezes:
             self.add_callback(self._freeze_callback)
 
+    @property
+    def _own_model(self) -> nn.Module:
+        """The model, not wrapped."""
+        assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
+        return self.model
+
     def freeze_status(self) -> FreezeStatus:
         """The cut, the frozen blocks and the store of the running or last training."""
         if self._session is not None:
             return self._session.status()
-        return FreezeStatus(0, [], count_trainable(self.model), replaying=False, store_path=None, store_bytes=0)
+        return FreezeStatus(0, [], count_trainable(self._own_model), replaying=False, store_path=None, store_bytes=0)
 
     def freeze_cache_report(self) -> FreezeCacheReport:
         """What the running or last training has cost, by phase."""
@@ -123,12 +129,12 @@ class FreezeCacheMixin(_Trainer):
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
-        model_inputs = ModelInputs(self.model, self._prepare_inputs, self.label_names)
+        model_inputs = ModelInputs(self._own_model, self._prepare_inputs, self.label_names)
         with preserve_rng():
             probe = source.probe()
-            split_batch(probe, main_input_name(self.model))  # a clear error before the model sees the batch
+            split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
-            chain = BlockChain.from_model(self.model, self._freeze_config.blocks, probe=model_inputs(probe))
+            chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
         return BuildContext(
             chain=chain,
             source=source,
@@ -136,8 +142,8 @@ class FreezeCacheMixin(_Trainer):
             cache_dir=self._feature_cache_dir,
             group=self._group,
             model_inputs=model_inputs,
-            precision=f"{self.accelerator.mixed_precision}/{next(self.model.parameters()).dtype}",
-            disable_tqdm=self.args.disable_tqdm,
+            precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
+            disable_tqdm=bool(self.args.disable_tqdm),
         )
 
     def without_unused_columns(self, dataset: Any, description: str = "training") -> tuple[Any, Callable]:
@@ -237,6 +243,7 @@ class FreezeCacheMixin(_Trainer):
     @property
     def _feature_cache_dir(self) -> Path:
         configured = self._freeze_config.feature_cache_dir
+        assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
         return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
 
     # Data: the source of the train loader's samples can turn to a store
@@ -246,7 +253,7 @@ class FreezeCacheMixin(_Trainer):
     ) -> DataLoader:
         settings = dict(sampler_fn=sampler_fn, is_training=is_training, dataloader_key=dataloader_key)
         if not is_training and description == "Evaluation" and self._evaluation is not None:
-            loader = self._get_eval_loader(dataset, description, batch_size, settings)
+            loader = self._get_eval_loader(self._evaluation, dataset, description, batch_size, settings)
             if loader is not None:
                 return loader
         if not is_training or not self._freezes or not self._starting:
@@ -263,13 +270,15 @@ class FreezeCacheMixin(_Trainer):
         wrapped = ReplayDataset(inner, self._session.switch, self._session.context.source.seed)
         return self._get_replay_loader(wrapped, collator, description, batch_size, settings)
 
-    def _get_eval_loader(self, dataset, description, batch_size, settings: dict[str, Any]) -> DataLoader | None:
+    def _get_eval_loader(
+        self, evaluation: EvaluationCache, dataset, description, batch_size, settings: dict[str, Any]
+    ) -> DataLoader | None:
         """A loader whose samples can come from a store; None if they cannot."""
         trainers = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         inner, collator = self.without_unused_columns(dataset, description)
         is_trainers = any(dataset is one for one in trainers)
         loader = UsersLoader(dataset, self.data_collator, inner, collator, batch_size, is_trainers)
-        wrapped = self._evaluation.wrap(loader)
+        wrapped = evaluation.wrap(loader)
         if wrapped is None:
             return None
         return self._get_replay_loader(wrapped, collator, description, batch_size, settings)
@@ -317,18 +326,18 @@ class FreezeCacheMixin(_Trainer):
         with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step:
             return super().training_step(model, self._mix(step.inputs, step.layout), *args, **kwargs)
 
-    def _mix(self, inputs: Mapping[str, Any], layout: FeatureLayout | None = None) -> Mapping[str, Any]:
+    def _mix(self, inputs: dict[str, Any], layout: FeatureLayout | None = None) -> dict[str, Any]:
         """Mixes images of a live batch, or features of a replayed one."""
         if self._mixer is None:
             return inputs
-        return self._mixer(self._prepare_inputs(inputs), main_input_name(self.model), layout=layout)
+        return self._mixer(self._prepare_inputs(inputs), main_input_name(self._own_model), layout=layout)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:
             self._session.before_forward()
         return super().compute_loss_context_manager()
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats
         return super().floating_point_ops(inputs) if self._session is None else self._session.step_flops()
 
     def _track_num_input_tokens(self, inputs) -> None:
@@ -392,12 +401,13 @@ class FreezeCacheMixin(_Trainer):
         if self._session is not None and self._evaluation is not None:
             self._evaluation.prepare(loader)
             # A checkpoint may be written before the next step.
-            self.current_flos += self._session.meter.take_build_flops()
+            self.current_flos += self._session.meter.take_build_flops()  # type: ignore[assignment]  # a float later
         return loader
 
     def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):
         if self._session is None:
-            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            # `args` may be any but the prefix, which is keyword-only here.
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         source = self._session.evaluation_source(dataloader)
         output = self._run_evaluation(source, dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._evaluation is not None and not args:
@@ -406,9 +416,11 @@ class FreezeCacheMixin(_Trainer):
         return output
 
     def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
+        if self._session is None:
+            raise RuntimeError("an evaluation has a source only while a training runs.")
         with self._session.evaluating(dataloader, source) as book_samples:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
-            book_samples(output.num_samples)
+            book_samples(output.num_samples or 0)
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
@@ -422,26 +434,27 @@ class FreezeCacheMixin(_Trainer):
     def _load_callback_state(self) -> None:
         # Called on a resume only. `create_optimizer` takes the state; `Trainer` would put an unattached callback in
         # our callback's place.
-        ours = self.state.stateful_callbacks.pop(FreezeCallback.__name__, None)
+        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
+        ours = callbacks.pop(FreezeCallback.__name__, None)
         self._checkpoint_state = read_state(ours)
         super()._load_callback_state()
         if ours is not None:
-            self.state.stateful_callbacks[FreezeCallback.__name__] = ours
+            callbacks[FreezeCallback.__name__] = ours
         elif self._freezes:
-            self.state.stateful_callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
+            callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_strictly(resume_from_checkpoint, "_load_from_checkpoint"):
             logger.info(f"Loading model from {resume_from_checkpoint}.")
-            load_weights(self.model if model is None else model, resume_from_checkpoint)
+            load_weights(self._own_model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         checkpoint = self.state.best_model_checkpoint
-        if self._loads_strictly(checkpoint, "_load_best_model"):
+        if checkpoint is not None and self._loads_strictly(checkpoint, "_load_best_model"):
             logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
-            load_weights(self.model, checkpoint)
+            load_weights(self._own_model, checkpoint)
         else:
             super()._load_best_model()
 
@@ -481,5 +494,6 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     if config.policy == "none":
         return NonePolicy()
     if config.policy == "manual":
+        assert config.freeze_points is not None  # the settings check it
         return ManualPolicy(config.freeze_points)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)

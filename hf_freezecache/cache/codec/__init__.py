@@ -31,7 +31,7 @@ __all__ = ["CODEC_NAMES", "Codec", "check_codec_name", "make_codec"]
 _PLAIN: dict[str, type[Codec]] = {
     cls.name: cls for cls in (Float32Codec, Float16Codec, Int8Codec, Int4Codec, Int3Codec, Int2Codec)
 }
-_RATED: dict[str, type[Codec]] = {"mixed": MixedCodec, "zfp": ZfpCodec}
+_RATED: dict[str, type[MixedCodec] | type[ZfpCodec]] = {"mixed": MixedCodec, "zfp": ZfpCodec}
 #: Codec -> its rate where a name has none, and its lowest and highest rate, in bits per value.
 _RATES = {"mixed": (2.5, 1.0, 12.0), "zfp": (4.0, 1.0, 32.0)}
 CODEC_NAMES: tuple[str, ...] = (*_PLAIN, *_RATED)

@@ -74,6 +74,7 @@ def from_bands(bands: torch.Tensor, layout: FeatureLayout, out: torch.Tensor) ->
 
 
 def _half_grid(layout: FeatureLayout) -> tuple[int, int]:
+    assert layout.grid is not None  # else there is one band, and no transform
     return layout.grid[0] // 2, layout.grid[1] // 2
 
 
@@ -87,4 +88,5 @@ def _rows(body: torch.Tensor, layout: FeatureLayout) -> tuple[torch.Tensor, torc
     """The even and the odd rows of positions, sharing memory: `(B, C, H / 2, W)`, for tokens `(B, H / 2, W, C)`."""
     if len(layout.shape) == 3:
         return body.unflatten(2, (-1, 2)).unbind(3)
-    return body.unflatten(1, (layout.grid[0] // 2, 2, layout.grid[1])).unbind(2)
+    rows, half = _half_grid(layout)
+    return body.unflatten(1, (rows, 2, 2 * half)).unbind(2)

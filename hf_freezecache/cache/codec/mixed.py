@@ -45,13 +45,14 @@ class MixedCodec(BodyCodec):
         super().__init__(layout)
         self.name, self.rate = name, rate
         self._bands = band_count(layout)
+        # Empty until the codec is fitted; `_set` fills them together with what follows from them.
         self._tables: dict[str, torch.Tensor] = {}
-        self._bits: torch.Tensor | None = None
+        self._bits: torch.Tensor
         self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     @property
     def fitted(self) -> bool:
-        return self._bits is not None
+        return bool(self._tables)
 
     @property
     def bits(self) -> torch.Tensor:
@@ -113,16 +114,15 @@ class MixedCodec(BodyCodec):
         self._set({**tables, "weight": (torch.ones(shape) if weights is None else weights.expand(shape))})
 
     def _set(self, tables: Mapping[str, torch.Tensor]) -> None:
-        self._tables = {
-            name: tables[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in _TENSORS
-        }
-        errors, weights = self._tables["error"].flatten(0, 1), self._tables["weight"].flatten()
+        own = {name: tables[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in _TENSORS}
+        errors, weights = own["error"].flatten(0, 1), own["weight"].flatten()
         self._bits = torch.tensor(allocate(errors, weights, self._positions, self._body_bytes))
         order = torch.argsort(self._bits, stable=True)
         self._order = order[self._bits[order] > 0]
         self._groups = [(bits, count) for bits, count in zip(*self._bits.unique(return_counts=True), strict=True)]
         self._groups = [(int(bits), int(count)) for bits, count in self._groups if bits > 0]
         self._dtype = torch.int16 if int(self._bits.max()) > 8 else torch.uint8
+        self._tables = own
         self._constants.clear()
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:

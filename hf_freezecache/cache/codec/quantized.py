@@ -25,17 +25,16 @@ class _Quantized(BodyCodec):
 
     def __init__(self, layout: FeatureLayout) -> None:
         super().__init__(layout)
-        self._scale: torch.Tensor | None = None
-        self._offset: torch.Tensor | None = None
+        self._tables: dict[str, torch.Tensor] = {}
         self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     @property
     def fitted(self) -> bool:
-        return self._scale is not None
+        return bool(self._tables)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         self._check_fitted()
-        return {"scale": self._scale.clone(), "offset": self._offset.clone()}
+        return {name: table.clone() for name, table in self._tables.items()}
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> "Codec":
         channels = self.layout.channels
@@ -67,18 +66,18 @@ class _Quantized(BodyCodec):
         return 2**self.bits - 1
 
     def _set(self, scale: torch.Tensor, offset: torch.Tensor) -> None:
-        self._scale, self._offset = (t.detach().to("cpu", torch.float32, copy=True) for t in (scale, offset))
+        tables = {"scale": scale, "offset": offset}
+        self._tables = {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tables.items()}
         self._constants.clear()
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Scale, offset, 1 / scale and the lower edge of the bin of code 0, in shapes that broadcast over features."""
         if device not in self._constants:
-            constant = self._scale == 0
-            inverse = torch.where(constant, 0.0, 1 / self._scale)
-            edge = self._offset - self._scale / 2
+            scale, offset = self._tables["scale"], self._tables["offset"]
+            inverse = torch.where(scale == 0, 0.0, 1 / scale)
+            edge = offset - scale / 2
             shape = (-1, 1, 1) if len(self.layout.shape) == 3 else (-1,)
-            constants = (self._scale, self._offset, inverse, edge)
-            self._constants[device] = tuple(t.view(shape).to(device) for t in constants)
+            self._constants[device] = tuple(t.view(shape).to(device) for t in (scale, offset, inverse, edge))
         return self._constants[device]
 
     def _fit(self, features: torch.Tensor, weights: torch.Tensor | None) -> None:

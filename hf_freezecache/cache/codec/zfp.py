@@ -36,10 +36,10 @@ class ZfpCodec(ReadyCodec, BodyCodec):
         if zfpy is None:
             raise ImportError(f"codec {name!r} needs zfpy: pip install 'hf_freezecache[zfp]', or choose 'mixed'.")
         self.name, self.rate = name, rate
-        grid = layout.grid
-        self._blocks = grid is not None and not any(side % 4 for side in grid)
-        channels = layout.channels
-        self._shape = (*grid, channels) if self._blocks else (layout.positions, channels)
+        grid, channels = layout.grid, layout.channels
+        self._shape: tuple[int, ...] = (layout.positions, channels)
+        if grid is not None and not any(side % 4 for side in grid):
+            self._shape = (*grid, channels)
         # At a fixed rate, all arrays of one shape have the same number of bytes.
         self._length = len(self._compress(np.zeros(self._shape, np.float32)))
 
