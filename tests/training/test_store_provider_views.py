@@ -61,7 +61,8 @@ def test_fallback_that_the_budget_cannot_hold_is_declined(tmp_path, caplog):
     config = manual("0:2", codec="int3", cache_budget=str(planned.total_bytes))
     settings = dict(num_train_epochs=1, remove_unused_columns=False)
     trainer = run(tiny_vit(), picture_dataset().with_transform(erasing), tmp_path / "run", config, **settings)
-    assert "Geometry is kept for every position" in caplog.text and "are left of the budget" in caplog.text
+    assert "The store holds the geometry of every position" in caplog.text
+    assert "of `cache_budget` are left" in caplog.text
     assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
     assert not list((tmp_path / "run" / "_freeze_cache").glob("*"))
 
