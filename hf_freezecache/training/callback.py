@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from ..policies import FreezePolicy, Moment, ObservedBlock
 
@@ -142,7 +142,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
             )
         return max(self.cut, answer)
 
-    def _moment(self, session: RunningTraining, state: TrainerState, epoch: int) -> Moment:
+    def _moment(self, session: RunningTraining, state, epoch: int) -> Moment:
         return Moment(
             epoch=epoch,
             num_epochs=state.num_train_epochs,
