@@ -89,10 +89,7 @@ class ShardWriter(ShardStream, contextlib.AbstractContextManager):
 
     Args:
         path: of the file.
-        codec: codec of the base view.
-        views: columns of the augmented views.
-        inputs: columns of the model inputs that are stored per row.
-        lossless: whether each row's codes are compressed to a zstd frame.
+        codec, views, inputs, lossless: see `ShardStream`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What a store would cost and save, from what one range of samples costs: arithmetic, and what a person reads.
+"""Arithmetic of plans: what a store would cost and save, from the seconds that one range of samples takes.
 
-Nothing here measures or writes. A range is a batch of the train loader; a build runs the prefix over every range, a
-live epoch too, a replay epoch reads it instead.
+Nothing here measures or writes. A range is a batch of the train loader. A build and a live epoch run the prefix over
+every range; a replay epoch reads it from the store.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Work:
-    """How much of it there is.
+    """How many ranges, views and processes there are.
 
     Args:
         ranges: of an epoch, all processes together; the last one may be a fraction.
         views: augmented views that a build loads.
-        views_run: of these, those on which it runs the prefix.
+        views_run: augmented views on which it runs the prefix.
         compared: ranges on which channels are compared, by the main process.
         run_twice: ranges on which the codec is fitted and whose features memory does not hold until they are written.
-        workers: loader processes; what they do is done beside the computation.
-        processes: that train together.
+        workers: loader processes; they work while the model computes.
+        processes: processes that train together.
     """
 
     ranges: float
@@ -218,18 +218,12 @@ def make_row(
     limit: int | None,
     most_bytes: int | None = None,
 ) -> PlanRow:
-    """Puts what was measured on one range together for all of them.
+    """Extends the costs of one range to the whole build and to epochs.
 
     Args:
-        cut: frozen blocks.
-        block: name of the last of them.
-        codec: name of the codec.
-        base_bytes: of the Arrow files, what the base views take.
-        view_bytes: of the Arrow files, what the augmented views take.
-        costs: of one range.
-        work: how many there are.
-        limit: bytes that the store may take; None if that is not known.
-        most_bytes: of the Arrow files, the most that they can take where rows are packed.
+        costs: seconds of one range.
+        work: how many ranges there are.
+        cut, block, codec, base_bytes, view_bytes, limit, most_bytes: fields of the row, see `PlanRow`.
     """
     live, replay = step_seconds(costs, work.workers)
     ranges = work.ranges / work.processes
@@ -268,7 +262,7 @@ def step_seconds(costs: Costs, workers: int) -> tuple[float, float]:
     """Seconds of one batch with the cut frozen: from images, and from a store.
 
     Where the suffix was not measured, both lack it. With loader processes they then lack loading too, as it is hidden
-    behind the computation or, where it is not, saves more than is said here.
+    behind the computation or, where it is not, a store saves even more.
     """
     if costs.suffix is None and workers:
         return costs.prefix, costs.decode

@@ -314,9 +314,9 @@ class Prober:
         """Fits the codec; seconds that it takes on as many rows as a build fits it on."""
         rows = fit_rows(spec)
         stride = fit_stride(rows, spec.layout)
-        wanted, pooled = -(-rows // stride), torch.cat(features)
-        pooled = pooled[:: max(1, len(pooled) // wanted)]
-        return timed(lambda: codec.fit(pooled))[1] * max(1.0, wanted / len(pooled))
+        fitted_rows, pooled = -(-rows // stride), torch.cat(features)
+        pooled = pooled[:: max(1, len(pooled) // fitted_rows)]
+        return timed(lambda: codec.fit(pooled))[1] * max(1.0, fitted_rows / len(pooled))
 
     def _encode(
         self,
@@ -441,7 +441,7 @@ def _store_in_memory(
 ) -> FeatureStore:
     """What was written as a store without files."""
     table = pa.ipc.open_stream(buffer).read_all()
-    kept = views.spec
+    view_spec = views.spec
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint="",
@@ -450,10 +450,10 @@ def _store_in_memory(
         codec=spec.codec,
         layout=spec.layout.to_json(),
         rows=len(table),
-        views=kept.count,
-        geometry=kept.geometry,
-        sensitive_channels=None if kept.channels is None else kept.channels.tolist(),
-        own_inputs=kept.own_inputs,
+        views=view_spec.count,
+        geometry=view_spec.geometry,
+        sensitive_channels=None if view_spec.channels is None else view_spec.channels.tolist(),
+        own_inputs=view_spec.own_inputs,
         inputs=split.describe(),
         constants=split.constants,
         shards=[],

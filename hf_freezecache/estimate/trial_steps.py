@@ -109,8 +109,8 @@ class TrialSteps:
         else:
             model = self.chain.model
             own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-            kept = sum(size for pointer, size in saved.items() if pointer not in own)
-            peak = _tensor_bytes([*model.parameters(), *model.buffers()]) + copied + state + kept
+            activation_bytes = sum(size for pointer, size in saved.items() if pointer not in own)
+            peak = _tensor_bytes([*model.parameters(), *model.buffers()]) + copied + state + activation_bytes
         return statistics.median(seconds), peak
 
     def _gradients(self, cut: int, trained: list[nn.Parameter], batch: Mapping[str, Any]) -> Sequence[Any]:
