@@ -109,6 +109,8 @@ def levels():
     """A trainer sets the level of Transformers and of this package for the whole process: both are restored."""
     package, verbosity = logging.getLogger("hf_freezecache"), transformers.logging.get_verbosity()
     level = package.level
+    package.setLevel(logging.NOTSET)  # as in a new process: tests before may have asked for messages
+    transformers.logging.set_verbosity_warning()
     yield
     transformers.logging.set_verbosity(verbosity)
     package.setLevel(level)

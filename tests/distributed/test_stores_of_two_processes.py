@@ -1,0 +1,52 @@
+"""Stores that two processes write (gloo, CPU)."""
+
+import pytest
+from script_train import augmented
+from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
+from support.launching import launch, seen_by
+
+from hf_freezecache import FeatureStore
+
+
+def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
+    launch(["--output", tmp_path, "--points", "0:3"])
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "cache"))
+    alone = run(tiny_vit(), pixel_dataset(50), tmp_path / "alone", config, per_device_train_batch_size=4)
+    assert [phase.epochs for phase in alone.freeze_cache_report().phases if phase.mode == "build"] == [0]
+    fresh = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "fresh"))
+    built = run(tiny_vit(), pixel_dataset(50), tmp_path / "built", fresh, per_device_train_batch_size=4)
+    assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
+
+
+@pytest.mark.parametrize(("kind", "geometry"), [("crop", "projective"), ("rarely erased", "dense")])
+def test_views_of_two_processes_are_those_of_one(kind, geometry, tmp_path):
+    """Erased: a single process meets the view that does not fit, and both begin again."""
+    launch(["--output", tmp_path, "--points", "0:3", "--augmented", kind])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    together = FeatureStore.open(path)
+    assert together.manifest.geometry == geometry and len(together.manifest.shards) == 2 and together.verify()
+
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False)
+    alone = run(tiny_vit(), augmented(kind), tmp_path / "run", config, **settings)
+    store = FeatureStore.open(alone.freeze_status().store_path)
+    assert store.path.name == together.path.name
+    assert store.manifest.sensitive_channels == together.manifest.sensitive_channels
+    assert store.dataset[:] == together.dataset[:]
+
+
+@pytest.mark.parametrize(("kind", "geometry"), [("crop", "projective"), ("rarely erased", "dense")])
+def test_store_written_through_by_two_processes_is_that_of_a_build(kind, geometry, tmp_path):
+    """Erased: a process meets the view that does not fit while it trains, if not before, and both build upfront."""
+    launch(["--output", tmp_path, "--points", "0:3", "--augmented", kind, "--materialize", "write_through"])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    written = FeatureStore.open(path)
+    assert written.manifest.geometry == geometry and len(written.manifest.shards) == 2 and written.verify()
+    config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False)
+    alone = run(tiny_vit(), augmented(kind), tmp_path / "run", config, **settings)
+    assert written.dataset[:] == FeatureStore.open(alone.freeze_status().store_path).dataset[:]
