@@ -11,6 +11,7 @@ from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
+from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
 from .policies.schedule import parse_freeze_points
 from .units import parse_bytes
 
@@ -226,6 +227,16 @@ class FreezeCacheConfig:
                     parse_bytes(size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+
+
+def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
+    """The policy that the settings name."""
+    if config.policy == "none":
+        return NonePolicy()
+    if config.policy == "manual":
+        assert config.freeze_points is not None  # the settings check it
+        return ManualPolicy(config.freeze_points)
+    return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 
 def _one_of(name: str, value: str, choice: Any) -> None:

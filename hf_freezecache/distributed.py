@@ -137,10 +137,24 @@ class Announcer:
             message: what does not happen now, without a full stop.
             error: why.
         """
-        if isinstance(error, self.raises):
-            raise error
+        self.trace(self.logger, message, error)
         self.warning(f"{message}: {describe_error(error)}")
-        self._log(logging.DEBUG, message, exc_info=error)
+
+    @classmethod
+    def trace(cls, logger: Any, message: str, error: Exception) -> None:
+        """Logs the traceback of an error that the training survives, at debug level and on the process that has it.
+
+        Args:
+            logger: of the module that survives it.
+            message: what does not happen now, without a full stop.
+            error: why.
+
+        Raises:
+            Exception: the error itself, if it is one of `raises`.
+        """
+        if isinstance(error, cls.raises):
+            raise error
+        logger.debug(message, exc_info=error)
 
     def _log(self, level: int, message: str, **settings: Any) -> None:
         if self.group.is_main:
@@ -157,8 +171,10 @@ def _pickled(error: Exception) -> bytes:
     try:
         pickled = pickle.dumps(error)
         pickle.loads(pickled)
-    except Exception:  # an error class of somebody else that does not survive: its name and message do
-        return pickle.dumps(RuntimeError(describe_error(error)))
+    except Exception:  # an error class of somebody else that does not survive: its kind, name and message do
+        # The kind too: processes that handle one failure differently would wait for each other.
+        kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+        return pickle.dumps(kind(describe_error(error)))
     return pickled
 
 

@@ -70,6 +70,20 @@ def test_error_that_cannot_travel_comes_as_its_name_and_message():
     assert type(other) is RuntimeError and "cannot travel (Unpicklable)" in str(other)
 
 
+@pytest.mark.parametrize(("kind", "sent"), [(OSError, OSError), (ValueError, ValueError), (KeyError, RuntimeError)])
+def test_error_that_cannot_travel_is_handled_alike_everywhere(kind, sent):
+    """Else the process that has it would handle it, and wait for the others that do not."""
+
+    class TwoArguments(kind):
+        def __init__(self, reason, place):
+            super().__init__(f"{reason} at {place}")
+
+    own, other = on_every_process(2, failing_on({0}, lambda rank: TwoArguments("damaged", 3)))
+    assert type(own) is TwoArguments and type(other) is sent and "damaged at 3" in str(other)
+    if sent is not RuntimeError:
+        assert isinstance(own, sent)
+
+
 def test_failure_on_the_main_process_is_everybodys():
     def work(group):
         return group.on_main(lambda: [][0])
@@ -106,7 +120,7 @@ def test_ranges_are_dealt_in_contiguous_parts():
 
 @pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0)])
 def test_main_process_alone_logs_and_what_is_repeated_once(rank, count, caplog):
-    logger = logging.getLogger("hf_freezecache.test")
+    logger = logging.getLogger("hf_freezecache.tests")
     announcer = Announcer(Group(rank, 2), logger)
     for _ in range(2):
         announcer.warning_once("the data set is random")
@@ -114,12 +128,12 @@ def test_main_process_alone_logs_and_what_is_repeated_once(rank, count, caplog):
 
 
 def test_failure_that_is_survived_names_its_type_and_keeps_its_traceback_for_debugging(caplog):
-    caplog.set_level(logging.DEBUG)
-    announcer = Announcer(Group(), logging.getLogger("hf_freezecache.test"))
+    caplog.set_level(logging.DEBUG, logger="hf_freezecache")
+    announcer = Announcer(Group(), logging.getLogger("hf_freezecache.tests"))
     try:
         raise OSError("the disk is full")
     except OSError as error:
         announcer.failure("There is no store", error)
-    warning, traced = caplog.records
+    traced, warning = caplog.records
     assert (warning.levelname, warning.getMessage()) == ("WARNING", "There is no store: the disk is full (OSError)")
     assert traced.levelname == "DEBUG" and traced.exc_info[1].__traceback__ is not None

@@ -64,18 +64,26 @@ class Holdings:
         """Whether this training has built a store, so that it may delete it."""
         return path in self._stores and self._stores[path].built
 
-    def outdated(self, cut: int, evaluations_only: bool = False) -> list[Path]:
-        """Stores at earlier cuts, which no epoch reads once a cut is reached: cuts never move back.
+    def outdated(self, cut: int, in_use: Collection[Path] = (), evaluations_only: bool = False) -> list[Path]:
+        """Stores that no epoch reads once a cut is reached.
+
+        These are the stores of earlier cuts, as cuts never move back, and stores of the training set at this cut that
+        are not in use: a resumed training holds one if its data or settings have changed.
 
         Args:
             cut: frozen blocks.
+            in_use: directories of stores at this cut that are read or written.
             evaluations_only: leave out the stores of the training set.
         """
-        return [
-            path
-            for path, store in self._stores.items()
-            if store.cut < cut and (store.is_evaluation or not evaluations_only)
-        ]
+        outdated = []
+        for path, store in self._stores.items():
+            if store.is_evaluation:
+                unread = store.cut < cut
+            else:
+                unread = not evaluations_only and store.cut <= cut and path not in in_use
+            if unread:
+                outdated.append(path)
+        return outdated
 
     def limit(self, without: Collection[Path] = ()) -> int | None:
         """Largest number of bytes that another store may take: what the counted stores leave of the budget.

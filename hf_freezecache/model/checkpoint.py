@@ -17,6 +17,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    is_peft_available,
     logging,
 )
 
@@ -33,6 +34,15 @@ def has_weights(directory: str | Path) -> bool:
     """Whether a checkpoint holds the weights of a whole model, not those of an adapter or of a sharded wrapper."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((Path(directory) / name).is_file() for name in names)
+
+
+def is_adapter(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT, whose checkpoints hold the adapters only."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:

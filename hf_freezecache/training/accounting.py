@@ -48,9 +48,14 @@ class Phase:
     peak_memory_bytes: int = 0
 
     def add_store(self, store_bytes: int) -> None:
-        """Books a store that was built in this phase."""
+        """Books a store that was built in this phase beside others."""
         self.epochs += 1
         self.store_bytes += store_bytes
+
+    def set_store(self, store_bytes: int) -> None:
+        """Books the store of this phase; one that is built again takes the place of the one before."""
+        self.epochs += 1
+        self.store_bytes = store_bytes
 
 
 class Ledger:
@@ -289,5 +294,7 @@ class Accounts:
     def building(self, cut: int) -> Iterator[Phase]:
         """A build phase for the length of a block, with the FLOPs of what was run for it."""
         with self.ledger.phase(cut, "build") as phase:
-            yield phase
-            self.meter.book_builds(phase)
+            try:
+                yield phase
+            finally:
+                self.meter.book_builds(phase)

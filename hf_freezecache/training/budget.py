@@ -10,6 +10,7 @@ from ..build.sizing import estimate_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import make_codec
 from ..cache.holdings import Holdings, disk_limit
+from ..cache.names import partial_path
 from ..cache.store import FeatureStore
 from ..config import FreezeCacheConfig
 from ..distributed import Group
@@ -58,11 +59,15 @@ class StoreBudget:
         limit = self.limit()
         if limit is None or needed <= limit:
             yield limit, False
-        outdated = self.holdings.outdated(spec.cut)
+        outdated = self.outdated(spec)
         if outdated:
             limit = self.limit(without=outdated)
             if limit is not None and needed <= limit:
                 yield limit, True
+
+    def outdated(self, spec: StoreSpec) -> list[Path]:
+        """Stores that no epoch reads once this one is complete."""
+        return self.holdings.outdated(spec.cut, in_use=(spec.path, partial_path(spec.path)))
 
     def needed(self, spec: StoreSpec) -> int:
         """Bytes of the Arrow files."""
@@ -84,7 +89,7 @@ class StoreBudget:
 
     def holds(self, store: FeatureStore) -> bool:
         """Whether a store that exists may be used beside the others, outdated ones not counted."""
-        limit = self.holdings.limit(self.holdings.outdated(store.manifest.cut))
+        limit = self.holdings.limit(self.holdings.outdated(store.manifest.cut, in_use=(store.path,)))
         return limit is None or self.holdings.has(store.path) or store.total_bytes <= limit
 
     def too_large(self, spec: StoreSpec, needed: int | None = None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..build.context import BuildContext
 from ..build.errors import GeometryMisfit
@@ -16,12 +17,14 @@ from ..build.feature_sources import ViewRun
 from ..build.partial import PartialStore
 from ..cache.rows import split_batch
 from ..cache.store import FeatureStore
-from ..distributed import describe_error
+from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..replay.collator import DrawnViews, take_codes, take_drawn
 from ..replay.dataset import SourceSwitch, WriteRound
 from ..replay.decode import replay_features
+
+logger = logging.get_logger(__name__)
 
 #: Entry of a source's state that names its class.
 KIND = "kind"
@@ -262,10 +265,8 @@ class Writing(EpochSource):
             self.store.write(views.numbers.tolist(), views.views.cpu().numpy(), view_run)
         except GeometryMisfit as misfit:
             self.problem = Problem(True, str(misfit), self.epoch)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # a full disk, features beyond the codec's range: the step needs neither
+        except Exception as error:  # the step needs no store, and the other processes wait for it
+            Announcer.trace(logger, "An epoch's features could not be written", error)
             self.problem = Problem(False, describe_error(error), self.epoch)
 
 

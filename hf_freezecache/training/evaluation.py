@@ -174,10 +174,10 @@ class EvaluationCache:
         """
         self._ended_from_store = False
         pairs = []
-        for name, value in on_images.items():
-            other = from_store.get(cached_name(name, prefix))
+        for name, cached in zip(_named(on_images, prefix), cached_names(on_images, prefix), strict=True):
+            other = from_store.get(cached)
             if isinstance(other, float) and not name.endswith(_TIMINGS):
-                pairs.append(f"{name} {value:.6g} / {other:.6g}")
+                pairs.append(f"{name} {on_images[name]:.6g} / {other:.6g}")
         if pairs:
             self.announcer.info(f"The last evaluation on images / from cached features: {', '.join(pairs)}.")
 
@@ -222,16 +222,17 @@ class EvaluationCache:
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.
 
-        Called before the evaluation's clock begins.
+        Called before the evaluation's clock begins. Does nothing outside `evaluation`: a loader that somebody asks for
+        on one process alone must not wait for the others.
 
         Args:
             loader: of the evaluation.
         """
         entry, cut, builds = self._entry(loader), self.chain.cut, not self.is_last()
-        if entry is None or not cut:
+        if self._passes is None or entry is None or not cut:
             return
         entry.evaluations += builds
-        if entry.declined_cut == cut or (not entry.loader.is_trainers and entry.evaluations == 1):
+        if entry.declined_cut == cut or (not entry.loader.is_trainers and entry.evaluations <= 1):
             return  # a data set that is given once needs no store
         if entry.source is not None and entry.source.cut == cut:
             return
@@ -293,9 +294,12 @@ class EvaluationCache:
         return next((entry for entry in self._sets if entry.switch is dataset.switch), None)
 
     def _stored_source(self, loader: DataLoader) -> EpochSource:
-        """The store of a loader's data set, if it is valid for the model as it is now; else images."""
+        """The store of a loader's data set, if it is valid for the model as it is now; else images.
+
+        Outside `evaluation` always images: nobody would repeat such a pass on images at the end.
+        """
         images, entry = FromImages(self.chain.cut), self._entry(loader)
-        if entry is None or entry.source is None:
+        if self._passes is None or entry is None or entry.source is None:
             return images
         if entry.source.cut != self.chain.cut or len(entry.source.store) != len(entry.rows):
             return images
@@ -380,9 +384,13 @@ class EvaluationCache:
         self.holdings.drop(store.path)
 
 
-def cached_name(name: str, prefix: str) -> str:
-    """Name of a metric of the pass from the store."""
-    return f"{prefix}_cached{name.removeprefix(prefix)}"
+def cached_names(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation under the names that they have if it is from the store; `epoch` is none."""
+    return {f"{prefix}_cached{name.removeprefix(prefix)}": metrics[name] for name in _named(metrics, prefix)}
+
+
+def _named(metrics: Mapping[str, float], prefix: str) -> list[str]:
+    return [name for name in metrics if name.startswith(f"{prefix}_")]
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

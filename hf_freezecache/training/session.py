@@ -74,7 +74,8 @@ class FreezeSession:
                 self.announcer.warning(f"cache_eval: evaluations during training run on images ({reason}).")
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = context.model
-        self._step: StepInputs | None = None
+        # Mode and samples of the last micro-batch.
+        self._last_step: tuple[str, int] | None = None
 
     # Epochs: what the callback calls
 
@@ -174,7 +175,7 @@ class FreezeSession:
             main_input = self.chain.main_input
             noisy = add_noise(step.inputs[main_input], self.config.feature_noise)
             step = replace(step, inputs={**step.inputs, main_input: noisy})
-        self._step, self.recorder.active = step, True
+        self._last_step, self.recorder.active = (step.mode, step.samples), True
         try:
             with bypassing(self.chain, step.bypassed, force_eager):
                 yield step
@@ -189,8 +190,8 @@ class FreezeSession:
     def step_flops(self) -> float:
         """FLOPs of the last micro-batch and of the builds before it, measured once per cut and mode."""
         flops = 0.0
-        if self._step is not None:
-            flops = self.meter.step(self._step.mode, self._step.samples)
+        if self._last_step is not None:
+            flops = self.meter.step(*self._last_step)
             if self.ledger.current is not None:
                 self.ledger.current.flops += flops
         return flops + self.meter.take_build_flops()

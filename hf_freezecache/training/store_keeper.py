@@ -126,7 +126,7 @@ class StoreKeeper:
         with self.accounts.building(cut) as phase:
             source = self._take(step, Request(cut, epochs_left, phase, _parent(previous)), previous, epoch, problems)
             if not isinstance(source, Writing):
-                self.provider.remove_outdated(cut)
+                self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)
             return source
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,7 +219,8 @@ class StoreKeeper:
             return FromStore(request.cut, self.provider.finish(store, request))
         except GeometryMisfit as misfit:
             problem = Problem(True, str(misfit), epoch)
-        except (OSError, ValueError, RuntimeError) as error:  # the same on all processes
+        except Exception as error:  # the same on all processes, and nothing that a training needs
+            Announcer.trace(logger, "A store that epochs have written could not be completed", error)
             problem = Problem(False, describe_error(error), epoch)
         return self._give_up(Writing(request.cut, store, epoch, epoch), problem, request)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class StoreProvider:
         self.budget = StoreBudget(self.config, self.group, self.cache_dir)
         self.holdings = self.budget.holdings
         self.decisions: dict[int, Decision] = {}
+        # Whether the running request has deleted the stores of earlier cuts, because the budget does not hold both.
+        self._parent_deleted = False
         self._prober = Prober(context)
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,6 +134,7 @@ class StoreProvider:
             BuildFailed: if it could not be written.
             ValueError: if the features cannot be stored (not finite, of several sizes).
         """
+        self._parent_deleted = False
         return self._complete(_Attempt(request, self.decisions.get(request.cut)))
 
     def begin(self, request: Request, decided: bool = False, accept_built: bool = True) -> PartialStore | FeatureStore:
@@ -152,6 +156,7 @@ class StoreProvider:
             BuildFailed: if it could not be written.
             ValueError: if the features cannot be stored (not finite).
         """
+        self._parent_deleted = False
         attempt = _Attempt(request, self.decisions.get(request.cut), True, decided, accept_built)
         store = self._find_or_make(attempt)
         if isinstance(store, PartialStore):
@@ -174,18 +179,22 @@ class StoreProvider:
         store = partial_store.finish()
         self.holdings.drop(partial_store.path)
         self._register(store, built=True)
-        request.phase.add_store(store.bytes)
+        request.phase.set_store(store.bytes)
         self._announce_built(store)
         return store
 
-    def remove_outdated(self, cut: int, evaluations_only: bool = False) -> None:
-        """Deletes the stores of earlier cuts that this training has built; the others are forgotten.
+    def remove_outdated(self, cut: int, in_use: Path | None = None, evaluations_only: bool = False) -> None:
+        """Deletes the stores that no epoch reads any more and that this training has built; the others are forgotten.
 
         Args:
             cut: frozen blocks.
+            in_use: directory of the store of this cut; None if there is none.
             evaluations_only: leave the stores of the training set.
         """
-        for path in self.holdings.outdated(cut, evaluations_only):
+        self._remove(self.holdings.outdated(cut, () if in_use is None else (in_use,), evaluations_only))
+
+    def _remove(self, paths: Sequence[Path]) -> None:
+        for path in paths:
             if self.holdings.has_built(path):
                 try:
                     self.group.on_main(partial(remove_store, path))
@@ -269,8 +278,9 @@ class StoreProvider:
                     f"The feature stores of earlier cuts are deleted before the one of cut {spec.cut} is built: the "
                     "budget does not hold both."
                 )
-                self.remove_outdated(spec.cut)
-                if self.holdings.outdated(spec.cut):
+                self._remove(self.budget.outdated(spec))
+                self._parent_deleted = True
+                if self.budget.outdated(spec):
                     continue  # one could not be deleted
                 spec = self.spec_maker.written(images) if attempt.writing else images
             try:
@@ -303,7 +313,7 @@ class StoreProvider:
                 spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
             else:
                 self._register(store, built=True)
-                attempt.request.phase.add_store(store.bytes)
+                attempt.request.phase.set_store(store.bytes)
                 self._announce_built(store)
                 return store
             if attempt.decision is None:
@@ -373,6 +383,8 @@ class StoreProvider:
 
     def _open_parent(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | None:
         """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs images."""
+        if self._parent_deleted:
+            return None
         parent = attempt.request.parent
         cut: int | None
         store: FeatureStore | None
@@ -404,7 +416,7 @@ class StoreProvider:
         manifest = store.manifest
         self.holdings.add(store.path, store.total_bytes, built, manifest.cut)
         decision = self.decisions.get(manifest.cut)
-        if decision is None or decision.store is None:
+        if decision is None or decision.store != store.path.name:
             origin = manifest.made_from.get(DEEPENED_FROM)
             parents = [cut for cut, other in self.decisions.items() if origin is not None and other.store == origin]
             parent = parents[0] if parents else None

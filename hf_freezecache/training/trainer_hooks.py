@@ -22,27 +22,27 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..cache.store import check_writable
-from ..config import FreezeCacheConfig
+from ..config import FreezeCacheConfig, make_policy
 from ..distributed import Announcer, Group
 from ..model.chain import BlockChain
-from ..model.checkpoint import has_weights, load_weights
+from ..model.checkpoint import has_weights, is_adapter, load_weights
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.tracing import main_input_name
-from ..policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
+from ..policies import FreezePolicy, NonePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_state import read_state
 from .epoch_source import EpochSource, FromStore
-from .evaluation import EvaluationCache, EvaluationPass, UsersLoader, cached_name
+from .evaluation import EvaluationCache, EvaluationPass, UsersLoader, cached_names
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
 from .sharding import why_sharded
@@ -358,8 +358,11 @@ class FreezeCacheMixin(_Trainer):
         with evaluation.evaluation() as passes:
             metrics = super().evaluate(*args, **kwargs)
             for first in list(passes) if evaluation.is_last() else ():
+                # Callbacks may have evaluated other sets inside under the same names: they change nothing here.
+                own = {name for name, value in first.metrics.items() if metrics.get(name) == value}
                 with preserve_rng():
-                    metrics.update(self._repeat_last(evaluation, first))
+                    on_images = self._repeat_last(evaluation, first)
+                metrics.update({name: value for name, value in on_images.items() if name in own})
         return metrics
 
     def _repeat_last(self, evaluation: EvaluationCache, first: EvaluationPass) -> dict[str, float]:
@@ -376,7 +379,7 @@ class FreezeCacheMixin(_Trainer):
         prefix = f"{first.prefix}_cached" if isinstance(source, FromStore) else first.prefix
         second = self._evaluate_from(source, first, prefix)
         if first.from_store:
-            from_store = {cached_name(name, first.prefix): value for name, value in first.metrics.items()}
+            from_store = cached_names(first.metrics, first.prefix)
             self.log(dict(from_store))
             on_images = second
         else:
@@ -404,15 +407,27 @@ class FreezeCacheMixin(_Trainer):
             self.current_flos += self._session.meter.take_build_flops()  # type: ignore[assignment]  # a float later
         return loader
 
-    def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs,
+    ):
+        settings = {
+            "description": description,
+            "prediction_loss_only": prediction_loss_only,
+            "ignore_keys": ignore_keys,
+            **kwargs,
+        }
         if self._session is None:
-            # `args` may be any but the prefix, which is keyword-only here.
-            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+            return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
         source = self._session.evaluation_source(dataloader)
-        output = self._run_evaluation(source, dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._evaluation is not None and not args:
-            done = EvaluationPass(dataloader, metric_key_prefix, kwargs, source, output.metrics)
-            self._evaluation.record(done)
+        output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        if self._evaluation is not None:
+            self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
         return output
 
     def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
@@ -436,7 +451,7 @@ class FreezeCacheMixin(_Trainer):
         # our callback's place.
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
         ours = callbacks.pop(FreezeCallback.__name__, None)
-        self._checkpoint_state = read_state(ours)
+        self._checkpoint_state = read_state(ours) if self._freezes else None
         super()._load_callback_state()
         if ours is not None:
             callbacks[FreezeCallback.__name__] = ours
@@ -472,11 +487,7 @@ class FreezeCacheMixin(_Trainer):
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
             return False
-        if not is_peft_available():
-            return True
-        from peft import PeftModel
-
-        return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        return not is_adapter(self.accelerator.unwrap_model(self.model))
 
 
 def _follow_log_level(args: TrainingArguments) -> None:
@@ -487,13 +498,3 @@ def _follow_log_level(args: TrainingArguments) -> None:
     package.setLevel(level)
     if not package.handlers and not python_logging.getLogger().handlers:
         package.addHandler(python_logging.StreamHandler())
-
-
-def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
-    """The policy that the settings name."""
-    if config.policy == "none":
-        return NonePolicy()
-    if config.policy == "manual":
-        assert config.freeze_points is not None  # the settings check it
-        return ManualPolicy(config.freeze_points)
-    return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)

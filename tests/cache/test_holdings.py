@@ -37,8 +37,19 @@ def test_state_comes_back(tmp_path):
     again = Holdings(100)
     again.load_state_dict(holdings.state_dict(), tmp_path)
     assert again.limit() == 50 and again.has_built(tmp_path / "a") and not again.has_built(tmp_path / "b")
-    assert again.outdated(3, evaluations_only=True) == [tmp_path / "b"] and again.outdated(2, True) == []
+    assert (
+        again.outdated(3, evaluations_only=True) == [tmp_path / "b"] and again.outdated(2, evaluations_only=True) == []
+    )
     assert again.outdated(3) == [tmp_path / "a", tmp_path / "b"] and again.outdated(2) == [tmp_path / "a"]
+
+
+def test_store_of_the_same_cut_that_is_not_in_use_is_outdated(tmp_path):
+    holdings = Holdings(100)
+    holdings.add(tmp_path / "old", 30, built=True, cut=2)
+    holdings.add(tmp_path / "new", 40, built=True, cut=2)
+    holdings.add(tmp_path / "evaluation", 10, built=True, cut=2, is_evaluation=True)
+    assert holdings.outdated(2, in_use=[tmp_path / "new"]) == [tmp_path / "old"]
+    assert holdings.outdated(1) == []
 
 
 def test_room_is_a_share_of_the_free_disk_and_at_most_the_budget(tmp_path, monkeypatch):

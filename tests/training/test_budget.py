@@ -36,7 +36,7 @@ def test_store_that_fits_is_tried_first_and_without_outdated_ones_last(spec, tmp
     needed = estimate_bytes(spec)
     budget = make_budget(tmp_path, 3 * needed)
     budget.holdings.add(tmp_path / "old", needed, built=True, cut=1)
-    budget.holdings.add(tmp_path / "deeper", needed // 2, built=True, cut=spec.cut)
+    budget.holdings.add(tmp_path / "deeper", needed // 2, built=True, cut=spec.cut + 1)
     first, last = 3 * needed - needed - needed // 2, 3 * needed - needed // 2
     assert list(budget.attempts(spec)) == [(first, False), (last, True)]
     assert list(budget.attempts(spec, copies=2)) == [(last, True)]
@@ -76,7 +76,7 @@ def test_existing_store_is_held_beside_others_but_outdated_ones_do_not_count(spe
     budget = make_budget(tmp_path, 100)
     budget.holdings.add(tmp_path / "old", 90, built=True, cut=1)
     assert budget.holds(Store)
-    budget.holdings.add(tmp_path / "other", 50, built=True, cut=2)
+    budget.holdings.add(tmp_path / "other", 50, built=True, cut=3)
     assert not budget.holds(Store)
     budget.holdings.add(Store.path, 60, built=False, cut=2)
     assert budget.holds(Store)

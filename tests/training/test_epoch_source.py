@@ -68,7 +68,10 @@ def test_drawn_samples_become_features_and_are_written(tmp_path):
     assert torch.equal(store.read([1, 5, 2]), step.inputs["pixel_values"])
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("sample 1 is not finite")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), ValueError("sample 1 is not finite"), RuntimeError("out of memory")],
+)
 def test_what_cannot_be_written_costs_the_step_nothing(error, tmp_path, monkeypatch):
     keeper = make_keeper(tmp_path, through())
     freeze(keeper, 2)

@@ -3,16 +3,18 @@
 import json
 import shutil
 
+import pyarrow as pa
 import pytest
 import torch
 from support.builds import Rows
 from support.helpers import manual, messages, through, tiny_vit
 from support.keepers import freeze, make_keeper
 
-from hf_freezecache.build.errors import BuildFailed, GeometryMisfit
+from hf_freezecache.build.errors import BuildFailed, GeometryMisfit, OverLimit
 from hf_freezecache.build.partial import PartialStore
 from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.distributed import Announcer
+from hf_freezecache.training import store_provider
 from hf_freezecache.training.epoch_source import FromImages, FromStore, Problem, Writing, load_source
 from hf_freezecache.training.store_keeper import Step, choose_step
 from hf_freezecache.training.store_provider import Decision, StoreProvider
@@ -272,6 +274,65 @@ def test_misfit_while_a_written_store_is_completed_is_made_good_by_a_build(tmp_p
     assert "materialize" not in keeper.next(2, 9, source, 2).store.manifest.made_from
 
 
+def changed(keeper, source, tmp_path):
+    """The keeper of a resumed training whose labels have changed."""
+    again, previous = resumed(keeper, source, tmp_path, dataset=Rows(label=lambda row: (row + 1) % 5))
+    return again, previous
+
+
+def test_own_store_of_the_same_cut_that_does_not_match_any_more_is_deleted(tmp_path):
+    keeper = make_keeper(tmp_path)
+    source = next_source(keeper, 2)
+    again, previous = changed(keeper, source, tmp_path)
+    rebuilt = next_source(again, 2, previous, epoch=2)
+    assert rebuilt.store.path != source.store.path and not source.store.path.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [rebuilt.store.path.name]
+    assert again.provider.decisions[2] == Decision("int4", rebuilt.store.path.name)
+
+
+def test_own_store_of_the_same_cut_that_does_not_match_any_more_leaves_the_budget(tmp_path):
+    free = next_source(make_keeper(tmp_path / "free", manual("1:2", codec="fp32")), 2).store
+    config = manual("1:2", codec="fp32", cache_budget=str(int(free.total_bytes * 1.3)))
+    keeper = make_keeper(tmp_path / "run", config)
+    source = next_source(keeper, 2)
+    again, previous = changed(keeper, source, tmp_path / "run")
+    rebuilt = next_source(again, 2, previous, epoch=2)
+    assert rebuilt.store.manifest.codec == "fp32" and rebuilt.store.path != source.store.path
+
+
+def test_store_before_that_was_deleted_for_the_budget_is_no_source_any_more(tmp_path, monkeypatch):
+    """The first codec turns out not to fit after the store before has gone: the next one is built from images."""
+    free = next_source(make_keeper(tmp_path / "free", manual("1:2", codec="fp32")), 2).store
+    config = manual("1:2", codec="fp32", deepen="cache", cache_budget=str(int(free.total_bytes * 1.3)))
+    keeper = make_keeper(tmp_path / "run", config)
+    source = next_source(keeper, 2)
+    build = store_provider.materialize
+
+    def too_large_as_fp32(spec, group):
+        if spec.codec == "fp32":
+            raise OverLimit(10**9, spec.limit)
+        return build(spec, group)
+
+    monkeypatch.setattr(store_provider, "materialize", too_large_as_fp32)
+    deeper = next_source(keeper, 3, source, epoch=2)
+    assert isinstance(deeper, FromStore) and deeper.store.manifest.codec == "fp16"
+    assert "deepened_from" not in deeper.store.manifest.made_from
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(28, "full"), pa.ArrowTypeError("an int")])
+def test_store_that_cannot_be_completed_leaves_images(error, tmp_path, monkeypatch, caplog):
+    keeper = make_keeper(tmp_path, through())
+    source = next_source(keeper, 2)
+
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(Announcer, "raises", ())
+    monkeypatch.setattr(PartialStore, "finish", fail)
+    assert isinstance(keeper.next(2, 9, source, 2), FromImages)
+    assert type(error).__name__ in messages(caplog)
+
+
 # Errors
 
 
@@ -306,7 +367,7 @@ def test_defaults_survive_what_explicit_settings_raise(explicit, error, survives
 
 
 def test_bug_under_the_defaults_is_named_and_traced_and_fails_the_tests(tmp_path, monkeypatch, caplog):
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="hf_freezecache")
     monkeypatch.setattr(StoreProvider, "build", failing(TypeError("an int is no path")))
     with pytest.raises(TypeError, match="an int is no path"):
         next_source(make_keeper(tmp_path, explicit=False), 2)
