@@ -220,7 +220,7 @@ def test_second_training_caches_its_evaluations(tmp_path):
 
 
 def test_persistent_workers_see_the_source_turn(tmp_path):
-    workers = dict(dataloader_num_workers=2, dataloader_persistent_workers=True)
+    workers = dict(dataloader_num_workers=1, dataloader_persistent_workers=True)
     images, cached = both(tmp_path, config={"codec": "fp32"}, **workers)
     assert losses(cached) == losses(images)
     assert_close(without_cached(evaluations(cached)), evaluations(images))
