@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..augment.mixing import add_noise
 from ..build.context import BuildContext
 from ..build.spec_maker import SpecMaker
+from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..policies import Moment, ObservedBlock
 from ..replay.dataset import SourceSwitch
@@ -223,9 +224,13 @@ class FreezeSession:
 
     # What a person reads
 
+    @property
+    def store(self) -> FeatureStore | None:
+        """The store that the running epoch reads; None if it reads images."""
+        return self.source.store if isinstance(self.source, FromStore) and self.source.is_open else None
+
     def status(self) -> FreezeStatus:
-        cut, source = self.chain.cut, self.source
-        store = source.store if isinstance(source, FromStore) and source.is_open else None
+        cut, store = self.chain.cut, self.store
         return FreezeStatus(
             cut=cut,
             frozen_blocks=self.chain.names[:cut],
