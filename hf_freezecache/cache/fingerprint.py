@@ -105,8 +105,10 @@ def object_digest(value: Any) -> str:
         return Hasher.hash(value)
     except Exception as error:  # pickling runs the object's own code, which may raise anything
         logger.warning_once(
-            f"{type(value).__name__} cannot be hashed ({error}): its feature stores are not reused by another run."
+            f"{type(value).__name__} cannot be hashed ({type(error).__name__}: {error}): its feature stores are not "
+            "reused by another run."
         )
+        logger.debug("%s cannot be hashed", type(value).__name__, exc_info=error)
         return f"unhashable-{uuid.uuid4().hex}"
 
 

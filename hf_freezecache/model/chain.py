@@ -165,8 +165,11 @@ class BlockChain:
             try:
                 with self.replay(cut):
                     replayed = _logits(self.model(**{**probe, self.main_input: features}))
-            except Exception as error:
-                raise ChainError(f"{self._cannot_cut(cut)} running the rest on the feature failed: {error}") from error
+            except Exception as error:  # the model's own code may raise anything
+                raise ChainError(
+                    f"{self._cannot_cut(cut)} running the rest on the feature failed with "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             if torch.equal(expected, replayed):
                 self._proved.add(cut)
                 return

@@ -19,8 +19,6 @@ from ..model.chain import BlockChain
 from ..model.tracing import eval_mode, first_tensor, main_input_name
 from ..rng import preserve_rng
 
-MODES = ("live", "build", "replay", "eval")
-
 
 @dataclass
 class Phase:
