@@ -84,7 +84,7 @@ class StandIn(torch.Tensor):
     def __init__(self, *args, **kwargs):
         pass  # `__new__` has made it
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandIn({self.stands_for}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
