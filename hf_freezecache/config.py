@@ -19,6 +19,7 @@ PolicyName = Literal["none", "manual", "linear"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
+MismatchMode = Literal["fallback", "error"]
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -106,6 +107,13 @@ class FreezeCacheConfig:
             "newly frozen blocks on the store of the previous cut."
         },
     )
+    on_mismatch: MismatchMode = field(
+        default="fallback",
+        metadata={
+            "help": "Where features turn out, in the course of a training, not to be those of the images any more: "
+            "fallback goes on from images with a warning, error stops the training."
+        },
+    )
     cache_eval: bool = field(
         default=False,
         metadata={
@@ -181,6 +189,7 @@ class FreezeCacheConfig:
         _one_of("similarity", self.similarity, Similarity)
         _one_of("materialize", self.materialize, MaterializeMode)
         _one_of("deepen", self.deepen, DeepenMode)
+        _one_of("on_mismatch", self.on_mismatch, MismatchMode)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")

@@ -280,9 +280,18 @@ class EvaluationCache:
         if entry is None or entry.source is None or entry.trace is None:
             yield batch
             return
-        step: StepInputs = entry.source.step_inputs(batch, self.context)
-        with self.chain.traced(entry.trace), bypassing(self.chain, step.bypassed, force_eager):
-            yield step.inputs
+        with self.chain.traced(entry.trace):
+            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            with bypassing(self.chain, step, force_eager):
+                yield step.inputs
+
+    def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
+        """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
+        entry = self._entry(loader)
+        if entry is not None:
+            entry.source, entry.declined_cut = None, self.chain.cut
+        self.announcer.failure("Evaluations cannot run on features, so they run on images", error)
+        return FromImages(self.chain.cut)
 
     # Helpers
 
