@@ -18,7 +18,7 @@ from ..build.spec_maker import SpecMaker
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..policies import Moment, ObservedBlock
-from ..replay.dataset import SourceSwitch
+from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
@@ -64,7 +64,7 @@ class FreezeSession:
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.recorder = BlockRecorder(self.chain)
-        self.switch = SourceSwitch()
+        self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:
