@@ -1,4 +1,4 @@
-"""The contract with `transformers.Trainer`: every override of it, and every use of what is private to it.
+"""The contract with `transformers.Trainer`: every override of it is here or in the two classes of hooks it inherits.
 
 `tests/test_trainer_contract.py` compares the names, signatures and bodies that are used here with those of the
 installed release.
@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
@@ -31,32 +27,27 @@ from ..cache.store import check_writable
 from ..config import FreezeCacheConfig, make_policy
 from ..distributed import Announcer, Group
 from ..model.chain import BlockChain
-from ..model.checkpoint import has_weights, is_adapter, load_weights
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.tracing import main_input_name
-from ..policies import FreezePolicy, NonePolicy
+from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
-from .checkpoint_state import read_state
-from .epoch_source import EpochSource, FromStore
-from .evaluation import EvaluationCache, EvaluationPass, UsersLoader, cached_names
+from .checkpoint_hooks import CheckpointHooks
+from .epoch_source import FromStore
+from .evaluation import EvaluationCache, UsersLoader
+from .evaluation_hooks import EvaluationHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
 from .sharding import why_sharded
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object  # what stands behind the mixin is known where they are mixed
 
-
-class FreezeCacheMixin(_Trainer):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -78,22 +69,15 @@ class FreezeCacheMixin(_Trainer):
         self._freeze_explicit = freeze_cache is not None or policy is not None
         self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
         self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
-        self._session: FreezeSession | None = None
+        self._session = None
         self._fell_back = self._starting = False
-        # Of the checkpoint that a training is resumed from, until it is taken.
-        self._checkpoint_state: Mapping[str, Any] | None = None
+        self._checkpoint_state = None
         super().__init__(*args, **kwargs)
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
         if self._freezes:
             self.add_callback(self._freeze_callback)
-
-    @property
-    def _own_model(self) -> nn.Module:
-        """The model, not wrapped."""
-        assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
-        return self.model
 
     def freeze_status(self) -> FreezeStatus:
         """The cut, the frozen blocks and the store of the running or last training."""
@@ -187,10 +171,6 @@ class FreezeCacheMixin(_Trainer):
                 self._session.stop()
 
     @property
-    def _freezes(self) -> bool:
-        return not isinstance(self._freeze_policy, NonePolicy)
-
-    @property
     def _group(self) -> Group:
         return Group(self.accelerator.process_index, self.accelerator.num_processes)
 
@@ -219,20 +199,6 @@ class FreezeCacheMixin(_Trainer):
         )
         self._freeze_policy.start(session.num_blocks)
         return session
-
-    def _why_on_images(self) -> str | None:
-        """Why evaluations cannot be from a store; None if they can."""
-        if "inputs" in self.args.include_for_metrics:
-            return "include_for_metrics asks for the inputs"
-        if getattr(self.args, "predict_with_generate", False):
-            return "predict_with_generate"
-        overriding = self._overriding("prediction_step")
-        return None if overriding is None else f"`{overriding.__name__}.prediction_step` is overridden"
-
-    def _overriding(self, name: str) -> type | None:
-        """The class besides this one that overrides a method of `Trainer`; None if there is none."""
-        others = (cls for cls in type(self).__mro__ if cls not in (FreezeCacheMixin, Trainer))
-        return next((cls for cls in others if name in vars(cls)), None)
 
     def _cannot_freeze(self, error: Exception) -> None:
         """Raises under explicit settings; the defaults fall back to plain training."""
@@ -352,150 +318,6 @@ class FreezeCacheMixin(_Trainer):
         # Codes are no tokens, and a warning in every step helps nobody.
         if self._session is None or not isinstance(self._session.source, FromStore):
             super()._track_num_input_tokens(inputs)
-
-    # Evaluation
-
-    @property
-    def _evaluation(self) -> EvaluationCache | None:
-        return None if self._session is None else self._session.evaluation
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        evaluation = self._evaluation
-        if evaluation is None:
-            return super().evaluate(*args, **kwargs)
-        with evaluation.evaluation() as passes:
-            metrics = super().evaluate(*args, **kwargs)
-            for first in list(passes) if evaluation.is_last() else ():
-                # Callbacks may have evaluated other sets inside under the same names: they change nothing here.
-                own = {name for name, value in first.metrics.items() if metrics.get(name) == value}
-                with preserve_rng():
-                    on_images = self._repeat_last(evaluation, first)
-                metrics.update({name: value for name, value in on_images.items() if name in own})
-        return metrics
-
-    def _repeat_last(self, evaluation: EvaluationCache, first: EvaluationPass) -> dict[str, float]:
-        """Repeats the last evaluation from the other source and logs it; the store's metrics are named `_cached`.
-
-        Callbacks that count evaluations are not told.
-
-        Returns:
-            The metrics of the pass on images, under the names that they have in `first`.
-        """
-        source = evaluation.second_source(first)
-        if source is None:
-            return {}
-        prefix = f"{first.prefix}_cached" if isinstance(source, FromStore) else first.prefix
-        second = self._evaluate_from(source, first, prefix)
-        if first.from_store:
-            from_store = cached_names(first.metrics, first.prefix)
-            self.log(dict(from_store))
-            on_images = second
-        else:
-            from_store, on_images = second, first.metrics
-        evaluation.compare(on_images, from_store, first.prefix)
-        return {name: value for name, value in on_images.items() if name in first.metrics}
-
-    def _evaluate_from(self, source: EpochSource, first: EvaluationPass, prefix: str) -> dict[str, float]:
-        """Runs an evaluation again from a source, and logs it as `Trainer.evaluate` does."""
-        start = time.time()
-        output = self._run_evaluation(source, first.loader, metric_key_prefix=prefix, **first.settings)
-        steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
-        output.metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
-        self.log(output.metrics)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):
-                callback.on_evaluate(self.args, self.state, self.control)  # closes its bar
-        return output.metrics
-
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        if self._session is not None and self._evaluation is not None:
-            self._evaluation.prepare(loader)
-            # A checkpoint may be written before the next step.
-            self.current_flos += self._session.meter.take_build_flops()  # type: ignore[assignment]  # a float later
-        return loader
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **kwargs,
-    ):
-        settings = {
-            "description": description,
-            "prediction_loss_only": prediction_loss_only,
-            "ignore_keys": ignore_keys,
-            **kwargs,
-        }
-        if self._session is None:
-            return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        source = self._session.evaluation_source(dataloader)
-        output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        if self._evaluation is not None:
-            self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
-        return output
-
-    def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
-        if self._session is None:
-            raise RuntimeError("an evaluation has a source only while a training runs.")
-        with self._session.evaluating(dataloader, source) as book_samples:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-            book_samples(output.num_samples or 0)
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        if self._evaluation is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._evaluation.prediction_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
-            return super().prediction_step(model, step_inputs, *args, **kwargs)
-
-    # Checkpoints
-
-    def _load_callback_state(self) -> None:
-        # Called on a resume only. `create_optimizer` takes the state; `Trainer` would put an unattached callback in
-        # our callback's place.
-        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
-        ours = callbacks.pop(FreezeCallback.__name__, None)
-        self._checkpoint_state = read_state(ours) if self._freezes else None
-        super()._load_callback_state()
-        if ours is not None:
-            callbacks[FreezeCallback.__name__] = ours
-        elif self._freezes:
-            callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_strictly(resume_from_checkpoint, "_load_from_checkpoint"):
-            logger.info(f"Loading model from {resume_from_checkpoint}.")
-            load_weights(self._own_model if model is None else model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
-
-    def _load_best_model(self) -> None:
-        checkpoint = self.state.best_model_checkpoint
-        if checkpoint is not None and self._loads_strictly(checkpoint, "_load_best_model"):
-            logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
-            load_weights(self._own_model, checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _loads_strictly(self, checkpoint: str, loader: str) -> bool:
-        """Whether this class loads a checkpoint: of a whole model in one process's memory.
-
-        Adapters and sharded wrappers are loaded by `Trainer`, and what another class saves in its own way by that
-        class. Where nothing can be frozen, `Trainer` loads as ever.
-
-        Args:
-            checkpoint: its directory.
-            loader: the method of `Trainer` that would load it.
-        """
-        if not self._freezes or self._fell_back or self._overriding(loader) is not None:
-            return False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
-            return False
-        return not is_adapter(self.accelerator.unwrap_model(self.model))
 
 
 def _follow_log_level(args: TrainingArguments) -> None:
