@@ -21,8 +21,9 @@ from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..replay.collator import DrawnViews, take_codes, take_drawn
-from ..replay.dataset import SourceSwitch, WriteRound
+from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
+from ..replay.requests import SourceSwitch, WriteRound, store_number
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,7 @@ class EpochSource(ABC):
 
     @abstractmethod
     def turn(self, switch: SourceSwitch) -> None:
-        """Tells the data set, in every loader process, how rows are drawn from the next batch on."""
+        """Sets where rows come from that the training asks for from now on."""
 
     @abstractmethod
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
@@ -112,7 +113,7 @@ class FromImages(EpochSource):
         switch.set(None)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
-        return _live(batch)
+        return _live(batch, context)
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "images", "cut": self.cut, "why": self.why}
@@ -155,12 +156,11 @@ class FromStore(EpochSource):
         switch.set(self.store.path)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
-        codes_and_inputs = take_codes(batch)
-        if codes_and_inputs is None:
-            return _live(batch)
-        codes, others = codes_and_inputs
-        features = replay_features(self.store, context.model_inputs.to_device(codes))
-        return StepInputs.on_features(context.chain, self.cut, features, others, "replay")
+        replayed = take_codes(batch)
+        if replayed is None or not (replayed.rows.stores == store_number(self.store.path)).all():
+            return _live(batch, context)
+        features = replay_features(self.store, context.model_inputs.to_device(replayed.codes))
+        return StepInputs.on_features(context.chain, self.cut, features, replayed.inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
@@ -231,7 +231,7 @@ class Writing(EpochSource):
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         views_and_batch = take_drawn(batch)
         if views_and_batch is None:
-            return _live(batch)
+            return _live(batch, context)
         views, batch = views_and_batch
         chain = context.chain
         features = chain.prefix(context.model_inputs(batch), self.cut)
@@ -270,7 +270,7 @@ class Writing(EpochSource):
         try:
             split = split_batch(batch, main_input)
             view_run = ViewRun(split.columns, split.constants, features, views.geometry, views.refused)
-            self.store.write(views.numbers.tolist(), views.views.cpu().numpy(), view_run)
+            self.store.write(views.rows.numbers.tolist(), views.views.cpu().numpy(), view_run)
         except GeometryMisfit as misfit:
             self.problem = Problem(True, str(misfit), self.epoch)
         except Exception as error:  # the step needs no store, and the other processes wait for it
@@ -289,7 +289,13 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
     return Writing(cut, None, state["start"], state["epoch"], problem, state["store"])
 
 
-def _live(batch: dict[str, Any]) -> StepInputs:
+def _live(batch: dict[str, Any], context: BuildContext) -> StepInputs:
+    """Runs the model whole. Batches of another source, which a loader kept from an earlier epoch, are made live."""
+    drawn, replayed = take_drawn(batch), take_codes(batch)
+    if drawn is not None:
+        batch = drawn[1]
+    elif replayed is not None:
+        batch = live_batch(context.source, replayed.rows)
     values = batch.values() if isinstance(batch, Mapping) else ()
     return StepInputs(batch, next((len(value) for value in values if isinstance(value, torch.Tensor)), 0))
 

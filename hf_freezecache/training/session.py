@@ -19,7 +19,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
-from ..replay.dataset import SourceSwitch
+from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
@@ -78,7 +78,7 @@ class FreezeSession:
         self._explicit = explicit
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
         self.recorder = BlockRecorder(self.chain)
-        self.switch = SourceSwitch()
+        self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:

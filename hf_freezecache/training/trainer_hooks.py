@@ -33,6 +33,7 @@ from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
+from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
@@ -261,9 +262,16 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             # Samplers see the user's data set: lengths and columns are read from it.
             settings = {**settings, "sampler_fn": lambda _: sampler_fn(wrapped.inner)}
         try:
-            return super()._get_dataloader(wrapped, description, batch_size, **settings)
+            loader = super()._get_dataloader(wrapped, description, batch_size, **settings)
         finally:
             self.data_collator = users_collator
+        stamp_rows(loader, wrapped.switch)
+        return loader
+
+    def get_batch_samples(self, *args, **kwargs):
+        # The training's own iteration over the loader begins here.
+        with contextlib.nullcontext() if self._session is None else self._session.switch.requesting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, ReplayCollator):
