@@ -318,7 +318,8 @@ class EvaluationCache:
             # Of its own: the evaluation's images may have another size than those of the training.
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
-            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit)
+            random = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input)).random
+            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, random)
             store = open_matching(spec, self.group)
             if store is None and not builds:
                 return None, False

@@ -115,12 +115,14 @@ class StoreProvider:
             "decisions": {str(cut): asdict(decision) for cut, decision in self.decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state_dict(),
+            "unknown": self.spec_maker.unknown,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`; stores that are gone do not count any more."""
         self.decisions = {int(cut): Decision(**fields) for cut, fields in state["decisions"].items()}
         self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+        self.spec_maker.unknown = state.get("unknown", self.spec_maker.unknown)
         existing = self.group.on_main(
             lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
         )
