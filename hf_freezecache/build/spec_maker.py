@@ -13,6 +13,7 @@ from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
+from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowSource
 from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewSpec
@@ -20,10 +21,11 @@ from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
-from .deepening import DEEPENED_FROM, deepened
+from .deepening import DEEPENED_FROM, StoreFeatures, deepened
 from .feature_sources import ImageFeatures
 from .fisher import fisher_weights
 from .materialize import spread
+from .reuse import StoreReuse, file_notes
 from .store_spec import StoreSpec
 from .survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
 
@@ -52,6 +54,7 @@ class SpecMaker:
             Measured once, so that a store that is lost is built again as it was.
         unknown: stands in fingerprints for what cannot be digested. A resumed training has the same, so that it finds
             its stores again.
+        reuse: opens stores of earlier runs.
 
     Raises:
         ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
@@ -67,6 +70,7 @@ class SpecMaker:
             self.augmentation = survey(context.source, context.chain.main_input)
         self.weights: dict[int, torch.Tensor] = {}
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
+        self.reuse = StoreReuse(context)
         self._notes: Mapping[str, Any] = {}
 
     def make(self, cut: int, codec: str) -> StoreSpec:
@@ -110,7 +114,8 @@ class SpecMaker:
         draws = _DRAWS if random else ()
         made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
         spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())
-        return replace(spec, made_from=made_from, limit=limit)
+        notes = context.group.on_main(lambda: file_notes(source.dataset, context.config.reuse))
+        return replace(spec, made_from=made_from, limit=limit, notes=notes)
 
     def draft(self, cut: int, codec: str) -> StoreSpec:
         """A spec without a fingerprint, for measuring.
@@ -146,7 +151,7 @@ class SpecMaker:
         return replace(spec, made_from={**spec.made_from, DEEPENED_FROM: parent})
 
     def settle(self, spec: StoreSpec) -> StoreSpec:
-        """Chooses the sensitive channels, on the main process.
+        """Chooses the sensitive channels and describes the files of the rows, on the main process.
 
         Raises:
             GeometryMisfit: on every process, if a view's geometry cannot be stored as the spec says.
@@ -156,11 +161,18 @@ class SpecMaker:
             config = self.context.config
             with preserve_rng():
                 settled = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
-            self._notes = settled.notes  # pictures stay here: the main process writes them
+            # Pictures stay here: the main process writes them.
+            self._notes = {**settled.notes, **self._file_notes(spec)}
             return settled.views
 
         views = self.context.group.on_main(choose)
         return replace(spec, views=views, notes=self._notes)
+
+    def _file_notes(self, spec: StoreSpec) -> Mapping[str, Any]:
+        if isinstance(spec.feature_source, StoreFeatures):  # it was read when the store before was made
+            note = spec.feature_source.store.read_note(ROW_FILES)
+            return {} if note is None else {ROW_FILES: note}
+        return file_notes(spec.source.dataset, self.context.config.reuse)
 
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
@@ -197,6 +209,8 @@ class SpecMaker:
             draws=draws,
             unknown=self.unknown,
         )
+        if self.context.config.reuse == "never":
+            inputs["training"] = self.unknown
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..rng import hash_key
 
-#: Columns of a table of files: size in bytes, time of the last change in ns, and the content's digest if it was read.
+#: Note of a store that describes the files of its rows.
+ROW_FILES = "row_files"
+#: Its tensors: size in bytes, time of the last change in ns, and the content's digest if it was read.
 SIZE, TIME, CONTENT = "bytes", "mtime_ns", "content"
+#: Bytes of a content's digest.
+_DIGEST = 16
 #: How deep data sets that wrap others are followed.
 _MOST_WRAPPED = 8
 
@@ -52,46 +56,55 @@ def known_files(dataset: Any) -> frozenset[str]:
     return frozenset(path for row in files_of(dataset) or () for path in row)
 
 
-def describe_files(files: Files, rows: Sequence[int], content: bool) -> pa.Table:
-    """Sizes and times of the files of some rows.
+def describe_files(files: Files, content: bool) -> dict[str, torch.Tensor]:
+    """Sizes and times of the files of all rows; several files of a row are put together.
 
     Args:
         files: of every row.
-        rows: their numbers.
         content: whether to read the files as well.
 
     Returns:
-        One row a sample; several files of a sample are put together. A file that is missing has the size -1.
+        `bytes`, int64 `(N,)`, -1 where a file is missing; `mtime_ns`, int64 `(N,)`; `content`, uint8 `(N, 16)`, only
+        if the files were read.
+
+    Shapes: N rows.
     """
-    columns: dict[str, list[Any]] = {SIZE: [], TIME: [], CONTENT: []}
-    for row in rows:
-        total, times, digest = 0, 0, xxhash.xxh3_128()
-        for path in files[row]:
+    sizes, times = torch.zeros(len(files), dtype=torch.int64), torch.zeros(len(files), dtype=torch.int64)
+    contents = torch.zeros(len(files), _DIGEST, dtype=torch.uint8)
+    for row, paths in enumerate(files):
+        digest = xxhash.xxh3_128()
+        for path in paths:
             try:
                 status = os.stat(path)
-                total, times = total + status.st_size, hash_key(times, status.st_mtime_ns) >> 1
+                times[row] = status.st_mtime_ns if len(paths) == 1 else _mixed(int(times[row]), status.st_mtime_ns)
+                sizes[row] += status.st_size
                 if content:
                     digest.update(Path(path).read_bytes())
             except OSError:
-                total = -1
-        columns[SIZE].append(total)
-        columns[TIME].append(times)
-        columns[CONTENT].append(digest.digest() if content else b"")
-    types = {SIZE: pa.int64(), TIME: pa.int64(), CONTENT: pa.binary()}
-    return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+                sizes[row] = -1
+        if content:
+            contents[row] = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    return {SIZE: sizes, TIME: times, **({CONTENT: contents} if content else {})}
 
 
-def changed_rows(before: pa.Table, now: pa.Table) -> np.ndarray:
+def changed_rows(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[int]:
     """Rows whose files have changed: in size, or in content where both tell it, else in time.
 
-    Returns:
-        int64 row numbers, ascending.
+    Args:
+        before, now: what `describe_files` returned.
     """
-    sizes = before[SIZE].to_numpy() != now[SIZE].to_numpy()
-    contents = [table[CONTENT].to_numpy() for table in (before, now)]
-    told = (contents[0] != b"") & (contents[1] != b"")
-    times = before[TIME].to_numpy() != now[TIME].to_numpy()
-    return np.flatnonzero(sizes | np.where(told, contents[0] != contents[1], times))
+    if len(before[SIZE]) != len(now[SIZE]):
+        return list(range(len(now[SIZE])))
+    changed = before[SIZE] != now[SIZE]
+    if CONTENT in before and CONTENT in now:
+        changed |= (before[CONTENT] != now[CONTENT]).any(1)
+    else:
+        changed |= before[TIME] != now[TIME]
+    return changed.nonzero()[:, 0].tolist()
+
+
+def _mixed(total: int, time: int) -> int:
+    return hash_key(total, time) >> 1
 
 
 def _files_of_columns(dataset: datasets.Dataset) -> Files | None:

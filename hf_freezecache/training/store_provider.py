@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..augment.geometry import DENSE, PROJECTIVE
 from ..build.deepening import DEEPENED_FROM, why_not_deepen
 from ..build.errors import GeometryMisfit, OverLimit
-from ..build.materialize import materialize, open_matching
+from ..build.materialize import materialize
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
@@ -252,15 +252,16 @@ class StoreProvider:
             spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
         else:
             spec = self._deepened(images, attempt)
-        store = open_matching(spec, self.group)
+        reuse = self.spec_maker.reuse
+        store = reuse.open(spec)
         if store is None and attempt.writing and attempt.accept_built:
-            store = open_matching(images, self.group)
+            store = reuse.open(images)
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
             self.announcer.info(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).")
-            self._register(store, built=False)
+            self._register(store, built=reuse.has_made(store))
             return store
-        return PartialStore.reopen(spec, self.group) if attempt.writing else None
+        return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -305,7 +306,7 @@ class StoreProvider:
         """
         while True:
             try:
-                settled = self.spec_maker.settle(spec)
+                settled = self.spec_maker.settle(self.spec_maker.reuse.current(spec))
                 if attempt.writing:
                     partial_store = PartialStore.begin(settled, self.group)
                     self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))
