@@ -18,11 +18,13 @@ from ..build.spec_maker import SpecMaker
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..policies import Moment, ObservedBlock
+from ..replay.collator import take_codes
 from ..replay.dataset import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .preconditions import check_trainable
 from .recorder import BlockRecorder
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .store_keeper import StoreKeeper
@@ -87,6 +89,9 @@ class FreezeSession:
     def broadcast(self, value: Any) -> Any:
         return self.group.broadcast(value)
 
+    def announce(self, message: str) -> None:
+        self.announcer.warning_once(message)
+
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
@@ -94,6 +99,7 @@ class FreezeSession:
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
         if moment.cut > self.chain.cut:
+            check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
             rewrap_ddp(self.wrapped_model)
             self.announcer.info(
@@ -196,6 +202,19 @@ class FreezeSession:
             if self.ledger.current is not None:
                 self.ledger.current.flops += flops
         return flops + self.meter.take_build_flops()
+
+    def live_shapes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
+
+        The stand-in holds -1 everywhere, which is no padding.
+        """
+        codes_and_inputs = take_codes(batch)
+        if codes_and_inputs is None:
+            return batch
+        codes, inputs = codes_and_inputs
+        rows = len(next(iter(codes.values())))
+        stand_in = torch.full((1,), -1).expand(rows, *self.chain.layout(0).shape)
+        return {self.chain.main_input: stand_in, **inputs}
 
     # Evaluations
 
