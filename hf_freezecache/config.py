@@ -13,7 +13,7 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
-from .policies.schedule import format_freeze_points, parse_freeze_points
+from .policies.schedule import format_freeze_points
 from .units import parse_bytes
 
 PolicyName = Literal["none", "manual", "linear"]
@@ -200,7 +200,7 @@ class FreezeCacheConfig:
         if self.policy == "manual":
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
-            parse_freeze_points(self.freeze_points)
+            ManualPolicy(self.freeze_points)  # it checks them
         elif self.freeze_points is not None:
             raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..model.chain import BlockChain
+from ..model.stand_ins import StandIn
 from ..model.tracing import eval_mode, first_tensor
 from ..rng import preserve_rng
 
@@ -150,6 +151,8 @@ def _counting_saved(saved: dict[int, int]) -> torch.autograd.graph.saved_tensors
     """Notes the storages that a forward pass keeps for its backward pass: address -> bytes."""
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, StandIn):
+            return tensor  # takes no memory
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor

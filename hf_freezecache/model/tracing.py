@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..rng import preserve_rng
 from .layout import FeatureLayout
+from .stand_ins import StandIn
 
 
 class ChainError(ValueError):
@@ -95,44 +96,35 @@ class Trace:
         """Modules outside the blocks that ran only before block `cut` began."""
         return [module for module, position in self.glue if position < cut]
 
-    def swap_main_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, torch.Tensor]:
-        """Replaces the feature by a placeholder of the main input in a call of the model.
-
-        Args:
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-
-        Returns:
-            The new positional and keyword arguments, and the feature.
+    def find_main_input(self, args: tuple, kwargs: dict) -> int | str:
+        """The position or the keyword of the main input in a call of the model.
 
         Raises:
-            ValueError: if the call has no main input.
+            ValueError: if the call has none.
+        """
+        if self.main_input in kwargs:
+            return self.main_input
+        if self.main_input in self.positional[: len(args)]:
+            return self.positional.index(self.main_input)
+        raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
+
+    def main_stand_in(self, samples: int, device: torch.device) -> StandIn:
+        """A stand-in of the main input.
+
+        Args:
+            samples: of the batch.
+            device: where it seems to be.
         """
         original = self.probe[self.main_input]
-        if self.main_input in kwargs:
-            feature = kwargs[self.main_input]
-        elif self.main_input in self.positional[: len(args)]:
-            feature = args[self.positional.index(self.main_input)]
-        else:
-            raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
-        spec = _TensorSpec((1, *original.shape[1:]), original.dtype, feature.device, fixed=False)
-        placeholder = placeholders(spec, len(feature))
-        if self.main_input in kwargs:
-            return args, {**kwargs, self.main_input: placeholder}, feature
-        position = self.positional.index(self.main_input)
-        return (*args[:position], placeholder, *args[position + 1 :]), kwargs, feature
+        return StandIn((samples, *original.shape[1:]), original.dtype, device, f"'{self.main_input}'", is_input=True)
 
     def injected(self, block: int, args: tuple, kwargs: dict) -> torch.Tensor:
         """The main tensor in a call of a block."""
-        entry = self.entries[block]
-        return args[entry] if isinstance(entry, int) else kwargs[entry]
+        return argument(self.entries[block], args, kwargs)
 
     def inject(self, block: int, args: tuple, kwargs: dict, feature: torch.Tensor) -> tuple[tuple, dict]:
         """The same call with another main tensor."""
-        entry = self.entries[block]
-        if isinstance(entry, int):
-            return (*args[:entry], feature, *args[entry + 1 :]), kwargs
-        return args, {**kwargs, entry: feature}
+        return with_argument(self.entries[block], args, kwargs, feature)
 
     def layout(self, cut: int) -> FeatureLayout:
         """Shape, grid, special tokens and dtype of the feature at a cut."""
@@ -334,21 +326,32 @@ def _specification(output: Any, batch_size: int) -> Any:
     return _map_structure(describe, output)
 
 
-def placeholders(specification: Any, batch_size: int) -> Any:
-    """An output of the recorded structure for a batch; its tensors hold zeros and take no memory.
+def argument(place: int | str, args: tuple, kwargs: dict) -> Any:
+    """The argument of a call at a position or of a keyword."""
+    return args[place] if isinstance(place, int) else kwargs[place]
+
+
+def with_argument(place: int | str, args: tuple, kwargs: dict, value: Any) -> tuple[tuple, dict]:
+    """The same call with another value at a position or of a keyword."""
+    if isinstance(place, int):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: value}
+
+
+def stand_ins(specification: Any, batch_size: int, stands_for: str) -> Any:
+    """An output of the recorded structure for a batch; its tensors are stand-ins.
 
     Args:
         specification: a recorded output, as in `Trace.outputs`.
         batch_size: number of samples.
+        stands_for: what the output is, for messages.
     """
 
     def build(value):
         if not isinstance(value, _TensorSpec):
             return value
-        zero = torch.zeros((), dtype=value.dtype, device=value.device)
-        if value.fixed:
-            return zero.expand(value.shape)
-        return zero.expand(value.shape[0] * batch_size, *value.shape[1:])
+        shape = value.shape if value.fixed else (value.shape[0] * batch_size, *value.shape[1:])
+        return StandIn(shape, value.dtype, value.device, stands_for)
 
     return _map_structure(build, specification)
 

@@ -15,7 +15,8 @@ class ManualPolicy(FreezePolicy):
         freeze_points: e.g. `"1:4,3:8"`, see `parse_freeze_points`; or a list of pairs, see `format_freeze_points`.
 
     Raises:
-        ValueError: if the text is not understood.
+        TypeError: if they are neither text nor pairs.
+        ValueError: if the text is not understood, or every cut is 0.
     """
 
     name = "manual"
@@ -23,6 +24,11 @@ class ManualPolicy(FreezePolicy):
     def __init__(self, freeze_points: Any):
         self.text = format_freeze_points(freeze_points)
         self.points = parse_freeze_points(self.text)
+        if all(point.cut == 0 for point in self.points):
+            raise ValueError(
+                f"freeze_points={self.text!r} freezes nothing: a cut is a number of frozen blocks, from 1. To train "
+                "everything, set policy='none'."
+            )
 
     def describe(self) -> str:
         return f"manual, freeze_points={self.text!r}"

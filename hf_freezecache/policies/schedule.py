@@ -86,11 +86,6 @@ def parse_freeze_points(text: str) -> list[FreezePoint]:
             raise ValueError(
                 f"freeze points {text!r}: cut {later.cut} follows cut {earlier.cut}; cuts never decrease."
             )
-    if points[-1].cut == 0:
-        raise ValueError(
-            f"freeze points {text!r} freeze nothing: a cut is a number of frozen blocks, from 1. To train everything, "
-            "set policy='none'."
-        )
     return points
 
 
