@@ -63,7 +63,6 @@ def compare(
                 blocks[side].append(bench.run_block(side))
                 result["sides"] = describe_sides(blocks, setting.batch_size)
                 result["ratios"] = ratios(result["sides"])
-                result["features_on_gpu_bytes"] = bench.resident_bytes()
                 publish(result)
         if bench.store is not None:
             result["replay_parts"] = time_parts(bench.store, setting.batch_size, options)

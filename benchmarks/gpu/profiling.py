@@ -16,6 +16,7 @@ from unittest import mock
 
 import accelerate
 import accelerate.data_loader
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainerCallback
 
@@ -23,7 +24,7 @@ from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.collator import ReplayCollator
 from hf_freezecache.training import epoch_source
 
-from .workload import Bench, Setting, describe_card, synchronize, use_gpu
+from .workload import Bench, Setting, describe_card, device, synchronize, use_gpu
 
 WINDOW = "profiled steps"
 #: What gets a label in the trace: (owner, name, label). Labels nest: a training step contains the decode.
@@ -53,6 +54,8 @@ class Profiler(TrainerCallback):
     def __init__(self, first: int, steps: int):
         self.first, self.steps = first, steps
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if use_gpu() else [])]
+        with profile(activities=activities):  # what the first one sets up takes long
+            torch.ones(1, device=device()).add_(1)
         self.profile = profile(activities=activities)
         self._window = record_function(WINDOW)
 

@@ -29,6 +29,10 @@ LIMIT = 1.05
 SPEED = ("plain", "freeze_only", "replay", "memory_gpu")
 ALL = ("plain", "freeze_only", "replay", "replay_workers", "memory_gpu", "memory_host")
 AGAINST_MEMORY = ("replay", "memory_gpu")
+JPEG = ("plain_jpeg", "freeze_only_jpeg")
+EQUALITY = ("replay_against_freeze_only", "freeze_only_against_itself")
+PROFILED = ("replay", "replay_workers", "memory_gpu")
+TRAININGS = ("plain", "auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -117,21 +121,18 @@ def short(entry: dict[str, Any]) -> str:
         for side, value in result.get("sides", {}).items()
     ]
     words += [f"{name} {ratio:.3f}" for name, ratio in result.get("ratios", {}).items()]
-    words += [
-        f"{part} {1e3 * result['replay_parts'][part]:.2f} ms"
-        for part in result.get("replay_parts", {})
-        if "sec" in part
-    ]
-    words += [f"{name}: {result[name]}" for name in ("replay_against_freeze_only", "build") if name in result]
-    words += [
-        f"{arm} {value['seconds']:.1f} s, accuracy {value['accuracy']:.3f}"
-        for arm, value in result.get("arms", {}).items()
-    ]
-    words += [
-        f"{side} busy {value['gpu_busy_share']:.2f}, {1e3 * value['step_seconds']:.2f} ms"
-        for side, value in result.items()
-        if isinstance(value, dict) and "gpu_busy_share" in value
-    ]
+    parts = result.get("replay_parts", {})
+    words += [f"{part} {1e3 * value:.2f} ms" for part, value in parts.items() if part.endswith("_seconds")]
+    if "build" in result:
+        words.append(f"build {result['build']['seconds']:.2f} s, {result['build']['rows_per_second'] or 0:.0f} rows/s")
+    words += [f"{name} {result[name]}" for name in EQUALITY if name in result]
+    for arm, value in result.get("arms", {}).items():
+        words.append(f"{arm} {value['seconds']:.1f} s, accuracy {value['accuracy']:.3f}")
+    for side, value in result.items():
+        if isinstance(value, dict) and "gpu_busy_share" in value:
+            words.append(
+                f"{side} {1e3 * value['step_seconds']:.2f} ms, GPU busy {100 * value['gpu_busy_share']:.0f} %"
+            )
     return "; ".join(words)
 
 
@@ -146,59 +147,52 @@ def preflight(options: argparse.Namespace) -> Task:
     tiny = argparse.Namespace(**{**vars(options), "smoke": True, "rounds": 1, "steps": 6, "warmup": 2, "rows": 48})
 
     def run(left: Callable[[], float], publish: Callable[[dict[str, Any]], None]) -> None:
-        for model in ("vit-base", "resnet-50"):
-            compare(Setting(model, 8, 0.5), ALL, tiny, left, publish)
+        for model, sides in (("vit-base", (*ALL, *JPEG)), ("resnet-50", AGAINST_MEMORY)):
+            compare(Setting(model, 8, 0.5), sides, tiny, left, publish)
 
     return Task("preflight", 0, run)
 
 
-def make_tasks(options: argparse.Namespace) -> list[Task]:
-    """The tasks, the most important first."""
+def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
+    """The tasks, the most important first.
+
+    Args:
+        options: of the run.
+        folder: of the profile's tables.
+    """
     batch, large = (8, 16) if options.smoke else (64, 128)
     task = partial(comparison, options)
     equality = [
-        ("vit-base", True, True),
-        ("vit-base", True, False),
-        ("vit-base", False, True),
-        ("resnet-50", True, True),
+        ("vit-base", True, "deterministic"),
+        ("vit-base", True, "any"),
+        ("vit-base", False, "deterministic"),
+        ("resnet-50", True, "deterministic_where_possible"),
     ]
-    folder = Path(options.output) if options.output else result_folder("gpu", options.smoke)
+    profiled = Setting("vit-base", batch, 0.75)
     return [
-        task(60, Setting("vit-base", batch, 0.75), ALL),
-        task(35, Setting("vit-base", batch, 11 / 12), AGAINST_MEMORY + ("freeze_only",)),
-        task(35, Setting("vit-base", batch, 0.5), AGAINST_MEMORY + ("freeze_only",)),
-        Task(
-            "profile",
-            35,
-            lambda left, publish: profile_sides(
-                Setting("vit-base", batch, 0.75), ("replay", "replay_workers", "memory_gpu"), options, folder, publish
-            ),
-        ),
+        task(70, Setting("vit-base", batch, 0.75), ALL),
+        task(35, Setting("vit-base", batch, 11 / 12), (*AGAINST_MEMORY, "freeze_only")),
+        task(35, Setting("vit-base", batch, 0.5), (*AGAINST_MEMORY, "freeze_only")),
+        Task("profile", 35, lambda _, publish: profile_sides(profiled, PROFILED, options, folder, publish)),
+        task(40, Setting("vit-base", batch, 0.75), JPEG),
         task(40, Setting("resnet-50", batch, 0.75), SPEED),
         task(35, Setting("deit-tiny", batch, 0.75), SPEED),
         *(
             Task(
-                f"equality_{model}_{'bf16' if bf16 else 'fp32'}{'_deterministic' if fixed else ''}",
+                f"equality_{model}_{'bf16' if bf16 else 'fp32'}_{algorithms}",
                 15,
-                lambda left, publish, case=(model, bf16, fixed): check_equality(*case, options, publish),
+                lambda _, publish, case=(model, bf16, algorithms): check_equality(*case, options, publish),
             )
-            for model, bf16, fixed in equality
+            for model, bf16, algorithms in equality
         ),
-        task(40, Setting("vit-base", batch, 0.75), ("plain_jpeg", "freeze_only_jpeg")),
-        Task(
-            "training",
-            60,
-            lambda left, publish: compare_trainings(
-                "vit-base", ("plain", "auto", "always", "never"), options, left, publish
-            ),
-        ),
+        Task("training", 75, lambda left, publish: compare_trainings("vit-base", TRAININGS, options, left, publish)),
         task(25, Setting("vit-base", batch, 0.75, "int8"), AGAINST_MEMORY),
         task(30, Setting("vit-base", batch, 0.75, "fp16"), AGAINST_MEMORY),
         task(40, Setting("vit-base", large, 0.75), SPEED),
         *(
-            task(25, Setting(name, batch, part), AGAINST_MEMORY)
+            task(25, Setting(name, batch, fraction), AGAINST_MEMORY)
             for name in ("resnet-50", "deit-tiny")
-            for part in (0.5, 11 / 12)
+            for fraction in (0.5, 11 / 12)
         ),
         task(30, Setting("vit-base", large, 11 / 12), AGAINST_MEMORY),
         task(35, Setting("resnet-50", large, 0.75), SPEED),
@@ -223,7 +217,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed blocks of each side")
     parser.add_argument("--rows", type=int, default=2560, help="rows of a data set, at least")
     parser.add_argument("--workers", type=int, default=12, help="loader processes of the sides that decode JPEG files")
-    parser.add_argument("--epochs", type=int, default=12, help="of the whole training")
+    parser.add_argument("--epochs", type=int, default=16, help="of the whole training")
     options = parser.parse_args(argv)
     if options.smoke:
         small = {"steps": 6, "warmup": 2, "rounds": 1, "rows": 48, "workers": 1, "epochs": 4}
@@ -240,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     if use_gpu() and not results.run(preflight(options)):
         print("The tiny models of the preflight do not run: nothing else is tried.")
         return 3
-    tasks = make_tasks(options)
+    tasks = make_tasks(options, results.folder)
     if options.only:
         tasks = [task for task in tasks if task.name.startswith(tuple(options.only))]
     succeeded = [results.run(task) for task in tasks]

@@ -46,18 +46,22 @@ class RecordingTrainer(FreezeCacheTrainer):
 
 
 @contextlib.contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside, torch uses deterministic algorithms. cuBLAS needs `CUBLAS_WORKSPACE_CONFIG`, which `run.py` sets."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(enabled)
+def deterministic(algorithms: str) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms. cuBLAS needs `CUBLAS_WORKSPACE_CONFIG`, which `run.py` sets.
+
+    Args:
+        algorithms: `any`, `deterministic`, or `deterministic_where_possible`, for models with an operation that has
+            no deterministic kernel (max pooling, backward).
+    """
+    torch.use_deterministic_algorithms(algorithms != "any", warn_only=algorithms == "deterministic_where_possible")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
 
 
 def check_equality(
-    model: str, bf16: bool, with_deterministic: bool, options: argparse.Namespace, publish: Callable
+    model: str, bf16: bool, algorithms: str, options: argparse.Namespace, publish: Callable[[dict[str, Any]], None]
 ) -> None:
     """Two epochs freeze-only and two replayed from an fp32 store, the same seed; publishes how far they differ.
 
@@ -66,14 +70,14 @@ def check_equality(
     Args:
         model: its name.
         bf16: autocast to bf16; else float32.
-        with_deterministic: use torch's deterministic algorithms.
+        algorithms: see `deterministic`.
         options: seed and sizes.
         publish: takes the result.
     """
     batch_size, steps = (4, 4) if options.smoke else (32, 8)
     small = copy.copy(options)
     small.steps, small.rows = steps, batch_size * steps // 2
-    with tempfile.TemporaryDirectory() as folder, deterministic(with_deterministic):
+    with tempfile.TemporaryDirectory() as folder, deterministic(algorithms):
         bench = Bench(Setting(model, batch_size, 0.75, "fp32"), small, Path(folder))
         bench.images.labels, bench.rows = bench.images.labels[: small.rows], small.rows
         runs = {
@@ -85,7 +89,7 @@ def check_equality(
         {
             "model": model,
             "bf16": bf16,
-            "deterministic_algorithms": with_deterministic,
+            "algorithms": algorithms,
             "cut": bench.cut,
             "steps": steps,
             "losses": {name: run["losses"] for name, run in runs.items()},

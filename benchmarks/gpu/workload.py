@@ -6,6 +6,7 @@ import argparse
 import copy
 import gc
 import io
+import math
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCa
 
 from .._common import QUIET, silence
 from .._images import CLASSES, FINISH, as_batch
-from ..replay_step.run import MemoryTrainer
+from .._trainings import MemoryTrainer
 
 #: Images of which a data set repeats the pixels: the memory of 16,384 images is not needed to time a step.
 DISTINCT = 256
@@ -214,7 +215,7 @@ class BlockClock(TrainerCallback):
 
     Attributes:
         step_seconds: mean of the counted steps.
-        peak_bytes: peak of the GPU's memory during them; 0 on a CPU.
+        peak_bytes: peak of the GPU's memory during them, in all; 0 on a CPU.
     """
 
     def __init__(self, warmup: int):
@@ -346,21 +347,29 @@ class Bench:
         }
 
     def run_block(self, side: str) -> dict[str, Any]:
-        """Trains a block of steps; seconds of a step, peak memory, and how long the whole block took."""
+        """Trains a block of steps.
+
+        Args:
+            side: its name.
+
+        Returns:
+            Seconds of a step, the peak of the GPU's memory without what the benchmark itself keeps there, and the
+            seconds of the whole block, with all that happens before its first step.
+        """
+        if side.startswith("memory"):
+            self._features_in(device().type if side == "memory_gpu" else "cpu")
+        gc.collect()
+        kept = torch.cuda.memory_allocated() if use_gpu() else 0
         clock, start = BlockClock(self.options.warmup), time.perf_counter()
         trainer = self.sides()[side]([clock])
         trainer.train()
-        block = {"step_seconds": clock.step_seconds, "peak_bytes": clock.peak_bytes}
+        if not math.isfinite(clock.step_seconds):
+            raise RuntimeError(f"{side}: the training ended before step {self.options.steps}.")
+        block = {"step_seconds": clock.step_seconds, "peak_bytes": max(0, clock.peak_bytes - kept)}
         if side.startswith("replay"):
             block |= self._note_store(trainer)
         del trainer
-        gc.collect()
         return {**block, "block_seconds": time.perf_counter() - start}
-
-    def resident_bytes(self) -> int:
-        """Bytes of the features that a comparison keeps on the GPU."""
-        pool = self._features.get("cuda")
-        return 0 if pool is None else pool.values.nbytes
 
     def _note_store(self, trainer: Trainer) -> dict[str, Any]:
         status = trainer.freeze_status()
