@@ -24,6 +24,7 @@ from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.collator import ReplayCollator
 from hf_freezecache.training import epoch_source
 
+from .._common import describe_machine
 from .workload import Bench, Setting, describe_card, device, synchronize, use_gpu
 
 WINDOW = "profiled steps"
@@ -116,7 +117,8 @@ def profile_sides(
             trace = Path(folder) / "trace.json"
             profiler.profile.export_chrome_trace(str(trace))
             result[side] = summarize(json.loads(trace.read_text())["traceEvents"], steps)
-            head = f"{side}, {vars(setting)}, cut {bench.cut}\n{json.dumps(describe_card())}\n"
+            about = json.dumps({**describe_machine(), **describe_card(), "seed": options.seed})
+            head = f"{side}, {vars(setting)}, cut {bench.cut}\n{about}\n"
             numbers = json.dumps(result[side], indent=1)
             (output / f"profile_{side}.txt").write_text(f"{head}{numbers}\n{tables(profiler.profile)}")
             if side == sides[0]:

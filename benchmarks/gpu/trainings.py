@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 
 from .._common import QUIET, silence
-from .._images import FINISH
+from .._images import FINISH, as_batch
 from .._trainings import accuracy
 from .workload import Bench, Setting, image_size, make_model, synchronize, use_gpu
 
@@ -75,11 +75,9 @@ def check_equality(
         publish: takes the result.
     """
     batch_size, steps = (4, 4) if options.smoke else (32, 8)
-    small = copy.copy(options)
-    small.steps, small.rows = steps, batch_size * steps // 2
+    small = argparse.Namespace(**{**vars(options), "steps": steps})
     with tempfile.TemporaryDirectory() as folder, deterministic(algorithms):
-        bench = Bench(Setting(model, batch_size, 0.75, "fp32"), small, Path(folder))
-        bench.images.labels, bench.rows = bench.images.labels[: small.rows], small.rows
+        bench = Bench(Setting(model, batch_size, 0.75, "fp32"), small, Path(folder), rows=batch_size * steps // 2)
         runs = {
             name: _record(bench, cache, bf16)
             for name, cache in (("freeze_only", "never"), ("repeated", "never"), ("replay", "always"))
@@ -107,7 +105,7 @@ def _record(bench: Bench, cache: str, bf16: bool) -> dict[str, Any]:
         model=copy.deepcopy(bench.model),
         args=bench.arguments(bf16=bf16),
         train_dataset=bench.images,
-        data_collator=_as_it_is,
+        data_collator=as_batch,
         freeze_cache=bench.config(cache),
     )
     silence(trainer).train()
@@ -116,10 +114,6 @@ def _record(bench: Bench, cache: str, bf16: bool) -> dict[str, Any]:
         "weights": {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()},
         "replayed": trainer.freeze_status().replaying,
     }
-
-
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

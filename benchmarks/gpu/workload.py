@@ -260,17 +260,17 @@ class Bench:
         setting: model, batch, cut and codec.
         options: steps, rows, workers and seed.
         folder: of stores and outputs, on the local disk.
+        rows: of the data set; if None, those of the options, and at least one for every sample of a block.
     """
 
-    def __init__(self, setting: Setting, options: argparse.Namespace, folder: Path):
+    def __init__(self, setting: Setting, options: argparse.Namespace, folder: Path, rows: int | None = None):
         self.setting, self.options, self.folder = setting, options, folder
         set_seed(options.seed)
         self.model = make_model(setting.model, options.smoke).to(device())
-        self.rows = max(options.rows, options.steps * setting.batch_size)
+        self.rows = rows or max(options.rows, options.steps * setting.batch_size)
         self.images = RandomImages(self.rows, image_size(options.smoke), options.seed)
-        probe = {name: value.to(device()) for name, value in self.images.__getitems__([0, 1]).items()}
-        self.probe = probe
-        self.blocks = len(BlockChain.from_model(copy.deepcopy(self.model), probe=probe))
+        self.probe = {name: value.to(device()) for name, value in self.images.__getitems__([0, 1]).items()}
+        self.blocks = len(BlockChain.from_model(copy.deepcopy(self.model), probe=self.probe))
         self.cut = cut_at(setting.fraction, self.blocks)
         self._features: dict[str, Pool] = {}
         self._jpegs: JpegImages | None = None

@@ -63,6 +63,9 @@ def test_a_task_without_time_is_skipped_and_one_that_fails_is_noted(tmp_path):
     assert tasks["broken"]["status"] == "failed" and "no kernel" in tasks["broken"]["error"]
     assert tasks["broken"]["result"] == {"half": 1}
     assert tasks["good"]["status"] == "done"
+    assert results.run(
+        run.Task(run.PREFLIGHT, 0.0, lambda left, publish: publish({"ratios": {"replay / memory_gpu": 9}}))
+    )
     claims = json.loads((tmp_path / "result.json").read_text())["claims"]
     assert [claim["holds"] for claim in claims] == [False]
 
