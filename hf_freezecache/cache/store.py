@@ -180,6 +180,53 @@ class FeatureStore:
         batch.update(self.manifest.constants)
         return batch
 
+    def read_codes(self, names: Sequence[str], indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Reads columns of codes or geometry as they are stored.
+
+        Args:
+            names: of the columns.
+            indices: row numbers `(B,)`.
+
+        Returns:
+            Name -> `(B, length)`.
+
+        Raises:
+            IndexError: if a row does not exist.
+            StoreError: if a packed row is damaged.
+
+        Shapes: B samples.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        return {name: torch.from_numpy(self._columns[name].take(rows)) for name in names}
+
+    def read_input(self, name: str, column: InputColumn, indices: Sequence[int] | np.ndarray) -> Any:
+        """Reads a column of model inputs: a tensor `(B, *column.shape)`, or a list.
+
+        Args:
+            name: of the column; of one that a view has for itself, as `own_input` writes it.
+            column: what it holds.
+            indices: row numbers `(B,)`.
+
+        Raises:
+            IndexError: if a row does not exist.
+
+        Shapes: B samples.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        if column.is_list:
+            return self.dataset.data.column(name).take(pa.array(rows)).to_pylist()
+        return column.to_tensor(self._columns[name].take(rows))
+
+    def read_note(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Tensors for people and tools; None if the store has no such note.
+
+        Args:
+            name: of the note, e.g. `sensitivity`.
+        """
+        if note_file(name) not in self.manifest.files:
+            return None
+        return safetensors.torch.load_file(self.path / note_file(name))
+
     def frame_bytes(self) -> dict[str, float]:
         """Mean size of a packed row in bytes, by column; empty if rows are not packed."""
         return {name: column.frame_bytes for name, column in self._columns.items() if isinstance(column, PackedColumn)}
@@ -191,17 +238,12 @@ class FeatureStore:
         )
 
     def _read_input(self, name: str, column: InputColumn, rows: np.ndarray, views: np.ndarray | None) -> Any:
-        def take(column_name: str, positions: np.ndarray) -> Any:
-            if column.is_list:
-                return self.dataset.data.column(column_name).take(pa.array(positions)).to_pylist()
-            return column.to_tensor(self._columns[column_name].take(positions))
-
-        values = take(name, rows)
+        values = self.read_input(name, column, rows)
         if views is None or not self.manifest.own_inputs:
             return values
         for view in np.unique(views[views > 0]):
             positions = np.flatnonzero(views == view)
-            own = take(own_input(view, name), rows[positions])
+            own = self.read_input(own_input(view, name), column, rows[positions])
             for position, value in zip(positions, own, strict=True):
                 values[position] = value
         return values
