@@ -105,6 +105,15 @@ class FreezePolicy(ABC):
         """
         return None
 
+    def planned_cuts(self, num_blocks: int, num_epochs: int) -> list[int]:
+        """The cuts that a training will have, as far as they are known before it begins.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+            num_epochs: number of epochs of the whole training.
+        """
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """The memory of the rule, as JSON values."""
         return {}

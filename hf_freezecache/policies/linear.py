@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import FreezePolicy, Moment
-from .schedule import FreezePoint, next_change, scheduled_cut
+from .schedule import FreezePoint, next_change, planned_cuts, scheduled_cut
 
 
 class LinearPolicy(FreezePolicy):
@@ -37,3 +37,6 @@ class LinearPolicy(FreezePolicy):
 
     def next_change(self, moment: Moment) -> int | None:
         return next_change(self.points(moment.num_blocks), moment.epoch, moment.num_epochs, moment.cut)
+
+    def planned_cuts(self, num_blocks: int, num_epochs: int) -> list[int]:
+        return planned_cuts(self.points(num_blocks), num_epochs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import FreezePolicy, Moment
-from .schedule import next_change, parse_freeze_points, scheduled_cut
+from .schedule import next_change, parse_freeze_points, planned_cuts, scheduled_cut
 
 
 class ManualPolicy(FreezePolicy):
@@ -33,3 +33,6 @@ class ManualPolicy(FreezePolicy):
 
     def next_change(self, moment: Moment) -> int | None:
         return next_change(self.points, moment.epoch, moment.num_epochs, moment.cut)
+
+    def planned_cuts(self, num_blocks: int, num_epochs: int) -> list[int]:
+        return planned_cuts(self.points, num_epochs)

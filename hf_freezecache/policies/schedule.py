@@ -70,3 +70,8 @@ def next_change(points: list[FreezePoint], epoch: int, num_epochs: int, cut: int
     """The first epoch after `epoch` with a point deeper than `cut`; None if there is none within the training."""
     epochs = [point.epoch(num_epochs) for point in points if point.cut > cut]
     return min((later for later in epochs if epoch < later < num_epochs), default=None)
+
+
+def planned_cuts(points: list[FreezePoint], num_epochs: int) -> list[int]:
+    """The cuts that a training of `num_epochs` epochs will have, in their order; 0 is none."""
+    return sorted({scheduled_cut(points, epoch, num_epochs) for epoch in range(num_epochs)} - {0})

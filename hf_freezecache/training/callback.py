@@ -38,6 +38,9 @@ class RunningTraining(Protocol):
     def end_step(self) -> None:
         """An optimizer step is done."""
 
+    def rehearse(self, cuts: Sequence[int]) -> None:
+        """Before the first step: proves that the trainer's step works on features of these cuts."""
+
     def watch(self, signals: frozenset[str]) -> None:
         """Collects from now on what a policy asks for."""
 
@@ -101,6 +104,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self._epoch = None
         if self._session is not None:
             self._session.watch(self._rule.observes)
+            self._session.rehearse(self._rule.planned_cuts(self._session.num_blocks, state.num_train_epochs))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         session = self._session

@@ -36,18 +36,29 @@ class StepInputs:
     """A collated batch as the model takes it.
 
     Args:
-        inputs: model inputs and labels by name.
+        inputs: model inputs and labels by name. Beside features, the main input is a stand-in, or integers.
         samples: rows of the batch.
-        bypassed: cut up to which the model is not run, as its main input holds the features there; 0: all of it runs.
+        bypassed: cut up to which the model is not run, as its features are given; 0: all of it runs.
         mode: key of the step's FLOPs, `live` or `replay`.
-        layout: of the features; None where the main input is the image.
+        features: `(samples, *layout.shape)`; None where the model runs on its main input.
+        layout: of the features.
     """
 
     inputs: dict[str, Any]
     samples: int
     bypassed: int = 0
     mode: str = "live"
+    features: torch.Tensor | None = None
     layout: FeatureLayout | None = None
+
+    @classmethod
+    def on_features(
+        cls, chain: BlockChain, cut: int, features: torch.Tensor, batch: Mapping[str, Any], mode: str
+    ) -> StepInputs:
+        """Those of a batch whose features at a cut are known; of its main input nothing but integers counts."""
+        main_input = chain.input_of_replay(features, batch)
+        inputs = {**batch, chain.main_input: main_input}
+        return cls(inputs, len(features), cut, mode, features, chain.layout(cut))
 
 
 class EpochSource(ABC):
@@ -149,8 +160,7 @@ class FromStore(EpochSource):
         if replayed is None or not (replayed.rows.stores == store_number(self.store.path)).all():
             return _live(batch, context)
         features = replay_features(self.store, context.model_inputs.to_device(replayed.codes))
-        inputs = {context.chain.main_input: features, **replayed.inputs}
-        return StepInputs(inputs, len(features), self.cut, "replay", self.store.codec.layout)
+        return StepInputs.on_features(context.chain, self.cut, features, replayed.inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
@@ -226,9 +236,7 @@ class Writing(EpochSource):
         chain = context.chain
         features = chain.prefix(context.model_inputs(batch), self.cut)
         self._write(views, batch, features, chain.main_input)
-        others = {name: value for name, value in batch.items() if name != chain.main_input}
-        inputs = {chain.main_input: features, **others}
-        return StepInputs(inputs, len(features), self.cut, "live", chain.layout(self.cut))
+        return StepInputs.on_features(chain, self.cut, features, batch, "live")
 
     def state_dict(self) -> dict[str, Any]:
         problem = self.problem
@@ -297,14 +305,14 @@ def _store_name(store: PartialStore | FeatureStore) -> str:
 
 
 @contextlib.contextmanager
-def bypassing(chain: BlockChain, cut: int, force_eager: bool) -> Iterator[None]:
-    """Inside, the model takes the feature at `cut` for its main input; at cut 0 it runs whole.
+def bypassing(chain: BlockChain, step: StepInputs, force_eager: bool) -> Iterator[None]:
+    """Inside, the model runs on the features of a step where it has some; else it runs whole.
 
     Args:
         chain: the model.
-        cut: frozen blocks.
+        step: what it is called on.
         force_eager: run compiled code uncompiled: it would run the bypassed blocks.
     """
-    eager = torch.compiler.set_stance("force_eager") if force_eager and cut else contextlib.nullcontext()
-    with chain.replay(cut), eager:
+    eager = torch.compiler.set_stance("force_eager") if force_eager and step.bypassed else contextlib.nullcontext()
+    with chain.replay(step.bypassed, step.features, step.inputs.get(chain.main_input)), eager:
         yield

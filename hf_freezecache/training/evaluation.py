@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..build.errors import OverLimit
-from ..build.materialize import materialize, open_matching
+from ..build.materialize import materialize
 from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..build.survey import survey
@@ -282,9 +282,18 @@ class EvaluationCache:
         if entry is None or entry.source is None or entry.trace is None:
             yield batch
             return
-        step: StepInputs = entry.source.step_inputs(batch, self.context)
-        with self.chain.traced(entry.trace), bypassing(self.chain, step.bypassed, force_eager):
-            yield step.inputs
+        with self.chain.traced(entry.trace):
+            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            with bypassing(self.chain, step, force_eager):
+                yield step.inputs
+
+    def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
+        """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
+        entry = self._entry(loader)
+        if entry is not None:
+            entry.source, entry.declined_cut = None, self.chain.cut
+        self.announcer.failure("Evaluations cannot run on features, so they run on images", error)
+        return FromImages(self.chain.cut)
 
     # Helpers
 
@@ -320,14 +329,16 @@ class EvaluationCache:
             # Of its own: the evaluation's images may have another size than those of the training.
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
-            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit)
-            store = open_matching(spec, self.group)
+            random = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input)).random
+            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, random)
+            reuse = self.spec_maker.reuse
+            store = reuse.open(spec)
             if store is None and not builds:
                 return None, False
             self._announce_randomness(entry)
-            built = store is None
+            built = store is None or reuse.has_made(store)
             if store is None:
-                store = self._build(spec, entry)
+                store = self._build(reuse.current(spec), entry)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
         self.holdings.add(store.path, store.total_bytes, built, cut, is_evaluation=True)
         entry.checksums = self._checksums()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging as python_logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from ..config import FreezeCacheConfig, make_policy
 from ..distributed import Announcer, Group
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
-from ..model.layout import FeatureLayout
 from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
@@ -37,9 +37,10 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
-from .epoch_source import FromStore
+from .epoch_source import FromStore, StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
+from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
 from .sharding import why_sharded
@@ -47,7 +48,7 @@ from .sharding import why_sharded
 logger = logging.get_logger(__name__)
 
 
-class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -193,6 +194,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
         session = FreezeSession(
             self.build_context(dataset, collator),
             self._freeze_explicit,
+            self._rehearsed_step,
+            self._suspects(),
             why_not_cached,
             self._why_on_images(),
             is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
@@ -295,16 +298,22 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
         return model, train_dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        step = super().training_step
         if self._session is None:
-            return super().training_step(model, self._mix(inputs), *args, **kwargs)
-        with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step:
-            return super().training_step(model, self._mix(step.inputs, step.layout), *args, **kwargs)
+            return step(model, self._mix(StepInputs(inputs, 0)).inputs, *args, **kwargs)
+        return self._session.training_step(
+            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self.args.torch_compile
+        )
 
-    def _mix(self, inputs: dict[str, Any], layout: FeatureLayout | None = None) -> dict[str, Any]:
+    def _mix(self, step: StepInputs) -> StepInputs:
         """Mixes images of a live batch, or features of a replayed one."""
         if self._mixer is None:
-            return inputs
-        return self._mixer(self._prepare_inputs(inputs), main_input_name(self._own_model), layout=layout)
+            return step
+        name, inputs = main_input_name(self._own_model), self._prepare_inputs(step.inputs)
+        if step.features is None:
+            return replace(step, inputs=self._mixer(inputs, name))
+        mixed = self._mixer({**inputs, name: step.features}, name, layout=step.layout)
+        return replace(step, features=mixed[name], inputs={**mixed, name: inputs[name]})
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:
