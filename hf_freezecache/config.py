@@ -20,6 +20,8 @@ PolicyName = Literal["none", "manual", "linear"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
+#: Folder of the stores in a training's output folder.
+CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -66,7 +68,7 @@ class FreezeCacheConfig:
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the stores; `output_dir/_freeze_cache` if not given."}
+        default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
     )
     codec: str = field(
         default="int4", metadata={"help": f"Encoding of the stored features: one of {', '.join(CODEC_NAMES)}."}

@@ -111,7 +111,7 @@ class StoreKeeper:
         if self.why_not is not None:
             return FromImages(cut, self.why_not)
         if isinstance(previous, Writing) and previous.cut != cut:
-            self.announcer.info(
+            self.announcer.warning(
                 f"The feature store of cut {previous.cut} was not complete before the next freeze: it is given up."
             )
             self._discard(previous)
