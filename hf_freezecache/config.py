@@ -20,6 +20,8 @@ PolicyName = Literal["none", "manual", "linear"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
+MismatchMode = Literal["fallback", "error"]
+ReuseMode = Literal["never", "proved", "content"]
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
@@ -70,6 +72,14 @@ class FreezeCacheConfig:
     feature_cache_dir: str | None = field(
         default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
     )
+    reuse: ReuseMode = field(
+        default="proved",
+        metadata={
+            "help": "Whether stores of earlier runs are used: proved computes rows all over a store again, compares "
+            "them, and compares size and time of every file that a row is read from; content reads and compares the "
+            "files; never uses no store but those of this training, also when it is resumed."
+        },
+    )
     codec: str = field(
         default="int4", metadata={"help": f"Encoding of the stored features: one of {', '.join(CODEC_NAMES)}."}
     )
@@ -107,6 +117,13 @@ class FreezeCacheConfig:
         metadata={
             "help": "Source of the store of a deeper cut: raw runs the whole prefix on images, cache runs only the "
             "newly frozen blocks on the store of the previous cut."
+        },
+    )
+    on_mismatch: MismatchMode = field(
+        default="fallback",
+        metadata={
+            "help": "Where features turn out, in the course of a training, not to be those of the images any more: "
+            "fallback goes on from images with a warning, error stops the training."
         },
     )
     cache_eval: bool = field(
@@ -186,6 +203,8 @@ class FreezeCacheConfig:
         _one_of("similarity", self.similarity, Similarity)
         _one_of("materialize", self.materialize, MaterializeMode)
         _one_of("deepen", self.deepen, DeepenMode)
+        _one_of("on_mismatch", self.on_mismatch, MismatchMode)
+        _one_of("reuse", self.reuse, ReuseMode)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")

@@ -10,7 +10,7 @@ import random
 import textwrap
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -229,7 +229,8 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
         values = torch.from_numpy(np.asarray(image).astype(np.int32))
         return PIL.Image.fromarray(_halve(values).numpy())
     if image.mode in ("I", "F"):
-        low, high = image.getextrema()
+        # Annotated for images of several channels too, which these modes do not have.
+        low, high = cast(tuple[float, float], image.getextrema())
         if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
             raise TypeError(
                 f"an image of PIL's mode '{image.mode}' has values from {low:.4g} to {high:.4g}: which one is white "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -168,20 +169,47 @@ class _Build:
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
             for number in mine:
-                base, *others = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
+                view_runs = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
                 rows = spec.source.rows(number)
-                if not spec.views.whole:
-                    check_geometry(others, rows)
-                check_inputs(base, probe, rows[0])
-                codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
-                for view, view_run in enumerate(others, start=1):
-                    check_inputs(view_run, probe, rows[0])
-                    codes |= views.encode(view, view_run.features, view_run.geometry, rows)
-                    if spec.views.own_inputs:
-                        inputs |= {own_input(view, name): value for name, value in view_run.columns.items()}
+                codes, inputs = encode_range(spec, codec, views, probe, view_runs, rows)
                 writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
+
+
+def encode_range(
+    spec: StoreSpec,
+    codec: Codec,
+    views: ViewColumns,
+    probe: BatchSplit,
+    view_runs: Sequence[ViewRun],
+    rows: Sequence[int],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Codes and model inputs of all views of a range, by column.
+
+    Args:
+        spec: of the store.
+        codec: fitted.
+        views: columns of the augmented views.
+        probe: a few rows' model inputs.
+        view_runs: the range's views, the base view first.
+        rows: the range's row numbers.
+
+    Raises:
+        GeometryMisfit: if some view's geometry cannot be stored as `spec.views` says.
+        ValueError: if a feature is not finite (the sample is named) or a batch cannot be stored per row.
+    """
+    base, *others = view_runs
+    if not spec.views.whole:
+        check_geometry(others, rows)
+    check_inputs(base, probe, rows[0])
+    codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
+    for view, view_run in enumerate(others, start=1):
+        check_inputs(view_run, probe, rows[0])
+        codes |= views.encode(view, view_run.features, view_run.geometry, rows)
+        if spec.views.own_inputs:
+            inputs |= {own_input(view, name): value for name, value in view_run.columns.items()}
+    return codes, inputs
 
 
 def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:

@@ -145,7 +145,7 @@ def fetch(dataset: Any, indices: Sequence[int]) -> Any:
         dataset: map-style data set.
         indices: row numbers.
     """
-    if hasattr(dataset, "__getitems__"):
+    if getattr(dataset, "__getitems__", None):
         return dataset.__getitems__(list(indices))
     return [dataset[index] for index in indices]
 

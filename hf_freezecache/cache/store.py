@@ -217,6 +217,16 @@ class FeatureStore:
             return self.dataset.data.column(name).take(pa.array(rows)).to_pylist()
         return column.to_tensor(self._columns[name].take(rows))
 
+    def read_note(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Tensors for people and tools; None if the store has no such note.
+
+        Args:
+            name: of the note, e.g. `sensitivity`.
+        """
+        if note_file(name) not in self.manifest.files:
+            return None
+        return safetensors.torch.load_file(self.path / note_file(name))
+
     def frame_bytes(self) -> dict[str, float]:
         """Mean size of a packed row in bytes, by column; empty if rows are not packed."""
         return {name: column.frame_bytes for name, column in self._columns.items() if isinstance(column, PackedColumn)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,8 +14,7 @@ from torch import nn
 
 from ..model.chain import BlockChain
 from ..model.stand_ins import StandIn
-from ..model.tracing import eval_mode, first_tensor
-from ..rng import preserve_rng
+from ..model.tracing import first_tensor, untouched
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class TrialSteps:
             and activations take at its peak.
         """
         model, frozen = self.chain.model, {id(p) for p in self.chain.prefix_parameters(cut).values()}
-        with _untouched(model):
+        with untouched(model):
             for parameter in model.parameters():
                 if id(parameter) in frozen:
                     parameter.requires_grad_(False)
@@ -129,22 +128,6 @@ class TrialSteps:
             torch.nn.utils.clip_grad_norm_(copies, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back modes, `requires_grad`, buffers and the generators."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with preserve_rng(), eval_mode(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
 
 
 def _counting_saved(saved: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:

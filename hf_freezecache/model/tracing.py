@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -364,6 +364,18 @@ def find_tensor(output: Any) -> torch.Tensor | None:
     return next((tensor for value in values if (tensor := find_tensor(value)) is not None), None)
 
 
+def find_tensors(output: Any, name: str = "output") -> dict[str, torch.Tensor]:
+    """All tensors in an output of tuples, lists and mappings, by their place in it."""
+    if isinstance(output, torch.Tensor):
+        return {name: output}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, (tuple, list)):
+        items = enumerate(output)
+    return {place: tensor for key, value in items for place, tensor in find_tensors(value, f"{name}.{key}").items()}
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The first tensor in an output of tuples, lists and mappings.
 
@@ -459,6 +471,22 @@ def is_compiled(model: nn.Module) -> bool:
         module._compiled_call_impl is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module)
         for module in model.modules()
     )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, `requires_grad`, buffers and the global generators on leaving the context."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with preserve_rng(), eval_mode(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,9 @@ class RunningTraining(Protocol):
     def end_step(self) -> None:
         """An optimizer step is done."""
 
+    def rehearse(self, cuts: Sequence[int]) -> None:
+        """Before the first step: proves that the trainer's step works on features of these cuts."""
+
     def watch(self, signals: frozenset[str]) -> None:
         """Collects from now on what a policy asks for."""
 
@@ -118,6 +121,8 @@ class FreezeCallback(TrainerCallback, ExportableState):
         schedule = describe_schedule(self._rule, session.num_blocks, state.num_train_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
+        changes = self._rule.changes(session.num_blocks, state.num_train_epochs) or []
+        session.rehearse(sorted({cut for epoch, cut in changes if cut and epoch < state.num_train_epochs}))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         session = self._session

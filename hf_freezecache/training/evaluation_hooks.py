@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 
+from ..model.stand_ins import FrozenOutputError, StandIn
+from ..model.tracing import find_tensors
 from ..rng import preserve_rng
 from .epoch_source import EpochSource, FromStore
 from .evaluation import EvaluationCache, EvaluationPass, cached_names
@@ -94,7 +96,13 @@ class EvaluationHooks(TrainerHooks):
         if self._session is None:
             return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
         source = self._session.evaluation_source(dataloader)
-        output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        try:
+            output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        except FrozenOutputError as error:
+            if self._evaluation is None or not isinstance(source, FromStore):
+                raise
+            source = self._evaluation.decline(dataloader, error)
+            output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         if self._evaluation is not None:
             self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
         return output
@@ -111,7 +119,11 @@ class EvaluationHooks(TrainerHooks):
         if self._evaluation is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         with self._evaluation.prediction_step(inputs, force_eager=self._runs_compiled) as step_inputs:
-            return super().prediction_step(model, step_inputs, *args, **kwargs)
+            answer = super().prediction_step(model, step_inputs, *args, **kwargs)
+        for tensor in find_tensors(answer).values():
+            if isinstance(tensor, StandIn):
+                tensor.item()  # tells what is missing
+        return answer
 
     def _why_on_images(self) -> str | None:
         """Why evaluations cannot be from a store; None if they can."""

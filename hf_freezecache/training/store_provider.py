@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..augment.geometry import DENSE, PROJECTIVE
 from ..build.deepening import DEEPENED_FROM, why_not_deepen
 from ..build.errors import GeometryMisfit, OverLimit
-from ..build.materialize import materialize, open_matching
+from ..build.materialize import materialize
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
@@ -115,12 +115,14 @@ class StoreProvider:
             "decisions": {str(cut): asdict(decision) for cut, decision in self.decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state_dict(),
+            "unknown": self.spec_maker.unknown,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`; stores that are gone do not count any more."""
         self.decisions = {int(cut): Decision(**fields) for cut, fields in state["decisions"].items()}
         self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+        self.spec_maker.unknown = state.get("unknown", self.spec_maker.unknown)
         existing = self.group.on_main(
             lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
         )
@@ -250,9 +252,10 @@ class StoreProvider:
             spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
         else:
             spec = self._deepened(images, attempt)
-        store = open_matching(spec, self.group)
+        reuse = self.spec_maker.reuse
+        store = reuse.open(spec)
         if store is None and attempt.writing and attempt.accept_built:
-            store = open_matching(images, self.group)
+            store = reuse.open(images)
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
             self.announcer.warning(
@@ -260,9 +263,9 @@ class StoreProvider:
                 f"{len(store)} samples{_describe_views(store)}): training does not run {cut} of {len(self.chain)} "
                 "blocks any more."
             )
-            self._register(store, built=False)
+            self._register(store, built=reuse.has_made(store))
             return store
-        return PartialStore.reopen(spec, self.group) if attempt.writing else None
+        return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -279,7 +282,7 @@ class StoreProvider:
             self._announce_randomness(spec)
             if deletes_outdated:
                 self.announcer.warning(
-                    f"The feature stores of earlier cuts are deleted before the one of cut {spec.cut} is built: the "
+                    f"The feature stores of earlier cuts and trainings are deleted before the one of cut {spec.cut} is built: the "
                     "budget does not hold both."
                 )
                 self._remove(self.budget.outdated(spec))
@@ -307,7 +310,7 @@ class StoreProvider:
         """
         while True:
             try:
-                settled = self.spec_maker.settle(spec)
+                settled = self.spec_maker.settle(self.spec_maker.reuse.current(spec))
                 if attempt.writing:
                     partial_store = PartialStore.begin(settled, self.group)
                     self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))

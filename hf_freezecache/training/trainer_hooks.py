@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging as python_logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -29,25 +30,27 @@ from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
-from ..model.layout import FeatureLayout
 from ..model.sharing import check_sharing
 from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
+from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
+from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
 from .preconditions import check_model, check_trainable
+from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
 
 logger = logging.get_logger(__name__)
 
 
-class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -225,6 +228,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
         session = FreezeSession(
             self.build_context(dataset, collator),
             self._freeze_explicit,
+            self._rehearsed_step,
+            self._suspects(),
             why_not_cached,
             self._why_on_images(),
             is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
@@ -295,9 +300,16 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
             # Samplers see the user's data set: lengths and columns are read from it.
             settings = {**settings, "sampler_fn": lambda _: sampler_fn(wrapped.inner)}
         try:
-            return super()._get_dataloader(wrapped, description, batch_size, **settings)
+            loader = super()._get_dataloader(wrapped, description, batch_size, **settings)
         finally:
             self.data_collator = users_collator
+        stamp_rows(loader, wrapped.switch)
+        return loader
+
+    def get_batch_samples(self, *args, **kwargs):
+        # The training's own iteration over the loader begins here.
+        with contextlib.nullcontext() if self._session is None else self._session.switch.requesting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, ReplayCollator):
@@ -329,16 +341,22 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks):
         return model, train_dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        step = super().training_step
         if self._session is None:
-            return super().training_step(model, self._mix(inputs), *args, **kwargs)
-        with self._session.training_step(inputs, force_eager=self._runs_compiled) as step:
-            return super().training_step(model, self._mix(step.inputs, step.layout), *args, **kwargs)
+            return step(model, self._mix(StepInputs(inputs, 0)).inputs, *args, **kwargs)
+        return self._session.training_step(
+            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self._runs_compiled
+        )
 
-    def _mix(self, inputs: dict[str, Any], layout: FeatureLayout | None = None) -> dict[str, Any]:
+    def _mix(self, step: StepInputs) -> StepInputs:
         """Mixes images of a live batch, or features of a replayed one."""
         if self._mixer is None:
-            return inputs
-        return self._mixer(self._prepare_inputs(inputs), main_input_name(self._own_model), layout=layout)
+            return step
+        name, inputs = main_input_name(self._own_model), self._prepare_inputs(step.inputs)
+        if step.features is None:
+            return replace(step, inputs=self._mixer(inputs, name))
+        mixed = self._mixer({**inputs, name: step.features}, name, layout=step.layout)
+        return replace(step, features=mixed[name], inputs={**mixed, name: inputs[name]})
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:
