@@ -22,6 +22,8 @@ MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
 MismatchMode = Literal["fallback", "error"]
 ReuseMode = Literal["never", "proved", "content"]
+#: Folder of the stores in a training's output folder.
+CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -68,7 +70,7 @@ class FreezeCacheConfig:
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the stores; `output_dir/_freeze_cache` if not given."}
+        default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
     )
     reuse: ReuseMode = field(
         default="proved",

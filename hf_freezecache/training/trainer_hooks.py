@@ -26,7 +26,7 @@ from ..build.context import BuildContext
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..cache.store import check_writable
-from ..config import FreezeCacheConfig, read_settings
+from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
@@ -252,7 +252,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     def _feature_cache_dir(self) -> Path:
         configured = self._freeze_config.feature_cache_dir
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
 
     # Data: the source of the train loader's samples can turn to a store
 
