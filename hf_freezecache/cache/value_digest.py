@@ -106,6 +106,10 @@ class ValueDigest:
         self._finished[key] = (value, digest)
         return digest
 
+    def name(self, value: Any, name: str) -> None:
+        """From now on a value counts by this name, wherever it is referred to."""
+        self._finished[id(value)] = value, _join(b"named", [name.encode()])
+
     def parts(self, kind: str, parts: Iterable[Any]) -> bytes:
         """The digest of several values in their order."""
         return _join(kind.encode(), (self(part) for part in parts))
