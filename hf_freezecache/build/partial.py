@@ -23,10 +23,10 @@ from ..cache.rows import ChosenRows, split_batch
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore, create_aside, small_files
 from ..cache.view_columns import ViewColumns
-from ..distributed import Group
+from ..distributed import Announcer, Group
 from ..rng import preserve_rng
 from .errors import BuildFailed
-from .feature_sources import ViewRun
+from .feature_sources import ViewRun, check_rows
 from .materialize import (
     check_geometry,
     check_inputs,
@@ -130,7 +130,7 @@ class PartialStore:
                     raise StoreError(f"{path} was begun for another store.")
                 partial._check_sizes()
             except StoreError as error:
-                logger.warning(f"A feature store that was begun is begun again: {error}")
+                Announcer(group, logger).warning(f"A feature store that was begun is begun again: {error}")
                 shutil.rmtree(path)
                 return None
             return begun.codec.tensors(), settled.views, settled.notes
@@ -174,6 +174,7 @@ class PartialStore:
             OSError: if it cannot be written.
         """
         check_inputs(view_run, self.probe, samples[0])
+        check_rows(len(view_run.need_features()), samples)
         for view in np.unique(views):
             positions = np.flatnonzero(views == view)
             of_view = [samples[position] for position in positions.tolist()]

@@ -23,7 +23,8 @@ from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
 from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator
-from ..replay.dataset import EvaluationDataset, SourceSwitch
+from ..replay.dataset import ReplayDataset
+from ..replay.requests import SourceSwitch, find_switch
 from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
@@ -63,7 +64,7 @@ class _CachedSet:
 
     def __init__(self, loader: UsersLoader, rows: RowSource):
         self.loader, self.rows = loader, rows
-        self.switch = SourceSwitch()
+        self.switch = SourceSwitch(len(rows))
         self.source: FromStore | None = None
         self.trace: Trace | None = None
         #: Of the prefix that the store was made with.
@@ -191,7 +192,7 @@ class EvaluationCache:
 
     # Data
 
-    def wrap(self, loader: UsersLoader) -> EvaluationDataset | None:
+    def wrap(self, loader: UsersLoader) -> ReplayDataset | None:
         """The data set for a loader; None if its rows cannot be cached."""
         entry = next((entry for entry in self._sets if entry.matches(loader)), None)
         if entry is None:
@@ -217,7 +218,7 @@ class EvaluationCache:
             if len(foreign) == _MOST_FOREIGN_SETS:
                 self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return EvaluationDataset(loader.inner, entry.switch, entry.rows.seed)
+        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed)
 
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.
@@ -261,11 +262,12 @@ class EvaluationCache:
             yield
             return
         self._running = entry
+        entry.switch.epoch = 0  # every evaluation counts its rows anew
         source.turn(entry.switch)
         try:
-            yield
+            with entry.switch.requesting(once=True):
+                yield
         finally:
-            entry.switch.set(None)
             self._running = None
 
     @contextlib.contextmanager
@@ -280,18 +282,27 @@ class EvaluationCache:
         if entry is None or entry.source is None or entry.trace is None:
             yield batch
             return
-        step: StepInputs = entry.source.step_inputs(batch, self.context)
-        with self.chain.traced(entry.trace), bypassing(self.chain, step.bypassed, force_eager):
-            yield step.inputs
+        with self.chain.traced(entry.trace):
+            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            with bypassing(self.chain, step, force_eager):
+                yield step.inputs
+
+    def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
+        """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
+        entry = self._entry(loader)
+        if entry is not None:
+            entry.source, entry.declined_cut = None, self.chain.cut
+        self.announcer.failure("Evaluations cannot run on features, so they run on images", error)
+        return FromImages(self.chain.cut)
 
     # Helpers
 
     def _entry(self, loader: DataLoader) -> _CachedSet | None:
         """The data set of a loader that `wrap` has made one for, whoever made the loader."""
-        dataset = getattr(loader, "dataset", None)
-        if not isinstance(dataset, EvaluationDataset) or not isinstance(loader.collate_fn, ReplayCollator):
+        switch = find_switch(loader)
+        if switch is None or not isinstance(loader.collate_fn, ReplayCollator):
             return None
-        return next((entry for entry in self._sets if entry.switch is dataset.switch), None)
+        return next((entry for entry in self._sets if entry.switch is switch), None)
 
     def _stored_source(self, loader: DataLoader) -> EpochSource:
         """The store of a loader's data set, if it is valid for the model as it is now; else images.
