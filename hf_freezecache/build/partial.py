@@ -64,10 +64,12 @@ class PartialStore:
 
     Attributes:
         reserved: bytes of this directory and of the store made of it, which exist together in the end.
+        reopened: whether another run has written rows of it, or may have.
     """
 
     def __init__(self, spec: StoreSpec, group: Group, codec: Codec):
         self.spec, self.group, self.codec, self.reserved = spec, group, codec, 0
+        self.reopened = False
         self.views = ViewColumns(spec.views, codec)
         self.probe = split_batch(spec.source.probe(), spec.chain.main_input)
         self.path = partial_path(spec.path)
@@ -143,6 +145,7 @@ class PartialStore:
                 tensors, views, notes = settings
                 codec = make_codec(spec.codec, spec.layout).load_tensors(tensors)
                 partial = cls(replace(spec, views=views, notes=notes), group, codec)
+                partial.reopened = True
                 partial._reserve()
                 group.on_all(partial._open)
                 return partial

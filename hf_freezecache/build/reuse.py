@@ -6,7 +6,7 @@ same fingerprint inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,9 +189,15 @@ class StoreReuse:
                     return found
         return None
 
-    def _from_images(self, spec: StoreSpec, store: FeatureStore, source: RowSource) -> StoreSpec:
-        context = self.context
-        features = ImageFeatures(spec.chain, spec.cut, source, spec.layout, context.model_inputs, context.count_run)
+    def _from_images(
+        self,
+        spec: StoreSpec,
+        store: FeatureStore,
+        source: RowSource,
+        count_run: Callable[[int, int, int], None] | None = None,
+    ) -> StoreSpec:
+        """The spec for rows of a source as a build would compute them with the store's views."""
+        features = ImageFeatures(spec.chain, spec.cut, source, spec.layout, self.context.model_inputs, count_run)
         return replace(spec, source=source, feature_source=features, views=store.views.spec)
 
     # Changed files
@@ -200,7 +206,7 @@ class StoreReuse:
         return DEEPENED_FROM not in store.manifest.made_from and len(verdict.changed) <= _MOST_CHANGED * len(store)
 
     def _renew(self, spec: StoreSpec, store: FeatureStore, changed: Sequence[int]) -> FeatureStore | None:
-        images = self._from_images(spec, store, spec.source)
+        images = self._from_images(spec, store, spec.source, self.context.count_run)
         notes = self.group.on_main(lambda: file_notes(spec.source.dataset, self.context.config.reuse))
         try:
             renewed = renew(replace(images, notes=notes), store, changed, self.group)

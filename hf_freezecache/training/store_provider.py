@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..augment.geometry import DENSE, PROJECTIVE
 from ..build.deepening import DEEPENED_FROM, why_not_deepen
-from ..build.errors import GeometryMisfit, OverLimit
+from ..build.errors import BuildFailed, GeometryMisfit, OverLimit
 from ..build.materialize import materialize
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
@@ -180,6 +180,13 @@ class StoreProvider:
         """
         store = partial_store.finish()
         self.holdings.drop(partial_store.path)
+        if partial_store.reopened:  # its rows are believed as little as those of a store of an earlier run
+            proved = self.spec_maker.reuse.open(partial_store.spec)
+            if proved is None or proved.path != store.path:
+                self.group.on_main(partial(remove_store, store.path))
+            if proved is None:
+                raise BuildFailed("rows that an earlier run has written are not what the samples give now")
+            store = proved
         self._register(store, built=True)
         request.phase.set_store(store.bytes)
         self._announce_built(store)
