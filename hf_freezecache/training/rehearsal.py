@@ -111,7 +111,10 @@ class Rehearsal:
             with preserve_rng():
                 return source.collate(rows)
         except Exception as error:  # the user's own code may raise anything
-            raise RehearsalError(f"collating {len(rows)} rows failed with {describe_error(error)}.") from error
+            raise RehearsalError(
+                f"collating {len(rows)} rows failed with {describe_error(error)}. A store needs inputs of one size: "
+                "pad texts to one length (padding='max_length'), resize images."
+            ) from error
 
     def _run(self, batch: Mapping[str, Any], what: str) -> Outcome:
         try:
