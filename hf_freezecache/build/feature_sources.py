@@ -155,5 +155,11 @@ def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: Sequence[in
     if tuple(features.shape[1:]) != layout.shape:
         raise ValueError(
             f"the feature of sample {rows[0]} and those after it has shape {tuple(features.shape[1:])} instead of "
-            f"{layout.shape}: a store needs inputs of one size. Resize them, or use cache='never'."
+            f"{layout.shape}: a store needs inputs of one size. {_remedy(layout)}, or use cache='never'."
         )
+
+
+def _remedy(layout: FeatureLayout) -> str:
+    if layout.grid is None:  # of no image
+        return "Pad texts to one length (padding='max_length')"
+    return "Resize the images"

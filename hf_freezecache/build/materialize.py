@@ -19,7 +19,7 @@ from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batc
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
-from ..distributed import Group
+from ..distributed import Announcer, Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from .errors import BuildFailed, GeometryMisfit, OverLimit
@@ -58,8 +58,8 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
 
     try:
         exists, problem = group.on_main(find)
-        if problem is not None and group.is_main:
-            logger.warning(f"A feature store could not be reused and is built again: {problem}")
+        if problem is not None:
+            Announcer(group, logger).warning(f"A feature store could not be reused and is built again: {problem}")
         return open_everywhere(spec, group) if exists else None
     except OSError as error:
         raise BuildFailed(str(error)) from error

@@ -23,7 +23,7 @@ from ..cache.rows import ChosenRows, split_batch
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore, create_aside, small_files
 from ..cache.view_columns import ViewColumns
-from ..distributed import Group
+from ..distributed import Announcer, Group
 from ..rng import preserve_rng
 from .errors import BuildFailed
 from .feature_sources import ViewRun, check_rows
@@ -130,7 +130,7 @@ class PartialStore:
                     raise StoreError(f"{path} was begun for another store.")
                 partial._check_sizes()
             except StoreError as error:
-                logger.warning(f"A feature store that was begun is begun again: {error}")
+                Announcer(group, logger).warning(f"A feature store that was begun is begun again: {error}")
                 shutil.rmtree(path)
                 return None
             return begun.codec.tensors(), settled.views, settled.notes

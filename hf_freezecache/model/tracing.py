@@ -451,14 +451,26 @@ def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode inside the context; restores every module's own mode after it."""
+    """Puts the model in eval mode inside the context; restores every module's own mode after it.
+
+    Compiled code runs uncompiled inside: it does not see hooks and replaced methods.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+            yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, is compiled: by `module.compile()` or as what `torch.compile` returned."""
+    return any(
+        module._compiled_call_impl is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        for module in model.modules()
+    )
 
 
 @contextlib.contextmanager

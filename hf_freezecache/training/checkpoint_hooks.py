@@ -7,12 +7,16 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..model.checkpoint import has_weights, is_adapter, load_weights
+from ..model.checkpoint import CheckpointError, has_weights, is_adapter, load_weights, loads_in_its_own_way
 from .callback import FreezeCallback
 from .checkpoint_state import read_state
 from .hooks import TrainerHooks
+from .preconditions import check_model
 
 logger = logging.get_logger(__name__)
+
+#: Methods of `Trainer` that write a model's weights.
+_SAVERS = ("_save", "save_model", "_save_checkpoint")
 
 
 class CheckpointHooks(TrainerHooks):
@@ -31,32 +35,48 @@ class CheckpointHooks(TrainerHooks):
             callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_strictly(resume_from_checkpoint, "_load_from_checkpoint"):
-            logger.info(f"Loading model from {resume_from_checkpoint}.")
-            load_weights(self._own_model if model is None else model, resume_from_checkpoint)
-        else:
+        if not self._load_strictly(resume_from_checkpoint, "_load_from_checkpoint", model):
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         checkpoint = self.state.best_model_checkpoint
-        if checkpoint is not None and self._loads_strictly(checkpoint, "_load_best_model"):
-            logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
-            load_weights(self._own_model, checkpoint)
-        else:
+        if checkpoint is None or not self._load_strictly(checkpoint, "_load_best_model"):
             super()._load_best_model()
 
-    def _loads_strictly(self, checkpoint: str, loader: str) -> bool:
-        """Whether this class loads a checkpoint: of a whole model in one process's memory.
+    def _load_strictly(self, checkpoint: str, loader: str, model: nn.Module | None = None) -> bool:
+        """Loads a checkpoint strictly, if it is this class that loads it.
 
-        Adapters and sharded wrappers are loaded by `Trainer`, and what another class saves in its own way by that
-        class. Where nothing can be frozen, `Trainer` loads as ever.
+        Adapters and sharded wrappers are loaded by `Trainer`; what another class, or the model, saves or loads in its
+        own way is loaded as they do it. Where nothing can be frozen, `Trainer` loads as ever.
 
         Args:
             checkpoint: its directory.
             loader: the method of `Trainer` that would load it.
+            model: the one to load into, if it is not the trainer's.
+
+        Returns:
+            Whether it was loaded.
+
+        Raises:
+            CheckpointError: if it holds other weights than the model's.
         """
-        if not self._freezes or self._fell_back or self._overriding(loader) is not None:
+        if not self._freezes or self._why_plain is not None or self._overriding(loader) is not None:
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
             return False
-        return not is_adapter(self.accelerator.unwrap_model(self.model))
+        if is_adapter(self.accelerator.unwrap_model(self.model)) or loads_in_its_own_way(self._own_model):
+            return False
+        try:
+            check_model(self, self._own_model, self._freeze_config)
+        except ValueError:
+            return False  # it will not be frozen, as `train` says
+        logger.info(f"Loading the model strictly from {checkpoint}.")
+        try:
+            load_weights(self._own_model if model is None else model, checkpoint)
+        except CheckpointError as error:
+            saver = next((self._overriding(name) for name in _SAVERS if self._overriding(name) is not None), None)
+            if saver is None:
+                raise
+            logger.warning(f"`{saver.__name__}` saves checkpoints in its own way; `Trainer` loads this one: {error}")
+            return False
+        return True

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer
 
+from ..config import FreezeCacheConfig
+from ..model.tracing import is_compiled
 from ..policies import FreezePolicy, NonePolicy
 from .callback import FreezeCallback
 from .evaluation import EvaluationCache
@@ -22,10 +24,12 @@ else:
 class TrainerHooks(_Trainer):
     """Base of the classes that override methods of `Trainer`; `FreezeCacheMixin` sets what is declared here."""
 
+    _freeze_config: FreezeCacheConfig
     _freeze_policy: FreezePolicy
     _freeze_callback: FreezeCallback
     _session: FreezeSession | None
-    _fell_back: bool
+    # Why the training that runs, or ran last, is a plain one although a policy freezes; None: it is not.
+    _why_plain: str | None
     # Of the checkpoint that a training is resumed from, until it is taken.
     _checkpoint_state: Mapping[str, Any] | None
 
@@ -33,11 +37,16 @@ class TrainerHooks(_Trainer):
     def _own_model(self) -> nn.Module:
         """The model, not wrapped."""
         assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
-        return self.model
+        return getattr(self.model, "_orig_mod", self.model)  # of what `torch.compile(model)` returns
 
     @property
     def _freezes(self) -> bool:
         return not isinstance(self._freeze_policy, NonePolicy)
+
+    @property
+    def _runs_compiled(self) -> bool:
+        """Whether steps run compiled code, which would run bypassed blocks."""
+        return bool(self.args.torch_compile) or self.model is not self._own_model or is_compiled(self._own_model)
 
     @property
     def _evaluation(self) -> EvaluationCache | None:

@@ -20,12 +20,14 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
+from ..replay.collator import take_codes
 from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .preconditions import check_trainable
 from .proof import Proof
 from .recorder import BlockRecorder
 from .rehearsal import Outcome, Rehearsal, RehearsalError
@@ -112,6 +114,9 @@ class FreezeSession:
     def broadcast(self, value: Any) -> Any:
         return self.group.broadcast(value)
 
+    def announce(self, message: str) -> None:
+        self.announcer.warning_once(message)
+
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
@@ -120,6 +125,7 @@ class FreezeSession:
             self.meter.per_sample("live")  # the cost of plain training, for the report
         self._share_mismatch()
         if moment.cut > self.chain.cut:
+            check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
             rewrap_ddp(self.wrapped_model)
             self.announcer.info(
@@ -217,16 +223,18 @@ class FreezeSession:
                 return run(step.inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step())
-        step = self.source.step_inputs(batch, self.context)
-        if not step.bypassed:
-            return self._run(step, mix, run, force_eager)
-        before = StepState(self.context.model)
-        try:
-            return self._run(step, mix, run, force_eager)
-        except FrozenOutputError as error:
-            self._fall_back(str(error))
-        before.restore()
-        return self._run(self.source.step_inputs(batch, self.context), mix, run, force_eager)
+        if self.keeper.mismatch is None:
+            step = self.source.step_inputs(batch, self.context)
+            if not step.bypassed:
+                return self._run(step, mix, run, force_eager)
+            before = StepState(self.context.model)
+            try:
+                return self._run(step, mix, run, force_eager)
+            except FrozenOutputError as error:
+                self._fall_back(str(error))
+            before.restore()
+        step = FromImages(self.chain.cut).step_inputs(batch, self.context)
+        return self._run(step, mix, run, force_eager)
 
     def _run(
         self,
@@ -345,6 +353,17 @@ class FreezeSession:
             if self.ledger.current is not None:
                 self.ledger.current.flops += flops
         return flops + self.meter.take_build_flops()
+
+    def live_shapes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
+
+        The stand-in holds -1 everywhere, which is no padding.
+        """
+        replayed = take_codes(batch)
+        if replayed is None:
+            return batch
+        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.layout(0).shape)
+        return {self.chain.main_input: stand_in, **replayed.inputs}
 
     # Evaluations
 

@@ -121,7 +121,7 @@ class StoreKeeper:
                 self._discard(previous)
             return FromImages(cut, self.why_not_cached)
         if isinstance(previous, Writing) and previous.cut != cut:
-            self.announcer.info(
+            self.announcer.warning(
                 f"The feature store of cut {previous.cut} was not complete before the next freeze: it is given up."
             )
             self._discard(previous)

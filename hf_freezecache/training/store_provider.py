@@ -164,7 +164,7 @@ class StoreProvider:
         if isinstance(store, PartialStore):
             self.holdings.add(store.path, store.reserved, built=True, cut=request.cut)
             rounds = store.views.spec.count + 1
-            self.announcer.info(
+            self.announcer.warning(
                 f"Cut {request.cut}: {rounds} live epoch{'s' if rounds > 1 else ''} write{'' if rounds > 1 else 's'} "
                 f"the features to {store.path} ({show_bytes(store.bytes)}), then replay begins."
             )
@@ -244,7 +244,7 @@ class StoreProvider:
 
     def _find(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore | None:
         """A complete store, or one that was begun."""
-        spec, decision = images, attempt.decision
+        spec, decision, cut = images, attempt.decision, attempt.request.cut
         if attempt.writing:
             spec = self.spec_maker.written(images)
         elif decision is not None and decision.parent is not None:
@@ -258,7 +258,11 @@ class StoreProvider:
             store = reuse.open(images)
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
-            self.announcer.info(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).")
+            self.announcer.warning(
+                f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}, {store.manifest.codec}, "
+                f"{len(store)} samples{_describe_views(store)}): training does not run {cut} of {len(self.chain)} "
+                "blocks any more."
+            )
             self._register(store, built=reuse.has_made(store))
             return store
         return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
@@ -278,7 +282,7 @@ class StoreProvider:
             self._announce_randomness(spec)
             if deletes_outdated:
                 self.announcer.warning(
-                    f"The feature stores of earlier cuts are deleted before the one of cut {spec.cut} is built: the "
+                    f"The feature stores of earlier cuts and trainings are deleted before the one of cut {spec.cut} is built: the "
                     "budget does not hold both."
                 )
                 self._remove(self.budget.outdated(spec))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
+from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..cache.store import check_writable
-from ..config import FreezeCacheConfig, make_policy
-from ..distributed import Announcer, Group
+from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
+from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
+from ..model.sharing import check_sharing
 from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
@@ -37,13 +39,13 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
-from .epoch_source import FromStore, StepInputs
+from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
+from .preconditions import check_model, check_trainable
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
-from .sharding import why_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -67,11 +69,13 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     def __init__(
         self, *args, freeze_cache: FreezeCacheConfig | None = None, policy: FreezePolicy | None = None, **kwargs
     ):
+        freeze_cache, policy = self.__dict__.pop(_GIVEN, (freeze_cache, policy))
         self._freeze_explicit = freeze_cache is not None or policy is not None
-        self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
-        self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
+        self._freeze_config, self._freeze_policy = read_settings(freeze_cache, policy)
         self._session = None
-        self._fell_back = self._starting = False
+        self._why_plain = None
+        self._earlier_stores: Holdings | None = None
+        self._starting = False
         self._checkpoint_state = None
         super().__init__(*args, **kwargs)
         self._mixer = self._make_mixer()
@@ -80,15 +84,28 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self._freezes:
             self.add_callback(self._freeze_callback)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(FreezeCacheMixin)]
+        # A trainer of somebody else that comes first takes its own arguments only: `class Mine(Seq2SeqTrainer,
+        # FreezeCacheTrainer)`.
+        if any("__init__" in vars(other) and not issubclass(other, FreezeCacheMixin) for other in before):
+            cls.__init__ = _keep_settings(cls.__init__)  # type: ignore[method-assign]
+
     def freeze_status(self) -> FreezeStatus:
         """The cut, the frozen blocks and the store of the running or last training."""
         if self._session is not None:
             return self._session.status()
-        return FreezeStatus(0, [], count_trainable(self._own_model), replaying=False, store_path=None, store_bytes=0)
+        # After a search for hyperparameters there is no model.
+        trainable = 0 if self.model is None else count_trainable(self._own_model)
+        return FreezeStatus(0, [], trainable, replaying=False, store_path=None, store_bytes=0)
 
     def freeze_cache_report(self) -> FreezeCacheReport:
         """What the running or last training has cost, by phase."""
-        return make_report([], None) if self._session is None else self._session.report()
+        if self._session is not None:
+            return self._session.report()
+        plain = "policy='none'" if not self._freezes else self._why_plain
+        return make_report([], None, "no training has run" if plain is None else f"plain training: {plain}")
 
     def build_context(self, dataset: Any, collator: Callable) -> BuildContext:
         """Model, samples and settings as stores of a training on a data set would be built from them.
@@ -101,12 +118,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             ValueError: if the rows cannot be cached or the model cannot be split.
             OSError: if stores cannot be written.
         """
-        reason = why_sharded(self)
-        if reason is not None:
-            raise ValueError(f"freezing and caching do not work with {reason}; use DDP (accelerate launch).")
+        check_model(self, self._own_model, self._freeze_config)
         check_dataset(dataset)
-        if self._freeze_config.cache != "never":
-            check_writable(self._feature_cache_dir)
         source = RowSource(
             dataset,
             collator,
@@ -117,10 +130,13 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         )
         model_inputs = ModelInputs(self._own_model, self._prepare_inputs, self.label_names)
         with preserve_rng():
-            probe = source.probe()
+            probe = self._draw_probe(source)
             split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
+            check_sharing(self._own_model, chain.blocks, model_inputs(probe))
+        if self._freeze_config.cache != "never":
+            check_writable(self._feature_cache_dir)
         return BuildContext(
             chain=chain,
             source=source,
@@ -131,6 +147,20 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
         )
+
+    def _draw_probe(self, source: RowSource) -> Mapping[str, Any]:
+        try:
+            return source.probe()
+        except KeyError as error:
+            dropped = set(getattr(self.train_dataset, "column_names", None) or ()) - set(
+                getattr(source.dataset, "column_names", None) or ()
+            )
+            if not self.args.remove_unused_columns or error.args[:1] == () or error.args[0] not in dropped:
+                raise
+            raise ValueError(
+                f"the data set's transform reads the column {error.args[0]!r}, which a Trainer drops, as no argument "
+                "of the model has this name: set remove_unused_columns=False in TrainingArguments."
+            ) from error
 
     def without_unused_columns(self, dataset: Any, description: str = "training") -> tuple[Any, Callable]:
         """A data set and its collator without the columns that the model does not take."""
@@ -161,8 +191,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         # Also entered again by `auto_find_batch_size` after it ran out of memory.
         if self._session is not None:
             self._session.close()
+            # They count under the budget of the next training, a trial of a search for instance, which may use them.
+            self._earlier_stores = self._session.keeper.provider.holdings
             self._session = None
-        self._fell_back, self._starting = False, True
+        self._why_plain, self._starting = None, True
         self._checkpoint_state = None
         self._freeze_callback.attach(None)
         try:
@@ -183,14 +215,16 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             return None
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
-        if self.args.torch_compile:
-            logger.warning("torch_compile: live epochs run compiled, replay epochs do not.")
+        if self._runs_compiled:
+            logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
 
     def _make_session(self, dataset: Any, collator: Callable) -> FreezeSession:
         why_not_cached = "cache='never'" if self._freeze_config.cache == "never" else None
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
+        # Before any data is touched.
+        self._freeze_policy.start(len(check_model(self, self._own_model, self._freeze_config)))
         session = FreezeSession(
             self.build_context(dataset, collator),
             self._freeze_explicit,
@@ -200,21 +234,25 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             self._why_on_images(),
             is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
         )
-        self._freeze_policy.start(session.num_blocks)
+        # The cuts of a schedule do not depend on the number of epochs.
+        for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
+            check_trainable(session.chain, cut)
+        if self._earlier_stores is not None:
+            session.keeper.provider.holdings.inherit(self._earlier_stores)
         return session
 
     def _cannot_freeze(self, error: Exception) -> None:
         """Raises under explicit settings; the defaults fall back to plain training."""
         if self._freeze_explicit:
             raise error
-        self._fell_back = True
+        self._why_plain = describe_error(error)
         Announcer(self._group, logger).failure("Nothing is frozen or cached, this is plain training", error)
 
     @property
     def _feature_cache_dir(self) -> Path:
         configured = self._freeze_config.feature_cache_dir
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
 
     # Data: the source of the train loader's samples can turn to a store
 
@@ -286,18 +324,23 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
+        # After the optimizer has its groups, before its state is loaded and the model is wrapped.
+        self._take_checkpoint_state()
+        return optimizer
+
+    def _take_checkpoint_state(self) -> None:
         if self._session is not None and self._checkpoint_state is not None:
-            # After the optimizer has its groups, before its state is loaded and the model is wrapped.
             self._session.load_state_dict(self._checkpoint_state["cut"], self._checkpoint_state["session"])
             self._freeze_callback.load_state_dict(self._checkpoint_state)
             self._checkpoint_state = None
-        return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._session is not None:
+            self._session.optimizer = self.optimizer
+            self._take_checkpoint_state()  # a `create_optimizer` of the user's need not call this class's
             self._session.prepared(self.optimizer, model)
-        elif self._freezes and not self._fell_back:
+        elif self._freezes and self._why_plain is None:
             self._cannot_freeze(ValueError("`get_train_dataloader` is overridden and does not call `Trainer`'s."))
         return model, train_dataloader
 
@@ -306,7 +349,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self._session is None:
             return step(model, self._mix(StepInputs(inputs, 0)).inputs, *args, **kwargs)
         return self._session.training_step(
-            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self.args.torch_compile
+            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self._runs_compiled
         )
 
     def _mix(self, step: StepInputs) -> StepInputs:
@@ -328,9 +371,23 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         return super().floating_point_ops(inputs) if self._session is None else self._session.step_flops()
 
     def _track_num_input_tokens(self, inputs) -> None:
-        # Codes are no tokens, and a warning in every step helps nobody.
-        if self._session is None or not isinstance(self._session.source, FromStore):
-            super()._track_num_input_tokens(inputs)
+        # A batch of codes counts as the live batch of the same samples.
+        super()._track_num_input_tokens(inputs if self._session is None else self._session.live_shapes(inputs))
+
+
+_GIVEN = "_freeze_given"
+
+
+def _keep_settings(init: Callable) -> Callable:
+    """An `__init__` that keeps this package's arguments for the mixin; what it calls does not know them."""
+
+    @wraps(init)
+    def keep(self, *args, freeze_cache=None, policy=None, **kwargs):
+        if freeze_cache is not None or policy is not None:
+            vars(self)[_GIVEN] = (freeze_cache, policy)
+        init(self, *args, **kwargs)
+
+    return keep
 
 
 def _follow_log_level(args: TrainingArguments) -> None:
