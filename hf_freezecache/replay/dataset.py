@@ -148,7 +148,8 @@ class ReplayDataset(Dataset):
     """
 
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
-        self.inner, self.switch, self.seed = inner, switch, seed
+        self.inner, self.seed = inner, seed
+        self.switch: SourceSwitch | None = switch
         self._store: tuple[RowOrigin, FeatureStore] | None = None
 
     def __len__(self) -> int:
@@ -183,6 +184,8 @@ class ReplayDataset(Dataset):
         )
 
     def _fetch(self, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]) -> Any:
+        if self.switch is not None and self.switch.trial is not None:
+            return self.switch.trial.rows
         origin = rows[0].origin
         if origin.store is not None:
             return self._read(origin, rows)

@@ -15,11 +15,13 @@ from transformers.utils import logging
 from ..augment.mixing import add_noise
 from ..build.context import BuildContext
 from ..build.spec_maker import SpecMaker
+from ..cache.rows import split_batch
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
 from ..replay.collator import take_codes
+from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
@@ -56,6 +58,8 @@ class FreezeSession:
     Attributes:
         source: where the batches of the running epoch come from.
         evaluation: stores of the evaluation sets; None where evaluations run on images, and after the training.
+        loader: of the training, as `Trainer` made it.
+        shared: what objects of the user's may refer to and nobody copies: the trainer, the model.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class FreezeSession:
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
+        self.loader: Any = None
+        self.shared: Sequence[Any] = ()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:
             reason = why_not_cached if why_on_images is None else why_on_images
@@ -99,6 +105,11 @@ class FreezeSession:
     @property
     def num_blocks(self) -> int:
         return len(self.chain)
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, by the loader that `Trainer` has made."""
+        return len(self.loader)
 
     def broadcast(self, value: Any) -> Any:
         return self.group.broadcast(value)
@@ -262,6 +273,36 @@ class FreezeSession:
             raise RehearsalError(why)
         if why is not None:
             self._decline(why)
+
+    def check_data(self, loader: Any) -> None:
+        """Before the first step: rows of batches are samples, and reach the training as they are.
+
+        Args:
+            loader: that the training iterates over.
+
+        Raises:
+            ValueError: under `cache="always"`, if they are or do not.
+        """
+        if self.keeper.why_not_cached is not None:
+            return
+        augmentation = self.group.broadcast(self.keeper.provider.spec_maker.augmentation)
+        why = None if augmentation is None else augmentation.declined
+        if why is None:
+            found = self.group.gather(self._why_not_through(loader))
+            why = next((reason for reason in found if reason is not None), None)
+        if why is None:
+            return
+        if self.config.cache == "always":
+            raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
+        self._decline(f"{why}.")
+
+    def _why_not_through(self, loader: Any) -> str | None:
+        if loader is self.loader:
+            return None
+        source = self.context.source
+        probe = split_batch(source.probe(), self.chain.main_input)
+        rows = trial_rows(probe, source.batch_size)
+        return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
         if cut and self.keeper.why_not_cached is None:

@@ -276,7 +276,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
             self.__dict__.pop("_eval_dataloaders", None)
         wrapped = ReplayDataset(inner, self._session.switch, self._session.context.source.seed)
-        return self._get_replay_loader(wrapped, collator, description, batch_size, settings)
+        loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
+        self._session.loader = loader
+        self._session.shared = (self, self.model, self.accelerator, dataset, inner)
+        return loader
 
     def _get_eval_loader(
         self, evaluation: EvaluationCache, dataset, description, batch_size, settings: dict[str, Any]
@@ -303,6 +306,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             loader = super()._get_dataloader(wrapped, description, batch_size, **settings)
         finally:
             self.data_collator = users_collator
+        assert wrapped.switch is not None  # it was made in this process
         stamp_rows(loader, wrapped.switch)
         return loader
 
