@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
+from ..cache.completing import complete, small_files
 from ..cache.fingerprint import digest
+from ..cache.holdings import note_owner
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
 from ..cache.shards import ShardWriter
-from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
+from ..cache.store import FeatureStore, NotWritable, check_writable, claim_aside, discard_aside, remove_store
 from ..cache.view_columns import ViewColumns
 from ..distributed import Group
 from ..model.layout import FeatureLayout
@@ -28,6 +30,8 @@ from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
 
+#: Seconds between two looks at a build of another run.
+_POLL_SECONDS = 1.0
 #: Ranges whose features the codec is fitted on, spread over the data set, and the most memory they may take.
 _FIT_BATCHES, _FIT_BYTES = 8, 2**28
 #: Values of a channel, and samples, that are enough to know its distribution.
@@ -48,8 +52,9 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
             return False, None
         try:
             store = FeatureStore.open(spec.path)
-            if not store.manifest.fingerprint == digest(store.manifest.made_from) == spec.path.name:
+            if digest(store.manifest.made_from) != spec.path.name:
                 raise StoreError(f"{spec.path} holds another store: its manifest does not match its name.")
+            _check_is_of(store.manifest, spec)
             return store.verify(), None
         except StoreError as error:
             remove_store(spec.path)
@@ -62,6 +67,22 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
         return open_everywhere(spec, group) if exists else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
+
+
+def _check_is_of(found: Manifest, spec: StoreSpec) -> None:
+    """Compares a manifest with that of the store that would be built; what a build settles may differ.
+
+    Raises:
+        StoreError: if it describes another store.
+    """
+    probe = split_batch(spec.source.probe(), spec.chain.main_input)
+    expected = make_manifest(spec, probe, [])
+    for name in ("cut", "codec", "layout", "rows", "views", "own_inputs", "inputs", "constants", "lossless"):
+        if repr(getattr(found, name)) != repr(getattr(expected, name)):  # as text: NaN is not equal to itself
+            raise StoreError(
+                f"{spec.path} has another `{name}` than this training's store: {getattr(found, name)} in place of "
+                f"{getattr(expected, name)}."
+            )
 
 
 def open_everywhere(spec: StoreSpec, group: Group) -> FeatureStore:
@@ -87,17 +108,51 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     completes the store after. The bytes do not depend on the number of processes. The random generators are left
     untouched.
 
+    Where another run is building the same store, this one waits for it and uses what it gets.
+
     Raises:
-        BuildFailed: if some process could not write; nothing is left behind.
+        NotWritable: on every process, if nothing can be written to the directory.
+        BuildFailed: if some process could not write, or the store that it is made from is damaged; nothing is left
+            behind.
         OverLimit: on every process, if the files would take more than `spec.limit`.
         GeometryMisfit: on every process, if some view's geometry cannot be stored as `spec.views` says.
         ValueError: if a feature is not finite (the sample is named) or a batch cannot be stored per row.
     """
     try:
         with preserve_rng():
-            return _Build(spec, group).run()
-    except OSError as error:
+            claimed = claim(spec, group)
+            return claimed if isinstance(claimed, FeatureStore) else _Build(spec, group, claimed).run()
+    except NotWritable:
+        raise
+    except (OSError, StoreError) as error:
         raise BuildFailed(str(error)) from error
+
+
+def claim(spec: StoreSpec, group: Group) -> Path | FeatureStore:
+    """Makes the directory in which the store is built; waits while another run builds it.
+
+    Returns:
+        The directory; or the store, where another run has finished it meanwhile.
+
+    Raises:
+        NotWritable: on every process, if nothing can be written to the directory of the stores.
+    """
+    waits = False
+    group.on_main(lambda: check_writable(spec.directory))
+    while True:
+        aside, others = group.on_main(lambda: claim_aside(spec.path))
+        if aside is not None or waits:  # it may have been finished in between
+            store = open_matching(spec, group)
+            if store is not None:
+                if aside is not None and group.is_main:
+                    discard_aside(aside)
+                return store
+        if aside is not None:
+            return aside
+        if not waits and group.is_main:
+            logger.warning(f"Waiting for the feature store {spec.path}, which {others} is building.")
+        waits = True
+        time.sleep(_POLL_SECONDS)
 
 
 def fit_stride(rows: int, layout: FeatureLayout) -> int:
@@ -131,13 +186,22 @@ def ranges_run_twice(spec: StoreSpec) -> int:
 
 
 class _Build:
-    def __init__(self, spec: StoreSpec, group: Group):
-        self.spec, self.group = spec, group
+    def __init__(self, spec: StoreSpec, group: Group, aside: Path):
+        self.spec, self.group, self.aside = spec, group, aside
         # Ranges that were run to fit the codec and need not run again.
         self.in_memory: dict[int, list[ViewRun]] = {}
 
     def run(self) -> FeatureStore:
-        spec, group = self.spec, self.group
+        try:
+            self._write()
+        except BaseException:
+            if self.group.is_main:
+                discard_aside(self.aside)
+            raise
+        return open_everywhere(self.spec, self.group)
+
+    def _write(self) -> None:
+        spec, group, aside = self.spec, self.group, self.aside
         codec = make_codec(spec.codec, spec.layout)
         probe = split_batch(spec.source.probe(), spec.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
@@ -146,15 +210,8 @@ class _Build:
         views = ViewColumns(spec.views, codec)
         mine = group.my_ranges(spec.source.num_ranges)
         self.in_memory = {number: views for number, views in self.in_memory.items() if number in mine}
-        aside = group.on_main(lambda: create_aside(spec.path))
-        try:
-            shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
-            group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
-        except BaseException:
-            if group.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-        return open_everywhere(spec, group)
+        shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
+        group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
         self.in_memory = fit_codec(self.spec, codec)
@@ -236,6 +293,8 @@ def check_limit(spec: StoreSpec, needed: int) -> None:
 def complete_store(spec: StoreSpec, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
     """Writes the other files of the spec's store beside the shards in `aside`, and gives the directory its name."""
     views = ViewColumns(spec.views, codec)
+    if spec.owner is not None:
+        note_owner(aside, spec.owner)
     complete(aside, spec.path, small_files(codec, views, make_manifest(spec, probe, shards), spec.notes))
 
 

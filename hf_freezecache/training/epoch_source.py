@@ -82,8 +82,8 @@ class EpochSource(ABC):
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint; `load_source` reads them."""
 
-    def close(self) -> None:  # noqa: B027 - only `Writing` has files open
-        """Closes files."""
+    def close(self) -> None:  # noqa: B027 - batches of images leave nothing to do
+        """Closes files that are written, and tells other runs that stores are not used any more."""
 
 
 class FromImages(EpochSource):
@@ -154,6 +154,10 @@ class FromStore(EpochSource):
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.release()
 
 
 @dataclass(frozen=True)

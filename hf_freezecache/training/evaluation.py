@@ -17,7 +17,7 @@ from ..build.materialize import materialize, open_matching
 from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..build.survey import survey
-from ..cache.holdings import Holdings, disk_limit
+from ..cache.holdings import Holdings, disk_limit, is_owned
 from ..cache.rows import RowSource, check_dataset
 from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
@@ -183,6 +183,9 @@ class EvaluationCache:
 
     def stop(self) -> None:
         """The training has ended or broken off."""
+        for entry in self._sets:
+            if entry.source is not None:
+                entry.source.close()
         if self._ended_from_store:
             self.announcer.warning(
                 "The last evaluation of this training was from cached features (fp16); `trainer.evaluate()` runs on "
@@ -319,6 +322,7 @@ class EvaluationCache:
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
             spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit)
+            spec = replace(spec, owner=self.holdings.owner)
             store = open_matching(spec, self.group)
             if store is None and not builds:
                 return None, False
@@ -327,7 +331,10 @@ class EvaluationCache:
             if store is None:
                 store = self._build(spec, entry)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
-        self.holdings.add(store.path, store.total_bytes, built, cut, is_evaluation=True)
+        if self.group.is_main:
+            store.hold()
+        is_own = self.group.on_main(lambda: is_owned(store.path, self.holdings.owner))
+        self.holdings.add(store.path, store.total_bytes, is_own, cut, is_evaluation=True)
         entry.checksums = self._checksums()
         if outdated is not None and outdated.store.path != store.path:
             self._remove(outdated.store)

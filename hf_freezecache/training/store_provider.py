@@ -18,6 +18,7 @@ from ..build.materialize import materialize, open_matching
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
+from ..cache.holdings import is_owned
 from ..cache.store import FeatureStore, remove_store
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
@@ -115,6 +116,7 @@ class StoreProvider:
             "decisions": {str(cut): asdict(decision) for cut, decision in self.decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state_dict(),
+            "owner": self.holdings.owner,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,6 +127,7 @@ class StoreProvider:
             lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
         )
         self.holdings.load_state_dict(existing, self.cache_dir)
+        self.holdings.owner = state.get("owner", self.holdings.owner)
 
     def build(self, request: Request) -> FeatureStore:
         """Opens the matching store or builds it.
@@ -178,7 +181,7 @@ class StoreProvider:
         """
         store = partial_store.finish()
         self.holdings.drop(partial_store.path)
-        self._register(store, built=True)
+        self._register(store)
         request.phase.set_store(store.bytes)
         self._announce_built(store)
         return store
@@ -256,9 +259,11 @@ class StoreProvider:
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
             self.announcer.info(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).")
-            self._register(store, built=False)
+            self._register(store)
             return store
-        return PartialStore.reopen(spec, self.group) if attempt.writing else None
+        if not attempt.writing:
+            return None
+        return PartialStore.reopen(replace(spec, owner=self.holdings.owner), self.group)
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -284,7 +289,7 @@ class StoreProvider:
                     continue  # one could not be deleted
                 spec = self.spec_maker.written(images) if attempt.writing else images
             try:
-                return self._make(replace(spec, limit=limit), images, attempt)
+                return self._make(replace(spec, limit=limit, owner=self.holdings.owner), images, attempt)
             except OverLimit as error:
                 problem = error
         raise problem or OverLimit(self.budget.needed(spec), self.budget.limit() or 0)
@@ -312,7 +317,7 @@ class StoreProvider:
             except GeometryMisfit as misfit:
                 spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
             else:
-                self._register(store, built=True)
+                self._register(store)
                 attempt.request.phase.set_store(store.bytes)
                 self._announce_built(store)
                 return store
@@ -336,7 +341,7 @@ class StoreProvider:
         else:
             views = ViewSpec(spec.views.count)
             consequence = "The store holds whole views, whatever sensitive_fraction and sensitive_budget are"
-        spec = replace(base, views=views, notes={}, limit=spec.limit)
+        spec = replace(base, views=views, notes={}, limit=spec.limit, owner=spec.owner)
         needed = self.budget.needed(spec)
         self.announcer.warning(f"{consequence} ({show_bytes(needed)} in all), because {misfit}.")
         if spec.limit is not None and needed > spec.limit:
@@ -412,8 +417,11 @@ class StoreProvider:
 
     # Records and messages
 
-    def _register(self, store: FeatureStore, built: bool) -> None:
-        manifest = store.manifest
+    def _register(self, store: FeatureStore) -> None:
+        manifest, owner = store.manifest, self.holdings.owner
+        built = self.group.on_main(lambda: is_owned(store.path, owner))
+        if self.group.is_main:
+            store.hold()
         self.holdings.add(store.path, store.total_bytes, built, manifest.cut)
         decision = self.decisions.get(manifest.cut)
         if decision is None or decision.store != store.path.name:
@@ -447,6 +455,9 @@ class StoreProvider:
 
     def _announce_built(self, store: FeatureStore) -> None:
         manifest = store.manifest
+        if not self.holdings.has_built(store.path):
+            self.announcer.warning(f"Using the feature store {store.path}, which another run has built meanwhile.")
+            return
         configured = self.config.codec_at(manifest.cut, len(self.chain))
         codec = (
             manifest.codec if manifest.codec == configured else f"{manifest.codec}, since {configured} does not fit"

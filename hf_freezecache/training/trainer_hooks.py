@@ -27,7 +27,6 @@ from transformers.utils import logging
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..cache.store import check_writable
 from ..config import FreezeCacheConfig, make_policy
 from ..distributed import Announcer, Group
 from ..model.chain import BlockChain
@@ -113,14 +112,11 @@ class FreezeCacheMixin(_Trainer):
 
         Raises:
             ValueError: if the rows cannot be cached or the model cannot be split.
-            OSError: if stores cannot be written.
         """
         reason = why_sharded(self)
         if reason is not None:
             raise ValueError(f"freezing and caching do not work with {reason}; use DDP (accelerate launch).")
         check_dataset(dataset)
-        if self._freeze_config.cache != "never":
-            check_writable(self._feature_cache_dir)
         source = RowSource(
             dataset,
             collator,
