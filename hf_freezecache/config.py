@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +13,17 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
-from .policies.schedule import parse_freeze_points
+from .policies.schedule import format_freeze_points
 from .units import parse_bytes
 
 PolicyName = Literal["none", "manual", "linear"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
+MismatchMode = Literal["fallback", "error"]
+ReuseMode = Literal["never", "proved", "content"]
+#: Folder of the stores in a training's output folder.
+CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -65,7 +70,15 @@ class FreezeCacheConfig:
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the stores; `output_dir/_freeze_cache` if not given."}
+        default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
+    )
+    reuse: ReuseMode = field(
+        default="proved",
+        metadata={
+            "help": "Whether stores of earlier runs are used: proved computes rows all over a store again, compares "
+            "them, and compares size and time of every file that a row is read from; content reads and compares the "
+            "files; never uses no store but those of this training, also when it is resumed."
+        },
     )
     codec: str = field(
         default="int4", metadata={"help": f"Encoding of the stored features: one of {', '.join(CODEC_NAMES)}."}
@@ -104,6 +117,13 @@ class FreezeCacheConfig:
         metadata={
             "help": "Source of the store of a deeper cut: raw runs the whole prefix on images, cache runs only the "
             "newly frozen blocks on the store of the previous cut."
+        },
+    )
+    on_mismatch: MismatchMode = field(
+        default="fallback",
+        metadata={
+            "help": "Where features turn out, in the course of a training, not to be those of the images any more: "
+            "fallback goes on from images with a warning, error stops the training."
         },
     )
     cache_eval: bool = field(
@@ -165,6 +185,8 @@ class FreezeCacheConfig:
     )
 
     def __post_init__(self):
+        if self.freeze_points is not None:
+            self.freeze_points = format_freeze_points(self.freeze_points)
         _one_of("policy", self.policy, PolicyName)
         _one_of("cache", self.cache, CacheMode)
         check_codec_name(self.codec)
@@ -181,23 +203,25 @@ class FreezeCacheConfig:
         _one_of("similarity", self.similarity, Similarity)
         _one_of("materialize", self.materialize, MaterializeMode)
         _one_of("deepen", self.deepen, DeepenMode)
+        _one_of("on_mismatch", self.on_mismatch, MismatchMode)
+        _one_of("reuse", self.reuse, ReuseMode)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
         if self.freeze_start > self.freeze_end:
             raise ValueError(
                 f"freeze_start={self.freeze_start} is after freeze_end={self.freeze_end}: stages go from the first to "
                 "the second."
             )
-        if self.freeze_stages < 1:
+        if not isinstance(self.freeze_stages, int) or self.freeze_stages < 1:
             raise ValueError(
-                f"freeze_stages={self.freeze_stages!r} must be at least 1; policy='none' freezes nothing."
+                f"freeze_stages={self.freeze_stages!r} must be an integer, at least 1; policy='none' freezes nothing."
             )
         self._check_augmentation()
         if self.policy == "manual":
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
-            parse_freeze_points(self.freeze_points)
+            ManualPolicy(self.freeze_points)  # it checks them
         elif self.freeze_points is not None:
             raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
 
@@ -215,10 +239,10 @@ class FreezeCacheConfig:
     def _check_augmentation(self) -> None:
         if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 0:
             raise ValueError(f"views={self.views!r} is a number of views: 0, 1, 2, ...")
-        if self.sensitivity_batches < 1:
+        if not isinstance(self.sensitivity_batches, int) or self.sensitivity_batches < 1:
             raise ValueError(f"sensitivity_batches={self.sensitivity_batches!r} must be at least 1.")
         for name in ("feature_noise", "mixup_alpha", "cutmix_alpha"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be 0 (off) or more, and finite.")
         for name in ("sensitive_budget", "cache_budget"):
             size = getattr(self, name)
@@ -229,6 +253,48 @@ class FreezeCacheConfig:
                 raise ValueError(f"{name}: {error}") from error
 
 
+def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, FreezePolicy]:
+    """The settings and the policy that a user gives to a trainer.
+
+    Args:
+        settings: a `FreezeCacheConfig`, or its fields as a dict; None: the defaults.
+        policy: a policy, or the name of one, which wins over that of the settings; None: that of the settings.
+
+    Raises:
+        TypeError: if they are of another type; the message says what to pass.
+        ValueError: if a value is not possible.
+    """
+    if settings is None:
+        settings = {}
+    if isinstance(settings, Mapping):
+        known = [entry.name for entry in fields(FreezeCacheConfig)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"freeze_cache: unknown {', '.join(unknown)}; the settings are {', '.join(known)}.")
+        if isinstance(policy, str) and "policy" not in settings:
+            settings = {**settings, "policy": policy}
+        settings = FreezeCacheConfig(**settings)
+    if not isinstance(settings, FreezeCacheConfig):
+        raise TypeError(
+            f"freeze_cache={settings!r}: pass a FreezeCacheConfig, or a dict of its fields such as "
+            "{'policy': 'manual', 'freeze_points': '1:4'}."
+        )
+    if isinstance(policy, str):
+        settings = settings if policy == settings.policy else _with_policy(settings, policy)
+        policy = None
+    if policy is not None and not isinstance(policy, FreezePolicy):
+        raise TypeError(
+            f"policy={policy!r}: pass one of {', '.join(get_args(PolicyName))}, or an object of a class derived from "
+            "FreezePolicy."
+        )
+    return settings, make_policy(settings) if policy is None else policy
+
+
+def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
+    points = settings.freeze_points if policy == "manual" else None
+    return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
+
+
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     """The policy that the settings name."""
     if config.policy == "none":
@@ -237,6 +303,10 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
         assert config.freeze_points is not None  # the settings check it
         return ManualPolicy(config.freeze_points)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: str, choice: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
@@ -158,7 +160,9 @@ class Announcer:
 
     def _log(self, level: int, message: str, **settings: Any) -> None:
         if self.group.is_main:
-            self.logger.log(level, message, **settings)
+            # Where a bar is drawn, it goes away for the line and comes back below it, as `tqdm.write` does.
+            with tqdm.external_write_mode(file=sys.stderr):
+                self.logger.log(level, message, **settings)
 
 
 def describe_error(error: BaseException) -> str:

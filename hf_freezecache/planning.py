@@ -27,7 +27,7 @@ from .build.survey import survey
 from .cache.holdings import disk_limit
 from .cache.rows import check_dataset
 from .cache.view_columns import ViewSpec
-from .config import FreezeCacheConfig
+from .config import CACHE_FOLDER, FreezeCacheConfig
 from .estimate.costs import Plan, PlanRow
 from .estimate.probing import Prober
 from .estimate.trial_steps import TrialSteps, timed
@@ -61,7 +61,8 @@ def plan(
         model: as it would be trained.
         dataset: map-style, as the trainer gets it: transform set.
         config: the settings; the defaults if None.
-        args: of the training; the defaults of `TrainingArguments` if None.
+        args: of the training; the defaults of `TrainingArguments` if None, but for a data set with a transform, whose
+            columns are kept (`remove_unused_columns=False`).
         data_collator: the trainer's; its default if None.
         cuts: numbers of frozen blocks to look at; every one if None.
         batches: that are measured at each cut, after one to warm up; medians count.
@@ -109,6 +110,8 @@ class _Planner:
         self.chain, self.source, self.config = context.chain, context.source, context.config
         with preserve_rng():
             self.augmentation = survey(self.source, self.chain.main_input)
+            if self.augmentation.declined is not None:
+                raise ValueError(f"nothing can be cached: {self.augmentation.declined}.")
             self.probe = context.model_inputs(self.source.probe())
             self.chain.trace(self.probe)
         self.spec_maker = SpecMaker(context, self.augmentation)
@@ -183,7 +186,12 @@ def _trainer(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(preserve_rng())
-        own = TrainingArguments(output_dir=folder, report_to="none") if args is None else copy.copy(args)
+        if args is None:
+            # A transform reads columns that no model takes; a training would have to keep them too.
+            keep = getattr(dataset, "format", {}).get("type") == "custom"
+            own = TrainingArguments(output_dir=folder, report_to="none", remove_unused_columns=not keep)
+        else:
+            own = copy.copy(args)
         own.output_dir, own.report_to, own.push_to_hub = folder, [], False
         trainer = FreezeCacheTrainer(
             model=model,
@@ -267,4 +275,4 @@ def _store_directory(config: FreezeCacheConfig, args: TrainingArguments | None) 
     """The directory of the training's stores."""
     if config.feature_cache_dir is not None:
         return Path(config.feature_cache_dir)
-    return (Path.cwd() if args is None or args.output_dir is None else Path(args.output_dir)) / "_freeze_cache"
+    return (Path.cwd() if args is None or args.output_dir is None else Path(args.output_dir)) / CACHE_FOLDER

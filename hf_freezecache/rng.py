@@ -11,6 +11,23 @@ import numpy as np
 import torch
 
 
+class RngState:
+    """The states of the Python, NumPy and torch (CPU and accelerator) generators at the time when it is made."""
+
+    def __init__(self):
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        # Not `is_available`: a loader process that was forked from a process with a GPU cannot read its generators.
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Puts all generators back into these states."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
     """Restores the states of the Python, NumPy and torch (CPU and accelerator) generators on leaving the context.
@@ -18,17 +35,11 @@ def preserve_rng() -> Iterator[None]:
     Probing, planning, building and counting FLOPs run in it, so that a training gets the same random numbers whether a
     store is built, reused or declined.
     """
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not `is_available`: a loader process that was forked from a process with a GPU cannot read its generators.
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    state = RngState()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        state.restore()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """What the recipes share."""
 
 import json
+import logging
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,19 @@ def recipes_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = error.name.partition(".")[0]
         raise SystemExit(f'The recipes need the package {package}: pip install -e ".[recipes]"') from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line where a user has made a mistake; the traceback is logged at debug level.
+
+    A wrong setting, a missing file and a model or data that do not fit are `ValueError`, `TypeError` or `OSError`.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        logging.getLogger(__name__).debug("The error of the line below", exc_info=True)
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None
 
 
 class Stopwatch(TrainerCallback):

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from _common import Stopwatch, peak_memory_bytes, write_json
+from _common import Stopwatch, one_line_errors, peak_memory_bytes, write_json
 from datasets import DatasetDict, load_dataset
 from metrics import make_compute_metrics
 from transformers import HfArgumentParser, TrainingArguments, set_seed
@@ -173,4 +173,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from _common import Stopwatch, peak_memory_bytes, recipes_extra, write_json
+from _common import Stopwatch, one_line_errors, peak_memory_bytes, recipes_extra, write_json
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from metrics import make_compute_metrics
 from torchvision.transforms import v2
@@ -234,4 +234,5 @@ def main(argv: list[str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

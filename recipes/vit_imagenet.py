@@ -7,6 +7,7 @@ python recipes/vit_imagenet.py --train_dir train --validation_dir val --model_na
 import sys
 
 import image_classification
+from _common import one_line_errors
 
 MODEL = "google/vit-base-patch16-224-in21k"
 DATASET = "ILSVRC/imagenet-1k"
@@ -39,4 +40,5 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

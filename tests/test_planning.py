@@ -7,6 +7,7 @@ import torch
 from support import helpers, images, zoo
 from support.helpers import make_args, pixel_dataset, tiny_vit
 from support.packed_stores import DATA, stores_of, train_on_rows
+from support.trainer_data import image_dataset, to_pixels
 from support.untouched import assert_same, snapshot, with_gradients
 from torchvision.transforms import v2
 from transformers import BertConfig, BertForSequenceClassification
@@ -199,3 +200,15 @@ def test_plan_says_that_rows_might_not_fit_before_they_are_packed(tmp_path):
     most = replace(row, limit=row.most_bytes)
     assert most.fits and not replace(row, limit=row.most_bytes - 1).fits
     assert "does not fit" in replace(row, limit=row.bytes).verdict
+
+
+def test_plan_without_arguments_keeps_the_columns_that_a_transform_reads():
+    dataset = image_dataset(16).with_transform(to_pixels)
+    found = plan(tiny_vit(), dataset, cuts=[2], batches=1)
+    assert [row.cut for row in found.rows] == [2]
+
+
+def test_column_that_a_transform_misses_is_explained(tmp_path):
+    dataset = image_dataset(16).with_transform(to_pixels)
+    with pytest.raises(ValueError, match="reads the column 'image'.*remove_unused_columns=False"):
+        plan(tiny_vit(), dataset, args=make_args(tmp_path), cuts=[2])

@@ -190,3 +190,20 @@ def test_quickstart_compares_both_arms_in_processes_of_their_own(tmp_path):
     assert [result["arm"] for result in results] == ["plain", "cached"]
     assert (tmp_path / "comparison.png").stat().st_size > 0
     assert "FreezeCacheTrainer" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--nonsense", "1"], "--nonsense"),
+        (["--codec", "int5"], "int5"),
+        (["--train_files", "missing.parquet"], "missing.parquet does not exist"),
+    ],
+)
+def test_mistake_of_a_user_is_answered_in_one_line(options, words, tiny_vit, tmp_path):
+    command = [sys.executable, str(RECIPES / "image_classification.py"), "--model_name_or_path", str(tiny_vit)]
+    command += ["--output_dir", str(tmp_path / "run"), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("image_classification.py: ") and words in last

@@ -22,7 +22,8 @@ from hf_freezecache import FeatureStore, ReplayCollator, make_codec
 from hf_freezecache.build.materialize import fit_stride
 from hf_freezecache.model.layout import FeatureLayout
 from hf_freezecache.replay.collator import take_codes
-from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
+from hf_freezecache.replay.dataset import ReplayDataset
+from hf_freezecache.replay.requests import SourceSwitch, stamp_rows
 
 from .._common import Claim, interleave, make_parser, pick, prepare, summary, write_result
 from .._stores import LABELS, write_store
@@ -165,8 +166,7 @@ def measure_reading(store: FeatureStore, hand: datasets.Dataset, options: argpar
     replayed, by_hand = endless_loader(replay_dataset(store), options), endless_loader(hand, options)
 
     def loaded() -> None:
-        codes, _ = take_codes(next(replayed))
-        store.codec.decode(codes)
+        store.codec.decode(take_codes(next(replayed)).codes)
 
     sides = {
         "store_decoded": lambda: store.codec.decode(store.read_rows(next(orders["decoded"]))),
@@ -181,7 +181,7 @@ def measure_reading(store: FeatureStore, hand: datasets.Dataset, options: argpar
 
 def replay_dataset(store: FeatureStore) -> ReplayDataset:
     """The data set of a replay epoch."""
-    switch = SourceSwitch()
+    switch = SourceSwitch(len(store))
     switch.set(store.path)
     return ReplayDataset(range(len(store)), switch, seed=0)
 
@@ -191,6 +191,11 @@ def endless_loader(dataset: Any, options: argparse.Namespace) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(options.seed)
     collate = ReplayCollator(default_collate)
     loader = DataLoader(dataset, options.batch_size, True, collate_fn=collate, drop_last=True, generator=generator)
+    if isinstance(dataset, ReplayDataset):
+        stamp_rows(loader, dataset.switch)
+        with dataset.switch.requesting():
+            while True:
+                yield from loader
     while True:
         yield from loader
 

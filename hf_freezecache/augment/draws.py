@@ -24,6 +24,7 @@ class Draw:
         epoch: the live epoch; None for the cache.
         view: number of the view for the cache, 0 for the base view, or one number per sample; None in live epochs.
         geometry: kind and feature grid `(h, w)` of the geometry that is requested; None: no geometry is.
+        occurrences: how often each sample was drawn in the live epoch before; None: never.
 
     Attributes:
         geometries: geometry of the views that are not the base view, `(G,)` each, written by the transform.
@@ -31,7 +32,7 @@ class Draw:
         position: number of samples that the transform has drawn so far.
 
     Raises:
-        ValueError: if the number of views is not the number of samples.
+        ValueError: if the number of views, or of occurrences, is not the number of samples.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Draw:
         epoch: int | None = None,
         view: int | Sequence[int] | None = None,
         geometry: tuple[str, tuple[int, int]] | None = None,
+        occurrences: Sequence[int] | None = None,
     ):
         if not (view is None or isinstance(view, int)) and len(view) != len(samples):
             raise ValueError(f"got {len(view)} views for {len(samples)} samples: one each, or one number for all.")
+        if occurrences is not None and len(occurrences) != len(samples):
+            raise ValueError(f"got {len(occurrences)} occurrences for {len(samples)} samples: one each.")
         self.seed, self.samples, self.epoch, self.geometry = seed, samples, epoch, geometry
-        self._view = view
+        self._view, self._occurrences = view, occurrences
         self.geometries: list[torch.Tensor] = []
         self.refused: str | None = None
         self.position = 0
@@ -82,7 +86,8 @@ class Draw:
             return ("view", self.seed, sample, view)
         if self.epoch is None:
             raise ValueError("a draw needs the epoch, in live epochs, or the view, for the cache.")
-        return ("live", self.seed, self.epoch, sample)
+        again = 0 if self._occurrences is None else self._occurrences[max(self.position - 1, 0)]
+        return ("live", self.seed, self.epoch, sample, *([again] if again else []))
 
 
 @contextlib.contextmanager

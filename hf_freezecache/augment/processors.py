@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 #: What `train_pipeline` can do to images.
@@ -17,6 +18,24 @@ AUGMENTATIONS = ("crop", "color", "none")
 _BICUBIC = 3
 # From this side on ConvNeXt resizes to the final size; smaller images are resized with a margin and cropped.
 _CONVNEXT_WHOLE = 384
+
+
+class UnitRange(v2.Transform):
+    """Passes images on, and refuses floats outside 0..1: `v2.ToDtype(scale=True)` scales integers alone.
+
+    Raises:
+        ValueError: when called with such an image.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Image) and inpt.is_floating_point():
+            low, high = inpt.min().item(), inpt.max().item()
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"a float image has values from {low:.3g} to {high:.3g}; floats are expected from 0 to 1: divide "
+                    "it by its brightest value, or store it as uint8. Leave the normalization to the pipeline."
+                )
+        return inpt
 
 
 def base_pipeline(processor: Any, image_size: int | None = None) -> v2.Compose:
@@ -33,6 +52,7 @@ def base_pipeline(processor: Any, image_size: int | None = None) -> v2.Compose:
 
     Returns:
         Resize, centre crop (where the processor crops, or resizes the shorter side alone), floats and normalization.
+        Images are 8-bit integers, or floats from 0 to 1.
 
     Raises:
         ValueError: if the processor states no size.
@@ -46,7 +66,7 @@ def base_pipeline(processor: Any, image_size: int | None = None) -> v2.Compose:
     scale = 1.0 if image_size is None else image_size / min(cropped or resized)
     mode = InterpolationMode.BICUBIC if processor.resample == _BICUBIC else InterpolationMode.BILINEAR
     sides = [int(round(side * scale) / margin) for side in resized]
-    steps = [v2.ToImage(), v2.Resize(sides, mode, antialias=True)]
+    steps = [v2.ToImage(), UnitRange(), v2.Resize(sides, mode, antialias=True)]
     if cropped:
         steps.append(v2.CenterCrop([round(side * scale) for side in cropped]))
     steps.append(v2.ToDtype(torch.float32, scale=True))
@@ -89,4 +109,4 @@ def train_pipeline(base: v2.Compose, augmentation: str = "crop", min_crop: float
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=resize.interpolation)
     jitter = [v2.ColorJitter(0.3, 0.3, 0.3)] if augmentation == "color" else []
     finish = [step for step in base.transforms if isinstance(step, (v2.ToDtype, v2.Normalize))]
-    return v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *jitter, *finish])
+    return v2.Compose([v2.ToImage(), UnitRange(), crop, v2.RandomHorizontalFlip(), *jitter, *finish])

@@ -10,7 +10,7 @@ import random
 import textwrap
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -31,6 +31,7 @@ _BORDER_ERROR = 0.6
 # Number of image sizes for which the map to the base view is cached, a few hundred bytes each.
 _SIZES = 1024
 _ROUGHLY = 1e-5
+_CAST = "scale it to 8 bits"
 _END = "end it with v2.ToImage(), v2.ToDtype(torch.float32, scale=True)"
 
 
@@ -59,7 +60,8 @@ class ReplayableTransform:
             `tv_tensors.Image` of 3 channels and ends in a tensor `(C, H, W)`.
         base: the pipeline for the base view, without random transforms, as for evaluation: it resizes and crops, then
             changes colours. The part of the image that it shows may depend on the size of the image only.
-        image_column: column of the images: PIL images of any mode or tensors `(C, H, W)` with 1, 3 or 4 channels.
+        image_column: column of the images: PIL images of 8 or 16 bits a channel, or tensors `(C, H, W)` with 1, 3 or 4
+            channels: uint8, uint16 or floats. 16 bits become 8; floats reach the pipelines as they are.
 
     Raises:
         ValueError: when called, if there is no image column, if `base` draws random numbers, or if a pipeline does
@@ -202,11 +204,44 @@ class _GridRefusedError(Exception):
 
 def _to_rgb(image: Any) -> PIL.Image.Image | tv_tensors.Image:
     if isinstance(image, PIL.Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else _to_8_bits(image).convert("RGB")
     if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
         got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
         raise TypeError(f"an image is a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels, got {got}")
+    if image.dtype == torch.uint16:
+        image = _halve(image.to(torch.int32))
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        # Pipelines scale by the largest value of the type: 255 of 2 ** 63 would be black.
+        raise TypeError(
+            f"an image is a tensor of {image.dtype}, whose brightest value is unknown: {_CAST} in the column "
+            f"(0 to 255: uint8; 0 to 1: float32)"
+        )
     return tv_tensors.Image(image.repeat(3, 1, 1) if image.shape[0] == 1 else image[:3])
+
+
+def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image with 8 bits a channel; PIL's own conversion cuts off what is brighter than 255.
+
+    Raises:
+        TypeError: if the image's mode does not tell which value is white, and its values are not from 0 to 255.
+    """
+    if image.mode.startswith("I;16"):
+        values = torch.from_numpy(np.asarray(image).astype(np.int32))
+        return PIL.Image.fromarray(_halve(values).numpy())
+    if image.mode in ("I", "F"):
+        # Annotated for images of several channels too, which these modes do not have.
+        low, high = cast(tuple[float, float], image.getextrema())
+        if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
+            raise TypeError(
+                f"an image of PIL's mode '{image.mode}' has values from {low:.4g} to {high:.4g}: which one is white "
+                f"is unknown; {_CAST} before, e.g. PIL.Image.fromarray((values / white * 255).astype('uint8'))"
+            )
+    return image
+
+
+def _halve(values: torch.Tensor) -> torch.Tensor:
+    """16 bits to 8: 65535 becomes 255."""
+    return ((values + 128) // 257).to(torch.uint8)
 
 
 def _draw(pipeline: Callable, image: Any, name: str) -> torch.Tensor:

@@ -28,7 +28,6 @@ _SHARED = {
     "dataset": "the data set",
     "collator": "the data collator",
     "rows": "the number of samples",
-    "sample_rows": "what the samples hold",
     "model": "the model's class",
     "precision": "mixed precision",
     "seed": "the seed",
@@ -157,8 +156,8 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
             return f"{words} is not what the store at cut {cut} was made with"
     if len(store) != len(spec.source):
         return f"the store at cut {cut} holds {len(store)} samples instead of {len(spec.source)}"
-    blocks = chain.names[:cut]
-    if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks):
+    blocks, modules = chain.names[:cut], chain.prefix_modules(cut)
+    if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks, modules):
         return f"the model's configuration is not what the store at cut {cut} was made with"
     if store.codec.layout != chain.layout(cut):
         return f"the features at cut {cut} have another layout by now: {chain.layout(cut)}, not {store.codec.layout}"

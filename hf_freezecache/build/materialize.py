@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -12,18 +13,19 @@ from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
 from ..cache.completing import complete, small_files
+from ..cache.directories import builders, check_writable, claim_aside, discard_aside, remove_store
 from ..cache.fingerprint import digest
 from ..cache.holdings import note_owner
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
-from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
+from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batch
 from ..cache.shards import ShardWriter
-from ..cache.store import FeatureStore, NotWritable, check_writable, claim_aside, discard_aside, remove_store
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns
-from ..distributed import Group
+from ..distributed import Announcer, Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
-from .errors import BuildFailed, GeometryMisfit, OverLimit
+from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
 from .feature_sources import ViewRun
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
@@ -62,8 +64,8 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
 
     try:
         exists, problem = group.on_main(find)
-        if problem is not None and group.is_main:
-            logger.warning(f"A feature store could not be reused and is built again: {problem}")
+        if problem is not None:
+            Announcer(group, logger).warning(f"A feature store could not be reused and is built again: {problem}")
         return open_everywhere(spec, group) if exists else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
@@ -120,12 +122,27 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """
     try:
         with preserve_rng():
-            claimed = claim(spec, group)
-            return claimed if isinstance(claimed, FeatureStore) else _Build(spec, group, claimed).run()
+            store = wait_for_builders(spec, group)
+            return _Build(spec, group).run() if store is None else store
     except NotWritable:
         raise
     except (OSError, StoreError) as error:
         raise BuildFailed(str(error)) from error
+
+
+def wait_for_builders(spec: StoreSpec, group: Group) -> FeatureStore | None:
+    """Waits while other runs build the same store.
+
+    Returns:
+        What they have built; None if none is building it, or each has failed, was killed or does not go on.
+    """
+    waits = False
+    while others := group.on_main(lambda: builders(spec.path)):
+        if not waits:
+            Announcer(group, logger).warning(f"Waiting for the feature store {spec.path}, which {others} builds.")
+        waits = True
+        time.sleep(_POLL_SECONDS)
+    return open_matching(spec, group) if waits else None
 
 
 def claim(spec: StoreSpec, group: Group) -> Path | FeatureStore:
@@ -137,22 +154,32 @@ def claim(spec: StoreSpec, group: Group) -> Path | FeatureStore:
     Raises:
         NotWritable: on every process, if nothing can be written to the directory of the stores.
     """
-    waits = False
-    group.on_main(lambda: check_writable(spec.directory))
+    need_writable(spec, group)
     while True:
-        aside, others = group.on_main(lambda: claim_aside(spec.path))
-        if aside is not None or waits:  # it may have been finished in between
-            store = open_matching(spec, group)
-            if store is not None:
-                if aside is not None and group.is_main:
-                    discard_aside(aside)
-                return store
-        if aside is not None:
+        aside = group.on_main(lambda: claim_aside(spec.path))
+        store = open_matching(spec, group) if aside is not None else wait_for_builders(spec, group)
+        if store is None and aside is not None:
             return aside
-        if not waits and group.is_main:
-            logger.warning(f"Waiting for the feature store {spec.path}, which {others} is building.")
-        waits = True
-        time.sleep(_POLL_SECONDS)
+        if store is not None:
+            if aside is not None and group.is_main:
+                discard_aside(aside)
+            return store
+
+
+def need_writable(spec: StoreSpec, group: Group) -> None:
+    """Makes the directory of the stores if there is none.
+
+    Raises:
+        NotWritable: on every process, if nothing can be written to it.
+    """
+
+    def check() -> None:
+        try:
+            check_writable(spec.directory)
+        except OSError as error:
+            raise NotWritable(str(error)) from error
+
+    group.on_main(check)
 
 
 def fit_stride(rows: int, layout: FeatureLayout) -> int:
@@ -186,22 +213,13 @@ def ranges_run_twice(spec: StoreSpec) -> int:
 
 
 class _Build:
-    def __init__(self, spec: StoreSpec, group: Group, aside: Path):
-        self.spec, self.group, self.aside = spec, group, aside
+    def __init__(self, spec: StoreSpec, group: Group):
+        self.spec, self.group = spec, group
         # Ranges that were run to fit the codec and need not run again.
         self.in_memory: dict[int, list[ViewRun]] = {}
 
     def run(self) -> FeatureStore:
-        try:
-            self._write()
-        except BaseException:
-            if self.group.is_main:
-                discard_aside(self.aside)
-            raise
-        return open_everywhere(self.spec, self.group)
-
-    def _write(self) -> None:
-        spec, group, aside = self.spec, self.group, self.aside
+        spec, group = self.spec, self.group
         codec = make_codec(spec.codec, spec.layout)
         probe = split_batch(spec.source.probe(), spec.chain.main_input)
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
@@ -210,8 +228,17 @@ class _Build:
         views = ViewColumns(spec.views, codec)
         mine = group.my_ranges(spec.source.num_ranges)
         self.in_memory = {number: views for number, views in self.in_memory.items() if number in mine}
-        shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
-        group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
+        aside = claim(spec, group)
+        if isinstance(aside, FeatureStore):
+            return aside
+        try:
+            shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
+            group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
+        except BaseException:
+            if group.is_main:
+                discard_aside(aside)
+            raise
+        return open_everywhere(spec, group)
 
     def _fit(self, codec: Codec) -> dict[str, torch.Tensor]:
         self.in_memory = fit_codec(self.spec, codec)
@@ -225,20 +252,47 @@ class _Build:
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
             for number in mine:
-                base, *others = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
+                view_runs = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
                 rows = spec.source.rows(number)
-                if not spec.views.whole:
-                    check_geometry(others, rows)
-                check_inputs(base, probe, rows[0])
-                codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
-                for view, view_run in enumerate(others, start=1):
-                    check_inputs(view_run, probe, rows[0])
-                    codes |= views.encode(view, view_run.features, view_run.geometry, rows)
-                    if spec.views.own_inputs:
-                        inputs |= {own_input(view, name): value for name, value in view_run.columns.items()}
+                codes, inputs = encode_range(spec, codec, views, probe, view_runs, rows)
                 writer.write(rows[0], codes, inputs)
                 bar.update()
         return writer.shard()
+
+
+def encode_range(
+    spec: StoreSpec,
+    codec: Codec,
+    views: ViewColumns,
+    probe: BatchSplit,
+    view_runs: Sequence[ViewRun],
+    rows: Sequence[int],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Codes and model inputs of all views of a range, by column.
+
+    Args:
+        spec: of the store.
+        codec: fitted.
+        views: columns of the augmented views.
+        probe: a few rows' model inputs.
+        view_runs: the range's views, the base view first.
+        rows: the range's row numbers.
+
+    Raises:
+        GeometryMisfit: if some view's geometry cannot be stored as `spec.views` says.
+        ValueError: if a feature is not finite (the sample is named) or a batch cannot be stored per row.
+    """
+    base, *others = view_runs
+    if not spec.views.whole:
+        check_geometry(others, rows)
+    check_inputs(base, probe, rows[0])
+    codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
+    for view, view_run in enumerate(others, start=1):
+        check_inputs(view_run, probe, rows[0])
+        codes |= views.encode(view, view_run.features, view_run.geometry, rows)
+        if spec.views.own_inputs:
+            inputs |= {own_input(view, name): value for name, value in view_run.columns.items()}
+    return codes, inputs
 
 
 def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
@@ -348,15 +402,15 @@ def check_inputs(inputs: ViewRun | BatchSplit, probe: BatchSplit, first: int) ->
     """Compares a batch's model inputs to the probe's.
 
     Raises:
-        ValueError: if the entries or the constants differ; `first`, a sample of the batch, is named.
+        RowError: if the entries or the constants differ; `first`, a sample of the batch, is named.
     """
     if inputs.constants != probe.constants:
-        raise ValueError(
+        raise RowError(
             f"the collator's constants differ between batches: {inputs.constants} at sample {first}, "
             f"{probe.constants} before; only what is the same for all can be replayed."
         )
     if inputs.columns.keys() != probe.columns.keys():
-        raise ValueError(
+        raise RowError(
             f"the collator returns {sorted(inputs.columns)} at sample {first}, "
             f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
         )

@@ -19,25 +19,18 @@ from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
 from ..cache.completing import small_files
+from ..cache.directories import StoreInUse, create_aside, discard_aside, rename_aside
 from ..cache.leases import Lease, describe, holders
 from ..cache.manifest import Shard, StoreError, translated
 from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
 from ..cache.rows import ChosenRows, split_batch
 from ..cache.shards import ShardWriter
-from ..cache.store import (
-    FeatureStore,
-    NotWritable,
-    StoreInUse,
-    check_writable,
-    create_aside,
-    discard_aside,
-    rename_aside,
-)
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns
-from ..distributed import Group
+from ..distributed import Announcer, Group
 from ..rng import preserve_rng
-from .errors import BuildFailed
-from .feature_sources import ViewRun
+from .errors import BuildFailed, NotWritable
+from .feature_sources import ViewRun, check_rows
 from .materialize import (
     check_geometry,
     check_inputs,
@@ -46,6 +39,7 @@ from .materialize import (
     complete_store,
     fit_codec,
     make_manifest,
+    need_writable,
     open_everywhere,
     open_matching,
     store_bytes,
@@ -101,7 +95,7 @@ class PartialStore:
         """
         try:
             with preserve_rng():
-                group.on_main(lambda: check_writable(spec.directory))
+                need_writable(spec, group)
                 codec = make_codec(spec.codec, spec.layout)
 
                 def fit() -> dict[str, torch.Tensor]:
@@ -155,7 +149,7 @@ class PartialStore:
                 others = describe(holders(path, own=False))
                 if others:
                     raise StoreInUse(f"{error} It is in use by {others}.") from error
-                logger.warning(f"A feature store that was begun is begun again: {error}")
+                Announcer(group, logger).warning(f"A feature store that was begun is begun again: {error}")
                 shutil.rmtree(path)
                 return None
             return begun.codec.tensors(), settled.views, settled.notes
@@ -199,6 +193,7 @@ class PartialStore:
             OSError: if it cannot be written.
         """
         check_inputs(view_run, self.probe, samples[0])
+        check_rows(len(view_run.need_features()), samples)
         for view in np.unique(views):
             positions = np.flatnonzero(views == view)
             of_view = [samples[position] for position in positions.tolist()]

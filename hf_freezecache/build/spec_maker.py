@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
+from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowSource
 from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewSpec
@@ -19,12 +21,21 @@ from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
-from .deepening import DEEPENED_FROM, deepened
+from .deepening import DEEPENED_FROM, StoreFeatures, deepened
 from .feature_sources import ImageFeatures
 from .fisher import fisher_weights
 from .materialize import spread
+from .reuse import StoreReuse, file_notes
 from .store_spec import StoreSpec
-from .survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
+from .survey import (
+    Augmentation,
+    choose_channels,
+    count_sensitive,
+    look_closer,
+    make_view_spec,
+    survey,
+    why_random_on_device,
+)
 
 #: Batches from all over the data on which the loss's sensitivity to each channel is measured.
 _WEIGHT_BATCHES = 8
@@ -34,6 +45,8 @@ WRITTEN = "materialize"
 EVALUATION_CODEC = "fp16"
 #: A fingerprint's entry `augmentation` for stores of evaluation sets, which are not removed with the training's.
 _EVALUATION = {"views": 0, "for": "evaluation"}
+#: Settings on which random numbers of opaque transforms and collators depend, see `RowSource`.
+_DRAWS = ("seed", "batch_size")
 
 
 class SpecMaker:
@@ -47,6 +60,9 @@ class SpecMaker:
         augmentation: what is random; None where nothing is cached, and on other processes until the first `make`.
         weights: by cut, float32 `(C,)` or `(4, C)`, the loss's sensitivity to each channel, for codecs that use it.
             Measured once, so that a store that is lost is built again as it was.
+        unknown: stands in fingerprints for what cannot be digested. A resumed training has the same, so that it finds
+            its stores again.
+        reuse: opens stores of earlier runs.
 
     Raises:
         ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
@@ -60,7 +76,13 @@ class SpecMaker:
         if augmentation is None and context.group.is_main and context.config.cache != "never":
             # At the beginning, where a mistake in the pipelines costs nothing yet.
             self.augmentation = survey(context.source, context.chain.main_input)
+            on_device = why_random_on_device(context.model_inputs, context.source.probe())
+            if on_device is not None and self.augmentation.declined is None:
+                self.augmentation = Augmentation(declined=on_device)
+        self._looked_closer = False
         self.weights: dict[int, torch.Tensor] = {}
+        self.unknown = context.group.broadcast(uuid.uuid4().hex)
+        self.reuse = StoreReuse(context)
         self._notes: Mapping[str, Any] = {}
 
     def make(self, cut: int, codec: str) -> StoreSpec:
@@ -79,12 +101,27 @@ class SpecMaker:
 
         context.group.on_all(prove)
         self.augmentation = context.group.broadcast(self.augmentation)
+        self._look_closer()
         made_from = context.group.on_main(
-            lambda: self._made_from(context.source, cut, codec, self._augmentation_settings())
+            lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
         )
         return self.with_codec(replace(self.draft(cut, codec), made_from=made_from), codec)
 
-    def make_evaluation(self, source: RowSource, probe: Mapping[str, Any], cut: int, limit: int | None) -> StoreSpec:
+    def _look_closer(self) -> None:
+        """Looks for rare randomness, once, before anything is stored as if there were none."""
+        if self._looked_closer or self._augmentation.random or not self.context.config.views:
+            return
+
+        def look() -> Augmentation | None:
+            with preserve_rng():
+                return look_closer(self.context.source)
+
+        found = self.context.group.on_main(look)
+        self.augmentation, self._looked_closer = found or self.augmentation, True
+
+    def make_evaluation(
+        self, source: RowSource, probe: Mapping[str, Any], cut: int, limit: int | None, random: bool
+    ) -> StoreSpec:
         """The spec of the store of an evaluation set.
 
         Args:
@@ -92,15 +129,18 @@ class SpecMaker:
             probe: a few of them as the prefix's inputs; the chain is traced on them.
             cut: frozen blocks.
             limit: most bytes of its files.
+            random: whether something is drawn in the samples.
 
         Raises:
             ChainError: if the cut fails the proof on these samples.
         """
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
-        made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION))
+        draws = _DRAWS if random else ()
+        made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
         spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())
-        return replace(spec, made_from=made_from, limit=limit)
+        notes = context.group.on_main(lambda: file_notes(source.dataset, context.config.reuse))
+        return replace(spec, made_from=made_from, limit=limit, notes=notes)
 
     def draft(self, cut: int, codec: str) -> StoreSpec:
         """A spec without a fingerprint, for measuring.
@@ -136,7 +176,7 @@ class SpecMaker:
         return replace(spec, made_from={**spec.made_from, DEEPENED_FROM: parent})
 
     def settle(self, spec: StoreSpec) -> StoreSpec:
-        """Chooses the sensitive channels, on the main process.
+        """Chooses the sensitive channels and describes the files of the rows, on the main process.
 
         Raises:
             GeometryMisfit: on every process, if a view's geometry cannot be stored as the spec says.
@@ -146,11 +186,18 @@ class SpecMaker:
             config = self.context.config
             with preserve_rng():
                 settled = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
-            self._notes = settled.notes  # pictures stay here: the main process writes them
+            # Pictures stay here: the main process writes them.
+            self._notes = {**settled.notes, **self._file_notes(spec)}
             return settled.views
 
         views = self.context.group.on_main(choose)
         return replace(spec, views=views, notes=self._notes)
+
+    def _file_notes(self, spec: StoreSpec) -> Mapping[str, Any]:
+        if isinstance(spec.feature_source, StoreFeatures):  # it was read when the store before was made
+            note = spec.feature_source.store.read_note(ROW_FILES)
+            return {} if note is None else {ROW_FILES: note}
+        return file_notes(spec.source.dataset, self.context.config.reuse)
 
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
@@ -169,7 +216,9 @@ class SpecMaker:
             lossless=context.config.lossless,
         )
 
-    def _made_from(self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any]) -> dict[str, Any]:
+    def _made_from(
+        self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any], draws: Collection[str]
+    ) -> dict[str, Any]:
         chain = self.context.chain
         inputs = fingerprint_inputs(
             source=source,
@@ -181,7 +230,12 @@ class SpecMaker:
             augmentation=augmentation,
             precision=self.context.precision,
             format_version=FORMAT_VERSION,
+            modules=chain.prefix_modules(cut),
+            draws=draws,
+            unknown=self.unknown,
         )
+        if self.context.config.reuse == "never":
+            inputs["training"] = self.unknown
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
@@ -208,6 +262,14 @@ class SpecMaker:
         if self.augmentation is None:
             raise RuntimeError("nobody has looked what is random in the samples: `cache` is 'never'.")
         return self.augmentation
+
+    def _draws(self) -> Collection[str]:
+        """The settings on which the random numbers in the rows of a store depend."""
+        if not self._augmentation.random:
+            return ()
+        if not self._augmentation.replayable:
+            return _DRAWS
+        return ("seed",) if self.context.config.views else ()
 
     def _augmentation_settings(self) -> dict[str, Any]:
         """The settings that decide which views a store holds."""

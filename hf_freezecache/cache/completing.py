@@ -15,10 +15,11 @@ import safetensors.torch
 import torch
 
 from .codec import Codec
+from .directories import discard_aside, rename_aside, sync_directory
 from .manifest import Manifest, StoreError
 from .names import CODEC_FILE, DATASET_INFO_FILE, DATASET_STATE_FILE, MANIFEST, note_file
 from .shards import shard_features
-from .store import FeatureStore, discard_aside, rename_aside, sync_directory
+from .store import FeatureStore
 from .view_columns import ViewColumns
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ class Holding:
         built: whether this training has built it. Stores that other trainings have built are never deleted.
         cut: frozen blocks.
         is_evaluation: whether it is the store of an evaluation set.
+        inherited: whether an earlier training of the same trainer has used it, and this one has not so far.
     """
 
     bytes: int
     built: bool
     cut: int
     is_evaluation: bool = False
+    inherited: bool = False
 
 
 class Holdings:
@@ -57,6 +59,19 @@ class Holdings:
             is_evaluation: whether it is the store of an evaluation set.
         """
         self._stores[path] = Holding(total_bytes, built or self.has_built(path), cut, is_evaluation)
+
+    def inherit(self, earlier: Holdings) -> None:
+        """Counts the stores of an earlier training of the same trainer, which may be used again."""
+        for path, store in earlier._stores.items():
+            self._stores.setdefault(path, replace(store, inherited=True))
+
+    def spare(self, in_use: Collection[Path] = ()) -> list[Path]:
+        """Inherited stores that this training has not used so far: they make room where it lacks.
+
+        Args:
+            in_use: directories of stores that are read or written.
+        """
+        return [path for path, store in self._stores.items() if store.inherited and path not in in_use]
 
     def drop(self, path: Path) -> None:
         """Stops counting a store; does nothing if it is not counted."""

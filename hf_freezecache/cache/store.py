@@ -1,37 +1,32 @@
-"""A store of features on disk: reading its rows, and making and deleting its directory."""
+"""A store of features on disk, opened for reading its rows."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import socket
-import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import safetensors.torch
 import torch
 
 from .codec import Codec
+from .directories import create_aside, remove_store  # noqa: F401 - they belong to a store's life
 from .held_files import FileState, HeldFile, Readable, open_file
-from .leases import Lease, changed_within, describe, has_leases, holders, is_built
+from .leases import Lease
 from .manifest import Manifest, StoreError, translated
 from .names import (
     DATASET_STATE_FILE,
     MANIFEST,
-    AsideName,
-    aside_path,
     is_shard,
+    note_file,
     own_input,
-    parse_aside,
-    parse_removed,
-    removed_path,
 )
 from .opening import check_state, open_columns, open_files
 from .rows import InputColumn
@@ -208,6 +203,63 @@ class FeatureStore:
         batch.update(self.manifest.constants)
         return batch
 
+    def read_codes(self, names: Sequence[str], indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Reads columns of codes or geometry as they are stored.
+
+        Args:
+            names: of the columns.
+            indices: row numbers `(B,)`.
+
+        Returns:
+            Name -> `(B, length)`.
+
+        Raises:
+            IndexError: if a row does not exist.
+            StoreError: if a row is damaged or cannot be read.
+
+        Shapes: B samples.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        return {name: torch.from_numpy(self._columns[name].take(rows)) for name in names}
+
+    def read_input(self, name: str, column: InputColumn, indices: Sequence[int] | np.ndarray) -> Any:
+        """Reads a column of model inputs: a tensor `(B, *column.shape)`, or a list.
+
+        Args:
+            name: of the column; of one that a view has for itself, as `own_input` writes it.
+            column: what it holds.
+            indices: row numbers `(B,)`.
+
+        Raises:
+            IndexError: if a row does not exist.
+            StoreError: if a row is damaged or cannot be read.
+
+        Shapes: B samples.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        values = self._columns[name].take(rows)
+        if not column.is_list:
+            return column.to_tensor(values)
+        return values[:, 0].tolist() if isinstance(values, np.ndarray) else values
+
+    def read_note(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Tensors for people and tools; None if the store has no such note.
+
+        Args:
+            name: of the note, e.g. `sensitivity`.
+
+        Raises:
+            StoreError: if its file is missing or damaged.
+        """
+        entry = self.manifest.files.get(note_file(name))
+        if entry is None:
+            return None
+        path = self.path / note_file(name)
+        with contextlib.closing(HeldFile(path, open_file(path), entry["bytes"], entry["sha256"])) as file:
+            file.verify()
+            with translated(f"{path} does not hold tensors"):
+                return safetensors.torch.load(file.read(file.size, 0))
+
     def frame_bytes(self) -> dict[str, float]:
         """Mean size of a packed row in bytes, by column; empty if rows are not packed."""
         return {name: column.frame_bytes for name, column in self._columns.items() if isinstance(column, PackedColumn)}
@@ -219,18 +271,12 @@ class FeatureStore:
         )
 
     def _read_input(self, name: str, column: InputColumn, rows: np.ndarray, views: np.ndarray | None) -> Any:
-        def take(column_name: str, positions: np.ndarray) -> Any:
-            values = self._columns[column_name].take(positions)
-            if not column.is_list:
-                return column.to_tensor(values)
-            return values[:, 0].tolist() if isinstance(values, np.ndarray) else values
-
-        values = take(name, rows)
+        values = self.read_input(name, column, rows)
         if views is None or not self.manifest.own_inputs:
             return values
         for view in np.unique(views[views > 0]):
             positions = np.flatnonzero(views == view)
-            own = take(own_input(view, name), rows[positions])
+            own = self.read_input(own_input(view, name), column, rows[positions])
             for position, value in zip(positions, own, strict=True):
                 values[position] = value
         return values
@@ -305,166 +351,6 @@ class StoreHandle:
         return FeatureStore(self.path, *opened)
 
 
-def create_aside(final: Path) -> Path:
-    """Makes a directory in which a store is written before it gets its final name.
-
-    Other processes see that this one builds the store. Deletes the directories that dead processes have left behind
-    for the same store, and stores that were being deleted.
-
-    Args:
-        final: path of the complete store.
-
-    Returns:
-        Path of the new directory, beside the final one.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for path, aside in _asides(final):
-        if not is_built(path, aside):
-            shutil.rmtree(path, ignore_errors=True)
-    _remove_removed(final.parent)
-    path = aside_path(final, socket.gethostname(), os.getpid())
-    path.mkdir()
-    lease = Lease.take(path)
-    if lease is not None:
-        _BUILDING[path] = lease
-    return path
-
-
-def claim_aside(final: Path) -> tuple[Path | None, str]:
-    """Makes a directory as `create_aside` does, unless another process is building the same store.
-
-    Of processes that come at the same moment, at most one gets a directory.
-
-    Args:
-        final: path of the complete store.
-
-    Returns:
-        The directory, or None; and which processes are building the store.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
-    others = _builders(final)
-    if others:
-        return None, others
-    path = create_aside(final)
-    others = _builders(final)  # each looks again after it could be seen itself
-    if others:
-        discard_aside(path)
-        return None, others
-    return path, ""
-
-
-def rename_aside(path: Path, final: Path) -> None:
-    """Gives a directory its final name.
-
-    Raises:
-        OSError: if it cannot be renamed.
-    """
-    os.rename(path, final)
-    lease = _BUILDING.pop(path, None)
-    if lease is not None:
-        lease.moved(final)
-        lease.release()
-
-
-def discard_aside(path: Path) -> None:
-    """Deletes a directory that does not become a store."""
-    _BUILDING.pop(path, None)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-#: Leases of the directories that this process writes.
-_BUILDING: dict[Path, Lease] = {}
-#: Seconds after which nobody waits any more for a build that writes nothing, or whose process gives no heartbeat.
-_STUCK_AFTER, _SILENT_AFTER = 1800, 300
-
-
-def _builders(final: Path) -> str:
-    """Which other processes are building a store, in words; empty if none is."""
-    found = []
-    for path, aside in _asides(final):
-        if path in _BUILDING or not is_built(path, aside) or not changed_within(path, _STUCK_AFTER):
-            continue
-        living = holders(path, _SILENT_AFTER, own=False)
-        if living or not has_leases(path):
-            found += living or [None]
-    return describe(found)
-
-
-def _asides(final: Path) -> Iterator[tuple[Path, AsideName]]:
-    if not final.parent.is_dir():
-        return
-    for path in sorted(final.parent.iterdir()):
-        aside = parse_aside(path.name)
-        if aside is not None and aside.final == final.name:
-            yield path, aside
-
-
-class StoreInUse(OSError):
-    """A store is not deleted, because other processes use it."""
-
-
-def remove_store(path: Path) -> None:
-    """Deletes a store. Does nothing if it no longer exists.
-
-    The store is renamed first: if the process is killed at any moment, no part of a store keeps the name of a complete
-    one. Files that are left then, or cannot be deleted yet, are deleted with the next store that is deleted or built.
-    Processes that hold the files open can still read them (POSIX).
-
-    Raises:
-        StoreInUse: if another process holds a lease of it.
-        OSError: if the store cannot be renamed; it is unchanged then.
-    """
-    others = holders(path, own=False)
-    if others:
-        raise StoreInUse(f"{path} is in use by {describe(others)}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, removed_path(path))
-        sync_directory(path.parent)
-    _remove_removed(path.parent)
-
-
-def _remove_removed(directory: Path) -> None:
-    # No process opens a renamed store: unlike a build's directory, any process may delete it.
-    for path in directory.iterdir():
-        if parse_removed(path.name) is not None:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _sizes(manifest: Manifest) -> dict[str, int]:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     return sizes | {name: entry["bytes"] for name, entry in manifest.files.items()}
-
-
-class NotWritable(OSError):
-    """Nothing can be written to the directory of the stores. Complete stores in it can be used all the same."""
-
-
-def check_writable(directory: Path) -> None:
-    """Checks that stores can be written in a directory; makes it if it does not exist.
-
-    Raises:
-        NotWritable: if they cannot; the message names the remedies.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise NotWritable(
-            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
-            "or use cache='never'."
-        ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -157,19 +157,50 @@ class ViewColumns:
             rows.update(self._encode_features(features, sample_ids))
         return {view_column(name, view): value for name, value in rows.items()}
 
+    def encode_features(self, view: int, features: torch.Tensor, sample_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Encodes the features of one view of some samples, without its geometry; see `encode`."""
+        rows = self._encode_features(features, sample_ids)
+        return {view_column(name, view): value for name, value in rows.items()}
+
     def _encode_features(self, features: torch.Tensor, sample_ids: Sequence[int]) -> dict[str, torch.Tensor]:
         """Codes of a view by entry, without its geometry."""
         if self.spec.whole:
             return {_WHOLE[name]: value for name, value in self.codec.encode(features, sample_ids).items()}
-        layout, rows = self.codec.layout, {}
-        for name, part in self._parts.items():
+        values = self.parts(features)
+        return {name: part.encode(values[name], sample_ids)[BASE] for name, part in self._parts.items()}
+
+    def parts(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is stored of a view's features, by entry: the sensitive channels and the special tokens; or all of it.
+
+        Args:
+            features: `(B, *layout.shape)`.
+
+        Shapes: B samples.
+        """
+        if self.spec.whole:
+            return {VIEW: features}
+        layout, parts = self.codec.layout, {}
+        for name in self._parts:
             if name == VIEW:
                 channels = self.spec.warped.channels.to(features.device)
-                values = layout.body(features).index_select(layout.channel_dim + 1, channels)
+                parts[name] = layout.body(features).index_select(layout.channel_dim + 1, channels)
             else:
-                values = features[:, : layout.special_tokens]
-            rows[name] = part.encode(values, sample_ids)[BASE]
-        return rows
+                parts[name] = features[:, : layout.special_tokens]
+        return parts
+
+    def decode_view(self, columns: Mapping[str, torch.Tensor], view: int) -> dict[str, torch.Tensor]:
+        """Decodes what `encode_features` returned, or the same columns as stored.
+
+        Returns:
+            Values by entry, as in `parts`.
+        """
+        if self.spec.whole:
+            return {
+                VIEW: self.codec.decode(
+                    {name: columns[view_column(_WHOLE[name], view)] for name in self.codec.columns}
+                )
+            }
+        return self.decode({name: columns[view_column(name, view)] for name in self._parts})
 
     def decode(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Decodes sensitive channels and special tokens, one view per row.

@@ -69,7 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="read a whole store and compare every checksum")
     verify.add_argument("directory", metavar="DIR", help="a store: the folder that contains manifest.json")
     clean = commands.add_parser("clean", help="remove the stores in a folder and the leftovers of killed builds")
-    clean.add_argument("directory", metavar="DIR", help="the folder that contains the stores (feature_cache_dir)")
+    clean.add_argument(
+        "directory",
+        metavar="DIR",
+        help="the folder of the stores (feature_cache_dir), or the output folder of a training",
+    )
     mode = clean.add_mutually_exclusive_group()
     mode.add_argument("--yes", action="store_true", help="remove them; without this option they are only listed")
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")

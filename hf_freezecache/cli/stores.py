@@ -13,6 +13,7 @@ from ..augment.sensitivity import SENSITIVITY, Sensitivity
 from ..cache.cleaning import Removable, find_stores, remove
 from ..cache.names import MANIFEST, note_file
 from ..cache.store import FeatureStore, StoreError
+from ..config import CACHE_FOLDER
 from ..model.layout import FeatureLayout
 from ..units import format_table, show_bytes
 from .plots import plot_sensitivity
@@ -47,12 +48,19 @@ def verify(directory: str | os.PathLike) -> None:
 def clean(directory: str | os.PathLike, yes: bool) -> None:
     """Lists the stores in a directory and the leftovers of builds, and removes them if `yes`.
 
+    Args:
+        directory: of the stores; or the output folder of a training, whose own stores are found as well.
+        yes: whether to remove them.
+
     Raises:
         OSError: if it is no directory, or something cannot be removed.
     """
     stores = find_stores(Path(directory))
+    inside = Path(directory) / CACHE_FOLDER
+    if inside.is_dir():
+        stores += find_stores(inside)
     if not stores:
-        print(f"{directory}: no stores")
+        print(f"{directory}: no stores, and none in a folder {CACHE_FOLDER} of it")
         return
     print(format_table([(show_bytes(store.bytes), _state(store), str(store.path)) for store in stores], left=[1, 2]))
     if yes:

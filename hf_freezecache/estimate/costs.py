@@ -276,18 +276,17 @@ def overlapped(compute: float, load: float, workers: int) -> float:
     return max(compute, load / workers) if workers else compute + load
 
 
-def never_pays(epochs_left: float, work: Work) -> bool:
-    """Whether no measurement is needed to decline a build that runs the prefix on images.
+def runs_of_prefix(work: Work) -> float:
+    """How many times a build from images runs the prefix over all samples: once, and again for every view.
 
-    A build runs it once on every range, and again for every view; an epoch that is left saves one such run at most.
+    An epoch that is left saves one such run at most: no measurement is needed to decline a build for fewer epochs.
 
     Args:
-        epochs_left: epochs of training that remain.
         work: of the build.
     """
     ranges = work.ranges / work.processes
     compared = 2 * work.compared / ranges if ranges else 0.0
-    return epochs_left <= 1 + work.views_run + compared + work.run_twice / ranges
+    return 1 + work.views_run + compared + work.run_twice / ranges
 
 
 def decide(row: PlanRow, epochs_left: float, limit: int | None = None) -> str | None:

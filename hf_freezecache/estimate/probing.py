@@ -35,7 +35,7 @@ from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
 from ..rng import preserve_rng
 from ..units import show_epochs
-from .costs import Costs, PlanRow, Work, decide, make_row, never_pays, overlapped
+from .costs import Costs, PlanRow, Work, decide, make_row, overlapped, runs_of_prefix
 from .trial_steps import TrialSteps, timed
 
 #: Of features too large to be compared at once, a few samples are in place of the batch.
@@ -110,8 +110,12 @@ class Prober:
                 free = self._row(spec, _NOTHING, limit)
                 if not free.fits:
                     return decide(free, epochs_left), None
-                if isinstance(spec.feature_source, ImageFeatures) and never_pays(epochs_left, self.work(spec)):
-                    return f"the {show_epochs(epochs_left)} left cannot save what a build costs", None
+                runs = runs_of_prefix(self.work(spec))
+                if isinstance(spec.feature_source, ImageFeatures) and epochs_left <= runs:
+                    return (
+                        f"a build runs the frozen blocks over the data {runs:.3g} times, and the "
+                        f"{show_epochs(epochs_left)} left would save as many runs at most"
+                    ), None
                 # A single range settles what is clear.
                 row = self._row(spec, next(self._in_stages(spec, batches=1, with_suffix=False)), limit)
                 reason = decide(row, _CLEARLY * epochs_left)

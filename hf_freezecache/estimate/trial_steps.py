@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..model.chain import BlockChain
-from ..model.tracing import eval_mode, first_tensor
-from ..rng import preserve_rng
+from ..model.stand_ins import StandIn
+from ..model.tracing import first_tensor, untouched
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class TrialSteps:
             and activations take at its peak.
         """
         model, frozen = self.chain.model, {id(p) for p in self.chain.prefix_parameters(cut).values()}
-        with _untouched(model):
+        with untouched(model):
             for parameter in model.parameters():
                 if id(parameter) in frozen:
                     parameter.requires_grad_(False)
@@ -130,26 +130,12 @@ class TrialSteps:
         optimizer.zero_grad(set_to_none=True)
 
 
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back modes, `requires_grad`, buffers and the generators."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with preserve_rng(), eval_mode(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
 def _counting_saved(saved: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
     """Notes the storages that a forward pass keeps for its backward pass: address -> bytes."""
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, StandIn):
+            return tensor  # takes no memory
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor

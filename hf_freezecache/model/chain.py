@@ -11,18 +11,18 @@ from torch import nn
 
 from ..rng import preserve_rng
 from .blocks import declared_blocks, named_blocks
+from .bypass import Bypass
 from .layout import FeatureLayout
+from .stand_ins import StandIn
 from .tracing import (
     Block,
     Captured,
     ChainError,
     Trace,
-    accept_feature,
     eval_mode,
     first_tensor,
     main_input_name,
     override_forward,
-    placeholders,
     run_trace,
     synthetic_probe,
     take_rows,
@@ -37,7 +37,7 @@ class BlockChain:
     that leaves the last block.
 
     The chain never changes the model's structure. `replay` overrides `forward` on the prefix's module *instances*:
-    they return placeholders of the recorded shapes without computing, and block `cut` receives the feature. Code of
+    they return stand-ins of the recorded shapes without computing, and block `cut` receives the feature. Code of
     the model that runs between the blocks gets outputs of the structure it expects. Outside `replay`, `state_dict`,
     pickling and evaluation are those of the original model.
 
@@ -163,13 +163,17 @@ class BlockChain:
                     "with later ones."
                 )
             try:
-                with self.replay(cut):
-                    replayed = _logits(self.model(**{**probe, self.main_input: features}))
+                replayed = _logits(self.suffix(features, probe, cut))
             except Exception as error:  # the model's own code may raise anything
                 raise ChainError(
                     f"{self._cannot_cut(cut)} running the rest on the feature failed with "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            if isinstance(replayed, StandIn):
+                raise ChainError(
+                    f"{self._cannot_cut(cut)} the logits depend on {replayed.stands_for}, which crosses it beside the "
+                    "feature (a skip connection, an input-dependent side channel)."
+                )
             if torch.equal(expected, replayed):
                 self._proved.add(cut)
                 return
@@ -318,11 +322,52 @@ class BlockChain:
         with torch.no_grad(), eval_mode(self.model), self.replay(from_cut):
             return self._capture(inputs, to_cut)
 
+    def suffix(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> Any:
+        """Runs the model from `cut` on, with the features in the prefix's place.
+
+        Args:
+            features: the feature at `cut`, as `prefix` returned it.
+            inputs: model inputs by name, labels included; a main input of floating-point numbers is not needed.
+            cut: number of blocks that are not run.
+
+        Returns:
+            The model's output. What a bypassed block answers in it (hidden states, attentions) raises an error when it
+            is read.
+
+        Raises:
+            ChainError: as `replay`.
+        """
+        if cut == 0:
+            return self.model(**{**inputs, self.main_input: features})
+        main_input = self.input_of_replay(features, inputs)
+        with self.replay(cut, features, main_input):
+            return self.model(**{**inputs, self.main_input: main_input})
+
+    def input_of_replay(self, features: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The main input of a batch whose features are known: integers as they are, a stand-in for anything else.
+
+        Args:
+            features: the feature at the cut.
+            inputs: the batch; its main input may be missing unless it holds integers.
+        """
+        main = inputs.get(self.main_input)
+        if isinstance(main, torch.Tensor) and not main.is_floating_point():
+            return main
+        return self._own_trace().main_stand_in(len(features), features.device)
+
     @contextlib.contextmanager
-    def replay(self, cut: int) -> Iterator[None]:
-        """Inside the context, the model takes the feature at `cut` as its main input and runs the suffix only.
+    def replay(
+        self, cut: int, features: torch.Tensor | None = None, main_input: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Inside the context, the model runs the suffix only, on the feature at `cut`.
 
         The backward pass belongs inside the context too: activation checkpointing runs the suffix again in it.
+
+        Args:
+            cut: number of blocks that are not run.
+            features: the feature; None: whatever the model is called on as its main input is the feature.
+            main_input: where features are given, what `input_of_replay` returned. Calls of the model on anything else
+                raise `FrozenOutputError`.
 
         Raises:
             ChainError: if the model was never run and its configuration does not name the size of its input: then the
@@ -335,51 +380,15 @@ class BlockChain:
         if cut == 0:
             yield
             return
-        trace, feed = self._own_trace(), {}
-
-        def take_feature(original):
-            def forward(*args, **kwargs):
-                args, kwargs, feed["feature"] = trace.swap_main_input(args, kwargs)
-                return original(*args, **kwargs)
-
-            return forward
-
-        def skip(module):
-            def forward(*args, **kwargs):
-                return placeholders(trace.outputs[module], len(feed["feature"]))
-
-            return lambda original: forward
-
-        def leave(module):
-            def forward(*args, **kwargs):
-                output = placeholders(trace.outputs[module], len(feed["feature"]))
-                return accept_feature(output, feed["feature"])
-
-            return lambda original: forward
-
-        def enter(original):
-            def forward(*args, **kwargs):
-                args, kwargs = trace.inject(cut, args, kwargs, feed["feature"])
-                return original(*args, **kwargs)
-
-            return forward
-
-        modules = [module for block in self.blocks[:cut] for module in block.modules]
         self._replaying = True
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(override_forward(self.model, take_feature))
-                last = modules.pop() if cut == len(self) else None
-                for module in modules:
-                    stack.enter_context(override_forward(module, skip(module)))
-                if last is not None:
-                    stack.enter_context(override_forward(last, leave(last)))
-                else:
-                    stack.enter_context(override_forward(self.blocks[cut].modules[0], enter))
+                bypass = Bypass(self._own_trace(), self.blocks, cut, features, main_input)
+                for module, wrap in bypass.overrides(self.model):
+                    stack.enter_context(override_forward(module, wrap))
                 yield
         finally:
             self._replaying = False
-            feed.clear()
 
     # Helpers
 

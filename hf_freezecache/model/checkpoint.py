@@ -45,6 +45,17 @@ def is_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+def loads_in_its_own_way(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, changes how torch loads a `state_dict`: what fits it is its own matter."""
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        return True
+    for module in model.modules():
+        owner = next(cls for cls in type(module).__mro__ if "_load_from_state_dict" in vars(cls))
+        if owner.__module__.partition(".")[0] not in ("torch", "transformers") or module._load_state_dict_pre_hooks:
+            return True
+    return False
+
+
 def load_weights(model: nn.Module, directory: str | Path) -> None:
     """Loads the weights of a checkpoint into a model.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..rng import preserve_rng
 from .layout import FeatureLayout
+from .stand_ins import StandIn
 
 
 class ChainError(ValueError):
@@ -95,44 +96,35 @@ class Trace:
         """Modules outside the blocks that ran only before block `cut` began."""
         return [module for module, position in self.glue if position < cut]
 
-    def swap_main_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, torch.Tensor]:
-        """Replaces the feature by a placeholder of the main input in a call of the model.
-
-        Args:
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-
-        Returns:
-            The new positional and keyword arguments, and the feature.
+    def find_main_input(self, args: tuple, kwargs: dict) -> int | str:
+        """The position or the keyword of the main input in a call of the model.
 
         Raises:
-            ValueError: if the call has no main input.
+            ValueError: if the call has none.
+        """
+        if self.main_input in kwargs:
+            return self.main_input
+        if self.main_input in self.positional[: len(args)]:
+            return self.positional.index(self.main_input)
+        raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
+
+    def main_stand_in(self, samples: int, device: torch.device) -> StandIn:
+        """A stand-in of the main input.
+
+        Args:
+            samples: of the batch.
+            device: where it seems to be.
         """
         original = self.probe[self.main_input]
-        if self.main_input in kwargs:
-            feature = kwargs[self.main_input]
-        elif self.main_input in self.positional[: len(args)]:
-            feature = args[self.positional.index(self.main_input)]
-        else:
-            raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
-        spec = _TensorSpec((1, *original.shape[1:]), original.dtype, feature.device, fixed=False)
-        placeholder = placeholders(spec, len(feature))
-        if self.main_input in kwargs:
-            return args, {**kwargs, self.main_input: placeholder}, feature
-        position = self.positional.index(self.main_input)
-        return (*args[:position], placeholder, *args[position + 1 :]), kwargs, feature
+        return StandIn((samples, *original.shape[1:]), original.dtype, device, f"'{self.main_input}'", is_input=True)
 
     def injected(self, block: int, args: tuple, kwargs: dict) -> torch.Tensor:
         """The main tensor in a call of a block."""
-        entry = self.entries[block]
-        return args[entry] if isinstance(entry, int) else kwargs[entry]
+        return argument(self.entries[block], args, kwargs)
 
     def inject(self, block: int, args: tuple, kwargs: dict, feature: torch.Tensor) -> tuple[tuple, dict]:
         """The same call with another main tensor."""
-        entry = self.entries[block]
-        if isinstance(entry, int):
-            return (*args[:entry], feature, *args[entry + 1 :]), kwargs
-        return args, {**kwargs, entry: feature}
+        return with_argument(self.entries[block], args, kwargs, feature)
 
     def layout(self, cut: int) -> FeatureLayout:
         """Shape, grid, special tokens and dtype of the feature at a cut."""
@@ -334,21 +326,32 @@ def _specification(output: Any, batch_size: int) -> Any:
     return _map_structure(describe, output)
 
 
-def placeholders(specification: Any, batch_size: int) -> Any:
-    """An output of the recorded structure for a batch; its tensors hold zeros and take no memory.
+def argument(place: int | str, args: tuple, kwargs: dict) -> Any:
+    """The argument of a call at a position or of a keyword."""
+    return args[place] if isinstance(place, int) else kwargs[place]
+
+
+def with_argument(place: int | str, args: tuple, kwargs: dict, value: Any) -> tuple[tuple, dict]:
+    """The same call with another value at a position or of a keyword."""
+    if isinstance(place, int):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: value}
+
+
+def stand_ins(specification: Any, batch_size: int, stands_for: str) -> Any:
+    """An output of the recorded structure for a batch; its tensors are stand-ins.
 
     Args:
         specification: a recorded output, as in `Trace.outputs`.
         batch_size: number of samples.
+        stands_for: what the output is, for messages.
     """
 
     def build(value):
         if not isinstance(value, _TensorSpec):
             return value
-        zero = torch.zeros((), dtype=value.dtype, device=value.device)
-        if value.fixed:
-            return zero.expand(value.shape)
-        return zero.expand(value.shape[0] * batch_size, *value.shape[1:])
+        shape = value.shape if value.fixed else (value.shape[0] * batch_size, *value.shape[1:])
+        return StandIn(shape, value.dtype, value.device, stands_for)
 
     return _map_structure(build, specification)
 
@@ -359,6 +362,18 @@ def find_tensor(output: Any) -> torch.Tensor | None:
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return next((tensor for value in values if (tensor := find_tensor(value)) is not None), None)
+
+
+def find_tensors(output: Any, name: str = "output") -> dict[str, torch.Tensor]:
+    """All tensors in an output of tuples, lists and mappings, by their place in it."""
+    if isinstance(output, torch.Tensor):
+        return {name: output}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, (tuple, list)):
+        items = enumerate(output)
+    return {place: tensor for key, value in items for place, tensor in find_tensors(value, f"{name}.{key}").items()}
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -436,14 +451,42 @@ def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode inside the context; restores every module's own mode after it."""
+    """Puts the model in eval mode inside the context; restores every module's own mode after it.
+
+    Compiled code runs uncompiled inside: it does not see hooks and replaced methods.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+            yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, is compiled: by `module.compile()` or as what `torch.compile` returned."""
+    return any(
+        module._compiled_call_impl is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, `requires_grad`, buffers and the global generators on leaving the context."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with preserve_rng(), eval_mode(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

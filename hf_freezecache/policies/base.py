@@ -105,6 +105,27 @@ class FreezePolicy(ABC):
         """
         return None
 
+    def changes(self, num_blocks: int, num_epochs: int) -> list[tuple[int, int]] | None:
+        """The whole schedule: the epochs in which the cut changes, with the cut from then on.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+            num_epochs: epochs of the whole training; a change may be beyond them.
+
+        Returns:
+            `(epoch, cut)` pairs; None if the rule decides as the training goes.
+        """
+        return None
+
+    @property
+    def name(self) -> str:
+        """The rule's name, for messages."""
+        return type(self).__name__
+
+    def describe(self) -> str:
+        """The rule with its settings: a checkpoint remembers it, and a resume with another rule is announced."""
+        return self.name
+
     def state_dict(self) -> dict[str, Any]:
         """The memory of the rule, as JSON values."""
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import FreezePolicy, Moment
-from .schedule import FreezePoint, next_change, scheduled_cut
+from .schedule import FreezePoint, next_change, scheduled_changes, scheduled_cut
 
 
 class LinearPolicy(FreezePolicy):
@@ -31,6 +31,17 @@ class LinearPolicy(FreezePolicy):
             )
             for stage in range(1, self.stages + 1)
         ]
+
+    name = "linear"
+
+    def describe(self) -> str:
+        return (
+            f"linear, freeze_start={self.begin}, freeze_end={self.end}, max_frozen={self.max_frozen}, "
+            f"freeze_stages={self.stages}"
+        )
+
+    def changes(self, num_blocks: int, num_epochs: int) -> list[tuple[int, int]]:
+        return scheduled_changes(self.points(num_blocks), num_epochs)
 
     def decide(self, moment: Moment) -> int:
         return scheduled_cut(self.points(moment.num_blocks), moment.epoch, moment.num_epochs)

@@ -8,5 +8,7 @@ from .base import FreezePolicy, Moment
 class NonePolicy(FreezePolicy):
     """Never freezes: the trainer is `transformers.Trainer`."""
 
+    name = "none"
+
     def decide(self, moment: Moment) -> int:
         return 0

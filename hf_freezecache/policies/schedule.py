@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _POINT = re.compile(r"^\s*(?P<when>\d+|\d*\.\d+|\d+\.\d*)\s*:\s*(?P<cut>\d+)\s*$")
 
@@ -27,6 +29,32 @@ class FreezePoint:
             return self.when
         # 0.1 * 30 is 3.0000000000000004: without the subtraction it would be rounded up to epoch 4.
         return math.ceil(self.when * num_epochs - 1e-9)
+
+
+def format_freeze_points(points: Any) -> str:
+    """The points of a schedule as text.
+
+    Args:
+        points: text already; or `when:cut` texts or `(when, cut)` pairs in a list; or cuts by epoch in a dict.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(points, str):
+        return points
+    if isinstance(points, Mapping):
+        points = list(points.items())
+    if isinstance(points, (list, tuple)) and points:
+        parts = [f"{point[0]}:{point[1]}" if _is_pair(point) else point for point in points]
+        if all(isinstance(part, str) for part in parts):
+            return ",".join(parts)
+    raise TypeError(
+        f"freeze_points={points!r}: write epoch:cut pairs as text, '1:4,3:8', or as a list, [(1, 4), (3, 8)]."
+    )
+
+
+def _is_pair(point: Any) -> bool:
+    return isinstance(point, (list, tuple)) and len(point) == 2
 
 
 def parse_freeze_points(text: str) -> list[FreezePoint]:
@@ -59,6 +87,23 @@ def parse_freeze_points(text: str) -> list[FreezePoint]:
                 f"freeze points {text!r}: cut {later.cut} follows cut {earlier.cut}; cuts never decrease."
             )
     return points
+
+
+def scheduled_changes(points: Sequence[FreezePoint], num_epochs: int) -> list[tuple[int, int]]:
+    """The epochs in which the cut changes, with the cut from then on; those beyond the training too.
+
+    Args:
+        points: of the schedule.
+        num_epochs: epochs of the whole training.
+    """
+    changes: list[tuple[int, int]] = []
+    for epoch, cut in sorted((point.epoch(num_epochs), point.cut) for point in points):
+        deepest = changes[-1][1] if changes else 0
+        if cut > deepest:
+            if changes and changes[-1][0] == epoch:
+                changes.pop()
+            changes.append((epoch, cut))
+    return changes
 
 
 def scheduled_cut(points: list[FreezePoint], epoch: int, num_epochs: int) -> int:

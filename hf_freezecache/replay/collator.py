@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from ..rng import seeded_rng
-from .dataset import CachedRows, DrawnRows
+from .dataset import BatchRows, CachedRows, DrawnRows
 
 #: Prefix of a batch entry that holds codes; no model input has such a name.
 CODE_PREFIX = "freezecache."
 #: Prefix of a batch entry that describes live samples which are stored while they train the model.
 DRAWN_PREFIX = "freezecache-drawn."
+#: Prefix of a batch entry that says which rows the batch holds.
+ROW_PREFIX = "freezecache-row."
 
 
 class ReplayCollator:
@@ -23,7 +25,8 @@ class ReplayCollator:
     Live samples go to the user's collator unchanged. Cached rows become a dict of codes, named `freezecache.<column>`,
     and of the model inputs as the user's collator returned them when the store was built; the codes are decoded on the
     model's device after the transfer. Live samples that are stored while they train the model go to the user's
-    collator, and the batch gets further entries: row number, view and geometry of each sample.
+    collator, and the batch gets further entries: view and geometry of each sample. Both kinds of batches say which
+    rows they hold.
 
     Args:
         collator: the user's collator.
@@ -46,7 +49,7 @@ class ReplayCollator:
     def _collate_views(self, rows: DrawnRows) -> dict[str, Any]:
         with seeded_rng(*rows.key):
             batch = dict(self.collator(rows.samples))
-        batch |= {DRAWN_PREFIX + "numbers": rows.numbers, DRAWN_PREFIX + "views": rows.views}
+        batch |= {DRAWN_PREFIX + "views": rows.views, **_name_rows(rows.requested)}
         if rows.geometry is not None:
             batch[DRAWN_PREFIX + "geometry"] = rows.geometry
         if rows.refused is not None:
@@ -59,7 +62,7 @@ class DrawnViews:
     """Samples and views of a live batch that is stored while it trains the model.
 
     Args:
-        numbers: row numbers, int64 `(B,)`.
+        rows: which rows they are.
         views: view of each sample, int64 `(B,)`.
         geometry: the views' geometry `(B, G)`, zeros for base views; None if it was not requested or no transform
             returned it.
@@ -68,10 +71,25 @@ class DrawnViews:
     Shapes: B samples, G numbers of a view's geometry.
     """
 
-    numbers: torch.Tensor
+    rows: BatchRows
     views: torch.Tensor
     geometry: torch.Tensor | None = None
     refused: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplayedBatch:
+    """A batch from a store.
+
+    Args:
+        codes: by column.
+        inputs: model inputs by name.
+        rows: which rows they are.
+    """
+
+    codes: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
+    rows: BatchRows
 
 
 def take_drawn(batch: Mapping[str, Any]) -> tuple[DrawnViews, dict[str, Any]] | None:
@@ -83,27 +101,27 @@ def take_drawn(batch: Mapping[str, Any]) -> tuple[DrawnViews, dict[str, Any]] | 
     Returns:
         The views, and the model inputs by name; None for any other batch.
     """
-    if not isinstance(batch, Mapping) or DRAWN_PREFIX + "numbers" not in batch:
+    if not isinstance(batch, Mapping) or DRAWN_PREFIX + "views" not in batch:
         return None
-    entries = {
-        name.removeprefix(DRAWN_PREFIX): value for name, value in batch.items() if name.startswith(DRAWN_PREFIX)
-    }
-    return DrawnViews(**entries), {name: value for name, value in batch.items() if not name.startswith(DRAWN_PREFIX)}
+    drawn, rest = _split(batch, DRAWN_PREFIX)
+    rows, inputs = _split(rest, ROW_PREFIX)
+    return DrawnViews(rows=BatchRows(**rows), **drawn), inputs
 
 
-def take_codes(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Splits a replayed batch into its codes and its model inputs.
+def take_codes(batch: Mapping[str, Any]) -> ReplayedBatch | None:
+    """Splits a replayed batch into its codes, its model inputs and the rows that it holds.
 
     Args:
         batch: a collated batch.
 
     Returns:
-        Codes by column, and model inputs by name; None for a live batch.
+        None for a live batch.
     """
     if not isinstance(batch, Mapping) or not any(is_code(name) for name in batch):
         return None
-    codes = {name.removeprefix(CODE_PREFIX): value for name, value in batch.items() if is_code(name)}
-    return codes, {name: value for name, value in batch.items() if not is_code(name)}
+    codes, rest = _split(batch, CODE_PREFIX)
+    rows, inputs = _split(rest, ROW_PREFIX)
+    return ReplayedBatch(codes, inputs, BatchRows(**rows))
 
 
 def is_code(name: Any) -> bool:
@@ -111,8 +129,20 @@ def is_code(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(CODE_PREFIX)
 
 
+def _split(batch: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries whose names have a prefix, without it, and the other entries."""
+    named = {name: value for name, value in batch.items() if isinstance(name, str) and name.startswith(prefix)}
+    others = {name: value for name, value in batch.items() if name not in named}
+    return {name.removeprefix(prefix): value for name, value in named.items()}, others
+
+
+def _name_rows(rows: BatchRows) -> dict[str, torch.Tensor]:
+    return {ROW_PREFIX + field.name: getattr(rows, field.name) for field in fields(rows)}
+
+
 def _name_codes(rows: CachedRows) -> dict[str, Any]:
-    return {(CODE_PREFIX + name if name in rows.codes else name): value for name, value in rows.rows.items()}
+    named = {(CODE_PREFIX + name if name in rows.codes else name): value for name, value in rows.rows.items()}
+    return named | _name_rows(rows.requested)
 
 
 def _merge(rows: list[CachedRows]) -> CachedRows:
@@ -125,7 +155,7 @@ def _merge(rows: list[CachedRows]) -> CachedRows:
             merged[name] = [item for row in rows for item in row.rows[name]]
         else:
             merged[name] = value
-    return CachedRows(merged, rows[0].codes)
+    return CachedRows(merged, rows[0].codes, BatchRows.merge([row.requested for row in rows]))
 
 
 def _merge_views(rows: list[DrawnRows]) -> DrawnRows:
@@ -133,7 +163,7 @@ def _merge_views(rows: list[DrawnRows]) -> DrawnRows:
     geometry = [row.geometry for row in rows if row.geometry is not None]
     return DrawnRows(
         [row.samples[0] for row in rows],
-        torch.cat([row.numbers for row in rows]),
+        BatchRows.merge([row.requested for row in rows]),
         torch.cat([row.views for row in rows]),
         torch.cat(geometry) if len(geometry) == len(rows) else None,
         next((row.refused for row in rows if row.refused is not None), None),

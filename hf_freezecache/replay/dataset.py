@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,85 +11,41 @@ import torch
 from torch.utils.data import Dataset
 
 from ..augment.draws import Draw, use_draw
-from ..augment.geometry import GEOMETRY_KINDS, geometry_column
-from ..cache.rows import fetch
+from ..augment.geometry import geometry_column
+from ..cache.rows import RowSource, fetch
 from ..cache.store import FeatureStore
 from ..rng import hash_key, seeded_rng
-
-_MAX_PATH = 4096
+from .requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound, requested, store_number
 
 
 @dataclass(frozen=True)
-class WriteRound:
-    """A live epoch whose features are stored: every sample is drawn as one of its views.
+class BatchRows:
+    """The rows of a batch, as the training has asked for them.
 
     Args:
-        number: of the round, from 0.
-        views: number of augmented views beside the base view. In `views + 1` rounds every sample is drawn once as each
-            of its views.
-        geometry: kind and feature grid of the views' geometry; None: no geometry is requested.
+        numbers: row numbers, int64 `(B,)`.
+        occurrences: how often each row was drawn in its epoch before, int64 `(B,)`.
+        epochs: of the training, int64 `(B,)`.
+        stores: `store_number` of the store that they come from, 0 for images, int64 `(B,)`.
+
+    Shapes: B samples.
     """
 
-    number: int
-    views: int
-    geometry: tuple[str, tuple[int, int]] | None = None
+    numbers: torch.Tensor
+    occurrences: torch.Tensor
+    epochs: torch.Tensor
+    stores: torch.Tensor
 
+    @classmethod
+    def of(cls, rows: Sequence[RequestedRow]) -> BatchRows:
+        """Those of some requested rows."""
+        columns = [(int(row), row.occurrence, row.origin.epoch, store_number(row.origin.store)) for row in rows]
+        return cls(*torch.tensor(columns, dtype=torch.int64).reshape(-1, 4).unbind(1))
 
-class SourceSwitch:
-    """The source of an epoch's batches, in shared memory so that persistent loader processes see a change."""
-
-    def __init__(self):
-        self._length = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._path = torch.zeros(_MAX_PATH, dtype=torch.uint8).share_memory_()
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        # A `WriteRound` as 1, number, views, kind of geometry (from 1; 0: none), height and width of the grid.
-        self._round = torch.zeros(6, dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The running epoch."""
-        return int(self._epoch[0])
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch[0] = epoch
-
-    @property
-    def path(self) -> Path | None:
-        """Path of the store that is replayed; None in live epochs, also in those that are stored."""
-        length = int(self._length[0])
-        return Path(bytes(self._path[:length].tolist()).decode()) if length else None
-
-    def set(self, path: Path | None) -> None:
-        """Sets the source: a store, or images. Takes effect with the first batch of the next epoch.
-
-        Args:
-            path: of the store; None: images.
-
-        Raises:
-            ValueError: if the path is too long.
-        """
-        encoded = b"" if path is None else str(path.absolute()).encode()
-        if len(encoded) > _MAX_PATH:
-            raise ValueError(f"the path of the feature store is longer than {_MAX_PATH} bytes: {path}.")
-        self._path[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-        self._length[0] = len(encoded)
-        self._round.zero_()
-
-    @property
-    def round(self) -> WriteRound | None:
-        """The round of a live epoch that is stored; None in all other epochs."""
-        running, number, views, kind, height, width = self._round.tolist()
-        if not running:
-            return None
-        return WriteRound(number, views, (GEOMETRY_KINDS[kind - 1], (height, width)) if kind else None)
-
-    def write(self, write_round: WriteRound) -> None:
-        """Sets the source: images drawn as views of a round. Takes effect with the first batch of the next epoch."""
-        self.set(None)
-        kind, grid = (0, (0, 0)) if write_round.geometry is None else write_round.geometry
-        kind = kind and GEOMETRY_KINDS.index(kind) + 1
-        self._round.copy_(torch.tensor([1, write_round.number, write_round.views, kind, *grid]))
+    @classmethod
+    def merge(cls, parts: Sequence[BatchRows]) -> BatchRows:
+        """Joins the rows of several batches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -101,10 +55,12 @@ class CachedRows:
     Args:
         rows: codes and model inputs by name, as `FeatureStore.read_rows` returned them.
         codes: names of the codes among them.
+        requested: which rows they are.
     """
 
     rows: dict[str, Any]
     codes: tuple[str, ...]
+    requested: BatchRows
 
 
 @dataclass(frozen=True)
@@ -113,7 +69,7 @@ class DrawnRows:
 
     Args:
         samples: the samples for the user's collator.
-        numbers: row numbers, int64 `(B,)`.
+        requested: which rows they are.
         views: view of each sample, int64 `(B,)`.
         geometry: the views' geometry `(B, G)`, zeros for base views; None if it was not requested or no transform
             returned it.
@@ -124,104 +80,140 @@ class DrawnRows:
     """
 
     samples: Any
-    numbers: torch.Tensor
+    requested: BatchRows
     views: torch.Tensor
     geometry: torch.Tensor | None
     refused: str | None
     key: tuple[int | str, ...]
 
 
-def rotate_views(seed: int, write_round: WriteRound, samples: Sequence[int]) -> np.ndarray:
+def rotate_views(
+    seed: int, write_round: WriteRound, samples: Sequence[int], occurrences: Sequence[int] | None = None
+) -> np.ndarray:
     """The view as which each sample is drawn in a round. As in replay, every round has base and augmented views.
 
     Args:
         seed: of the training.
         write_round: the round. In `views + 1` rounds every sample gets each of its views once.
         samples: row numbers, B of them.
+        occurrences: how often each was drawn in this round before; None: never.
 
     Returns:
         int64 `(B,)`, from 0 to `write_round.views`.
     """
-    views = [(hash_key("write", seed, sample) + write_round.number) % (write_round.views + 1) for sample in samples]
-    return np.array(views, dtype=np.int64)
+    return _in_turn("write", seed, write_round.number, samples, occurrences, write_round.views)
 
 
-def choose_views(seed: int, epoch: int, samples: Sequence[int], views: int) -> np.ndarray:
-    """The view that each sample gets in a replay epoch; all views, the base view included, are equally likely.
+def choose_views(
+    seed: int, epoch: int, samples: Sequence[int], views: int, occurrences: Sequence[int] | None = None
+) -> np.ndarray:
+    """The view that each sample gets in a replay epoch: its views in turn, beginning with another one for each sample.
 
-    It depends on the seed, the epoch and the sample, and on nothing else.
+    It depends on the seed, the sample, the epoch and the occurrence within the epoch, and on nothing else.
 
     Args:
         seed: of the training.
         epoch: of the training, from 0.
         samples: row numbers, B of them.
         views: number of augmented views in the store.
+        occurrences: how often each was drawn in this epoch before; None: never.
 
     Returns:
         int64 `(B,)`, from 0 to `views`.
     """
-    choices = [hash_key("replay", seed, epoch, sample) % (views + 1) for sample in samples]
-    return np.array(choices, dtype=np.int64)
+    return _in_turn("replay", seed, epoch, samples, occurrences, views)
+
+
+def _in_turn(
+    kind: str, seed: int, turn: int, samples: Sequence[int], occurrences: Sequence[int] | None, views: int
+) -> np.ndarray:
+    times = [0] * len(samples) if occurrences is None else occurrences
+    chosen = [
+        (hash_key(kind, seed, sample) + turn + time) % (views + 1) for sample, time in zip(samples, times, strict=True)
+    ]
+    return np.array(chosen, dtype=np.int64)
 
 
 class ReplayDataset(Dataset):
     """Wraps the user's map-style data set for a training. Its length and the order of its samples never change.
 
+    Rows that the training asks for come from where their request says. Rows that anybody else asks for are the user's
+    own, with random numbers from the global generators.
+
     Args:
         inner: the user's data set.
-        switch: the source of an epoch's rows.
-        seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch
-            and the sample.
+        switch: what stamps the rows that the training asks for; loader processes have no use for it.
+        seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch,
+            the sample and its occurrence in the epoch.
     """
 
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
         self.inner, self.switch, self.seed = inner, switch, seed
-        self._store: FeatureStore | None = None
+        self._store: tuple[RowOrigin, FeatureStore] | None = None
 
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __getitem__(self, index: int) -> Any:
-        path = self.switch.path
-        if path is not None:
-            return self._read(path, [index])
-        write_round = self.switch.round
-        if write_round is not None:
-            return self._draw(write_round, [index], lambda: [self.inner[index]])
-        with self._drawing([index]):
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, RequestedRow):
             return self.inner[index]
+        fetched = self._fetch([index], lambda: [self.inner[index.index]])
+        return fetched[0] if isinstance(fetched, list) else fetched
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        path = self.switch.path
-        if path is not None:
-            return self._read(path, indices)
-        write_round = self.switch.round
-        if write_round is not None:
-            return self._draw(write_round, indices, lambda: fetch(self.inner, indices))
-        with self._drawing(indices):
-            return fetch(self.inner, indices)
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        rows = requested(indices)
+        if rows is None:
+            return fetch(self.inner, [index.index if isinstance(index, RequestedRow) else index for index in indices])
+        return self._fetch(rows, lambda: fetch(self.inner, [row.index for row in rows]))
 
-    def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:
-        return use_draw(Draw(self.seed, indices, epoch=self.switch.epoch))
+    def live_samples(self, numbers: Sequence[int], occurrences: Sequence[int], epoch: int) -> Any:
+        """Samples as a live epoch would draw them, for the user's collator.
 
-    def _draw(self, write_round: WriteRound, indices: Sequence[int], fetch_samples: Callable[[], Any]) -> DrawnRows:
+        What a `ReplayableTransform` draws is the same whenever it is drawn; other random numbers come from the global
+        generators.
+
+        Args:
+            numbers: row numbers, B of them.
+            occurrences: how often each was drawn in the epoch before.
+            epoch: of the training.
+        """
+        origin = RowOrigin(epoch)
+        return self.__getitems__(
+            [RequestedRow(row, origin, times) for row, times in zip(numbers, occurrences, strict=True)]
+        )
+
+    def _fetch(self, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]) -> Any:
+        origin = rows[0].origin
+        if origin.store is not None:
+            return self._read(origin, rows)
+        if origin.round is not None:
+            return self._draw(origin.round, rows, fetch_samples)
+        draw = Draw(self.seed, [int(row) for row in rows], epoch=origin.epoch, occurrences=_occurrences(rows))
+        with use_draw(draw):
+            return fetch_samples()
+
+    def _draw(
+        self, write_round: WriteRound, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]
+    ) -> DrawnRows:
         """Draws samples as the views of a round.
 
         Random numbers of other transforms than `ReplayableTransform` depend on the first sample of the batch.
         """
-        views = rotate_views(self.seed, write_round, indices)
-        draw = Draw(self.seed, indices, view=views.tolist(), geometry=write_round.geometry)
-        key = ("write", self.seed, indices[0], write_round.number)
+        numbers = [int(row) for row in rows]
+        views = rotate_views(self.seed, write_round, numbers, _occurrences(rows))
+        draw = Draw(self.seed, numbers, view=views.tolist(), geometry=write_round.geometry)
+        again = [rows[0].occurrence] if rows[0].occurrence else []
+        key: tuple[int | str, ...] = ("write", self.seed, numbers[0], write_round.number, *again)
         with seeded_rng(*key), use_draw(draw):
             samples = fetch_samples()
         geometry, is_augmented = None, torch.from_numpy(views > 0)
         if write_round.geometry is not None and len(draw.geometries) == int(is_augmented.sum()):
             dtype, length = geometry_column(*write_round.geometry)
-            geometry = torch.zeros(len(indices), length, dtype=dtype)
+            geometry = torch.zeros(len(rows), length, dtype=dtype)
             if draw.geometries:
                 geometry[is_augmented] = torch.stack(draw.geometries)
         return DrawnRows(
-            samples, torch.tensor(indices), torch.from_numpy(views), geometry, draw.refused, (*key, "collate")
+            samples, BatchRows.of(rows), torch.from_numpy(views), geometry, draw.refused, (*key, "collate")
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -230,24 +222,31 @@ class ReplayDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def _read(self, path: Path, indices: Sequence[int]) -> CachedRows:
-        if self._store is None or self._store.path != path:
-            self._store = FeatureStore.open(path)
-        views = choose_views(self.seed, self.switch.epoch, indices, self._store.manifest.views)
-        rows = self._store.read_rows(indices, views)
-        return CachedRows(rows, self._store.code_names(rows))
+    def _read(self, origin: RowOrigin, rows: Sequence[RequestedRow]) -> CachedRows:
+        assert origin.store is not None  # the caller has asked
+        if self._store is None or self._store[0] != origin:
+            self._store = origin, FeatureStore.open(origin.store)
+        store, numbers = self._store[1], [int(row) for row in rows]
+        views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
+        entries = store.read_rows(numbers, views)
+        return CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped memory cannot be pickled: a loader process opens the store itself.
-        return {**self.__dict__, "_store": None}
+        return {**self.__dict__, "_store": None, "switch": None}
 
 
-class EvaluationDataset(ReplayDataset):
-    """Wraps an evaluation set, whose rows come from a store during a cached evaluation.
+def _occurrences(rows: Sequence[RequestedRow]) -> list[int]:
+    return [row.occurrence for row in rows]
 
-    Images are fetched as from the data set itself: a random transform, also a replayable one, draws from the global
-    generators.
+
+def live_batch(source: RowSource, rows: BatchRows) -> Any:
+    """A batch of the training once more, from images, as a live epoch would draw and collate it.
+
+    Args:
+        source: the samples of the training.
+        rows: which rows, e.g. those of a batch from a store.
     """
-
-    def _drawing(self, indices: Sequence[int]) -> AbstractContextManager:
-        return nullcontext()
+    dataset = ReplayDataset(source.dataset, SourceSwitch(0), source.seed)
+    epoch = int(rows.epochs[-1])
+    return source.collator(dataset.live_samples(rows.numbers.tolist(), rows.occurrences.tolist(), epoch))

@@ -26,7 +26,7 @@ class Phase:
 
     Args:
         cut: frozen blocks.
-        mode: live, build, replay or eval.
+        mode: live, build, replay, eval, or plan: what it took to find out that no store is built.
         epochs: finished epochs (passes over the data for build and eval).
         steps: optimizer steps.
         seconds: wall-clock seconds; evaluation and builds inside an epoch count for themselves only.
@@ -99,6 +99,14 @@ class Ledger:
         finally:
             if self._open and self._open[-1] is phase:
                 self.end()
+
+    def rename(self, phase: Phase, mode: str) -> None:
+        """Books a phase that has ended under another mode, with what was booked there before."""
+        del self._phases[phase.cut, phase.mode]
+        other = self._phases.setdefault((phase.cut, mode), Phase(phase.cut, mode))
+        other.seconds += phase.seconds
+        other.flops += phase.flops
+        other.peak_memory_bytes = max(other.peak_memory_bytes, phase.peak_memory_bytes)
 
     @property
     def current(self) -> Phase | None:
@@ -296,3 +304,5 @@ class Accounts:
                 yield phase
             finally:
                 self.meter.book_builds(phase)
+        if not phase.epochs:
+            self.ledger.rename(phase, "plan")

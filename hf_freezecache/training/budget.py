@@ -66,8 +66,9 @@ class StoreBudget:
                 yield limit, True
 
     def outdated(self, spec: StoreSpec) -> list[Path]:
-        """Stores that no epoch reads once this one is complete."""
-        return self.holdings.outdated(spec.cut, in_use=(spec.path, partial_path(spec.path)))
+        """Stores that no epoch reads once this one is complete, and those that earlier trainings have left."""
+        in_use = (spec.path, partial_path(spec.path))
+        return list(dict.fromkeys([*self.holdings.outdated(spec.cut, in_use), *self.holdings.spare(in_use)]))
 
     def needed(self, spec: StoreSpec) -> int:
         """Bytes of the Arrow files."""
@@ -89,7 +90,8 @@ class StoreBudget:
 
     def holds(self, store: FeatureStore) -> bool:
         """Whether a store that exists may be used beside the others, outdated ones not counted."""
-        limit = self.holdings.limit(self.holdings.outdated(store.manifest.cut, in_use=(store.path,)))
+        unread = [*self.holdings.outdated(store.manifest.cut, in_use=(store.path,)), *self.holdings.spare()]
+        limit = self.holdings.limit(unread)
         return limit is None or self.holdings.has(store.path) or store.total_bytes <= limit
 
     def too_large(self, spec: StoreSpec, needed: int | None = None) -> str:

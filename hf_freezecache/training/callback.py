@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..policies import FreezePolicy, Moment, ObservedBlock
+from .announcements import describe_freeze, describe_other_rule, describe_schedule
 
 #: Version of the entry in `trainer_state.json`.
 STATE_VERSION = 2
@@ -24,6 +25,9 @@ class RunningTraining(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
 
+    def announce(self, message: str) -> None:
+        """Tells the user, once."""
+
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut` and the source of the batches with it.
 
@@ -37,6 +41,9 @@ class RunningTraining(Protocol):
 
     def end_step(self) -> None:
         """An optimizer step is done."""
+
+    def rehearse(self, cuts: Sequence[int]) -> None:
+        """Before the first step: proves that the trainer's step works on features of these cuts."""
 
     def watch(self, signals: frozenset[str]) -> None:
         """Collects from now on what a policy asks for."""
@@ -64,11 +71,13 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self.decided_epoch = -1
         self._epoch: int | None = None
         self._session: RunningTraining | None = None
+        # The rule of the checkpoint that the training was resumed from; None: it was not, or does not say.
+        self._rule_before: str | None = None
 
     def attach(self, training: RunningTraining | None) -> None:
         """Starts a training from cut 0; None: nothing will be frozen."""
         self._session = training
-        self.cut, self.decided_epoch, self._epoch = 0, -1, None
+        self.cut, self.decided_epoch, self._epoch, self._rule_before = 0, -1, None, None
 
     @property
     def _rule(self) -> FreezePolicy:
@@ -84,6 +93,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
     def load_state_dict(self, attributes: Mapping[str, Any]) -> None:
         """Continues from the attributes that `state` returned."""
         self.cut, self.decided_epoch = attributes["cut"], attributes["decided_epoch"]
+        self._rule_before = attributes.get("rule")
         self._rule.load_state_dict(attributes["policy"])
 
     def state(self) -> dict[str, Any]:
@@ -93,14 +103,26 @@ class FreezeCallback(TrainerCallback, ExportableState):
             "cut": self.cut,
             "decided_epoch": self.decided_epoch,
             "policy": {} if self.policy is None else self.policy.state_dict(),
+            "rule": None if self.policy is None else self.policy.describe(),
             "session": None if self._session is None else self._session.state_dict(),
         }
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._epoch = None
-        if self._session is not None:
-            self._session.watch(self._rule.observes)
+        session = self._session
+        if session is None:
+            return
+        session.watch(self._rule.observes)
+        if self._rule_before is not None:
+            other_rule = describe_other_rule(self._rule_before, self._rule, self.cut)
+            if other_rule is not None:
+                session.announce(other_rule)
+        schedule = describe_schedule(self._rule, session.num_blocks, state.num_train_epochs, self.cut)
+        if schedule is not None:
+            session.announce(schedule)
+        changes = self._rule.changes(session.num_blocks, state.num_train_epochs) or []
+        session.rehearse(sorted({cut for epoch, cut in changes if cut and epoch < state.num_train_epochs}))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         session = self._session
@@ -111,8 +133,11 @@ class FreezeCallback(TrainerCallback, ExportableState):
         # As `Trainer` counts: a resumed training may have other steps in an epoch than the checkpoint's.
         self._epoch = state.global_step // steps_per_epoch if self._epoch is None else self._epoch + 1
         if self._epoch > self.decided_epoch:
-            self.cut = self._decide(session, self._moment(session, state, self._epoch))
+            before, moment = self.cut, self._moment(session, state, self._epoch)
+            self.cut = self._decide(session, moment)
             self.decided_epoch = self._epoch
+            if not before and self.cut and self._rule.changes(moment.num_blocks, moment.num_epochs) is None:
+                session.announce(describe_freeze(self._rule, self.cut, moment.num_blocks, self._epoch))
         epochs_left = state.max_steps / steps_per_epoch - self._epoch
         moment = self._moment(session, state, self._epoch)
         change = self._rule.next_change(moment)

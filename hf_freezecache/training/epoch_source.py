@@ -21,8 +21,9 @@ from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..replay.collator import DrawnViews, take_codes, take_drawn
-from ..replay.dataset import SourceSwitch, WriteRound
+from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
+from ..replay.requests import SourceSwitch, WriteRound, store_number
 
 logger = logging.get_logger(__name__)
 
@@ -35,18 +36,29 @@ class StepInputs:
     """A collated batch as the model takes it.
 
     Args:
-        inputs: model inputs and labels by name.
+        inputs: model inputs and labels by name. Beside features, the main input is a stand-in, or integers.
         samples: rows of the batch.
-        bypassed: cut up to which the model is not run, as its main input holds the features there; 0: all of it runs.
+        bypassed: cut up to which the model is not run, as its features are given; 0: all of it runs.
         mode: key of the step's FLOPs, `live` or `replay`.
-        layout: of the features; None where the main input is the image.
+        features: `(samples, *layout.shape)`; None where the model runs on its main input.
+        layout: of the features.
     """
 
     inputs: dict[str, Any]
     samples: int
     bypassed: int = 0
     mode: str = "live"
+    features: torch.Tensor | None = None
     layout: FeatureLayout | None = None
+
+    @classmethod
+    def on_features(
+        cls, chain: BlockChain, cut: int, features: torch.Tensor, batch: Mapping[str, Any], mode: str
+    ) -> StepInputs:
+        """Those of a batch whose features at a cut are known; of its main input nothing but integers counts."""
+        main_input = chain.input_of_replay(features, batch)
+        inputs = {**batch, chain.main_input: main_input}
+        return cls(inputs, len(features), cut, mode, features, chain.layout(cut))
 
 
 class EpochSource(ABC):
@@ -67,7 +79,7 @@ class EpochSource(ABC):
 
     @abstractmethod
     def turn(self, switch: SourceSwitch) -> None:
-        """Tells the data set, in every loader process, how rows are drawn from the next batch on."""
+        """Sets where rows come from that the training asks for from now on."""
 
     @abstractmethod
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
@@ -101,7 +113,7 @@ class FromImages(EpochSource):
         switch.set(None)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
-        return _live(batch)
+        return _live(batch, context)
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "images", "cut": self.cut, "why": self.why}
@@ -144,13 +156,12 @@ class FromStore(EpochSource):
         switch.set(self.store.path)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
-        codes_and_inputs = take_codes(batch)
-        if codes_and_inputs is None:
-            return _live(batch)
-        codes, others = codes_and_inputs
-        features = replay_features(self.store, context.model_inputs.to_device(codes))
-        inputs = {context.chain.main_input: features, **others}
-        return StepInputs(inputs, len(features), self.cut, "replay", self.store.codec.layout)
+        replayed = take_codes(batch)
+        if replayed is None or not (replayed.rows.stores == store_number(self.store.path)).all():
+            return _live(batch, context)
+        codes = {name: value.to(context.device, non_blocking=True) for name, value in replayed.codes.items()}
+        features = replay_features(self.store, codes)
+        return StepInputs.on_features(context.chain, self.cut, features, replayed.inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
@@ -225,14 +236,12 @@ class Writing(EpochSource):
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         views_and_batch = take_drawn(batch)
         if views_and_batch is None:
-            return _live(batch)
+            return _live(batch, context)
         views, batch = views_and_batch
         chain = context.chain
         features = chain.prefix(context.model_inputs(batch), self.cut)
         self._write(views, batch, features, chain.main_input)
-        others = {name: value for name, value in batch.items() if name != chain.main_input}
-        inputs = {chain.main_input: features, **others}
-        return StepInputs(inputs, len(features), self.cut, "live", chain.layout(self.cut))
+        return StepInputs.on_features(chain, self.cut, features, batch, "live")
 
     def state_dict(self) -> dict[str, Any]:
         problem = self.problem
@@ -266,7 +275,7 @@ class Writing(EpochSource):
         try:
             split = split_batch(batch, main_input)
             view_run = ViewRun(split.columns, split.constants, features, views.geometry, views.refused)
-            self.store.write(views.numbers.tolist(), views.views.cpu().numpy(), view_run)
+            self.store.write(views.rows.numbers.tolist(), views.views.cpu().numpy(), view_run)
         except GeometryMisfit as misfit:
             self.problem = Problem(True, str(misfit), self.epoch)
         except Exception as error:  # the step needs no store, and the other processes wait for it
@@ -285,7 +294,13 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
     return Writing(cut, None, state["start"], state["epoch"], problem, state["store"])
 
 
-def _live(batch: dict[str, Any]) -> StepInputs:
+def _live(batch: dict[str, Any], context: BuildContext) -> StepInputs:
+    """Runs the model whole. Batches of another source, which a loader kept from an earlier epoch, are made live."""
+    drawn, replayed = take_drawn(batch), take_codes(batch)
+    if drawn is not None:
+        batch = drawn[1]
+    elif replayed is not None:
+        batch = live_batch(context.source, replayed.rows)
     values = batch.values() if isinstance(batch, Mapping) else ()
     return StepInputs(batch, next((len(value) for value in values if isinstance(value, torch.Tensor)), 0))
 
@@ -295,14 +310,14 @@ def _store_name(store: PartialStore | FeatureStore) -> str:
 
 
 @contextlib.contextmanager
-def bypassing(chain: BlockChain, cut: int, force_eager: bool) -> Iterator[None]:
-    """Inside, the model takes the feature at `cut` for its main input; at cut 0 it runs whole.
+def bypassing(chain: BlockChain, step: StepInputs, force_eager: bool) -> Iterator[None]:
+    """Inside, the model runs on the features of a step where it has some; else it runs whole.
 
     Args:
         chain: the model.
-        cut: frozen blocks.
+        step: what it is called on.
         force_eager: run compiled code uncompiled: it would run the bypassed blocks.
     """
-    eager = torch.compiler.set_stance("force_eager") if force_eager and cut else contextlib.nullcontext()
-    with chain.replay(cut), eager:
+    eager = torch.compiler.set_stance("force_eager") if force_eager and step.bypassed else contextlib.nullcontext()
+    with chain.replay(step.bypassed, step.features, step.inputs.get(chain.main_input)), eager:
         yield

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..build.errors import OverLimit
-from ..build.materialize import materialize, open_matching
+from ..build.materialize import materialize
 from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..build.survey import survey
@@ -23,7 +23,8 @@ from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
 from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator
-from ..replay.dataset import EvaluationDataset, SourceSwitch
+from ..replay.dataset import ReplayDataset
+from ..replay.requests import SourceSwitch, find_switch
 from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
@@ -63,7 +64,7 @@ class _CachedSet:
 
     def __init__(self, loader: UsersLoader, rows: RowSource):
         self.loader, self.rows = loader, rows
-        self.switch = SourceSwitch()
+        self.switch = SourceSwitch(len(rows))
         self.source: FromStore | None = None
         self.trace: Trace | None = None
         #: Of the prefix that the store was made with.
@@ -194,7 +195,7 @@ class EvaluationCache:
 
     # Data
 
-    def wrap(self, loader: UsersLoader) -> EvaluationDataset | None:
+    def wrap(self, loader: UsersLoader) -> ReplayDataset | None:
         """The data set for a loader; None if its rows cannot be cached."""
         entry = next((entry for entry in self._sets if entry.matches(loader)), None)
         if entry is None:
@@ -220,7 +221,7 @@ class EvaluationCache:
             if len(foreign) == _MOST_FOREIGN_SETS:
                 self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return EvaluationDataset(loader.inner, entry.switch, entry.rows.seed)
+        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed)
 
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.
@@ -264,11 +265,12 @@ class EvaluationCache:
             yield
             return
         self._running = entry
+        entry.switch.epoch = 0  # every evaluation counts its rows anew
         source.turn(entry.switch)
         try:
-            yield
+            with entry.switch.requesting(once=True):
+                yield
         finally:
-            entry.switch.set(None)
             self._running = None
 
     @contextlib.contextmanager
@@ -283,18 +285,27 @@ class EvaluationCache:
         if entry is None or entry.source is None or entry.trace is None:
             yield batch
             return
-        step: StepInputs = entry.source.step_inputs(batch, self.context)
-        with self.chain.traced(entry.trace), bypassing(self.chain, step.bypassed, force_eager):
-            yield step.inputs
+        with self.chain.traced(entry.trace):
+            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            with bypassing(self.chain, step, force_eager):
+                yield step.inputs
+
+    def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
+        """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
+        entry = self._entry(loader)
+        if entry is not None:
+            entry.source, entry.declined_cut = None, self.chain.cut
+        self.announcer.failure("Evaluations cannot run on features, so they run on images", error)
+        return FromImages(self.chain.cut)
 
     # Helpers
 
     def _entry(self, loader: DataLoader) -> _CachedSet | None:
         """The data set of a loader that `wrap` has made one for, whoever made the loader."""
-        dataset = getattr(loader, "dataset", None)
-        if not isinstance(dataset, EvaluationDataset) or not isinstance(loader.collate_fn, ReplayCollator):
+        switch = find_switch(loader)
+        if switch is None or not isinstance(loader.collate_fn, ReplayCollator):
             return None
-        return next((entry for entry in self._sets if entry.switch is dataset.switch), None)
+        return next((entry for entry in self._sets if entry.switch is switch), None)
 
     def _stored_source(self, loader: DataLoader) -> EpochSource:
         """The store of a loader's data set, if it is valid for the model as it is now; else images.
@@ -321,15 +332,17 @@ class EvaluationCache:
             # Of its own: the evaluation's images may have another size than those of the training.
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
-            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit)
+            random = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input)).random
+            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, random)
             spec = replace(spec, owner=self.holdings.owner)
-            store = open_matching(spec, self.group)
+            reuse = self.spec_maker.reuse
+            store = reuse.open(spec)
             if store is None and not builds:
                 return None, False
             self._announce_randomness(entry)
-            built = store is None
+            built = store is None or reuse.has_made(store)
             if store is None:
-                store = self._build(spec, entry)
+                store = self._build(reuse.current(spec), entry)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
         if self.group.is_main:
             store.hold()

@@ -35,7 +35,8 @@ class FreezeStatus:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over phases. `train_seconds` is live and replay, `seconds` everything, evaluation included."""
+    """Sums over phases. `train_seconds` is live and replay, `seconds` everything, evaluation included;
+    `plan_seconds` were spent on stores that were not built."""
 
     seconds: float
     train_seconds: float
@@ -44,6 +45,7 @@ class Totals:
     flops: float
     eval_flops: float
     peak_memory_bytes: int
+    plan_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,35 @@ class PlainEstimate:
 
 @dataclass(frozen=True)
 class FreezeCacheReport:
-    """What a training has cost, by phase; `str(report)` is a table."""
+    """What a training has cost, by phase; `str(report)` is a table.
+
+    Args:
+        phases: in the order in which they began.
+        totals: their sums.
+        plain_estimate: what the same steps would have cost without freezing.
+        note: why nothing was booked; None if something was.
+    """
 
     phases: list[Phase]
     totals: Totals
     plain_estimate: PlainEstimate
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if not self.phases:
+            return f"nothing was booked: {self.note}"
         header = ("cut", "mode", "epochs", "steps", "time", "compute", "store", "peak memory")
         table = format_table([header, *map(_cells, self.phases)], left=[header.index("mode")])
         totals, plain = self.totals, self.plain_estimate
-        training = totals.train_seconds + totals.build_seconds
-        lines = [
-            f"training: {show_seconds(training)} (of it builds {show_seconds(totals.build_seconds)}), "
-            f"{show_flops(totals.flops)}"
-        ]
+        training = totals.train_seconds + totals.build_seconds + totals.plan_seconds
+        parts = {"builds": totals.build_seconds, "plans of stores that were not built": totals.plan_seconds}
+        of_it = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items() if seconds)
+        of_it = f" (of it {of_it})" if of_it else ""
+        lines = [f"training: {show_seconds(training)}{of_it}, {show_flops(totals.flops)}"]
         estimate = [] if plain.seconds is None else [show_seconds(plain.seconds)]
         estimate += [] if plain.flops is None else [show_flops(plain.flops)]
         if estimate:
@@ -100,15 +112,17 @@ def _cells(phase: Phase) -> tuple[str, ...]:
     )
 
 
-def make_report(phases: list[Phase], plain_flops_per_step: float | None) -> FreezeCacheReport:
+def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: str | None = None) -> FreezeCacheReport:
     """Sums up a training.
 
     Args:
         phases: from the ledger.
         plain_flops_per_step: FLOPs of an average optimizer step at cut 0.
+        note: why nothing was booked.
     """
     training = [phase for phase in phases if phase.mode in ("live", "replay")]
     builds = [phase for phase in phases if phase.mode == "build"]
+    planning = [phase for phase in phases if phase.mode == "plan"]
     evaluations = [phase for phase in phases if phase.mode == "eval"]
     steps = sum(phase.steps for phase in training)
     totals = Totals(
@@ -116,7 +130,8 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None) -> Free
         train_seconds=sum(phase.seconds for phase in training),
         build_seconds=sum(phase.seconds for phase in builds),
         eval_seconds=sum(phase.seconds for phase in evaluations),
-        flops=sum(phase.flops for phase in training + builds),
+        plan_seconds=sum(phase.seconds for phase in planning),
+        flops=sum(phase.flops for phase in training + builds + planning),
         eval_flops=sum(phase.flops for phase in evaluations),
         peak_memory_bytes=max((phase.peak_memory_bytes for phase in phases), default=0),
     )
@@ -125,7 +140,7 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None) -> Free
         seconds=None if plain is None else plain.seconds / plain.steps * steps,
         flops=None if plain_flops_per_step is None else plain_flops_per_step * steps,
     )
-    return FreezeCacheReport(list(phases), totals, estimate)
+    return FreezeCacheReport(list(phases), totals, estimate, note)
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,28 @@ from ..build.context import BuildContext
 from ..build.spec_maker import SpecMaker
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
+from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
-from ..replay.dataset import SourceSwitch
+from ..replay.collator import take_codes
+from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .preconditions import check_trainable
+from .proof import Proof
 from .recorder import BlockRecorder
+from .rehearsal import Outcome, Rehearsal, RehearsalError
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
+from .step_state import StepState
 from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
 
 logger = logging.get_logger(__name__)
+
+
+class MismatchError(RuntimeError):
+    """Features are not those of the training (any more), and `on_mismatch="error"`."""
 
 
 class FreezeSession:
@@ -37,6 +47,8 @@ class FreezeSession:
     Args:
         context: model, samples and settings.
         explicit: whether the user gave the settings.
+        step: runs the trainer's own step without any update, for rehearsals.
+        suspects: what users have put in the path of the loss, for messages.
         why_not_cached: why nothing can be cached in this training; None if it can.
         why_on_images: why evaluations cannot be cached; None if they can.
         is_last: whether the training ends with this step, as far as is known.
@@ -50,6 +62,8 @@ class FreezeSession:
         self,
         context: BuildContext,
         explicit: bool,
+        step: Callable[[Mapping[str, Any]], Outcome],
+        suspects: Sequence[str] = (),
         why_not_cached: str | None = None,
         why_on_images: str | None = None,
         is_last: Callable[[], bool] = lambda: False,
@@ -63,8 +77,10 @@ class FreezeSession:
         spec_maker = SpecMaker(self.context)
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
+        self._explicit = explicit
+        self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
         self.recorder = BlockRecorder(self.chain)
-        self.switch = SourceSwitch()
+        self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:
@@ -87,13 +103,18 @@ class FreezeSession:
     def broadcast(self, value: Any) -> Any:
         return self.group.broadcast(value)
 
+    def announce(self, message: str) -> None:
+        self.announcer.warning_once(message)
+
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
+        self._share_mismatch()
         if moment.cut > self.chain.cut:
+            check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
             rewrap_ddp(self.wrapped_model)
             self.announcer.info(
@@ -101,7 +122,9 @@ class FreezeSession:
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
         with preserve_rng():
+            self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
+            self._check_rows(moment.epoch)
         self.source.turn(self.switch)
         phase = self.ledger.begin(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
@@ -163,30 +186,123 @@ class FreezeSession:
         self.chain.unfreeze()
         rewrap_ddp(self.wrapped_model)  # `Trainer` keeps the wrapper for the next training
 
-    @contextlib.contextmanager
-    def training_step(self, batch: dict[str, Any], force_eager: bool) -> Iterator[StepInputs]:
-        """Yields the inputs of one training step, with features for the main input where the prefix is bypassed.
+    def training_step(
+        self,
+        batch: dict[str, Any],
+        mix: Callable[[StepInputs], StepInputs],
+        run: Callable[[dict[str, Any]], torch.Tensor],
+        force_eager: bool = False,
+    ) -> torch.Tensor:
+        """Runs one training step; on features where the batch is from a store, and they are valid.
+
+        A step that needs what only images have is run again on the images of its rows, and so are the later ones.
 
         Args:
             batch: as the loader returned it.
+            mix: mixes the rows of a step (mixup, cutmix).
+            run: the trainer's step on model inputs.
             force_eager: run compiled code uncompiled where the prefix is bypassed.
+
+        Raises:
+            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
         """
-        step = self.source.step_inputs(batch, self.context)
-        if step.bypassed and self.config.feature_noise:
-            main_input = self.chain.main_input
-            noisy = add_noise(step.inputs[main_input], self.config.feature_noise)
-            step = replace(step, inputs={**step.inputs, main_input: noisy})
+        if self.proof.rehearsal.is_running:
+            step = self.proof.rehearsal.step_inputs(batch)
+            with bypassing(self.chain, step, force_eager):
+                return run(step.inputs)
+        if isinstance(self.source, FromStore):
+            self._fall_back(self.proof.at_step())
+        if self.keeper.mismatch is None:
+            step = self.source.step_inputs(batch, self.context)
+            if not step.bypassed:
+                return self._run(step, mix, run, force_eager)
+            before = StepState(self.context.model)
+            try:
+                return self._run(step, mix, run, force_eager)
+            except FrozenOutputError as error:
+                self._fall_back(str(error))
+            before.restore()
+        step = FromImages(self.chain.cut).step_inputs(batch, self.context)
+        return self._run(step, mix, run, force_eager)
+
+    def _run(
+        self,
+        step: StepInputs,
+        mix: Callable[[StepInputs], StepInputs],
+        run: Callable[[dict[str, Any]], torch.Tensor],
+        force_eager: bool,
+    ) -> torch.Tensor:
+        if step.features is not None and self.config.feature_noise:
+            step = replace(step, features=add_noise(step.features, self.config.feature_noise))
+        step = mix(step)
         self._last_step, self.recorder.active = (step.mode, step.samples), True
         try:
-            with bypassing(self.chain, step.bypassed, force_eager):
-                yield step
+            with bypassing(self.chain, step, force_eager):
+                return run(step.inputs)
         finally:
             self.recorder.active = False
 
     def before_forward(self) -> None:
         """After `model.train()`: frozen blocks go back to eval mode."""
-        if self.recorder.active:
+        if self.chain.cut and self.context.model.training:
             self.chain.eval_prefix()
+
+    # Proof: what is not valid any more is not used any more
+
+    def rehearse(self, cuts: Sequence[int]) -> None:
+        """Before the first step: the trainer's own step on features of the cuts that are planned.
+
+        Raises:
+            RehearsalError: under explicit settings, if it is not the step on images.
+        """
+        if self.keeper.why_not_cached is not None or self.chain.cut:
+            return
+        why = self.proof.rehearse(cuts)
+        if why is not None and self._explicit:
+            raise RehearsalError(why)
+        if why is not None:
+            self._decline(why)
+
+    def _check_prefix(self, cut: int) -> None:
+        if cut and self.keeper.why_not_cached is None:
+            self._fall_back(self.proof.of_prefix(cut))
+
+    def _check_rows(self, epoch: int) -> None:
+        if isinstance(self.source, FromStore):
+            augmentation = self.keeper.provider.spec_maker.augmentation
+            assert augmentation is not None  # a store was made or found
+            self._fall_back(self.proof.of_rows(self.source.store, augmentation, epoch))
+
+    def _share_mismatch(self) -> None:
+        """What one process has found in the middle of an epoch counts for all."""
+        found = next((why for why in self.group.gather(self.keeper.mismatch) if why is not None), None)
+        if self.keeper.mismatch is None:
+            self._fall_back(found)
+
+    def _fall_back(self, why: str | None) -> None:
+        """From now on the training runs on images, unless there is no reason for it.
+
+        Raises:
+            MismatchError: under `on_mismatch="error"`.
+        """
+        if why is None:
+            return
+        if self.config.on_mismatch == "error":
+            raise MismatchError(
+                f"the features of cut {self.chain.cut} cannot be used (any more): {why} on_mismatch='fallback' would "
+                "go on from images."
+            )
+        self._decline(why)
+        if isinstance(self.source, FromStore):
+            self.source = FromImages(self.chain.cut, why)
+            self.source.turn(self.switch)
+            if self.ledger.current is not None:
+                self.ledger.end()
+                self.ledger.begin(self.chain.cut, self.source.mode)
+
+    def _decline(self, why: str) -> None:
+        self.keeper.mismatch = why
+        self.announcer.warning(f"No features are stored or replayed any more, training goes on from images: {why}")
 
     def step_flops(self) -> float:
         """FLOPs of the last micro-batch and of the builds before it, measured once per cut and mode."""
@@ -196,6 +312,17 @@ class FreezeSession:
             if self.ledger.current is not None:
                 self.ledger.current.flops += flops
         return flops + self.meter.take_build_flops()
+
+    def live_shapes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
+
+        The stand-in holds -1 everywhere, which is no padding.
+        """
+        replayed = take_codes(batch)
+        if replayed is None:
+            return batch
+        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.layout(0).shape)
+        return {self.chain.main_input: stand_in, **replayed.inputs}
 
     # Evaluations
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging
 
-from ..build.errors import BuildFailed, GeometryMisfit
+from ..build.errors import BuildFailed, GeometryMisfit, NotWritable
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN
 from ..cache.names import partial_path
+from ..cache.rows import RowError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from .accounting import Accounts
@@ -92,6 +93,13 @@ class StoreKeeper:
         self._writes_through = config.materialize == "write_through"
         # Cut of the checkpoint that the training was resumed from; None: it was not.
         self._resumed_cut: int | None = None
+        # Why features cannot be used any more, found in the course of this training; None if they can.
+        self.mismatch: str | None = None
+
+    @property
+    def why_not_cached(self) -> str | None:
+        """Why nothing is cached (any more) in this training; None if it is."""
+        return self.why_not if self.mismatch is None else self.mismatch
 
     def next(self, cut: int, epochs_left: float, previous: EpochSource, epoch: int) -> EpochSource:
         """The source of the epoch that begins.
@@ -108,10 +116,12 @@ class StoreKeeper:
         Raises:
             ValueError: under explicit settings, if the features cannot be stored (not finite, of several sizes).
         """
-        if self.why_not is not None:
-            return FromImages(cut, self.why_not)
+        if self.why_not_cached is not None:
+            if isinstance(previous, Writing):
+                self._discard(previous)
+            return FromImages(cut, self.why_not_cached)
         if isinstance(previous, Writing) and previous.cut != cut:
-            self.announcer.info(
+            self.announcer.warning(
                 f"The feature store of cut {previous.cut} was not complete before the next freeze: it is given up."
             )
             self._discard(previous)
@@ -131,11 +141,12 @@ class StoreKeeper:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
-        return self.provider.state_dict()
+        return {**self.provider.state_dict(), "mismatch": self.mismatch}
 
     def load_state_dict(self, state: Mapping[str, Any], cut: int) -> None:
         """Continues from `state_dict()` and the cut of the checkpoint."""
         self._resumed_cut = cut
+        self.mismatch = state.get("mismatch")
         self.provider.load_state_dict(state)
 
     def _take(
@@ -170,16 +181,18 @@ class StoreKeeper:
     def _guarded(self, cut: int, make: Callable[[], T]) -> T | FromImages:
         """The store that `make` returns; images, with a message, if it returns none.
 
-        Nothing that a training can survive is raised: under explicit settings a build that could not be written,
-        under the defaults any error.
+        Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
+        directory that can be written, under the defaults any error.
         """
         survivable = BuildFailed if self.explicit else Exception
         try:
             return make()
-        except Declined as reason:
+        except (Declined, RowError) as reason:
             why = str(reason)
             self.announcer.warning(f"No feature store for cut {cut}: {why}. {_CONSEQUENCE}.")
         except survivable as error:
+            if self.explicit and isinstance(error, NotWritable):
+                raise
             why = describe_error(error)
             self.announcer.failure(f"The feature store of cut {cut} could not be built. {_CONSEQUENCE}", error)
         return FromImages(cut, why)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..augment.geometry import DENSE, PROJECTIVE
 from ..build.deepening import DEEPENED_FROM, why_not_deepen
 from ..build.errors import GeometryMisfit, OverLimit
-from ..build.materialize import materialize, open_matching
+from ..build.materialize import materialize
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
@@ -117,12 +117,14 @@ class StoreProvider:
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state_dict(),
             "owner": self.holdings.owner,
+            "unknown": self.spec_maker.unknown,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`; stores that are gone do not count any more."""
         self.decisions = {int(cut): Decision(**fields) for cut, fields in state["decisions"].items()}
         self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
+        self.spec_maker.unknown = state.get("unknown", self.spec_maker.unknown)
         existing = self.group.on_main(
             lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
         )
@@ -165,7 +167,7 @@ class StoreProvider:
         if isinstance(store, PartialStore):
             self.holdings.add(store.path, store.reserved, built=True, cut=request.cut)
             rounds = store.views.spec.count + 1
-            self.announcer.info(
+            self.announcer.warning(
                 f"Cut {request.cut}: {rounds} live epoch{'s' if rounds > 1 else ''} write{'' if rounds > 1 else 's'} "
                 f"the features to {store.path} ({show_bytes(store.bytes)}), then replay begins."
             )
@@ -245,7 +247,7 @@ class StoreProvider:
 
     def _find(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore | None:
         """A complete store, or one that was begun."""
-        spec, decision = images, attempt.decision
+        spec, decision, cut = images, attempt.decision, attempt.request.cut
         if attempt.writing:
             spec = self.spec_maker.written(images)
         elif decision is not None and decision.parent is not None:
@@ -253,17 +255,21 @@ class StoreProvider:
             spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
         else:
             spec = self._deepened(images, attempt)
-        store = open_matching(spec, self.group)
+        spec, images = (replace(each, owner=self.holdings.owner) for each in (spec, images))
+        reuse = self.spec_maker.reuse
+        store = reuse.open(spec)
         if store is None and attempt.writing and attempt.accept_built:
-            store = open_matching(images, self.group)
+            store = reuse.open(images)
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
-            self.announcer.info(f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}).")
+            self.announcer.warning(
+                f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}, {store.manifest.codec}, "
+                f"{len(store)} samples{_describe_views(store)}): training does not run {cut} of {len(self.chain)} "
+                "blocks any more."
+            )
             self._register(store)
             return store
-        if not attempt.writing:
-            return None
-        return PartialStore.reopen(replace(spec, owner=self.holdings.owner), self.group)
+        return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -280,8 +286,8 @@ class StoreProvider:
             self._announce_randomness(spec)
             if deletes_outdated:
                 self.announcer.warning(
-                    f"The feature stores of earlier cuts are deleted before the one of cut {spec.cut} is built: the "
-                    "budget does not hold both."
+                    f"The feature stores of earlier cuts and trainings are deleted before the one of cut {spec.cut} is "
+                    "built: the budget does not hold both."
                 )
                 self._remove(self.budget.outdated(spec))
                 self._parent_deleted = True
@@ -308,7 +314,7 @@ class StoreProvider:
         """
         while True:
             try:
-                settled = self.spec_maker.settle(spec)
+                settled = self.spec_maker.settle(self.spec_maker.reuse.current(spec))
                 if attempt.writing:
                     partial_store = PartialStore.begin(settled, self.group)
                     self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))

@@ -1,4 +1,4 @@
-"""The contract with `transformers.Trainer`: every override of it, and every use of what is private to it.
+"""The contract with `transformers.Trainer`: every override of it is here or in the two classes of hooks it inherits.
 
 `tests/test_trainer_contract.py` compares the names, signatures and bodies that are used here with those of the
 installed release.
@@ -8,53 +8,48 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
-import math
-import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
+from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..config import FreezeCacheConfig, make_policy
-from ..distributed import Announcer, Group
+from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
+from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
-from ..model.checkpoint import has_weights, is_adapter, load_weights
 from ..model.inputs import ModelInputs
-from ..model.layout import FeatureLayout
+from ..model.sharing import check_sharing
 from ..model.tracing import main_input_name
-from ..policies import FreezePolicy, NonePolicy
+from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
+from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
-from .checkpoint_state import read_state
-from .epoch_source import EpochSource, FromStore
-from .evaluation import EvaluationCache, EvaluationPass, UsersLoader, cached_names
+from .checkpoint_hooks import CheckpointHooks
+from .epoch_source import StepInputs
+from .evaluation import EvaluationCache, UsersLoader
+from .evaluation_hooks import EvaluationHooks
+from .preconditions import check_model, check_trainable
+from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
-from .sharding import why_sharded
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object  # what stands behind the mixin is known where they are mixed
 
-
-class FreezeCacheMixin(_Trainer):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -73,13 +68,14 @@ class FreezeCacheMixin(_Trainer):
     def __init__(
         self, *args, freeze_cache: FreezeCacheConfig | None = None, policy: FreezePolicy | None = None, **kwargs
     ):
+        freeze_cache, policy = self.__dict__.pop(_GIVEN, (freeze_cache, policy))
         self._freeze_explicit = freeze_cache is not None or policy is not None
-        self._freeze_config = freeze_cache if freeze_cache is not None else FreezeCacheConfig()
-        self._freeze_policy = policy if policy is not None else make_policy(self._freeze_config)
-        self._session: FreezeSession | None = None
-        self._fell_back = self._starting = False
-        # Of the checkpoint that a training is resumed from, until it is taken.
-        self._checkpoint_state: Mapping[str, Any] | None = None
+        self._freeze_config, self._freeze_policy = read_settings(freeze_cache, policy)
+        self._session = None
+        self._why_plain = None
+        self._earlier_stores: Holdings | None = None
+        self._starting = False
+        self._checkpoint_state = None
         super().__init__(*args, **kwargs)
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
@@ -87,21 +83,28 @@ class FreezeCacheMixin(_Trainer):
         if self._freezes:
             self.add_callback(self._freeze_callback)
 
-    @property
-    def _own_model(self) -> nn.Module:
-        """The model, not wrapped."""
-        assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
-        return self.model
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(FreezeCacheMixin)]
+        # A trainer of somebody else that comes first takes its own arguments only: `class Mine(Seq2SeqTrainer,
+        # FreezeCacheTrainer)`.
+        if any("__init__" in vars(other) and not issubclass(other, FreezeCacheMixin) for other in before):
+            cls.__init__ = _keep_settings(cls.__init__)  # type: ignore[method-assign]
 
     def freeze_status(self) -> FreezeStatus:
         """The cut, the frozen blocks and the store of the running or last training."""
         if self._session is not None:
             return self._session.status()
-        return FreezeStatus(0, [], count_trainable(self._own_model), replaying=False, store_path=None, store_bytes=0)
+        # After a search for hyperparameters there is no model.
+        trainable = 0 if self.model is None else count_trainable(self._own_model)
+        return FreezeStatus(0, [], trainable, replaying=False, store_path=None, store_bytes=0)
 
     def freeze_cache_report(self) -> FreezeCacheReport:
         """What the running or last training has cost, by phase."""
-        return make_report([], None) if self._session is None else self._session.report()
+        if self._session is not None:
+            return self._session.report()
+        plain = "policy='none'" if not self._freezes else self._why_plain
+        return make_report([], None, "no training has run" if plain is None else f"plain training: {plain}")
 
     def build_context(self, dataset: Any, collator: Callable) -> BuildContext:
         """Model, samples and settings as stores of a training on a data set would be built from them.
@@ -113,9 +116,7 @@ class FreezeCacheMixin(_Trainer):
         Raises:
             ValueError: if the rows cannot be cached or the model cannot be split.
         """
-        reason = why_sharded(self)
-        if reason is not None:
-            raise ValueError(f"freezing and caching do not work with {reason}; use DDP (accelerate launch).")
+        check_model(self, self._own_model, self._freeze_config)
         check_dataset(dataset)
         source = RowSource(
             dataset,
@@ -127,10 +128,11 @@ class FreezeCacheMixin(_Trainer):
         )
         model_inputs = ModelInputs(self._own_model, self._prepare_inputs, self.label_names)
         with preserve_rng():
-            probe = source.probe()
+            probe = self._draw_probe(source)
             split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
+            check_sharing(self._own_model, chain.blocks, model_inputs(probe))
         return BuildContext(
             chain=chain,
             source=source,
@@ -141,6 +143,20 @@ class FreezeCacheMixin(_Trainer):
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
         )
+
+    def _draw_probe(self, source: RowSource) -> Mapping[str, Any]:
+        try:
+            return source.probe()
+        except KeyError as error:
+            dropped = set(getattr(self.train_dataset, "column_names", None) or ()) - set(
+                getattr(source.dataset, "column_names", None) or ()
+            )
+            if not self.args.remove_unused_columns or error.args[:1] == () or error.args[0] not in dropped:
+                raise
+            raise ValueError(
+                f"the data set's transform reads the column {error.args[0]!r}, which a Trainer drops, as no argument "
+                "of the model has this name: set remove_unused_columns=False in TrainingArguments."
+            ) from error
 
     def without_unused_columns(self, dataset: Any, description: str = "training") -> tuple[Any, Callable]:
         """A data set and its collator without the columns that the model does not take."""
@@ -171,8 +187,10 @@ class FreezeCacheMixin(_Trainer):
         # Also entered again by `auto_find_batch_size` after it ran out of memory.
         if self._session is not None:
             self._session.close()
+            # They count under the budget of the next training, a trial of a search for instance, which may use them.
+            self._earlier_stores = self._session.keeper.provider.holdings
             self._session = None
-        self._fell_back, self._starting = False, True
+        self._why_plain, self._starting = None, True
         self._checkpoint_state = None
         self._freeze_callback.attach(None)
         try:
@@ -180,10 +198,6 @@ class FreezeCacheMixin(_Trainer):
         finally:
             if self._session is not None:
                 self._session.stop()
-
-    @property
-    def _freezes(self) -> bool:
-        return not isinstance(self._freeze_policy, NonePolicy)
 
     @property
     def _group(self) -> Group:
@@ -197,50 +211,44 @@ class FreezeCacheMixin(_Trainer):
             return None
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
-        if self.args.torch_compile:
-            logger.warning("torch_compile: live epochs run compiled, replay epochs do not.")
+        if self._runs_compiled:
+            logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
 
     def _make_session(self, dataset: Any, collator: Callable) -> FreezeSession:
         why_not_cached = "cache='never'" if self._freeze_config.cache == "never" else None
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
+        # Before any data is touched.
+        self._freeze_policy.start(len(check_model(self, self._own_model, self._freeze_config)))
         session = FreezeSession(
             self.build_context(dataset, collator),
             self._freeze_explicit,
+            self._rehearsed_step,
+            self._suspects(),
             why_not_cached,
             self._why_on_images(),
             is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
         )
-        self._freeze_policy.start(session.num_blocks)
+        # The cuts of a schedule do not depend on the number of epochs.
+        for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
+            check_trainable(session.chain, cut)
+        if self._earlier_stores is not None:
+            session.keeper.provider.holdings.inherit(self._earlier_stores)
         return session
-
-    def _why_on_images(self) -> str | None:
-        """Why evaluations cannot be from a store; None if they can."""
-        if "inputs" in self.args.include_for_metrics:
-            return "include_for_metrics asks for the inputs"
-        if getattr(self.args, "predict_with_generate", False):
-            return "predict_with_generate"
-        overriding = self._overriding("prediction_step")
-        return None if overriding is None else f"`{overriding.__name__}.prediction_step` is overridden"
-
-    def _overriding(self, name: str) -> type | None:
-        """The class besides this one that overrides a method of `Trainer`; None if there is none."""
-        others = (cls for cls in type(self).__mro__ if cls not in (FreezeCacheMixin, Trainer))
-        return next((cls for cls in others if name in vars(cls)), None)
 
     def _cannot_freeze(self, error: Exception) -> None:
         """Raises under explicit settings; the defaults fall back to plain training."""
         if self._freeze_explicit:
             raise error
-        self._fell_back = True
+        self._why_plain = describe_error(error)
         Announcer(self._group, logger).failure("Nothing is frozen or cached, this is plain training", error)
 
     @property
     def _feature_cache_dir(self) -> Path:
         configured = self._freeze_config.feature_cache_dir
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(configured) if configured is not None else Path(self.args.output_dir) / "_freeze_cache"
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
 
     # Data: the source of the train loader's samples can turn to a store
 
@@ -288,9 +296,16 @@ class FreezeCacheMixin(_Trainer):
             # Samplers see the user's data set: lengths and columns are read from it.
             settings = {**settings, "sampler_fn": lambda _: sampler_fn(wrapped.inner)}
         try:
-            return super()._get_dataloader(wrapped, description, batch_size, **settings)
+            loader = super()._get_dataloader(wrapped, description, batch_size, **settings)
         finally:
             self.data_collator = users_collator
+        stamp_rows(loader, wrapped.switch)
+        return loader
+
+    def get_batch_samples(self, *args, **kwargs):
+        # The training's own iteration over the loader begins here.
+        with contextlib.nullcontext() if self._session is None else self._session.switch.requesting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, ReplayCollator):
@@ -301,32 +316,43 @@ class FreezeCacheMixin(_Trainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
+        # After the optimizer has its groups, before its state is loaded and the model is wrapped.
+        self._take_checkpoint_state()
+        return optimizer
+
+    def _take_checkpoint_state(self) -> None:
         if self._session is not None and self._checkpoint_state is not None:
-            # After the optimizer has its groups, before its state is loaded and the model is wrapped.
             self._session.load_state_dict(self._checkpoint_state["cut"], self._checkpoint_state["session"])
             self._freeze_callback.load_state_dict(self._checkpoint_state)
             self._checkpoint_state = None
-        return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._session is not None:
+            self._session.optimizer = self.optimizer
+            self._take_checkpoint_state()  # a `create_optimizer` of the user's need not call this class's
             self._session.prepared(self.optimizer, model)
-        elif self._freezes and not self._fell_back:
+        elif self._freezes and self._why_plain is None:
             self._cannot_freeze(ValueError("`get_train_dataloader` is overridden and does not call `Trainer`'s."))
         return model, train_dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        step = super().training_step
         if self._session is None:
-            return super().training_step(model, self._mix(inputs), *args, **kwargs)
-        with self._session.training_step(inputs, force_eager=self.args.torch_compile) as step:
-            return super().training_step(model, self._mix(step.inputs, step.layout), *args, **kwargs)
+            return step(model, self._mix(StepInputs(inputs, 0)).inputs, *args, **kwargs)
+        return self._session.training_step(
+            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self._runs_compiled
+        )
 
-    def _mix(self, inputs: dict[str, Any], layout: FeatureLayout | None = None) -> dict[str, Any]:
+    def _mix(self, step: StepInputs) -> StepInputs:
         """Mixes images of a live batch, or features of a replayed one."""
         if self._mixer is None:
-            return inputs
-        return self._mixer(self._prepare_inputs(inputs), main_input_name(self._own_model), layout=layout)
+            return step
+        name, inputs = main_input_name(self._own_model), self._prepare_inputs(step.inputs)
+        if step.features is None:
+            return replace(step, inputs=self._mixer(inputs, name))
+        mixed = self._mixer({**inputs, name: step.features}, name, layout=step.layout)
+        return replace(step, features=mixed[name], inputs={**mixed, name: inputs[name]})
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:
@@ -337,153 +363,23 @@ class FreezeCacheMixin(_Trainer):
         return super().floating_point_ops(inputs) if self._session is None else self._session.step_flops()
 
     def _track_num_input_tokens(self, inputs) -> None:
-        # Codes are no tokens, and a warning in every step helps nobody.
-        if self._session is None or not isinstance(self._session.source, FromStore):
-            super()._track_num_input_tokens(inputs)
+        # A batch of codes counts as the live batch of the same samples.
+        super()._track_num_input_tokens(inputs if self._session is None else self._session.live_shapes(inputs))
 
-    # Evaluation
 
-    @property
-    def _evaluation(self) -> EvaluationCache | None:
-        return None if self._session is None else self._session.evaluation
+_GIVEN = "_freeze_given"
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        evaluation = self._evaluation
-        if evaluation is None:
-            return super().evaluate(*args, **kwargs)
-        with evaluation.evaluation() as passes:
-            metrics = super().evaluate(*args, **kwargs)
-            for first in list(passes) if evaluation.is_last() else ():
-                # Callbacks may have evaluated other sets inside under the same names: they change nothing here.
-                own = {name for name, value in first.metrics.items() if metrics.get(name) == value}
-                with preserve_rng():
-                    on_images = self._repeat_last(evaluation, first)
-                metrics.update({name: value for name, value in on_images.items() if name in own})
-        return metrics
 
-    def _repeat_last(self, evaluation: EvaluationCache, first: EvaluationPass) -> dict[str, float]:
-        """Repeats the last evaluation from the other source and logs it; the store's metrics are named `_cached`.
+def _keep_settings(init: Callable) -> Callable:
+    """An `__init__` that keeps this package's arguments for the mixin; what it calls does not know them."""
 
-        Callbacks that count evaluations are not told.
+    @wraps(init)
+    def keep(self, *args, freeze_cache=None, policy=None, **kwargs):
+        if freeze_cache is not None or policy is not None:
+            vars(self)[_GIVEN] = (freeze_cache, policy)
+        init(self, *args, **kwargs)
 
-        Returns:
-            The metrics of the pass on images, under the names that they have in `first`.
-        """
-        source = evaluation.second_source(first)
-        if source is None:
-            return {}
-        prefix = f"{first.prefix}_cached" if isinstance(source, FromStore) else first.prefix
-        second = self._evaluate_from(source, first, prefix)
-        if first.from_store:
-            from_store = cached_names(first.metrics, first.prefix)
-            self.log(dict(from_store))
-            on_images = second
-        else:
-            from_store, on_images = second, first.metrics
-        evaluation.compare(on_images, from_store, first.prefix)
-        return {name: value for name, value in on_images.items() if name in first.metrics}
-
-    def _evaluate_from(self, source: EpochSource, first: EvaluationPass, prefix: str) -> dict[str, float]:
-        """Runs an evaluation again from a source, and logs it as `Trainer.evaluate` does."""
-        start = time.time()
-        output = self._run_evaluation(source, first.loader, metric_key_prefix=prefix, **first.settings)
-        steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
-        output.metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
-        self.log(output.metrics)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):
-                callback.on_evaluate(self.args, self.state, self.control)  # closes its bar
-        return output.metrics
-
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        if self._session is not None and self._evaluation is not None:
-            self._evaluation.prepare(loader)
-            # A checkpoint may be written before the next step.
-            self.current_flos += self._session.meter.take_build_flops()  # type: ignore[assignment]  # a float later
-        return loader
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **kwargs,
-    ):
-        settings = {
-            "description": description,
-            "prediction_loss_only": prediction_loss_only,
-            "ignore_keys": ignore_keys,
-            **kwargs,
-        }
-        if self._session is None:
-            return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        source = self._session.evaluation_source(dataloader)
-        output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        if self._evaluation is not None:
-            self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
-        return output
-
-    def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
-        if self._session is None:
-            raise RuntimeError("an evaluation has a source only while a training runs.")
-        with self._session.evaluating(dataloader, source) as book_samples:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-            book_samples(output.num_samples or 0)
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        if self._evaluation is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._evaluation.prediction_step(inputs, force_eager=self.args.torch_compile) as step_inputs:
-            return super().prediction_step(model, step_inputs, *args, **kwargs)
-
-    # Checkpoints
-
-    def _load_callback_state(self) -> None:
-        # Called on a resume only. `create_optimizer` takes the state; `Trainer` would put an unattached callback in
-        # our callback's place.
-        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
-        ours = callbacks.pop(FreezeCallback.__name__, None)
-        self._checkpoint_state = read_state(ours) if self._freezes else None
-        super()._load_callback_state()
-        if ours is not None:
-            callbacks[FreezeCallback.__name__] = ours
-        elif self._freezes:
-            callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_strictly(resume_from_checkpoint, "_load_from_checkpoint"):
-            logger.info(f"Loading model from {resume_from_checkpoint}.")
-            load_weights(self._own_model if model is None else model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
-
-    def _load_best_model(self) -> None:
-        checkpoint = self.state.best_model_checkpoint
-        if checkpoint is not None and self._loads_strictly(checkpoint, "_load_best_model"):
-            logger.info(f"Loading best model from {checkpoint} (score: {self.state.best_metric}).")
-            load_weights(self._own_model, checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _loads_strictly(self, checkpoint: str, loader: str) -> bool:
-        """Whether this class loads a checkpoint: of a whole model in one process's memory.
-
-        Adapters and sharded wrappers are loaded by `Trainer`, and what another class saves in its own way by that
-        class. Where nothing can be frozen, `Trainer` loads as ever.
-
-        Args:
-            checkpoint: its directory.
-            loader: the method of `Trainer` that would load it.
-        """
-        if not self._freezes or self._fell_back or self._overriding(loader) is not None:
-            return False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
-            return False
-        return not is_adapter(self.accelerator.unwrap_model(self.model))
+    return keep
 
 
 def _follow_log_level(args: TrainingArguments) -> None:

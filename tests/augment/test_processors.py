@@ -4,10 +4,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+from transformers import ViTImageProcessor
 
 from hf_freezecache import ReplayableTransform
-from hf_freezecache.augment.processors import AUGMENTATIONS, base_pipeline, train_pipeline
+from hf_freezecache.augment.processors import AUGMENTATIONS, UnitRange, base_pipeline, train_pipeline
 
 PROCESSORS = [
     ("ViTImageProcessor", {"size": {"height": 224, "width": 224}}),
@@ -51,10 +53,10 @@ def test_train_pipeline_draws_crops_flips_and_colours_with_the_base_pipelines_se
     without, plain, colour = (train_pipeline(base, name, min_crop=0.5) for name in ("none", "crop", "color"))
     assert without is base
     kinds = [type(step) for step in plain.transforms]
-    assert kinds == [v2.ToImage, v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.ToDtype, v2.Normalize]
-    crop = plain.transforms[1]
+    assert kinds == [v2.ToImage, UnitRange, v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.ToDtype, v2.Normalize]
+    crop = plain.transforms[2]
     assert (list(crop.size), crop.scale, crop.interpolation) == ([224, 224], (0.5, 1.0), InterpolationMode.BICUBIC)
-    assert [type(step) for step in colour.transforms] == [*kinds[:3], v2.ColorJitter, *kinds[3:]]
+    assert [type(step) for step in colour.transforms] == [*kinds[:4], v2.ColorJitter, *kinds[4:]]
     assert plain.transforms[-1].mean == base.transforms[-1].mean
     torch.manual_seed(0)
     assert not torch.equal(plain(image), plain(image))
@@ -79,3 +81,14 @@ def test_processor_without_a_size_is_refused_by_name():
     processor.size = None
     with pytest.raises(ValueError, match="ViTImageProcessor states no size"):
         base_pipeline(processor)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("scale", [255.0, -1.0])
+def test_float_images_outside_their_range_are_refused(augmentation, scale):
+    base = base_pipeline(ViTImageProcessor(size={"height": 8, "width": 8}))
+    pipeline = train_pipeline(base, augmentation)
+    image = tv_tensors.Image(torch.rand(3, 12, 12) * scale)
+    with pytest.raises(ValueError, match="floats are expected from 0 to 1"):
+        pipeline(image)
+    assert pipeline(tv_tensors.Image(torch.rand(3, 12, 12))).shape == (3, 8, 8)

@@ -15,12 +15,10 @@ import torch
 from support import zoo
 from support.builds import Rows, collate, make_spec
 from support.helpers import pixel_dataset
-from support.images import TO_PIXELS, picture_dataset, replayable
-from torchvision.transforms import v2
 from transformers import DefaultDataCollator, default_data_collator
 
 from hf_freezecache.build import materialize as materialize_module
-from hf_freezecache.cache.fingerprint import digest, fingerprint_inputs, sample_digest, tensors_digest
+from hf_freezecache.cache.fingerprint import digest, fingerprint_inputs, tensors_digest
 from hf_freezecache.cache.rows import RowSource
 
 TENSORS = {"stem.weight": torch.arange(6.0).reshape(2, 3), "stem.running_mean": torch.zeros(3)}
@@ -151,26 +149,6 @@ def test_fingerprint_changes_with_the_state_of_a_collator():
     assert fingerprint(collator=Scaled(1)) != fingerprint(collator=Scaled(2))
 
 
-def test_fingerprint_changes_with_files_behind_the_same_paths(tmp_path):
-    """A data set of paths hashes alike whatever the files hold; rows that are looked at tell."""
-
-    class Files(torch.utils.data.Dataset):
-        def __len__(self):
-            return 5
-
-        def __getitem__(self, row):
-            return {"pixel_values": torch.tensor(np.load(tmp_path / f"{row}.npy")), "labels": row}
-
-    def write(seed):
-        for row in range(5):
-            np.save(tmp_path / f"{row}.npy", np.random.default_rng((seed, row)).normal(size=(3, 16, 16)))
-
-    write(0)
-    first, again = fingerprint(dataset=Files()), fingerprint(dataset=Files())
-    write(1)
-    assert first == again != fingerprint(dataset=Files())
-
-
 def test_labels_count(tmp_path):
     relabelled = pixel_dataset(6).remove_columns("labels").add_column("labels", [0] * 6).with_format("torch")
     assert fingerprint(dataset=relabelled) != fingerprint()
@@ -293,11 +271,3 @@ def test_saving_the_model_changes_nothing(tmp_path):
     before = fingerprint(model=model)
     model.save_pretrained(tmp_path)
     assert fingerprint(model=model) == before
-
-
-def test_view_changes_the_digest_of_sampled_rows():
-    first, second = (
-        sample_digest(RowSource(picture_dataset().with_transform(replayable(pipeline)), collate, 4, 0))
-        for pipeline in (v2.Compose(TO_PIXELS), v2.Compose([v2.RandomHorizontalFlip(), *TO_PIXELS]))
-    )
-    assert first != second

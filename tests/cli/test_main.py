@@ -1,5 +1,6 @@
 """`freezecache inspect`, `verify` and `clean`."""
 
+import json
 import os
 import shutil
 import socket
@@ -198,7 +199,7 @@ def test_clean_removes_stores_and_leftovers_alone(crowded, plain, capsys):
 
 def test_clean_of_what_holds_no_stores_says_so(tmp_path, capsys):
     assert main(["clean", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: no stores\n"
+    assert capsys.readouterr().out == f"{tmp_path}: no stores, and none in a folder _freeze_cache of it\n"
     assert main(["clean", str(tmp_path / "missing")]) == 1
     assert "is not a directory" in capsys.readouterr().err
 
@@ -209,3 +210,13 @@ def test_inspect_says_that_rows_are_packed(tmp_path, capsys):
         assert cli.main(["inspect", str(store.path)]) == 0
         [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("codec  ")]
         assert line.removeprefix("codec").strip() == expected
+
+
+def test_clean_finds_the_stores_of_a_training_by_its_folder(tmp_path, capsys):
+    store = tmp_path / "run" / "_freeze_cache" / ("ab" * 16)
+    store.mkdir(parents=True)
+    (store / "manifest.json").write_text(json.dumps({"fingerprint": store.name}))
+    assert main(["clean", str(tmp_path / "run")]) == 0
+    assert str(store) in capsys.readouterr().out and store.exists()
+    assert main(["clean", str(tmp_path / "run"), "--yes"]) == 0
+    assert not store.exists()

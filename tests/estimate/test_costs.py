@@ -13,8 +13,8 @@ from hf_freezecache.estimate.costs import (
     build_seconds,
     decide,
     make_row,
-    never_pays,
     overlapped,
+    runs_of_prefix,
     step_seconds,
 )
 
@@ -167,8 +167,7 @@ def test_decision_declines_what_there_is_no_room_for():
     ],
 )
 def test_few_epochs_never_pay(work, least):
-    assert never_pays(least, work)
-    assert not never_pays(least + 0.01, work)
+    assert runs_of_prefix(work) == least
     # A build that costs nothing but its runs of the prefix, and a replay that costs nothing at all.
     costs = Costs(load=0.0, prefix=1.0, load_base=0.0)
     free = make_row(cut=1, block="b", codec="int4", base_bytes=0, view_bytes=0, costs=costs, work=work, limit=None)

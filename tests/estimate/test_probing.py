@@ -94,7 +94,9 @@ def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path)
     prober._load = prober._run_prefix = never
     for views, epochs in ((build, 1.0), (with_views(build), 2.0), (replace(build, views=ViewSpec(3)), 4.0)):
         reason, row = prober.refuse(views, epochs, limit=None)
-        assert "cannot save what a build costs" in reason and row is None
+        assert (
+            "runs the frozen blocks over the data" in reason and "save as many runs at most" in reason and row is None
+        )
     reason, row = prober.refuse(build, 100, limit=10)
     assert reason.startswith("it needs ") and "10 B are left" in reason and row is None
 

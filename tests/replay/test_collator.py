@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import zoo
+from support.asking import TrainingLoader, ask, ask_singly, wrap
 from support.builds import NoItems, Rows, build, collate
 from support.helpers import pixel_dataset
 from support.images import picture_dataset, replayable
@@ -10,8 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_freezecache.augment.geometry import PROJECTIVE
-from hf_freezecache.replay.collator import CODE_PREFIX, ReplayCollator, is_code, take_codes, take_drawn
-from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch, WriteRound, rotate_views
+from hf_freezecache.replay.collator import CODE_PREFIX, ROW_PREFIX, ReplayCollator, is_code, take_codes, take_drawn
+from hf_freezecache.replay.dataset import rotate_views
+from hf_freezecache.replay.requests import WriteRound
 
 
 def test_live_samples_go_through_the_users_collator_untouched():
@@ -31,13 +33,15 @@ def test_cached_rows_become_codes_and_inputs_without_the_users_collator(store):
     def forbidden(samples):
         raise AssertionError("cached rows do not go through the user's collator")
 
-    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
+    dataset = wrap(NoItems())
     dataset.switch.set(store.path)
-    whole = ReplayCollator(forbidden)(dataset.__getitems__([4, 2]))
-    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels"}
+    whole = ReplayCollator(forbidden)(ask(dataset, [4, 2]))
+    rows = {ROW_PREFIX + name for name in ("numbers", "occurrences", "epochs", "stores")}
+    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels", *rows}
     assert whole[CODE_PREFIX + "base"].dtype == torch.uint8
     # A loader without `__getitems__` hands over single rows.
-    single = ReplayCollator(forbidden)([dataset[4], dataset[2]])
+    dataset.switch.epoch = 0
+    single = ReplayCollator(forbidden)(ask_singly(dataset, [4, 2]))
     assert single.keys() == whole.keys()
     assert all(torch.equal(single[name], whole[name]) for name in whole)
 
@@ -50,24 +54,26 @@ def test_single_rows_with_strings_and_constants_merge(tmp_path):
     store = build(
         zoo.make("vit"), tmp_path, Named(6), collator=lambda samples: {**collate(samples), "scale": 2.5, "none": None}
     )
-    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
+    dataset = wrap(NoItems(6))
     dataset.switch.set(store.path)
-    batch = ReplayCollator(collate)([dataset[row] for row in (5, 0, 5)])
+    batch = ReplayCollator(collate)(ask_singly(dataset, [5, 0, 5]))
     assert batch["name"] == ["n5", "n0", "n5"] and batch["scale"] == 2.5 and batch["none"] is None
     assert batch["labels"].tolist() == [0, 0, 0]
 
 
 def test_model_input_named_as_a_codec_column_of_another_codec_is_no_code(tmp_path):
     store = build(zoo.make("vit"), tmp_path, Rows(6), collator=lambda s: {**collate(s), "view_0": torch.ones(len(s))})
-    dataset = ReplayDataset(NoItems(6), SourceSwitch(), seed=0)
+    dataset = wrap(NoItems(6))
     dataset.switch.set(store.path)
-    codes, others = take_codes(ReplayCollator(collate)(dataset.__getitems__([1, 2])))
-    assert "view_0" in others and set(codes) == {"base", "special"}
+    replayed = take_codes(ReplayCollator(collate)(ask(dataset, [1, 2])))
+    assert "view_0" in replayed.inputs and set(replayed.codes) == {"base", "special"}
 
 
 def test_take_codes_splits_only_replayed_batches():
-    codes, others = take_codes({CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1)})
-    assert list(codes) == ["base"] and list(others) == ["labels"]
+    rows = {ROW_PREFIX + name: torch.ones(1) for name in ("numbers", "occurrences", "epochs", "stores")}
+    replayed = take_codes({CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1), **rows})
+    assert list(replayed.codes) == ["base"] and list(replayed.inputs) == ["labels"]
+    assert replayed.rows.numbers.tolist() == [1]
     assert take_codes({"pixel_values": torch.zeros(1)}) is None
     assert take_codes(torch.zeros(1)) is None
     assert take_codes({}) is None
@@ -75,7 +81,7 @@ def test_take_codes_splits_only_replayed_batches():
 
 
 def test_default_collator_of_transformers_is_used_for_live_rows():
-    dataset = ReplayDataset(pixel_dataset(6), SourceSwitch(), seed=0)
+    dataset = wrap(pixel_dataset(6))
     loader = DataLoader(dataset, batch_size=3, collate_fn=ReplayCollator(default_data_collator))
     expected = DataLoader(pixel_dataset(6), batch_size=3, collate_fn=default_data_collator)
     for found, wanted in zip(loader, expected, strict=True):
@@ -86,9 +92,10 @@ def test_default_collator_of_transformers_is_used_for_live_rows():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_says_which_views_its_batches_are(workers):
     dataset = picture_dataset(10).with_transform(replayable())
-    switch = SourceSwitch()
-    loader = DataLoader(
-        ReplayDataset(dataset, switch, seed=3),
+    wrapped = wrap(dataset, seed=3)
+    switch = wrapped.switch
+    loader = TrainingLoader(
+        wrapped,
         batch_size=4,
         collate_fn=ReplayCollator(default_data_collator),
         num_workers=workers,
@@ -98,10 +105,11 @@ def test_loader_says_which_views_its_batches_are(workers):
     for number in range(2):
         round = WriteRound(number, 1, (PROJECTIVE, (4, 4)))
         switch.write(round)
+        switch.epoch = number
         for batch in loader:
             drawn, inputs = take_drawn(batch)
             assert take_codes(batch) is None and sorted(inputs) == ["labels", "pixel_values"]
-            assert drawn.views.tolist() == rotate_views(3, round, drawn.numbers.tolist()).tolist()
+            assert drawn.views.tolist() == rotate_views(3, round, drawn.rows.numbers.tolist()).tolist()
             assert drawn.geometry.shape == (len(drawn.views), 8) and drawn.refused is None
             assert (drawn.geometry.abs().sum(1) > 0).tolist() == (drawn.views > 0).tolist()
     switch.set(None)
@@ -109,9 +117,10 @@ def test_loader_says_which_views_its_batches_are(workers):
 
 
 def test_rows_fetched_one_by_one_are_rows_fetched_together():
-    switch = SourceSwitch()
-    switch.write(WriteRound(0, 1, (PROJECTIVE, (4, 4))))
-    dataset = ReplayDataset(picture_dataset(6).with_transform(replayable()), switch, seed=3)
+    dataset = wrap(picture_dataset(6).with_transform(replayable()), seed=3)
+    dataset.switch.write(WriteRound(0, 1, (PROJECTIVE, (4, 4))))
     collator = ReplayCollator(default_data_collator)
-    together, alone = collator(dataset.__getitems__([2, 5, 1])), collator([dataset[row] for row in (2, 5, 1)])
+    together = collator(ask(dataset, [2, 5, 1]))
+    dataset.switch.epoch = 0
+    alone = collator(ask_singly(dataset, [2, 5, 1]))
     assert together.keys() == alone.keys() and all(torch.equal(together[name], alone[name]) for name in together)

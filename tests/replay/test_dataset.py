@@ -1,4 +1,4 @@
-"""The switch between images and stores, the wrapped data set, and the views that it takes."""
+"""The wrapped data set: rows from images or from a store, and the views that it takes."""
 
 import gc
 import pickle
@@ -7,74 +7,43 @@ import numpy as np
 import pytest
 import torch
 from support import zoo
+from support.asking import TrainingLoader, ask, ask_singly, wrap
 from support.builds import NoItems, Rows, build, collate
 from support.helpers import pixel_dataset, tiny_vit
 from support.images import picture_dataset, replayable
 from support.packed_stores import build_plain_and_packed
 from support.view_trainings import train
-from torch.utils.data import DataLoader
 
 from hf_freezecache.augment.geometry import PROJECTIVE
+from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.replay.collator import ReplayCollator, take_codes
-from hf_freezecache.replay.dataset import (
-    CachedRows,
-    ReplayDataset,
-    SourceSwitch,
-    WriteRound,
-    choose_views,
-    rotate_views,
-)
+from hf_freezecache.replay.dataset import CachedRows, choose_views, live_batch, rotate_views
+from hf_freezecache.replay.requests import SourceSwitch, WriteRound
 
-# The switch
+# Rows that the training asks for
 
 
-def test_switch_starts_live_and_turns_both_ways(tmp_path):
-    switch = SourceSwitch()
-    assert switch.path is None
-    switch.set(tmp_path / "käse")
-    assert switch.path == tmp_path / "käse"
-    switch.set(tmp_path)
-    assert switch.path == tmp_path
-    switch.set(None)
-    assert switch.path is None
-
-
-def test_switch_makes_relative_paths_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    switch = SourceSwitch()
-    switch.set(tmp_path.relative_to(tmp_path) / "store")
-    assert switch.path == tmp_path / "store"
-
-
-def test_switch_refuses_a_path_that_does_not_fit(tmp_path):
-    switch = SourceSwitch()
-    with pytest.raises(ValueError, match="longer than"):
-        switch.set(tmp_path / ("x" * 5000))
-    assert switch.path is None
-
-
-def test_switch_reaches_persistent_workers(store):
-    dataset = ReplayDataset(Rows(), SourceSwitch(), seed=0)
-    loader = DataLoader(
-        dataset,
-        batch_size=4,
-        num_workers=2,
-        persistent_workers=True,
-        collate_fn=ReplayCollator(collate),
+def test_source_reaches_persistent_workers_with_the_rows(store):
+    dataset = wrap(Rows())
+    loader = TrainingLoader(
+        dataset, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=ReplayCollator(collate)
     )
     live = list(loader)
     assert not any(take_codes(batch) for batch in live)
     dataset.switch.set(store.path)
     replayed = list(loader)
+    others = list(loader.loader)  # somebody else's iteration in the same epoch
     dataset.switch.set(None)
     again = list(loader)
-    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(live, again, strict=True))
+    for images in (others, again):
+        assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(live, images, strict=True))
     assert len(replayed) == len(live) == 6
     for number, batch in enumerate(replayed):
-        codes, others = take_codes(batch)
+        taken = take_codes(batch)
         rows = range(4 * number, min(4 * number + 4, 22))
-        assert torch.equal(store.codec.decode(codes), store.read(rows))
-        assert torch.equal(others["labels"], live[number]["labels"])
+        assert torch.equal(store.codec.decode(taken.codes), store.read(rows))
+        assert torch.equal(taken.inputs["labels"], live[number]["labels"])
+        assert taken.rows.numbers.tolist() == list(rows) and taken.rows.occurrences.tolist() == [1] * len(rows)
     del loader
     gc.collect()
 
@@ -84,37 +53,65 @@ def test_switch_reaches_persistent_workers(store):
 
 def test_wrapped_data_set_has_the_length_and_samples_of_the_inner_one():
     inner = pixel_dataset(10)
-    dataset = ReplayDataset(inner, SourceSwitch(), seed=0)
+    dataset = wrap(inner)
     assert len(dataset) == 10
     assert torch.equal(dataset[3]["pixel_values"], inner[3]["pixel_values"])
-    many = dataset.__getitems__([7, 0, 7])
-    assert [sample["labels"].item() for sample in many] == [inner[row]["labels"].item() for row in (7, 0, 7)]
+    for many in (dataset.__getitems__([7, 0, 7]), ask(dataset, [7, 0, 7]), ask_singly(dataset, [7, 0, 7])):
+        assert [sample["labels"].item() for sample in many] == [inner[row]["labels"].item() for row in (7, 0, 7)]
+
+
+def test_users_data_set_gets_the_numbers_that_the_sampler_yields():
+    class Seen(Rows):
+        def __getitem__(self, row):
+            seen.append((type(row), row))
+            return super().__getitem__(int(row))
+
+    seen = []
+    dataset = wrap(Seen())
+    ask(dataset, [3, np.int64(4), torch.tensor(5)])
+    assert seen == [(int, 3), (np.int64, 4), (torch.Tensor, 5)]
+
+
+def test_numbers_that_are_no_rows_are_the_users_own(store):
+    dataset = wrap({"a": 1, "b": 2})
+    dataset.switch.set(store.path)
+    assert ask(dataset, ["b", "a"]) == [2, 1]
+    assert type(dataset.switch.stamp(-1)) is int and type(dataset.switch.stamp(2)) is int
+
+
+def test_rows_of_two_sources_in_a_batch_are_drawn_live(store):
+    dataset = wrap(Rows())
+    live = dataset.switch.stamp(3)
+    dataset.switch.set(store.path)
+    samples = dataset.__getitems__([live, dataset.switch.stamp(4)])
+    assert torch.equal(samples[1]["pixel_values"], Rows()[4]["pixel_values"])
 
 
 def test_replay_reads_rows_in_the_order_asked_for_and_no_live_sample(store):
-    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
+    dataset = wrap(NoItems())
     dataset.switch.set(store.path)
     assert len(dataset) == 22
-    rows = dataset.__getitems__([21, 3, 3, 0])
+    rows = ask(dataset, [21, 3, 3, 0])
     assert isinstance(rows, CachedRows) and set(rows.codes) == {"base", "special"}
     assert torch.equal(store.codec.decode({name: rows.rows[name] for name in rows.codes}), store.read([21, 3, 3, 0]))
     assert rows.rows["labels"].tolist() == [1, 3, 3, 0]
+    assert rows.requested.occurrences.tolist() == [0, 0, 1, 0]
 
 
 def test_replay_turns_to_another_store(store, tmp_path):
     other = build(zoo.make("vit"), tmp_path, cut=3, codec="int8")
-    dataset = ReplayDataset(NoItems(), SourceSwitch(), seed=0)
+    dataset = wrap(NoItems())
     for current in (store, other, store):
         dataset.switch.set(current.path)
-        rows = dataset.__getitems__([5, 1])
+        rows = ask(dataset, [5, 1])
         assert torch.equal(current.codec.decode(rows.rows), current.read([5, 1]))
 
 
 def test_loader_batches_of_a_shuffled_sampler_are_the_same_rows_live_and_replayed(store):
-    dataset = ReplayDataset(Rows(), SourceSwitch(), seed=0)
+    dataset = wrap(Rows())
 
     def labels():
-        loader = DataLoader(
+        loader = TrainingLoader(
             dataset,
             batch_size=5,
             shuffle=True,
@@ -129,10 +126,32 @@ def test_loader_batches_of_a_shuffled_sampler_are_the_same_rows_live_and_replaye
 
 
 def test_data_set_pickles_without_its_mapped_files(store):
-    dataset = ReplayDataset([1, 2, 3], SourceSwitch(), seed=0)
+    dataset = wrap(list(range(22)))
     dataset.switch.set(store.path)
-    dataset.__getitems__([0])
-    assert len(pickle.dumps(dataset.__getstate__()["_store"])) < 100
+    ask(dataset, [0])
+    assert len(pickle.dumps(dataset)) < 300
+
+
+# Live samples
+
+
+def test_live_samples_are_those_of_the_live_epoch():
+    dataset = wrap(picture_dataset().with_transform(replayable()), seed=3)
+    dataset.switch.epoch = 4
+    rows = [5, 1, 5, 5]
+    drawn = ask(dataset, rows)
+    again = dataset.live_samples([5, 5, 1], [2, 0, 0], epoch=4)
+    for sample, position in zip(again, (3, 0, 1), strict=True):
+        assert torch.equal(sample["pixel_values"], drawn[position]["pixel_values"])
+    assert len({sample["pixel_values"].numpy().tobytes() for sample in drawn}) == 4
+
+
+def test_batch_of_a_store_is_drawn_again_live(store):
+    dataset, source = wrap(Rows()), RowSource(Rows(), collate, batch_size=4, seed=0)
+    dataset.switch.set(store.path)
+    replayed = take_codes(ReplayCollator(collate)(ask(dataset, [7, 2])))
+    batch = live_batch(source, replayed.rows)
+    assert torch.equal(batch["pixel_values"], collate([Rows()[7], Rows()[2]])["pixel_values"])
 
 
 # Which view
@@ -150,19 +169,30 @@ def test_choice_depends_on_seed_epoch_and_sample_alone():
 def test_every_view_is_chosen_alike():
     counts = np.bincount(choose_views(0, 0, range(9000), 2), minlength=3)
     assert abs(counts - 3000).max() < 200
+
+
+def test_views_come_in_turn_over_epochs_and_within_them():
+    over_epochs = np.stack([choose_views(0, epoch, range(50), 2) for epoch in range(6)])
+    assert (np.sort(over_epochs[:3], axis=0) == np.arange(3)[:, None]).all()
+    assert (over_epochs[:3] == over_epochs[3:]).all()
+    within = choose_views(0, 1, [7] * 6, 2, range(6))
+    assert sorted(within[:3]) == [0, 1, 2] and within[0] == over_epochs[1, 7] and within[1] == over_epochs[2, 7]
+
+
+def test_no_view_beside_the_base_view_is_no_choice():
     assert choose_views(0, 0, range(10), 0).tolist() == [0] * 10
 
 
 def test_batch_holds_the_chosen_views(tmp_path):
     _, store = train(picture_dataset().with_transform(replayable()), tmp_path, views=2)
-    switch = SourceSwitch()
-    switch.set(store.path)
-    switch.epoch = 4
-    dataset = ReplayDataset(list(range(32)), switch, seed=3)
-    batch = ReplayCollator(None)(dataset.__getitems__([5, 1, 30]))
+    dataset = wrap(NoItems(32), seed=3)
+    dataset.switch.set(store.path)
+    dataset.switch.epoch = 4
+    batch = ReplayCollator(None)(ask(dataset, [5, 1, 30]))
     chosen = choose_views(3, 4, [5, 1, 30], 2)
     assert batch["freezecache.view_index"].tolist() == chosen.tolist()
-    singly = ReplayCollator(None)([dataset[5], dataset[1], dataset[30]])
+    dataset.switch.epoch = 4
+    singly = ReplayCollator(None)(ask_singly(dataset, [5, 1, 30]))
     assert batch.keys() == singly.keys()
     for name, value in batch.items():
         assert torch.equal(value, singly[name])
@@ -172,15 +202,13 @@ def test_batch_holds_the_chosen_views(tmp_path):
 
 
 def test_live_draws_depend_on_seed_epoch_and_sample_alone():
-    switch = SourceSwitch()
     rows = picture_dataset().with_transform(replayable())
 
     def pixels(indices, epoch, seed=3):
-        switch.epoch = epoch
-        return {
-            index: row["pixel_values"]
-            for index, row in zip(indices, ReplayDataset(rows, switch, seed).__getitems__(indices), strict=True)
-        }
+        dataset = wrap(rows, seed)
+        dataset.switch.epoch = epoch
+        samples = ask(dataset, indices)
+        return {index: sample["pixel_values"] for index, sample in zip(indices, samples, strict=True)}
 
     together = pixels(list(range(16)), epoch=1)
     torch.manual_seed(123)
@@ -201,8 +229,13 @@ def test_rounds_draw_each_view_of_a_sample_once(views):
         assert all(np.bincount(of_round, minlength=views + 1).min() > 20 for of_round in drawn)
 
 
+def test_views_of_a_round_come_in_turn_too():
+    drawn = rotate_views(3, WriteRound(1, 2), [7, 7, 7], [0, 1, 2])
+    assert sorted(drawn) == [0, 1, 2] and drawn[0] == rotate_views(3, WriteRound(1, 2), [7])[0]
+
+
 def test_switch_keeps_a_round_until_it_is_set():
-    switch = SourceSwitch()
+    switch = SourceSwitch(1)
     for round in (WriteRound(1, 2, (PROJECTIVE, (3, 5))), WriteRound(0, 0)):
         switch.write(round)
         assert switch.round == round and switch.path is None
@@ -216,11 +249,9 @@ def test_switch_keeps_a_round_until_it_is_set():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_processes_read_packed_rows(workers, tmp_path):
     _, store = build_plain_and_packed(tiny_vit(), tmp_path)
-    switch = SourceSwitch()
-    switch.set(store.path)
-    loader = DataLoader(
-        ReplayDataset(Rows(), switch, seed=3), batch_size=8, collate_fn=ReplayCollator(collate), num_workers=workers
-    )
+    dataset = wrap(Rows(), seed=3)
+    dataset.switch.set(store.path)
+    loader = TrainingLoader(dataset, batch_size=8, collate_fn=ReplayCollator(collate), num_workers=workers)
     for _ in range(2):
-        rows = torch.cat([take_codes(batch)[0]["base"] for batch in loader])
+        rows = torch.cat([take_codes(batch).codes["base"] for batch in loader])
         assert torch.equal(rows, store.read_rows(range(22))["base"])

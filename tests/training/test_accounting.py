@@ -1,5 +1,7 @@
 """What a training costs: FLOPs against closed forms, and clocks that do not count twice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import zoo
@@ -10,7 +12,13 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_freezecache import BlockChain
-from hf_freezecache.training.accounting import Ledger, counting_flops, measure_forward_flops, measure_training_flops
+from hf_freezecache.training.accounting import (
+    Accounts,
+    Ledger,
+    counting_flops,
+    measure_forward_flops,
+    measure_training_flops,
+)
 
 
 class Mlp(nn.Module):
@@ -261,3 +269,17 @@ def test_build_counts_what_the_prefix_ran_on(tmp_path):
     build = next(phase for phase in trainer.freeze_cache_report().phases if phase.mode == "build")
     # 32 samples in three views, and two batches of 8 in two views to compare.
     assert build.flops == session_of(trainer).meter.per_sample("build", 2) * (32 * 3 + 2 * 8 * 2)
+
+
+def test_build_phase_without_a_store_is_a_plan(clock):
+    accounts = Accounts.__new__(Accounts)
+    accounts.ledger, accounts.meter = Ledger(), SimpleNamespace(book_builds=lambda phase: None)
+    with accounts.building(3):
+        clock(2.0)
+    with accounts.building(3) as phase:
+        clock(5.0)
+        phase.set_store(10)
+    with accounts.building(4):
+        clock(1.0)
+    booked = [(phase.cut, phase.mode, phase.seconds) for phase in accounts.ledger.phases]
+    assert booked == [(3, "plan", 2.0), (3, "build", 5.0), (4, "plan", 1.0)]

@@ -1,15 +1,18 @@
 """Where an epoch's batches come from: what the value tells the loader, the model, the ledger and the checkpoint."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from support.asking import ask, wrap
 from support.builds import Rows, collate
 from support.helpers import manual, through
 from support.keepers import freeze, make_context, make_keeper
 
+from hf_freezecache.cache.store import FeatureStore
 from hf_freezecache.replay.collator import ReplayCollator
-from hf_freezecache.replay.dataset import ReplayDataset, SourceSwitch
+from hf_freezecache.replay.requests import SourceSwitch
 from hf_freezecache.training.epoch_source import FromImages, FromStore, Problem, Writing, bypassing, load_source
 
 
@@ -22,14 +25,13 @@ def keeper(tmp_path):
 
 def batch_of(source, rows=(1, 5, 2)):
     """A batch as the train loader makes it in an epoch of this source."""
-    switch = SourceSwitch()
-    source.turn(switch)
-    dataset = ReplayDataset(Rows(), switch, seed=3)
-    return ReplayCollator(collate)(dataset.__getitems__(list(rows)))
+    dataset = wrap(Rows(), seed=3)
+    source.turn(dataset.switch)
+    return ReplayCollator(collate)(ask(dataset, rows))
 
 
 def logits(keeper, step):
-    with torch.no_grad(), bypassing(keeper.provider.chain, step.bypassed, force_eager=False):
+    with torch.no_grad(), bypassing(keeper.provider.chain, step, force_eager=False):
         return keeper.provider.chain.model(**step.inputs).logits
 
 
@@ -48,7 +50,8 @@ def test_stored_rows_become_features_whose_logits_are_those_of_the_images(keeper
     source = keeper.next(2, 10, FromImages(), 1)
     step = source.step_inputs(batch_of(source), context)
     assert (step.samples, step.bypassed, step.mode) == (3, 2, "replay")
-    assert step.layout == context.chain.layout(2) and step.inputs["pixel_values"].shape == (3, 17, 32)
+    assert step.layout == context.chain.layout(2) and step.features.shape == (3, 17, 32)
+    assert step.inputs["pixel_values"].is_input and step.inputs["pixel_values"].shape == (3, 3, 16, 16)
     assert step.inputs["labels"].tolist() == [1, 0, 2]
     assert torch.equal(logits(keeper, step), expected)
     assert (source.mode, source.store_bytes) == ("replay", source.store.bytes)
@@ -65,7 +68,24 @@ def test_drawn_samples_become_features_and_are_written(tmp_path):
     assert torch.equal(logits(keeper, step), expected)
     assert set(step.inputs) == {"pixel_values", "labels"}
     store = keeper.next(2, 9, source, 2).store
-    assert torch.equal(store.read([1, 5, 2]), step.inputs["pixel_values"])
+    assert torch.equal(store.read([1, 5, 2]), step.features)
+
+
+def test_batches_that_a_loader_kept_from_another_source_are_run_live(tmp_path):
+    keeper = make_keeper(tmp_path, through(codec="fp32"))
+    freeze(keeper, 2)
+    context = keeper.provider.spec_maker.context
+    images = FromImages(2, "no")
+    writing = keeper.next(2, 10, FromImages(), 1)
+    written = batch_of(writing)
+    writing.step_inputs(written, context)
+    store = keeper.next(2, 9, writing, 2)
+    other = FromStore(3, FeatureStore.open(shutil.copytree(store.store.path, tmp_path / "other")))
+    expected = logits(keeper, images.step_inputs(batch_of(images), context))
+    for source, batch in ((images, batch_of(store)), (other, batch_of(store)), (images, written), (store, written)):
+        step = source.step_inputs(batch, context)
+        assert (step.bypassed, step.mode, set(step.inputs)) == (0, "live", {"pixel_values", "labels"})
+        assert torch.equal(logits(keeper, step), expected)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +143,5 @@ def test_store_that_nobody_has_opened_says_so(tmp_path):
     context = make_context(tmp_path)
     for source in (FromStore(2, None), Writing(2, None, 1, 1)):
         with pytest.raises(RuntimeError, match="cut 2 was not opened since the training was resumed"):
-            source.turn(SourceSwitch())
+            source.turn(SourceSwitch(1))
     assert not FromStore(2, None).is_open and context.chain.cut == 0

@@ -1,0 +1,89 @@
+"""A digest of how a model's prefix computes, its tensors apart: configuration, code, attributes and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from .installed import global_name_of, package_of
+from .value_digest import ValueDigest
+
+#: Entries of a model's configuration that do not change the features.
+_IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "id2label", "label2id", "architectures", "problem_type"}
+# `save_pretrained` adds these to a configuration; the dtypes of the tensors themselves are in the digest.
+_IRRELEVANT_CONFIG |= {"dtype", "torch_dtype"}
+#: Attributes of every module, and those that a training sets, which do not change what it computes.
+_IRRELEVANT = set(vars(nn.Module())) | {
+    "_gradient_checkpointing_func",
+    "_hf_hook",
+    "_is_hf_initialized",
+    "_old_forward",
+    "_original_forward",
+    "forward",
+    "generation_config",
+    "gradient_checkpointing",
+    "name_or_path",
+    "warnings_issued",
+}
+#: Packages that put hooks and forwards into models which change nothing that the fingerprint does not tell.
+_HARMLESS = {"hf_freezecache", "accelerate"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueDigest) -> str:
+    """Digest of what the features depend on besides the prefix's tensors.
+
+    Args:
+        model: the model.
+        modules: all modules that run before the cut, submodules included.
+        digest: of values.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    members = {id(module) for module in modules}
+    parts: list[Any] = [_settings(getattr(model, "config", None))]
+    for name, module in model.named_modules():
+        # A module that holds one of the prefix's runs it, by its own code and attributes.
+        if id(module) in members or any(id(child) in members for child in module.modules()):
+            parts += [name, *_module_parts(module)]
+    return digest.parts("prefix", parts).hex()
+
+
+def _module_parts(module: nn.Module) -> list[Any]:
+    attributes = {name: vars(module)[name] for name in sorted(vars(module)) if name not in _IRRELEVANT}
+    attributes = {
+        name: _settings(value) if isinstance(value, PretrainedConfig) else value for name, value in attributes.items()
+    }
+    parts: list[Any] = [type(module), attributes, _own_forward(module)]
+    for kind in _HOOKS:
+        parts += [kind, [hook for hook in getattr(module, kind).values() if not _is_harmless(hook)]]
+    return parts
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """The forward that somebody has put into this instance; None if there is none but harmless wrappers."""
+    own = vars(module)
+    forward = own.get("forward")
+    if forward is not None and _is_harmless(forward):
+        forward = next((own[name] for name in ("_old_forward", "_original_forward") if name in own), None)
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        forward = forward.__func__
+    return None if forward is getattr(type(module), "forward", None) else forward
+
+
+def _is_harmless(function: Any) -> bool:
+    function = getattr(function, "__func__", function)
+    function = getattr(function, "func", function)  # of a partial
+    module = global_name_of(function) if isinstance(function, FunctionType) else type(function).__module__
+    return package_of(module) in _HARMLESS
+
+
+def _settings(config: Any) -> Mapping[str, Any]:
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {name: value for name, value in sorted(settings.items()) if name not in _IRRELEVANT_CONFIG}
+    return {**settings, "attention": getattr(config, "_attn_implementation", None)}

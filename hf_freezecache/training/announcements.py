@@ -1,0 +1,69 @@
+"""What a training says of its schedule, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..policies import FreezePolicy
+
+
+def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
+    """One line on what will be frozen and when.
+
+    Args:
+        policy: the rule.
+        num_blocks: number of blocks.
+        num_epochs: epochs of the whole training.
+        cut: number of blocks that are frozen already, after a resume.
+
+    Returns:
+        The line; None if the rule decides as the training goes: the first freeze is announced then.
+    """
+    changes = policy.changes(num_blocks, num_epochs)
+    if changes is None:
+        return None
+    steps = [(epoch, deeper) for epoch, deeper in changes if epoch < num_epochs and deeper > cut]
+    late = [(epoch, deeper) for epoch, deeper in changes if epoch >= num_epochs]
+    if steps or cut:
+        line = _describe(policy, steps, num_blocks, cut)
+    else:
+        line = f"Nothing will be frozen in this training of {_epochs(num_epochs)} ({policy.describe()})."
+    if late:
+        points = ", ".join(f"cut {deeper} in epoch {epoch}" for epoch, deeper in late)
+        line += f" Without effect, as epochs count from 0 and the last one is {num_epochs - 1}: {points}."
+    return line
+
+
+def describe_freeze(policy: FreezePolicy, cut: int, num_blocks: int, epoch: int) -> str:
+    """The line on the first freeze of a rule that decides as the training goes."""
+    return _describe(policy, [(epoch, cut)], num_blocks)
+
+
+def describe_other_rule(before: str, policy: FreezePolicy, cut: int) -> str | None:
+    """What to say where a training goes on with another rule than its checkpoint's; None if it is the same.
+
+    Args:
+        before: the checkpoint's rule, as `FreezePolicy.describe` named it.
+        policy: the rule now.
+        cut: frozen blocks of the checkpoint.
+    """
+    if before == policy.describe():
+        return None
+    return (
+        f"The checkpoint was trained with another rule ({before}) than this training has ({policy.describe()}): the "
+        f"{cut} blocks that are frozen there stay frozen, and the new rule holds from here on."
+    )
+
+
+def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks: int, cut: int = 0) -> str:
+    parts = [f"{cut} of {num_blocks} blocks are frozen"] if cut else []
+    for epoch, deeper in steps:
+        count = f"{deeper} of {num_blocks}" if parts else f"{deeper} of {num_blocks} blocks are frozen"
+        only = " (only the head trains)" if deeper == num_blocks else ""
+        parts.append(f"from epoch {epoch}, {count}{only}")
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}: policy {policy.name}; policy='none' keeps all training."
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"

@@ -1,0 +1,135 @@
+"""How `Trainer` evaluates while a training freezes and caches."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import speed_metrics
+
+from ..model.stand_ins import FrozenOutputError, StandIn
+from ..model.tracing import find_tensors
+from ..rng import preserve_rng
+from .epoch_source import EpochSource, FromStore
+from .evaluation import EvaluationCache, EvaluationPass, cached_names
+from .hooks import TrainerHooks
+
+
+class EvaluationHooks(TrainerHooks):
+    """Books evaluations, and runs those of a training from stores where `cache_eval` asks for it."""
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        evaluation = self._evaluation
+        if evaluation is None:
+            return super().evaluate(*args, **kwargs)
+        with evaluation.evaluation() as passes:
+            metrics = super().evaluate(*args, **kwargs)
+            for first in list(passes) if evaluation.is_last() else ():
+                # Callbacks may have evaluated other sets inside under the same names: they change nothing here.
+                own = {name for name, value in first.metrics.items() if metrics.get(name) == value}
+                with preserve_rng():
+                    on_images = self._repeat_last(evaluation, first)
+                metrics.update({name: value for name, value in on_images.items() if name in own})
+        return metrics
+
+    def _repeat_last(self, evaluation: EvaluationCache, first: EvaluationPass) -> dict[str, float]:
+        """Repeats the last evaluation from the other source and logs it; the store's metrics are named `_cached`.
+
+        Callbacks that count evaluations are not told.
+
+        Returns:
+            The metrics of the pass on images, under the names that they have in `first`.
+        """
+        source = evaluation.second_source(first)
+        if source is None:
+            return {}
+        prefix = f"{first.prefix}_cached" if isinstance(source, FromStore) else first.prefix
+        second = self._evaluate_from(source, first, prefix)
+        if first.from_store:
+            from_store = cached_names(first.metrics, first.prefix)
+            self.log(dict(from_store))
+            on_images = second
+        else:
+            from_store, on_images = second, first.metrics
+        evaluation.compare(on_images, from_store, first.prefix)
+        return {name: value for name, value in on_images.items() if name in first.metrics}
+
+    def _evaluate_from(self, source: EpochSource, first: EvaluationPass, prefix: str) -> dict[str, float]:
+        """Runs an evaluation again from a source, and logs it as `Trainer.evaluate` does."""
+        start = time.time()
+        output = self._run_evaluation(source, first.loader, metric_key_prefix=prefix, **first.settings)
+        steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
+        output.metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
+        self.log(output.metrics)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_evaluate(self.args, self.state, self.control)  # closes its bar
+        return output.metrics
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        if self._session is not None and self._evaluation is not None:
+            self._evaluation.prepare(loader)
+            # A checkpoint may be written before the next step.
+            self.current_flos += self._session.meter.take_build_flops()  # type: ignore[assignment]  # a float later
+        return loader
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs,
+    ):
+        settings = {
+            "description": description,
+            "prediction_loss_only": prediction_loss_only,
+            "ignore_keys": ignore_keys,
+            **kwargs,
+        }
+        if self._session is None:
+            return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        source = self._session.evaluation_source(dataloader)
+        try:
+            output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        except FrozenOutputError as error:
+            if self._evaluation is None or not isinstance(source, FromStore):
+                raise
+            source = self._evaluation.decline(dataloader, error)
+            output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+        if self._evaluation is not None:
+            self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
+        return output
+
+    def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
+        if self._session is None:
+            raise RuntimeError("an evaluation has a source only while a training runs.")
+        with self._session.evaluating(dataloader, source) as book_samples:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            book_samples(output.num_samples or 0)
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        if self._evaluation is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with self._evaluation.prediction_step(inputs, force_eager=self._runs_compiled) as step_inputs:
+            answer = super().prediction_step(model, step_inputs, *args, **kwargs)
+        for tensor in find_tensors(answer).values():
+            if isinstance(tensor, StandIn):
+                tensor.item()  # tells what is missing
+        return answer
+
+    def _why_on_images(self) -> str | None:
+        """Why evaluations cannot be from a store; None if they can."""
+        if "inputs" in self.args.include_for_metrics:
+            return "include_for_metrics asks for the inputs"
+        if getattr(self.args, "predict_with_generate", False):
+            return "predict_with_generate"
+        overriding = self._overriding("prediction_step")
+        return None if overriding is None else f"`{overriding.__name__}.prediction_step` is overridden"

@@ -1,0 +1,62 @@
+"""What the hooks into `Trainer` share: the state of a training, and questions about the trainer behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer
+
+from ..config import FreezeCacheConfig
+from ..model.tracing import is_compiled
+from ..policies import FreezePolicy, NonePolicy
+from .callback import FreezeCallback
+from .evaluation import EvaluationCache
+from .session import FreezeSession
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object  # what stands behind the mixin is known where they are mixed
+
+
+class TrainerHooks(_Trainer):
+    """Base of the classes that override methods of `Trainer`; `FreezeCacheMixin` sets what is declared here."""
+
+    _freeze_config: FreezeCacheConfig
+    _freeze_policy: FreezePolicy
+    _freeze_callback: FreezeCallback
+    _session: FreezeSession | None
+    # Why the training that runs, or ran last, is a plain one although a policy freezes; None: it is not.
+    _why_plain: str | None
+    # Of the checkpoint that a training is resumed from, until it is taken.
+    _checkpoint_state: Mapping[str, Any] | None
+
+    @property
+    def _own_model(self) -> nn.Module:
+        """The model, not wrapped."""
+        assert self.model is not None  # `Trainer` declares it as optional, but is not made without one
+        return getattr(self.model, "_orig_mod", self.model)  # of what `torch.compile(model)` returns
+
+    @property
+    def _freezes(self) -> bool:
+        return not isinstance(self._freeze_policy, NonePolicy)
+
+    @property
+    def _runs_compiled(self) -> bool:
+        """Whether steps run compiled code, which would run bypassed blocks."""
+        return bool(self.args.torch_compile) or self.model is not self._own_model or is_compiled(self._own_model)
+
+    @property
+    def _evaluation(self) -> EvaluationCache | None:
+        return None if self._session is None else self._session.evaluation
+
+    def _overriding(self, name: str) -> type | None:
+        """The class besides those of this package that overrides a method of `Trainer`; None if there is none."""
+        others = (cls for cls in type(self).__mro__ if cls is not Trainer and not _is_of_package(cls))
+        return next((cls for cls in others if name in vars(cls)), None)
+
+
+def _is_of_package(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]

@@ -1,0 +1,70 @@
+"""What must hold before a training touches its data: the model's kind, its weights and the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..config import FreezeCacheConfig
+from ..model.blocks import declared_blocks, named_blocks
+from ..model.chain import BlockChain
+from ..model.tracing import Block
+from .sharding import why_sharded
+
+#: Packages whose modules keep their weights packed, where they are no parameters.
+_PACKING = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block]:
+    """Finds the blocks of a model that can be frozen and cached. Nothing is run and nothing is drawn.
+
+    Args:
+        trainer: a `Trainer`, its accelerator set up.
+        model: its model, not wrapped.
+        config: the settings.
+
+    Raises:
+        ValueError: if it cannot; the message says why and what to do.
+    """
+    reason = why_sharded(trainer)
+    if reason is not None:
+        raise ValueError(f"freezing and caching do not work with {reason}; use DDP (accelerate launch).")
+    reason = why_quantized(model)
+    if reason is not None:
+        raise ValueError(
+            f"freezing and caching do not work with {reason}: a prefix has plain tensors. Dequantize the "
+            "model (`model.dequantize()` in Transformers) or use policy='none'."
+        )
+    return named_blocks(model, config.blocks) if config.blocks is not None else declared_blocks(model)
+
+
+def check_trainable(chain: BlockChain, cut: int) -> None:
+    """Checks that a cut leaves something to train.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    frozen = {id(parameter) for parameter in chain.prefix_parameters(cut).values()}
+    if not any(parameter.requires_grad and id(parameter) not in frozen for parameter in chain.model.parameters()):
+        raise ValueError(
+            f"cut {cut} freezes {cut} of {len(chain)} blocks, and all other parameters have requires_grad=False: "
+            "nothing is left to train. Choose a smaller cut, or unfreeze the head."
+        )
+
+
+def why_quantized(model: nn.Module) -> str | None:
+    """Names what of a model is quantized; None if nothing is."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(model, "quantization_method", None)
+        return f"quantized models ({getattr(method, 'value', method)})"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor)
+        packed = isinstance(tensor, nn.Parameter) and kind is not nn.Parameter and not tensor.is_floating_point()
+        if tensor.is_quantized or packed or is_traceable_wrapper_subclass(tensor):
+            return f"quantized or packed weights ({kind.__name__}, e.g. '{name}')"
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_PACKING):
+            return f"quantized modules ({type(module).__name__}, e.g. '{name}')"
+    return None

@@ -1,0 +1,183 @@
+"""Proof in the trainer's own path: its loss and gradients on a few rows, whole and with the prefix bypassed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..build.context import BuildContext
+from ..build.materialize import spread
+from ..distributed import describe_error
+from ..model.stand_ins import FrozenOutputError, StandIn
+from ..model.tracing import untouched
+from ..replay.collator import CODE_PREFIX
+from ..rng import preserve_rng
+from .epoch_source import StepInputs
+
+#: Rows of a rehearsal, spread over the data set.
+_ROWS = 4
+#: Deviation relative to the largest value that is accepted where the same step twice is not the same bit for bit.
+_TOLERANCE = 1e-2
+#: Name of the only code of a rehearsed batch.
+_REHEARSED = CODE_PREFIX + "rehearsed"
+
+
+class RehearsalError(ValueError):
+    """A training on features would not be the training on images; the message says where they part."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trainer's step has computed.
+
+    Args:
+        loss: of the batch, a number.
+        outputs: tensors that the model has returned, by their place in its output.
+        gradients: of the trained parameters, by name; those without one are missing.
+    """
+
+    loss: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor]
+
+
+class Rehearsal:
+    """Runs a few rows through a trainer's own step.
+
+    Args:
+        context: model, samples and settings.
+        step: runs the trainer's step on a collated batch, without any update.
+        suspects: what users have overridden in the path of the loss, for messages.
+    """
+
+    def __init__(
+        self, context: BuildContext, step: Callable[[Mapping[str, Any]], Outcome], suspects: Sequence[str] = ()
+    ):
+        self.context, self.suspects = context, suspects
+        self._step = step
+        self._cut: int | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the trainer's step that runs now is a rehearsal."""
+        return self._cut is not None
+
+    def check(self, cut: int) -> None:
+        """Compares the whole step with the replayed one, on exact features: loss, outputs and gradients.
+
+        The model, its gradients and the generators are left as they are.
+
+        Args:
+            cut: frozen blocks; `freeze` has frozen them.
+
+        Raises:
+            RehearsalError: if the two differ, or the step fails on features.
+        """
+        batch = self._batch()
+        with preserve_rng():
+            features = self.context.chain.prefix(self.context.model_inputs(batch), cut)
+        main_input = self.context.chain.main_input
+        others = {name: value for name, value in batch.items() if name != main_input or not _is_image(value)}
+        with self._running(cut):
+            whole = self._run(batch, "a batch of images")
+            replayed = self._run({_REHEARSED: features, **others}, "a batch of features")
+            difference = find_difference(whole, replayed)
+            if difference is None:
+                return
+            # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
+            is_reproducible = find_difference(whole, self._run(batch, "a batch of images")) is None
+        if is_reproducible or find_difference(whole, replayed, _TOLERANCE) is not None:
+            raise RehearsalError(
+                f"a training step on features of cut {cut} is not the step on images: {difference}.{self._advice()}"
+            )
+
+    def step_inputs(self, batch: Mapping[str, Any]) -> StepInputs:
+        """The inputs of a rehearsed step."""
+        assert self._cut is not None, "called inside `check` only"
+        chain, features = self.context.chain, batch.get(_REHEARSED)
+        if features is None:
+            return StepInputs(dict(batch), 0)
+        others = {name: value for name, value in batch.items() if name != _REHEARSED}
+        return StepInputs.on_features(chain, self._cut, features, others, "replay")
+
+    def _batch(self) -> Mapping[str, Any]:
+        source = self.context.source
+        rows = spread(len(source), min(_ROWS, len(source)))
+        try:
+            with preserve_rng():
+                return source.collate(rows)
+        except Exception as error:  # the user's own code may raise anything
+            raise RehearsalError(f"collating {len(rows)} rows failed with {describe_error(error)}.") from error
+
+    def _run(self, batch: Mapping[str, Any], what: str) -> Outcome:
+        try:
+            with untouched(self.context.model):
+                return self._step(dict(batch))
+        except Exception as error:  # the user's own code may raise anything
+            advice = self._look_at if isinstance(error, FrozenOutputError) else self._advice()
+            raise RehearsalError(f"a training step on {what} fails with {describe_error(error)}{advice}") from error
+
+    def _advice(self) -> str:
+        return (
+            " What computes the loss reads something that exists on images only, or changes the model's input."
+            f"{self._look_at} cache='never' freezes without features."
+        )
+
+    @property
+    def _look_at(self) -> str:
+        return f" Look at {', '.join(self.suspects)}." if self.suspects else ""
+
+    @contextmanager
+    def _running(self, cut: int) -> Iterator[None]:
+        self._cut = cut
+        try:
+            yield
+        finally:
+            self._cut = None
+
+
+def find_difference(whole: Outcome, replayed: Outcome, tolerance: float = 0.0) -> str | None:
+    """Where two outcomes of a step part, as a clause; None if they agree.
+
+    Outputs that are stand-ins on features are left out: who reads them gets an error.
+
+    Args:
+        whole: of the step on images.
+        replayed: of the step on features.
+        tolerance: accepted deviation, relative to the largest value of a tensor.
+    """
+    if not _agree(whole.loss, replayed.loss, tolerance):
+        return f"the loss is {_show(whole.loss)} on images and {_show(replayed.loss)} on features"
+    for name, value in whole.outputs.items():
+        other = replayed.outputs.get(name)
+        if other is None or not (isinstance(other, StandIn) or _agree(value, other, tolerance)):
+            return f"the model's output '{name}' differs"
+    if whole.gradients.keys() != replayed.gradients.keys():
+        names = sorted(whole.gradients.keys() ^ replayed.gradients.keys())
+        return f"'{names[0]}' gets a gradient from one of them only"
+    for name, value in whole.gradients.items():
+        if not _agree(value, replayed.gradients[name], tolerance):
+            return f"the gradient of '{name}' differs"
+    return None
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    allowed = tolerance * float(one.abs().max()) if one.numel() and tolerance else 0.0
+    return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)
+
+
+def _show(loss: torch.Tensor) -> str:
+    return f"{float(loss):.7g}" if loss.numel() == 1 else f"of shape {tuple(loss.shape)}"
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a main input is no sequence of integers, which stays as it is in a replay."""
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.ndim > 2

@@ -1,0 +1,83 @@
+"""A trainer's own step on a batch, for a rehearsal: loss and gradients, without any update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..model.stand_ins import StandIn
+from ..model.tracing import find_tensors
+from .hooks import TrainerHooks
+from .rehearsal import Outcome
+
+#: What users override in the path of the loss.
+_IN_THE_PATH = ("training_step", "compute_loss", "_prepare_inputs", "_prepare_input", "get_batch_samples")
+
+
+class RehearsalHooks(TrainerHooks):
+    """Runs `training_step` as the training would, the overrides of users included."""
+
+    def _suspects(self) -> list[str]:
+        """What users have put in the path of the loss, as they would call it."""
+        overriding = {name: self._overriding(name) for name in _IN_THE_PATH}
+        suspects = [f"`{cls.__name__}.{name}`" for name, cls in overriding.items() if cls is not None]
+        if self.compute_loss_func is not None:
+            suspects.append("`compute_loss_func`")
+        return [*suspects, f"the forward of {type(self._own_model).__name__}"]
+
+    def _rehearsed_step(self, batch: Mapping[str, Any]) -> Outcome:
+        """Runs a training step on a collated batch; the parameters keep their gradients and values."""
+        assert self._session is not None
+        model, own = self._session.wrapped_model, self._own_model
+        trained = {name: parameter for name, parameter in own.named_parameters() if parameter.requires_grad}
+        outputs: dict[str, torch.Tensor] = {}
+        hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
+        try:
+            with self._capturing_gradients(trained) as gradients, self.accelerator.no_sync(model):
+                batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                loss = self.training_step(model, batches[0], num_items_in_batch)
+        finally:
+            hook.remove()
+        return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
+
+    @contextmanager
+    def _capturing_gradients(self, trained: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, the backward pass of accelerate fills a dict and leaves parameters alone.
+
+        What hangs on the parameters (a wrapper's hooks, optimizers that step in the backward pass) is not concerned.
+        """
+        gradients: dict[str, torch.Tensor] = {}
+        before = {name: parameter.grad for name, parameter in trained.items()}
+        steps = vars(self).get("current_gradient_accumulation_steps")
+
+        def add(name: str, gradient: torch.Tensor | None) -> None:
+            if gradient is not None:
+                gradients[name] = gradient if name not in gradients else gradients[name] + gradient
+
+        def backward(loss: torch.Tensor, **kwargs: Any) -> None:
+            if isinstance(loss, StandIn):
+                loss.backward()  # tells what is missing
+            for name, gradient in zip(
+                trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True
+            ):
+                add(name, gradient)
+
+        for parameter in trained.values():
+            parameter.grad = None
+        self.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batches
+        self.accelerator.backward = backward
+        try:
+            yield gradients
+            for name, parameter in trained.items():
+                add(name, parameter.grad)  # of a step that calls `loss.backward()` itself
+        finally:
+            del self.accelerator.backward
+            if steps is None:
+                del self.current_gradient_accumulation_steps
+            else:
+                self.current_gradient_accumulation_steps = steps
+            for name, parameter in trained.items():
+                parameter.grad = before[name]

@@ -1,0 +1,79 @@
+"""Whether the frozen prefix still is what its features were computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..model.chain import BlockChain
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FrozenWatch:
+    """Remembers the frozen prefix, and tells what has changed in it.
+
+    Args:
+        chain: the model, frozen at its cut.
+    """
+
+    def __init__(self, chain: BlockChain):
+        self.cut = chain.cut
+        self._model = chain.model
+        self._parameters = chain.prefix_parameters(self.cut)
+        self._state = chain.prefix_state(self.cut)
+        self._modules = chain.prefix_modules(self.cut)
+        self._names = {module: name for name, module in chain.model.named_modules()}
+        self._versions = self._read_versions()
+        self._checksums = checksums(self._state)
+
+    def at_step(self) -> str | None:
+        """What has changed, as a clause, as far as it costs next to nothing to see; None if nothing has."""
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                return f"'{name}' was made trainable again"
+        versions = self._read_versions()
+        if versions == self._versions:
+            return None
+        self._versions = versions
+        return self._changed_value()
+
+    def at_epoch(self) -> str | None:
+        """What has changed, as a clause, replaced modules and all values included; None if nothing has."""
+        modules = dict(self._model.named_modules())
+        for module in self._modules:
+            if modules.get(self._names[module]) is not module:
+                return f"the module '{self._names[module]}' was replaced"
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        for name, tensor in self._state.items():
+            if tensors.get(name) is not tensor:
+                return f"'{name}' was replaced by another tensor"
+        return self.at_step() or self._changed_value()
+
+    def _changed_value(self) -> str | None:
+        now = checksums(self._state)
+        name = next((name for name, value in self._checksums.items() if now[name] != value), None)
+        return None if name is None else f"the values of '{name}' were changed"
+
+    def _read_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._state.values()]
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """A number for each tensor that changes with its values; it costs no more than reading them."""
+    sums = [_sum_of_bits(tensor) for tensor in tensors.values()]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for value in sums:
+        by_device.setdefault(value.device, []).append(value)
+    read = {device: iter(torch.stack(values).tolist()) for device, values in by_device.items()}  # one transfer each
+    return {name: next(read[value.device]) for name, value in zip(tensors, sums, strict=True)}
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach().contiguous()
+    if not values.numel():
+        return torch.zeros((), dtype=torch.int64, device=values.device)
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)
