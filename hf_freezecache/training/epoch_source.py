@@ -153,7 +153,7 @@ class FromStore(EpochSource):
         return self.store.bytes
 
     def turn(self, switch: SourceSwitch) -> None:
-        switch.set(self.store.path)
+        switch.set(self.store.path, self.store.handle)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         replayed = take_codes(batch)
