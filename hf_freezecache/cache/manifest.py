@@ -153,8 +153,8 @@ class Manifest:
             return "files are missing in `files`"
         layout = FeatureLayout.from_json(self.layout)
         channels = self.sensitive_channels
-        if (self.geometry is None) != (channels is None) or (self.geometry is not None and not self.views):
-            return "geometry, sensitive channels and views do not go together"
+        if (self.geometry is None) != (channels is None) or ((self.geometry or self.own_inputs) and not self.views):
+            return "geometry, sensitive channels, inputs and number of views do not go together"
         if channels is not None and channels != sorted({*channels} & {*range(layout.channels)}):
             return f"the sensitive channels are not channels from 0 to {layout.channels - 1} in ascending order"
         if begun:
@@ -234,7 +234,8 @@ def _is_input(value: Any) -> bool:
 
 def _is_constants(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        entry is None or isinstance(entry, (bool, int, float, str)) for entry in value.values()
+        not is_reserved(name) and (entry is None or isinstance(entry, (bool, int, float, str)))
+        for name, entry in value.items()
     )
 
 

@@ -188,7 +188,13 @@ class PackedColumn(_ContentColumn):
     @property
     def frame_bytes(self) -> float:
         """Mean size of a packed row, in bytes."""
-        return int(self._sizes[:, 2].sum()) / len(self)
+        total, size = 0, self._offset.itemsize
+        for batch, rows in enumerate(self._rows.tolist()):
+            start = int(self._starts[batch, 1])
+            ends = self._file(batch).read(size, start) + self._file(batch).read(size, start + rows * size)
+            first, last = np.frombuffer(ends, self._offset).tolist()
+            total += last - first
+        return total / len(self)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         unpacked = np.empty((len(rows), self.width), self.dtype)
