@@ -28,6 +28,9 @@ _STORED_AS = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
+#: What the `dtype` of an `InputColumn` may be: names of dtypes, and kinds of values of a list.
+TENSOR_KINDS = frozenset(str(dtype).removeprefix("torch.") for dtype in _STORED_AS)
+LIST_KINDS = frozenset({"str", "int", "float", "bool"})
 
 
 class RowError(ValueError):

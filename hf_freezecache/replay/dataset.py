@@ -228,14 +228,14 @@ class ReplayDataset(Dataset):
     def _read(self, origin: RowOrigin, rows: Sequence[RequestedRow]) -> CachedRows:
         assert origin.store is not None  # the caller has asked
         if self._store is None or self._store[0] != origin:
-            self._store = origin, FeatureStore.open(origin.store)
+            self._store = origin, FeatureStore.open(origin.store) if origin.handle is None else origin.handle.open()
         store, numbers = self._store[1], [int(row) for row in rows]
         views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
         entries = store.read_rows(numbers, views)
         return CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped memory cannot be pickled: a loader process opens the store itself.
+        # A loader process opens the store itself.
         return {**self.__dict__, "_store": None, "switch": None}
 
 

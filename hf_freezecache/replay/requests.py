@@ -12,13 +12,14 @@ import contextlib
 import operator
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch.utils.data import BatchSampler
 
+from ..cache.store import StoreHandle
 from ..rng import hash_key
 
 
@@ -46,11 +47,13 @@ class RowOrigin:
         epoch: of the training, from 0.
         store: path of the store; None: images.
         round: of an epoch that is stored; None in all others.
+        handle: what loader processes open the store with, whatever has happened to its path; None: by its path.
     """
 
     epoch: int = 0
     store: Path | None = None
     round: WriteRound | None = None
+    handle: StoreHandle | None = None
 
 
 class RequestedRow(int):
@@ -138,7 +141,7 @@ class SourceSwitch:
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self.origin = RowOrigin(epoch, self.origin.store, self.origin.round)
+        self.origin = replace(self.origin, epoch=epoch)
         self._drawn = array("L", [0]) * len(self._drawn)
 
     @property
@@ -151,13 +154,14 @@ class SourceSwitch:
         """The round of a live epoch that is stored; None in all other epochs."""
         return self.origin.round
 
-    def set(self, path: Path | None) -> None:
+    def set(self, path: Path | None, handle: StoreHandle | None = None) -> None:
         """Sets the source: a store, or images. Rows that are asked for from now on come from it.
 
         Args:
             path: of the store; None: images.
+            handle: what loader processes open the store with; None: they open it by its path.
         """
-        self.origin = RowOrigin(self.epoch, None if path is None else path.absolute())
+        self.origin = RowOrigin(self.epoch, None if path is None else path.absolute(), handle=handle)
 
     def write(self, write_round: WriteRound) -> None:
         """Sets the source: images drawn as views of a round. Rows that are asked for from now on come from it."""

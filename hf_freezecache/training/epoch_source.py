@@ -94,8 +94,8 @@ class EpochSource(ABC):
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint; `load_source` reads them."""
 
-    def close(self) -> None:  # noqa: B027 - only `Writing` has files open
-        """Closes files."""
+    def close(self) -> None:  # noqa: B027 - batches of images leave nothing to do
+        """Closes files that are written, and tells other runs that stores are not used any more."""
 
 
 class FromImages(EpochSource):
@@ -153,7 +153,7 @@ class FromStore(EpochSource):
         return self.store.bytes
 
     def turn(self, switch: SourceSwitch) -> None:
-        switch.set(self.store.path)
+        switch.set(self.store.path, self.store.handle)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         replayed = take_codes(batch)
@@ -165,6 +165,10 @@ class FromStore(EpochSource):
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.release()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..build.materialize import materialize
 from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..build.survey import Augmentation, survey
-from ..cache.holdings import Holdings, disk_limit
+from ..cache.holdings import Holdings, disk_limit, is_owned
 from ..cache.rows import RowSource, check_dataset
 from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
@@ -186,6 +186,9 @@ class EvaluationCache:
 
     def stop(self) -> None:
         """The training has ended or broken off."""
+        for entry in self._sets:
+            if entry.source is not None:
+                entry.source.close()
         if self._ended_from_store:
             self.announcer.warning(
                 "The last evaluation of this training was from cached features (fp16); `trainer.evaluate()` runs on "
@@ -333,6 +336,7 @@ class EvaluationCache:
             limit = self.group.on_main(self._limit)
             augmentation = self._survey(entry)
             spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, augmentation.random)
+            spec = replace(spec, owner=self.holdings.owner)
             reuse = self.spec_maker.reuse
             store = reuse.open(spec)
             if store is None and not builds:
@@ -342,7 +346,10 @@ class EvaluationCache:
             if store is None:
                 store = self._build(reuse.current(spec), entry)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
-        self.holdings.add(store.path, store.total_bytes, built, cut, is_evaluation=True)
+        if self.group.is_main:
+            store.hold()
+        is_own = self.group.on_main(lambda: is_owned(store.path, self.holdings.owner))
+        self.holdings.add(store.path, store.total_bytes, is_own, cut, is_evaluation=True)
         entry.checksums = self._checksums()
         if outdated is not None and outdated.store.path != store.path:
             self._remove(outdated.store)

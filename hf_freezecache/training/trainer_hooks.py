@@ -25,7 +25,6 @@ from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..cache.store import check_writable
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
@@ -116,7 +115,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
         Raises:
             ValueError: if the rows cannot be cached or the model cannot be split.
-            OSError: if stores cannot be written.
         """
         check_model(self, self._own_model, self._freeze_config)
         check_dataset(dataset)
@@ -135,8 +133,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             check_sharing(self._own_model, chain.blocks, model_inputs(probe))
-        if self._freeze_config.cache != "never":
-            check_writable(self._feature_cache_dir)
         return BuildContext(
             chain=chain,
             source=source,
