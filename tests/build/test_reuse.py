@@ -17,7 +17,6 @@ from support.images import OpaqueFlip, picture_dataset, replayable
 from support.keepers import make_context
 from torch.utils.data import ConcatDataset, Subset
 
-from hf_freezecache.build import reuse as reuse_module
 from hf_freezecache.build.materialize import materialize
 from hf_freezecache.build.reuse import EDITION
 from hf_freezecache.build.spec_maker import SpecMaker
@@ -140,24 +139,6 @@ def test_settings_on_which_nothing_drawn_depends_do_not_count(settings, tmp_path
     spec_maker = maker(tmp_path, Rows(), codec="int4")
     source = RowSource(Rows(), collate, **{"batch_size": 4, "seed": 3, **settings})
     again, reused = find_or_build(SpecMaker(replace(spec_maker.context, source=source)))
-    assert reused and again.path == first.path
-
-
-def test_rows_that_only_collate_in_their_own_ranges_are_proved_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(reuse_module, "_ROWS", 6)
-
-    def one_kind(samples):
-        labels = [sample["labels"] for sample in samples]
-        assert labels == list(range(labels[0], labels[0] + len(labels))), "rows of several ranges"
-        return collate(samples)
-
-    def run():
-        spec_maker = maker(tmp_path, Rows(label=lambda row: row))
-        source = RowSource(Rows(label=lambda row: row), one_kind, batch_size=4, seed=3)
-        return find_or_build(SpecMaker(replace(spec_maker.context, source=source)))
-
-    first, _ = run()
-    again, reused = run()
     assert reused and again.path == first.path
 
 

@@ -1,14 +1,18 @@
 """Trainings that share a folder of stores: none trains on features of other data, code or files."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from support.cached_evaluations import accuracy
-from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
+from support.helpers import losses, manual, pixel_dataset, run, through, tiny_vit
+from support.keepers import freeze, make_keeper
 
 from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.build.errors import BuildFailed
+from hf_freezecache.training.store_provider import Request
 
 
 class Unhashable(torch.utils.data.Dataset):
@@ -88,6 +92,31 @@ def test_replaced_file_of_an_evaluation_set_is_computed_again(tmp_path):
     first = evaluate("shared")
     write([7], 1)
     assert evaluate("shared") == evaluate("fresh") != first
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_rows_that_an_interrupted_run_has_written_are_proved(factor, tmp_path):
+    def begin():
+        keeper = make_keeper(tmp_path, through("0:2", codec="fp32"))
+        freeze(keeper, 2)
+        with keeper.accounts.building(2) as phase:
+            request = Request(2, 4, phase)
+            return keeper.provider, keeper.provider.begin(request, decided=True), request
+
+    _, partial, _ = begin()
+    _, (view_run,) = next(iter(partial.spec.feature_source.run([0])))
+    rows = list(partial.spec.source.rows(0))
+    partial.write(rows, np.zeros(len(rows), np.int64), replace(view_run, features=view_run.features * factor))
+    partial.close()
+    provider, reopened, request = begin()
+    assert reopened.reopened
+    if factor == 1:
+        store = provider.finish(reopened, request)
+        assert stores(tmp_path) == [store.path.name]
+        return
+    with pytest.raises(BuildFailed, match="an earlier run has written"):
+        provider.finish(reopened, request)
+    assert stores(tmp_path) == []
 
 
 def test_setting_is_checked_in_words():
