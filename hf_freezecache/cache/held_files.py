@@ -53,7 +53,7 @@ class MemoryFile:
     """
 
     def __init__(self, content: bytes | memoryview, name: str = "memory"):
-        self.name, self.size, self._content = name, len(content), memoryview(content)
+        self.name, self.size, self._content = name, len(content), memoryview(content).cast("B")
 
     def read(self, size: int, offset: int) -> bytes:
         return bytes(self._content[offset : offset + size])
