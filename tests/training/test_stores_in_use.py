@@ -62,14 +62,19 @@ class Killed(BaseException):
     """In the place of a signal that ends the process."""
 
 
-def test_store_that_was_finished_just_before_a_kill_is_deleted_by_the_resumed_training(tmp_path):
-    def kill():
-        raise Killed
+class KillInReplay(TrainerCallback):
+    """Ends the process after the first step of the first replay epoch."""
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch > 1:
+            raise Killed
+
+
+def test_store_that_was_finished_just_before_a_kill_is_deleted_by_the_resumed_training(tmp_path):
     settings = {"num_train_epochs": 4, "save_strategy": "epoch"}
     config = manual("1:2,3:3", feature_cache_dir=str(tmp_path / "cache"))
     try:
-        run(tiny_vit(), pixel_dataset(), tmp_path, config, callbacks=[AtEpoch(1, kill)], **settings)
+        run(tiny_vit(), pixel_dataset(), tmp_path, config, callbacks=[KillInReplay()], **settings)
     except Killed:
         pass
     (first,) = (tmp_path / "cache").iterdir()
