@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import logging
 import math
 import tempfile
@@ -33,15 +34,15 @@ from .workload import Bench, Setting, image_size, make_model, synchronize, use_g
 
 
 class RecordingTrainer(FreezeCacheTrainer):
-    """Keeps the loss of every step."""
+    """Keeps the loss of every step; a rehearsal's, before the step, is replaced by the step's."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.losses: list[torch.Tensor] = []
+        self.losses: dict[int, torch.Tensor] = {}
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach().clone())
+        self.losses[self.state.global_step] = loss.detach().clone()
         return loss
 
 
@@ -110,7 +111,7 @@ def _record(bench: Bench, cache: str, bf16: bool) -> dict[str, Any]:
     )
     silence(trainer).train()
     return {
-        "losses": [loss.item() for loss in trainer.losses],
+        "losses": [loss.item() for _, loss in sorted(trainer.losses.items())],
         "weights": {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()},
         "replayed": trainer.freeze_status().replaying,
     }
@@ -221,6 +222,7 @@ def train_arm(model: nn.Module, arm: str, splits: dict[str, Dataset], options: a
             trainer = Trainer(**common)
         else:
             trainer = FreezeCacheTrainer(**common, freeze_cache=FreezeCacheConfig(cache=arm))
+        gc.collect()  # loader processes of the arm before end now, not while this one is timed
         synchronize()
         start = time.perf_counter()
         silence(trainer).train()
