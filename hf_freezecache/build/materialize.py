@@ -122,6 +122,7 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """
     try:
         with preserve_rng():
+            need_writable(spec, group)
             store = wait_for_builders(spec, group)
             return _Build(spec, group).run() if store is None else store
     except NotWritable:
@@ -167,10 +168,10 @@ def claim(spec: StoreSpec, group: Group) -> Path | FeatureStore:
 
 
 def need_writable(spec: StoreSpec, group: Group) -> None:
-    """Makes the directory of the stores if there is none.
+    """Checks that the store can be written before anything runs for it.
 
     Raises:
-        NotWritable: on every process, if nothing can be written to it.
+        NotWritable: on every process, if nothing can be written to the directory of the stores.
     """
 
     def check() -> None:
@@ -335,7 +336,7 @@ def store_bytes(spec: StoreSpec, codec: Codec, probe: BatchSplit, processes: int
     total = spec_bytes(spec, codec, probe, processes)
     shards = [Shard(shard_name(rank, processes), len(spec.source), total, "0" * 64) for rank in range(processes)]
     files = small_files(codec, ViewColumns(spec.views, codec), make_manifest(spec, probe, shards), spec.notes)
-    return total + sum(len(content) for content in files.values())
+    return total + sum(len(content) for content in files.values()) + len(spec.owner or "")
 
 
 def check_limit(spec: StoreSpec, needed: int) -> None:

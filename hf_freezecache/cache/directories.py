@@ -148,14 +148,14 @@ def remove_removed(directory: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Checks that stores can be written in a directory; makes it if it does not exist.
+    """Checks that stores can be written in a directory, or the directory be made; leaves nothing behind.
 
     Raises:
         OSError: if they cannot; the message names the remedies.
     """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OSError(

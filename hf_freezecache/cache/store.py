@@ -24,6 +24,7 @@ from .manifest import Manifest, StoreError, translated
 from .names import (
     DATASET_STATE_FILE,
     MANIFEST,
+    OWNER,
     is_shard,
     note_file,
     own_input,
@@ -104,7 +105,9 @@ class FeatureStore:
     @property
     def total_bytes(self) -> int:
         """Size of all files, in bytes."""
-        return sum(_sizes(self.manifest).values()) + self._files[MANIFEST].size
+        owner = self.path / OWNER
+        noted = owner.stat().st_size if owner.is_file() else 0
+        return sum(_sizes(self.manifest).values()) + self._files[MANIFEST].size + noted
 
     @property
     def dataset(self) -> datasets.Dataset:

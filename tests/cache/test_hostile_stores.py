@@ -80,6 +80,7 @@ HOSTILE = [
         "mixed@99",
         "projective",
     ),
+    "projective",
     *([], {}, [[]], [0], [-1], [1, 2, 3], [2**40, 2**40], [None], ["a"], {"a": 1}, {"": None}, DEEP),
 ]
 

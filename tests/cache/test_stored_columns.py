@@ -1,6 +1,7 @@
 """Columns that are read from the files of a store."""
 
 import pickle
+import timeit
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +11,17 @@ from support.arrow_streams import stream
 from support.helpers import manual, pixel_dataset, run, tiny_vit
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.cache.arrow_stream import read_stream
+from hf_freezecache.cache.codec import make_codec
+from hf_freezecache.cache.held_files import HeldFile, open_file
 from hf_freezecache.cache.lossless import pack_rows
 from hf_freezecache.cache.manifest import StoreError
+from hf_freezecache.cache.names import shard_name
+from hf_freezecache.cache.rows import InputColumn
+from hf_freezecache.cache.shards import ShardWriter
 from hf_freezecache.cache.stored_columns import BitColumn, FixedColumn, PackedColumn, TextColumn
+from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
+from hf_freezecache.model.layout import FeatureLayout
 
 
 def test_opened_store_travels_to_another_process(tmp_path):
@@ -77,3 +86,34 @@ def test_text_that_is_none_is_a_damaged_row():
 def test_column_with_nulls_is_refused():
     with pytest.raises(StoreError, match="column 'number' of a store has nulls"):
         FixedColumn(*stream({"number": pa.array([1, None])}), "number", "a store")
+
+
+def test_rows_beside_a_column_of_strings_are_read_as_fast_as_without(tmp_path):
+    """One copy of a large column for each batch of a few rows would take a thousand times as long."""
+    layout = FeatureLayout((4, 8), None, 0, torch.float32)
+    codec = make_codec("int8", layout)
+    codec.load_tensors({"scale": torch.ones(8), "offset": torch.zeros(8)})
+    count, size = 60_000, 1000
+    inputs = {"plain": {}, "named": {"name": InputColumn("str", is_list=True)}}
+    stores, order = {}, np.random.default_rng(0).integers(0, count, 32)
+    for kind, columns in inputs.items():
+        path = tmp_path / kind
+        path.mkdir()
+        with ShardWriter(path / shard_name(0, 1), codec, ViewColumns(ViewSpec(), codec), columns) as writer:
+            for first in range(0, count, size):
+                names = {"name": [f"{row:0200d}" for row in range(first, first + size)]}
+                codes = {"base": torch.full((size, 32), first // size, dtype=torch.uint8)}
+                writer.write(first, codes, names if columns else {})
+        shard = writer.shard()
+        file = HeldFile(path / shard.name, open_file(path / shard.name), shard.bytes, shard.sha256)
+        schema, batches = read_stream(file)
+        stores[kind] = {"base": FixedColumn(batches, schema, "base", path)}
+        if columns:
+            assert schema.field("name").type == pa.large_string()
+            stores[kind]["name"] = TextColumn(batches, schema, "name", path)
+            assert stores[kind]["name"].take(order) == [f"{row:0200d}" for row in order]
+    seconds = {
+        kind: min(timeit.repeat(lambda columns=columns: [c.take(order) for c in columns.values()], number=5, repeat=9))
+        for kind, columns in stores.items()
+    }
+    assert seconds["named"] < 12 * seconds["plain"]  # two more reads a row, whatever the number of rows
