@@ -73,6 +73,7 @@ class StoreReuse:
         self.announcer = Announcer(self.group, logger)
         self._editions: dict[str, int] = {}
         self._renewed: set[str] = set()
+        self._refused: set[str] = set()
 
     def current(self, spec: StoreSpec) -> StoreSpec:
         """The spec under the name that a new store gets: that of the first edition that was not refused."""
@@ -83,6 +84,11 @@ class StoreReuse:
     def has_made(self, store: FeatureStore) -> bool:
         """Whether a store was made here, from one of which some rows had changed."""
         return store.path.name in self._renewed
+
+    def refuse(self, store: FeatureStore) -> None:
+        """Does not open a store again, if its directory still exists."""
+        if store.path.exists():
+            self._refused.add(store.path.name)
 
     def open(self, spec: StoreSpec) -> FeatureStore | None:
         """The store of a spec, proved; made from an earlier one where only the files of some rows have changed.
@@ -99,12 +105,13 @@ class StoreReuse:
             store = open_matching(current, self.group)
             if store is None:
                 return None if outdated is None else self._renew(current, *outdated)
-            verdict = self._judge(current, store)
-            if verdict.is_proved:
-                return store
-            self._announce(store, verdict)
-            if verdict.difference is None and self._can_renew(store, verdict):
-                outdated = store, verdict.changed
+            if not any(self.group.gather(store.path.name in self._refused)):
+                verdict = self._judge(current, store)
+                if verdict.is_proved:
+                    return store
+                self._announce(store, verdict)
+                if verdict.difference is None and self._can_renew(store, verdict):
+                    outdated = store, verdict.changed
             self._editions[_key(spec)] = self._editions.get(_key(spec), 0) + 1
 
     # Proof

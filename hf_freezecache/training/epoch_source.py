@@ -20,7 +20,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
-from ..replay.collator import DrawnViews, take_codes, take_drawn
+from ..replay.collator import DrawnViews, take_codes, take_drawn, take_lost
 from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
 from ..replay.requests import SourceSwitch, WriteRound, store_number
@@ -296,8 +296,10 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
 
 def _live(batch: dict[str, Any], context: BuildContext) -> StepInputs:
     """Runs the model whole. Batches of another source, which a loader kept from an earlier epoch, are made live."""
-    drawn, replayed = take_drawn(batch), take_codes(batch)
-    if drawn is not None:
+    drawn, replayed, lost = take_drawn(batch), take_codes(batch), take_lost(batch)
+    if lost is not None:
+        batch = live_batch(context.source, lost[1])
+    elif drawn is not None:
         batch = drawn[1]
     elif replayed is not None:
         batch = live_batch(context.source, replayed.rows)

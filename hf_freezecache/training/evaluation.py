@@ -288,7 +288,7 @@ class EvaluationCache:
             yield batch
             return
         with self.chain.traced(entry.trace):
-            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            step: StepInputs = entry.source.step_inputs(batch, replace(self.context, source=entry.rows))
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
 

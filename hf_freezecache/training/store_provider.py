@@ -195,6 +195,11 @@ class StoreProvider:
         self._announce_built(store)
         return store
 
+    def lose(self, store: FeatureStore) -> None:
+        """Forgets a store that cannot be read any more: another one is made if it is asked for."""
+        self.spec_maker.reuse.refuse(store)
+        self.holdings.drop(store.path)
+
     def remove_outdated(self, cut: int, in_use: Path | None = None, evaluations_only: bool = False) -> None:
         """Deletes the stores that no epoch reads any more and that this training has built; the others are forgotten.
 

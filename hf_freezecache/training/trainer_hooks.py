@@ -306,10 +306,12 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         stamp_rows(loader, wrapped.switch)
         return loader
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        if self._session is None:
+            return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         # The training's own iteration over the loader begins here.
-        with contextlib.nullcontext() if self._session is None else self._session.switch.requesting():
-            return super().get_batch_samples(*args, **kwargs)
+        with self._session.switch.requesting():
+            return super().get_batch_samples(self._session.readable(epoch_iterator), *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, ReplayCollator):
