@@ -227,8 +227,9 @@ class Prober:
         # One process alone cannot run what the processes of a training normalize together.
         alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
         if with_suffix or (workers and alone and costs.load / workers > prefix):
-            inputs = self._with_features(features, loaded)
-            suffix, peak = self.steps.measure(spec.cut, inputs if with_suffix else inputs[:1])
+            inputs = [self.step_inputs(drawn.batch) for drawn in loaded.base]
+            count = len(inputs) if with_suffix else 1
+            suffix, peak = self.steps.measure(spec.cut, inputs[:count], features[:count])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
         codec = make_codec(spec.codec, spec.layout)
@@ -306,12 +307,6 @@ class Prober:
 
             seconds.append(timed(run)[1])
         return median_low(seconds[1:])
-
-    def _with_features(self, features: Sequence[torch.Tensor], loaded: _LoadedRanges) -> list[dict[str, Any]]:
-        return [
-            {**self.step_inputs(drawn.batch), self.chain.main_input: each}
-            for each, drawn in zip(features, loaded.base, strict=True)
-        ]
 
     def _fit(self, spec: StoreSpec, codec: Codec, features: list[torch.Tensor]) -> float:
         """Fits the codec; seconds that it takes on as many rows as a build fits it on."""
