@@ -30,7 +30,8 @@ from .store_spec import StoreSpec
 _ROWS, _TOGETHER = 24, 8
 #: Draws of each, and of the first ones, to see what is random.
 _DRAWS, _MORE_DRAWS = 3, 8
-#: How many of these draws ask for the geometry, and draws of the base view: a build finds what is refused rarely.
+#: How many of these draws ask for the geometry, and draws of the first rows' base view: a build finds what is refused
+#: rarely.
 _WITH_GEOMETRY, _BASE_DRAWS = 3, 4
 #: Times that a batch is moved to the device, to see whether something random happens there.
 _DRAWS_ON_DEVICE = 4
@@ -88,7 +89,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     if refused is None and drawn[0].geometry is None:
         return _OPAQUE if differ or any(look.differs_from_base for look in looks) else Augmentation()
     _check_pipelines(base[main_input], view[main_input], differ)
-    if any(look.base_is_random() for look in looks):
+    if any(look.base_is_random(1 if place else _BASE_DRAWS) for place, look in enumerate(looks)):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
     if not differ:
         return Augmentation()
@@ -163,9 +164,9 @@ class _Look:
         """Whether a draw differs from that of the base view."""
         return not is_same(self.base.batch, self.views[0].batch)
 
-    def base_is_random(self) -> bool:
-        """Whether the base view differs when it is drawn again."""
-        again = (self.source.draw(self.rows, again=number) for number in range(1, _BASE_DRAWS + 1))
+    def base_is_random(self, times: int) -> bool:
+        """Whether the base view differs when it is drawn again, so many times."""
+        again = (self.source.draw(self.rows, again=number) for number in range(1, times + 1))
         return any(not is_same(self.base.batch, drawn.batch) for drawn in again)
 
     def changes_others(self, main_input: str) -> bool:
