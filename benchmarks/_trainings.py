@@ -1,11 +1,13 @@
-"""What the trainings of the long benchmarks share: one clock for every arm, and the accuracy."""
+"""What the trainings of the benchmarks share: a clock for every arm, the accuracy, and steps on features in memory."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from hf_freezecache import BlockChain
 
 
 class EpochClock(TrainerCallback):
@@ -44,3 +46,15 @@ class EpochClock(TrainerCallback):
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of the samples whose largest logit is that of their class."""
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+
+
+class MemoryTrainer(Trainer):
+    """A plain `Trainer` whose samples are features in memory: the ideal that a cache can reach."""
+
+    def __init__(self, *args, chain: BlockChain, cut: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.chain, self.cut = chain, cut
+
+    def training_step(self, *args, **kwargs):
+        with self.chain.replay(self.cut):
+            return super().training_step(*args, **kwargs)

@@ -110,6 +110,8 @@ class _Planner:
         self.chain, self.source, self.config = context.chain, context.source, context.config
         with preserve_rng():
             self.augmentation = survey(self.source, self.chain.main_input)
+            if self.augmentation.declined is not None:
+                raise ValueError(f"nothing can be cached: {self.augmentation.declined}.")
             self.probe = context.model_inputs(self.source.probe())
             self.chain.trace(self.probe)
         self.spec_maker = SpecMaker(context, self.augmentation)

@@ -179,9 +179,12 @@ def test_override_takes_what_trainer_gives(name):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A plain trainer that has made its loaders, kept for their workers (which it has not started)."""
-    args = make_args(tmp_path_factory.mktemp("run"), dataloader_num_workers=1, dataloader_persistent_workers=True)
+    """A plain trainer that has made a step and its loaders, kept for their workers."""
+    args = make_args(
+        tmp_path_factory.mktemp("run"), max_steps=1, dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
     trainer = Trainer(model=tiny_vit(), args=args, train_dataset=pixel_dataset(), eval_dataset=pixel_dataset())
+    trainer.train()
     trainer.get_eval_dataloader()
     return trainer
 

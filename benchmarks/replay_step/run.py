@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform
 
 from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
 from .._images import Pixels, add_image_options, as_batch, load_caltech, load_deit
+from .._trainings import MemoryTrainer
 
 #: By augmented views in the store.
 LIMITS = {0: 1.05, 1: 1.10}
@@ -72,18 +73,6 @@ class StepClock(TrainerCallback):
     def seconds(self) -> list[float]:
         """All steps but the first, in which the optimizer's state is made, and the last, which has no next one."""
         return [after - before for before, after in zip(self._begins[1:], self._begins[2:], strict=False)]
-
-
-class MemoryTrainer(Trainer):
-    """A plain `Trainer` whose samples are features in memory: the ideal that a cache can reach."""
-
-    def __init__(self, *args, chain: BlockChain, cut: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.chain, self.cut = chain, cut
-
-    def training_step(self, *args, **kwargs):
-        with self.chain.replay(self.cut):
-            return super().training_step(*args, **kwargs)
 
 
 def make_args(folder: str, options: argparse.Namespace) -> TrainingArguments:

@@ -46,6 +46,7 @@ class Mixer:
         # never draws with it.
         self._mixup = v2.MixUp(alpha=float(mixup_alpha) or 1.0, num_classes=num_classes)
         self._cutmix = v2.CutMix(alpha=float(cutmix_alpha), num_classes=num_classes) if cutmix_alpha else None
+        self._num_classes = num_classes
         self._both = mixup_alpha > 0 and cutmix_alpha > 0
 
     def check(self, layout: FeatureLayout) -> None:
@@ -100,6 +101,11 @@ class Mixer:
             mixed = self._blend(values, params["lam"])
             labels = self._mixup.transform(labels, params)
         return {**inputs, main_input: mixed, label_name: labels}
+
+    def unmixed(self, inputs: Mapping[str, Any], label_name: str = "labels") -> dict[str, Any]:
+        """The batch as it is, with labels of the form that mixed ones have: float32 `(B, K)`."""
+        labels = _class_labels(inputs, label_name)
+        return {**inputs, label_name: F.one_hot(labels, self._num_classes).to(torch.float32)}
 
     def _choose_cutmix(self) -> v2.CutMix | None:
         """Cutmix if it is this batch's turn, by the draw of `v2.RandomChoice` if both are on; None for mixup."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..augment.maps import check_grid
-from ..cache.rows import RowSource, split_batch
+from ..cache.rows import RowError, RowSource, split_batch
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 
@@ -112,6 +112,7 @@ class ImageFeatures:
             view_runs = []
             for view, drawn in enumerate(batches):
                 split = split_batch(drawn.batch, self.chain.main_input)
+                check_rows(len(split.main), self.source.rows(number))
                 features = self._features(drawn.batch, number) if view == 0 or own_features else None
                 view_runs.append(ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused))
             yield number, view_runs
@@ -122,6 +123,22 @@ class ImageFeatures:
         if self.count_run is not None:
             self.count_run(0, self.cut, len(features))
         return features
+
+
+def check_rows(count: int, rows: Sequence[int]) -> None:
+    """Whether a batch has a row for each sample.
+
+    Args:
+        count: rows of the batch.
+        rows: the samples' row numbers.
+
+    Raises:
+        RowError: if it has not.
+    """
+    if count != len(rows):
+        raise RowError(
+            f"the collator returned {count} rows for the {len(rows)} samples from {rows[0]} on: it drops or adds some"
+        )
 
 
 def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from ..cache.codec import Codec, make_codec
 from ..cache.fingerprint import digest
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
-from ..cache.rows import BatchSplit, DrawnBatch, RowSource, split_batch
+from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batch
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
 from ..cache.view_columns import ViewColumns
@@ -317,15 +317,15 @@ def check_inputs(inputs: ViewRun | BatchSplit, probe: BatchSplit, first: int) ->
     """Compares a batch's model inputs to the probe's.
 
     Raises:
-        ValueError: if the entries or the constants differ; `first`, a sample of the batch, is named.
+        RowError: if the entries or the constants differ; `first`, a sample of the batch, is named.
     """
     if inputs.constants != probe.constants:
-        raise ValueError(
+        raise RowError(
             f"the collator's constants differ between batches: {inputs.constants} at sample {first}, "
             f"{probe.constants} before; only what is the same for all can be replayed."
         )
     if inputs.columns.keys() != probe.columns.keys():
-        raise ValueError(
+        raise RowError(
             f"the collator returns {sorted(inputs.columns)} at sample {first}, "
             f"but {sorted(probe.columns)} before; a store needs the same entries for all samples."
         )

@@ -26,7 +26,7 @@ from ..cache.view_columns import ViewColumns
 from ..distributed import Announcer, Group
 from ..rng import preserve_rng
 from .errors import BuildFailed
-from .feature_sources import ViewRun
+from .feature_sources import ViewRun, check_rows
 from .materialize import (
     check_geometry,
     check_inputs,
@@ -174,6 +174,7 @@ class PartialStore:
             OSError: if it cannot be written.
         """
         check_inputs(view_run, self.probe, samples[0])
+        check_rows(len(view_run.need_features()), samples)
         for view in np.unique(views):
             positions = np.flatnonzero(views == view)
             of_view = [samples[position] for position in positions.tolist()]

@@ -26,8 +26,9 @@ from .context import BuildContext
 from .deepening import DEEPENED_FROM
 from .errors import BuildFailed, GeometryMisfit, OverLimit
 from .feature_sources import ImageFeatures
-from .materialize import open_matching, run_views
+from .materialize import open_matching, run_views, spread
 from .renewal import renew
+from .row_columns import pick_rows
 from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ logger = logging.get_logger(__name__)
 #: Entry of a fingerprint's inputs: number of the stores of the same inputs that were refused before.
 EDITION = "edition"
 #: Rows that are computed again: a number, or a share of the store if that is more.
-_ROWS, _SHARE = 64, 0.01
+_ROWS, _SHARE = 256, 0.01
 #: The most classes of which a row each is computed again.
 _MOST_CLASSES = 1000
 #: Share of the rows that may have changed for the others to be copied instead of building a store.
@@ -113,10 +114,29 @@ class StoreReuse:
             with preserve_rng():
                 changed = self.group.on_main(lambda: self._changed(spec, store))
                 rows = self.group.on_main(lambda: self._rows(spec, store, changed))
-                found = self.group.gather(self.group.on_all(lambda: self._compare(spec, store, rows, set(changed))))
+                difference = self._prove(spec, store, rows, set(changed))
         except OSError as error:
             raise BuildFailed(str(error)) from error
-        return Verdict(next((difference for difference in found if difference is not None), None), changed)
+        return Verdict(difference, changed)
+
+    def _prove(
+        self, spec: StoreSpec, store: FeatureStore, rows: Sequence[int], changed: set[int]
+    ) -> Difference | None:
+        """The first row that differs.
+
+        Rows are computed in new company. Where one differs then, or their company cannot be collated, the ranges of a
+        build decide; and so they do where random numbers depend on the range.
+        """
+        if "batch_size" not in spec.made_from:
+            found = self.group.gather(self._compare_rows(spec, store, rows, changed))
+            if all(outcome is None for outcome in found):
+                return None
+            if all(isinstance(outcome, Difference | None) for outcome in found):
+                rows = [outcome.sample for outcome in found if outcome is not None]
+        numbers = _ranges_of(rows, spec.source)[self.group.rank :: self.group.size]
+        whole = self._from_images(spec, store, spec.source)
+        found = self.group.gather(self.group.on_all(lambda: self._compare(whole, store, numbers, changed)))
+        return next((difference for difference in found if difference is not None), None)
 
     def _changed(self, spec: StoreSpec, store: FeatureStore) -> list[int]:
         before = store.read_note(ROW_FILES)
@@ -129,7 +149,10 @@ class StoreReuse:
 
     def _rows(self, spec: StoreSpec, store: FeatureStore, changed: Sequence[int]) -> list[int]:
         """Rows to compute again, spread over the store, without those that are known to have changed."""
-        total, generator = len(store), np.random.default_rng(hash_key("reuse", spec.source.seed))
+        total, generator = (
+            len(store),
+            np.random.default_rng(hash_key("reuse", store.manifest.fingerprint, spec.source.seed)),
+        )
         wanted = max(_ROWS, int(_SHARE * total))
         rows = {0, total - 1, *_source_ends(spec.source.dataset)}
         rows |= {round(row) for row in np.linspace(0, total - 1, wanted // 2)}
@@ -139,32 +162,32 @@ class StoreReuse:
         drawn = generator.permutation(others)[: max(0, wanted - len(rows))]
         return sorted(rows | set(drawn.tolist()))
 
-    def _compare(
+    def _compare_rows(
         self, spec: StoreSpec, store: FeatureStore, rows: Sequence[int], changed: set[int]
+    ) -> Difference | Exception | None:
+        """Compares this process's share of the rows, without the others of their ranges."""
+        source = ChosenRows(spec.source, rows[self.group.rank :: self.group.size])
+        chosen = self._from_images(spec, store, source)
+        try:
+            return self._compare(chosen, store, range(source.num_ranges), changed)
+        except Exception as error:  # in the build's ranges it is raised again, if it is the rows' own
+            logger.debug("Rows of several ranges could not be computed together", exc_info=error)
+            return RuntimeError(str(error))
+
+    def _compare(
+        self, spec: StoreSpec, store: FeatureStore, numbers: Sequence[int], changed: set[int]
     ) -> Difference | None:
-        """Compares this process's share of the rows."""
-        source, group = self._ranges(spec, rows), self.group
-        numbers = list(range(source.num_ranges))[group.rank :: group.size]
-        if isinstance(source, _WholeRanges):
-            numbers = source.numbers[group.rank :: group.size]
-        for number, view_runs in run_views(self._from_images(spec, store, source), numbers):
-            samples = source.rows(number)
-            if changed.intersection(samples):
+        for number, view_runs in run_views(spec, numbers):
+            samples = spec.source.rows(number)
+            places = np.array([place for place, row in enumerate(samples) if row not in changed], np.int64)
+            if not len(places):
                 continue
+            unchanged = [samples[place] for place in places.tolist()]
             for view, view_run in enumerate(view_runs):
-                found = compare_rows(store, samples, view, view_run)
+                found = compare_rows(store, unchanged, view, pick_rows(view_run, places))
                 if found is not None:
                     return found
         return None
-
-    def _ranges(self, spec: StoreSpec, rows: Sequence[int]) -> RowSource:
-        """The rows alone; where draws depend on the range, whole ranges of a build that hold about as many rows."""
-        if "batch_size" not in spec.made_from:
-            return ChosenRows(spec.source, rows)
-        numbers = sorted({row // spec.source.batch_size for row in rows})
-        most = max(2, -(-len(rows) // spec.source.batch_size))
-        picked = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
-        return _WholeRanges(spec.source, [numbers[place] for place in sorted(set(picked.tolist()))])
 
     def _from_images(self, spec: StoreSpec, store: FeatureStore, source: RowSource) -> StoreSpec:
         context = self.context
@@ -201,18 +224,11 @@ class StoreReuse:
             )
 
 
-class _WholeRanges(RowSource):
-    """Another source, of which only some ranges are read.
-
-    Args:
-        source: the other source.
-        numbers: of the ranges.
-    """
-
-    def __init__(self, source: RowSource, numbers: Sequence[int]):
-        settings = (source.num_workers, source.multiprocessing_context)
-        super().__init__(source.dataset, source.collator, source.batch_size, source.seed, *settings)
-        self.numbers = list(numbers)
+def _ranges_of(rows: Sequence[int], source: RowSource) -> list[int]:
+    """Ranges of a build, spread as the rows are, that hold about as many rows."""
+    numbers = sorted({row // source.batch_size for row in rows})
+    count = min(len(numbers), max(2, -(-len(rows) // source.batch_size)))
+    return [numbers[place] for place in spread(len(numbers), count)]
 
 
 def file_notes(dataset: Any, reuse: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -27,7 +27,15 @@ from .fisher import fisher_weights
 from .materialize import spread
 from .reuse import StoreReuse, file_notes
 from .store_spec import StoreSpec
-from .survey import Augmentation, choose_channels, count_sensitive, make_view_spec, survey
+from .survey import (
+    Augmentation,
+    choose_channels,
+    count_sensitive,
+    look_closer,
+    make_view_spec,
+    survey,
+    why_random_on_device,
+)
 
 #: Batches from all over the data on which the loss's sensitivity to each channel is measured.
 _WEIGHT_BATCHES = 8
@@ -68,6 +76,10 @@ class SpecMaker:
         if augmentation is None and context.group.is_main and context.config.cache != "never":
             # At the beginning, where a mistake in the pipelines costs nothing yet.
             self.augmentation = survey(context.source, context.chain.main_input)
+            on_device = why_random_on_device(context.model_inputs, context.source.probe())
+            if on_device is not None and self.augmentation.declined is None:
+                self.augmentation = Augmentation(declined=on_device)
+        self._looked_closer = False
         self.weights: dict[int, torch.Tensor] = {}
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
         self.reuse = StoreReuse(context)
@@ -89,10 +101,23 @@ class SpecMaker:
 
         context.group.on_all(prove)
         self.augmentation = context.group.broadcast(self.augmentation)
+        self._look_closer()
         made_from = context.group.on_main(
             lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
         )
         return self.with_codec(replace(self.draft(cut, codec), made_from=made_from), codec)
+
+    def _look_closer(self) -> None:
+        """Looks for rare randomness, once, before anything is stored as if there were none."""
+        if self._looked_closer or self._augmentation.random or not self.context.config.views:
+            return
+
+        def look() -> Augmentation | None:
+            with preserve_rng():
+                return look_closer(self.context.source)
+
+        found = self.context.group.on_main(look)
+        self.augmentation, self._looked_closer = found or self.augmentation, True
 
     def make_evaluation(
         self, source: RowSource, probe: Mapping[str, Any], cut: int, limit: int | None, random: bool

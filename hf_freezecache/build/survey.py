@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,26 @@ from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
 from ..cache.rows import RowSource, is_same
 from ..cache.view_columns import ViewSpec
+from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
+from ..model.tracing import eval_mode
+from ..rng import preserve_rng, seed_rng
+from .company import why_not_by_row
 from .errors import GeometryMisfit
 from .materialize import check_geometry
+from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
-#: Rows that are drawn, and draws of each, to see what is random.
-_ROWS, _DRAWS = 8, 8
+#: Rows that are drawn, from all over the data set, and how many at a time.
+_ROWS, _TOGETHER = 24, 8
+#: Draws of each, and of the first ones, to see what is random.
+_DRAWS, _MORE_DRAWS = 3, 8
 #: How many of these draws ask for the geometry, and draws of the base view: a build finds what is refused rarely.
 _WITH_GEOMETRY, _BASE_DRAWS = 3, 4
+#: Times that a batch is moved to the device, to see whether something random happens there.
+_DRAWS_ON_DEVICE = 4
+#: Share of the ranges that are drawn twice before a store is built, to see what is random rarely.
+_DRAWN_TWICE = 0.01
 #: Share of the views' positions that may show nothing of the base view for warping it to be worth anything.
 _MOST_OUTSIDE = 0.5
 
@@ -37,16 +49,22 @@ class Augmentation:
         replayable: whether it can be replayed from the base view, by its geometry.
         why_not: why it cannot.
         own_inputs: whether model inputs besides the main one (labels) may be drawn too.
+        declined: why nothing can be cached at all, as the end of a sentence; None if it can.
     """
 
     random: bool = False
     replayable: bool = False
     why_not: str | None = None
     own_inputs: bool = False
+    declined: str | None = None
+
+
+#: What a random transform is that is not a `ReplayableTransform`.
+_OPAQUE = Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
 
 
 def survey(source: RowSource, main_input: str) -> Augmentation:
-    """Draws a few rows several times and compares the draws.
+    """Draws rows from all over the data set several times and compares the draws.
 
     Args:
         source: the samples.
@@ -55,24 +73,105 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     Raises:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
-    rows = range(min(_ROWS, len(source)))
-    base = source.draw(rows)
-    geometries = [(PROJECTIVE, (1, 1)) if draw < _WITH_GEOMETRY else None for draw in range(_DRAWS)]
-    views = [source.draw(rows, view, geometry) for view, geometry in enumerate(geometries, start=1)]
-    differ = any(not is_same(views[0].batch, view.batch) for view in views[1:])
-    refused = next((view.refused for view in views if view.refused is not None), None)
-    if refused is None and views[0].geometry is None:
-        if not differ and is_same(base.batch, views[0].batch):
-            return Augmentation()
-        return Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
-    _check_pipelines(base.batch[main_input], views[0].batch[main_input], differ)
-    if any(not is_same(base.batch, source.draw(rows, again=again).batch) for again in range(1, _BASE_DRAWS + 1)):
+    rows = spread_rows(source.dataset, _ROWS, source.seed)
+    declined = why_not_by_row(source, rows, main_input)
+    if declined is not None:
+        return Augmentation(declined=declined)
+    looks = [
+        _Look(source, batch, _DRAWS if place else _MORE_DRAWS)
+        for place, batch in enumerate(in_batches(rows, min(_TOGETHER, len(rows))))
+    ]
+    base, view = looks[0].base.batch, looks[0].views[0].batch
+    differ = any(look.differ for look in looks)
+    drawn = [view for look in looks for view in look.views]
+    refused = next((view.refused for view in drawn if view.refused is not None), None)
+    if refused is None and drawn[0].geometry is None:
+        return _OPAQUE if differ or any(look.differs_from_base for look in looks) else Augmentation()
+    _check_pipelines(base[main_input], view[main_input], differ)
+    if any(look.base_is_random() for look in looks):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
     if not differ:
         return Augmentation()
-    if any(not is_same(_others(base.batch, main_input), _others(view.batch, main_input)) for view in views):
+    if any(look.changes_others(main_input) for look in looks):
         return Augmentation(True, why_not=f"not only '{main_input}' changes with the view", own_inputs=True)
     return Augmentation(True, refused is None, refused)
+
+
+def look_closer(source: RowSource) -> Augmentation | None:
+    """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
+
+    Args:
+        source: samples in which `survey` has found nothing random.
+
+    Returns:
+        What was found; None if nothing was.
+    """
+    count = max(1, round(_DRAWN_TWICE * source.num_ranges))
+    numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
+    for _, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
+        if not is_same(first.batch, second.batch):
+            return _OPAQUE
+    return None
+
+
+def why_random_on_device(model_inputs: ModelInputs, batch: Mapping[str, Any]) -> str | None:
+    """Why the prefix's inputs of a training step are not those of the collated batch; None if they are.
+
+    Args:
+        model_inputs: moves a batch to the model's device, by the trainer's `_prepare_inputs`.
+        batch: as the collator returned it.
+
+    Returns:
+        The reason, as the end of a sentence.
+    """
+    draws = []
+    with preserve_rng(), eval_mode(model_inputs.model):
+        model_inputs.model.train()
+        for seed in range(_DRAWS_ON_DEVICE):
+            seed_rng("device", seed)
+            draws.append(model_inputs(copy.deepcopy(dict(batch))))
+    if all(is_same(dict(draws[0]), dict(draw)) for draw in draws[1:]):
+        return None
+    return (
+        "`_prepare_inputs` augments batches on the device, where a store would hold one draw for ever; augment in the "
+        "data set's transform"
+    )
+
+
+class _Look:
+    """A few rows, drawn several times.
+
+    Args:
+        source: the samples.
+        rows: their numbers.
+        draws: number of draws beside the one of the base view.
+    """
+
+    def __init__(self, source: RowSource, rows: Sequence[int], draws: int):
+        self.source, self.rows = source, rows
+        self.base = source.draw(rows)
+        geometries = [(PROJECTIVE, (1, 1)) if draw < _WITH_GEOMETRY else None for draw in range(draws)]
+        self.views = [source.draw(rows, view, geometry) for view, geometry in enumerate(geometries, start=1)]
+
+    @property
+    def differ(self) -> bool:
+        """Whether the draws differ."""
+        return any(not is_same(self.views[0].batch, view.batch) for view in self.views[1:])
+
+    @property
+    def differs_from_base(self) -> bool:
+        """Whether a draw differs from that of the base view."""
+        return not is_same(self.base.batch, self.views[0].batch)
+
+    def base_is_random(self) -> bool:
+        """Whether the base view differs when it is drawn again."""
+        again = (self.source.draw(self.rows, again=number) for number in range(1, _BASE_DRAWS + 1))
+        return any(not is_same(self.base.batch, drawn.batch) for drawn in again)
+
+    def changes_others(self, main_input: str) -> bool:
+        """Whether entries besides the main input change with the view."""
+        base = _others(self.base.batch, main_input)
+        return any(not is_same(base, _others(view.batch, main_input)) for view in self.views)
 
 
 def _others(batch: Mapping[str, Any], main_input: str) -> dict[str, Any]:

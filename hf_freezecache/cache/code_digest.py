@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from .installed import describe_origin, global_name_of, is_installed, package_of
+from .installed import describe_origin, global_name_of, is_installed, is_installed_class, package_of
 
 #: Turns what code refers to into a digest.
 Digest = Callable[[Any], bytes]
@@ -73,7 +73,7 @@ def class_parts(cls: type, digest: Digest) -> Iterator[Any]:
     """
     for base in cls.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
-        if is_installed(base.__module__):
+        if is_installed_class(base):
             yield f"{name} of {describe_origin(base.__module__)}"
             yield from _foreign_methods(base)
             continue

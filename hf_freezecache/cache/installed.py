@@ -12,6 +12,8 @@ from typing import Any
 
 #: This package counts as installed wherever it lies.
 _OWN = __name__.split(".")[0]
+#: Flag of classes that were made at run time (`Py_TPFLAGS_HEAPTYPE`).
+_HEAP_TYPE = 1 << 9
 
 
 def is_installed(module: str | None) -> bool:
@@ -21,6 +23,14 @@ def is_installed(module: str | None) -> bool:
         module: its full name; None where nothing says it, which is the case for what C code defines.
     """
     return module is None or _is_installed(_top(module))
+
+
+def is_installed_class(cls: type) -> bool:
+    """Whether a class belongs to Python or to an installed package."""
+    if cls.__module__ == "builtins":
+        # A class statement in code that was run without a module's name says this too.
+        return not cls.__flags__ & _HEAP_TYPE
+    return is_installed(cls.__module__)
 
 
 def describe_origin(module: str | None) -> str:
@@ -45,8 +55,10 @@ def _top(module: str) -> str:
 
 @functools.cache
 def _is_installed(top: str) -> bool:
+    if top == "__main__":  # a script or a notebook, whatever has started it
+        return False
     if top in sys.builtin_module_names or top in sys.stdlib_module_names or top == _OWN:
-        return top != "__main__"
+        return True
     file = getattr(sys.modules.get(top), "__file__", None)
     if file is None:
         paths = list(getattr(sys.modules.get(top), "__path__", []))

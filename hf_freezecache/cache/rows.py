@@ -309,16 +309,24 @@ class _Ranges(TorchDataset):
 
 
 def is_same(first: Any, second: Any) -> bool:
-    """Whether two batches, or parts of two batches, hold the same values."""
+    """Whether two batches, or parts of two batches, hold the same values; NaN is the same as NaN."""
     if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.shape == second.shape and torch.equal(first, second)
+        if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        if torch.equal(first, second):
+            return True
+        return (
+            first.is_floating_point()
+            and torch.equal(first.isnan(), second.isnan())
+            and torch.equal(first.nan_to_num(0), second.nan_to_num(0))
+        )
     if isinstance(first, np.ndarray):
-        return np.array_equal(first, second)
+        return np.array_equal(first, second, equal_nan=first.dtype.kind in "fc")
     if isinstance(first, Mapping):
         return first.keys() == second.keys() and all(is_same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(is_same(a, b) for a, b in zip(first, second, strict=True))
-    return first == second
+    return first == second or (first != first and second != second)
 
 
 def check_dataset(dataset: Any) -> None:

@@ -115,7 +115,7 @@ class ValueDigest:
     def _plain(self, value: Any) -> bytes:
         if type(value) is str and _MAYBE_PATH.fullmatch(value) and (os.sep in value or "." in value):
             return self._path(value)
-        return value if type(value) is bytes else repr(value).encode("utf-8", "surrogatepass")
+        return b"bytes" + value if type(value) is bytes else repr(value).encode("utf-8", "surrogatepass")
 
     def _path(self, text: str) -> bytes:
         """A file counts by its content and a folder by being one, wherever they lie; any other text as it is."""

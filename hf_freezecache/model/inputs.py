@@ -41,7 +41,9 @@ class ModelInputs:
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The prefix's inputs by name, on the model's device."""
-        return self.to_device({name: value for name, value in batch.items() if self._takes(name)})
+        # All of it is prepared: what users do there may look at labels, too.
+        prepared = self.to_device(dict(batch))
+        return {name: value for name, value in prepared.items() if self._takes(name)}
 
     def include_labels_if_needed(self, batch: Mapping[str, Any]) -> None:
         """Runs the model without labels; from then on the prefix gets them if that fails and running with them works.

@@ -52,6 +52,12 @@ class FrozenOutputError(RuntimeError):
     """Something reads a tensor that exists only on images: an output of a bypassed block, or the images themselves."""
 
 
+class _Memory:
+    """What a stand-in and its views share: whether something was written to one of them."""
+
+    written = False
+
+
 class StandIn(torch.Tensor):
     """A tensor of known shape, dtype and device, whose values are unknown: reading them is an error, not zeros.
 
@@ -67,7 +73,8 @@ class StandIn(torch.Tensor):
     """
 
     stands_for: str
-    is_input: bool
+    _is_whole_input: bool
+    _memory: _Memory
 
     def __new__(
         cls,
@@ -78,11 +85,16 @@ class StandIn(torch.Tensor):
         is_input: bool = False,
     ):
         made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
-        made.stands_for, made.is_input = stands_for, is_input
+        made.stands_for, made._is_whole_input, made._memory = stands_for, is_input, _Memory()
         return made
 
     def __init__(self, *args, **kwargs):
         pass  # `__new__` has made it
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it still is the whole main input, and nothing was written to it."""
+        return self._is_whole_input and not self._memory.written
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandIn({self.stands_for}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -92,7 +104,7 @@ class StandIn(torch.Tensor):
         if func in _READS:
             raise _error(args, kwargs)
         if func is torch.Tensor.data.__set__ and isinstance(args[0], StandIn):  # type: ignore[attr-defined]
-            args[0].is_input = False
+            args[0]._memory.written = True
         if func in (torch.Tensor.__repr__, torch.Tensor.__str__):
             return StandIn.__repr__(args[0])
         with torch._C.DisableTorchFunctionSubclass():
@@ -112,15 +124,19 @@ class StandIn(torch.Tensor):
         if written:
             stand_ins = [tensor for tensor in written if isinstance(tensor, StandIn)]
             for tensor in stand_ins:
-                tensor.is_input = False
+                tensor._memory.written = True
             return stand_ins[0] if len(stand_ins) == 1 else tuple(stand_ins)
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else first.device
         keeps_input = operation in _KEEPS_INPUT and first.is_input
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
 
         def wrap(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            return StandIn(value.shape, value.dtype, device, first.stands_for, keeps_input)
+            made = StandIn(value.shape, value.dtype, device, first.stands_for, keeps_input)
+            if is_view:
+                made._memory = first._memory
+            return made
 
         meta_kwargs = {name: "meta" if name == "device" else value for name, value in kwargs.items()}
         try:

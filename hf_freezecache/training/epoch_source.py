@@ -159,7 +159,8 @@ class FromStore(EpochSource):
         replayed = take_codes(batch)
         if replayed is None or not (replayed.rows.stores == store_number(self.store.path)).all():
             return _live(batch, context)
-        features = replay_features(self.store, context.model_inputs.to_device(replayed.codes))
+        codes = {name: value.to(context.device, non_blocking=True) for name, value in replayed.codes.items()}
+        features = replay_features(self.store, codes)
         return StepInputs.on_features(context.chain, self.cut, features, replayed.inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class FreezeSession:
             MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
         """
         if self.proof.rehearsal.is_running:
-            step = self.proof.rehearsal.step_inputs(batch)
+            step = mix(self.proof.rehearsal.step_inputs(batch))
             with bypassing(self.chain, step, force_eager):
                 return run(step.inputs)
         if isinstance(self.source, FromStore):

@@ -13,6 +13,7 @@ from ..build.errors import BuildFailed, GeometryMisfit
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN
 from ..cache.names import partial_path
+from ..cache.rows import RowError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from .accounting import Accounts
@@ -186,7 +187,7 @@ class StoreKeeper:
         survivable = BuildFailed if self.explicit else Exception
         try:
             return make()
-        except Declined as reason:
+        except (Declined, RowError) as reason:
             why = str(reason)
             self.announcer.warning(f"No feature store for cut {cut}: {why}. {_CONSEQUENCE}.")
         except survivable as error:

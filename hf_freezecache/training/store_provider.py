@@ -282,8 +282,8 @@ class StoreProvider:
             self._announce_randomness(spec)
             if deletes_outdated:
                 self.announcer.warning(
-                    f"The feature stores of earlier cuts and trainings are deleted before the one of cut "
-                    f"{spec.cut} is built: the budget does not hold both."
+                    f"The feature stores of earlier cuts and trainings are deleted before the one of cut {spec.cut} "
+                    "is built: the budget does not hold both."
                 )
                 self._remove(self.budget.outdated(spec))
                 self._parent_deleted = True

@@ -206,10 +206,12 @@ class CallLog:
 
     def __init__(self):
         self.lines: list[str] = []
+        self.is_paused: Callable[[], bool] = lambda: False
         self._depth = 0
 
     def note(self, name: str) -> None:
-        self.lines.append("  " * self._depth + name)
+        if not self.is_paused():
+            self.lines.append("  " * self._depth + name)
 
     def wrap(self, name: str, function: Callable) -> Callable:
         """The function, noting each call."""
@@ -265,6 +267,11 @@ def note_what_it_holds(trainer: Trainer, log: CallLog) -> None:
         log.note(f"accelerator.prepare({', '.join(type(arg).__name__ for arg in args)})")
         return prepare(*args, **kwargs)
 
+    def rehearses() -> bool:
+        session = getattr(trainer, "_session", None)
+        return session is not None and session.proof.rehearsal.is_running
+
+    log.is_paused = rehearses
     model.train, accelerator.prepare = train, noted_prepare
     accelerator.backward = log.wrap("accelerator.backward", accelerator.backward)
     trainer.data_collator = log.wrap("collate", trainer.data_collator)

@@ -11,10 +11,13 @@ class Mover:
     num_blocks = 6
 
     def __init__(self):
-        self.cuts, self.epochs_left, self.watched, self.announced = [], [], [], []
+        self.cuts, self.epochs_left, self.watched, self.announced, self.rehearsed = [], [], [], [], None
 
     def watch(self, signals):
         self.watched.append(signals)
+
+    def rehearse(self, cuts):
+        self.rehearsed = cuts
 
     def announce(self, message):
         self.announced.append(message)

@@ -31,7 +31,7 @@ def batch_of(source, rows=(1, 5, 2)):
 
 
 def logits(keeper, step):
-    with torch.no_grad(), bypassing(keeper.provider.chain, step.bypassed, force_eager=False):
+    with torch.no_grad(), bypassing(keeper.provider.chain, step, force_eager=False):
         return keeper.provider.chain.model(**step.inputs).logits
 
 
@@ -50,7 +50,8 @@ def test_stored_rows_become_features_whose_logits_are_those_of_the_images(keeper
     source = keeper.next(2, 10, FromImages(), 1)
     step = source.step_inputs(batch_of(source), context)
     assert (step.samples, step.bypassed, step.mode) == (3, 2, "replay")
-    assert step.layout == context.chain.layout(2) and step.inputs["pixel_values"].shape == (3, 17, 32)
+    assert step.layout == context.chain.layout(2) and step.features.shape == (3, 17, 32)
+    assert step.inputs["pixel_values"].is_input and step.inputs["pixel_values"].shape == (3, 3, 16, 16)
     assert step.inputs["labels"].tolist() == [1, 0, 2]
     assert torch.equal(logits(keeper, step), expected)
     assert (source.mode, source.store_bytes) == ("replay", source.store.bytes)
@@ -67,7 +68,7 @@ def test_drawn_samples_become_features_and_are_written(tmp_path):
     assert torch.equal(logits(keeper, step), expected)
     assert set(step.inputs) == {"pixel_values", "labels"}
     store = keeper.next(2, 9, source, 2).store
-    assert torch.equal(store.read([1, 5, 2]), step.inputs["pixel_values"])
+    assert torch.equal(store.read([1, 5, 2]), step.features)
 
 
 def test_batches_that_a_loader_kept_from_another_source_are_run_live(tmp_path):

@@ -30,8 +30,9 @@ def test_soft_labels_reach_the_loss_in_live_and_replay_epochs(own_loss, tmp_path
     trainer.train()
     assert {phase.mode for phase in trainer.freeze_cache_report().phases} == {"live", "build", "replay"}
     if own_loss:
-        assert len(seen) == 8 and all(labels.shape == (8, 5) for labels in seen)
-        assert all(torch.allclose(labels.sum(1), torch.ones(8)) for labels in seen)
+        steps = [labels for labels in seen if len(labels) == 8]  # those of the rehearsal are fewer
+        assert len(steps) == 8 and all(labels.shape[1] == 5 for labels in seen)
+        assert all(torch.allclose(labels.sum(1), torch.ones(len(labels))) for labels in seen)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 

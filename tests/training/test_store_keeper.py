@@ -176,8 +176,12 @@ def write_epoch(keeper, source):
         rows = list(keeper.provider.source.rows(number))
         batch = dict(keeper.provider.source.collate(rows))
         batch |= {
-            "freezecache-drawn.numbers": torch.tensor(rows),
             "freezecache-drawn.views": torch.zeros(len(rows)).long(),
+            "freezecache-row.numbers": torch.tensor(rows),
+            **{
+                f"freezecache-row.{name}": torch.zeros(len(rows)).long()
+                for name in ("occurrences", "epochs", "stores")
+            },
         }
         step = source.step_inputs(batch, keeper.provider.spec_maker.context)
         assert (step.bypassed, step.mode, step.samples) == (2, "live", len(rows))
