@@ -135,6 +135,8 @@ class StoreKeeper:
             return FromImages(cut)
         with self.accounts.building(cut) as phase:
             source = self._take(step, Request(cut, epochs_left, phase, _parent(previous)), previous, epoch, problems)
+            if isinstance(source, FromImages):
+                self.accounts.decline()
             if not isinstance(source, Writing):
                 self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)
             return source
