@@ -10,11 +10,13 @@ import torch
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache.codec import Codec
+from hf_freezecache.cache.completing import complete, small_files
+from hf_freezecache.cache.directories import create_aside
+from hf_freezecache.cache.fingerprint import digest
 from hf_freezecache.cache.manifest import FORMAT_VERSION, Manifest
 from hf_freezecache.cache.names import shard_name
 from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.shards import ShardWriter
-from hf_freezecache.cache.store import complete, create_aside, small_files
 from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 
 LABELS = {"labels": InputColumn("int64")}
@@ -45,7 +47,7 @@ def write_store(
     content |= dict(views=0, geometry=None, sensitive_channels=None, own_inputs=False)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=path.name,
+        fingerprint=digest({}),
         made_from={},
         inputs=dict(inputs),
         constants={},

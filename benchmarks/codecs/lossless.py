@@ -11,13 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
+from hf_freezecache.cache.arrow_stream import read_stream
 from hf_freezecache.cache.codec import Codec
+from hf_freezecache.cache.held_files import HeldFile, open_file
 from hf_freezecache.cache.lossless import LEVEL, pack_rows
-from hf_freezecache.cache.mapped import MappedColumn, PackedColumn
+from hf_freezecache.cache.shards import file_sha256
+from hf_freezecache.cache.stored_columns import FixedColumn, PackedColumn
 
 from .._common import Claim, interleave, make_parser, pick, prepare, summary, write_result
 from .._stores import arrow_bytes
@@ -36,8 +38,10 @@ def measure(codec: Codec, features: torch.Tensor, options: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: Path(folder) / f"{kind}.arrow" for kind in ("plain", "packed")}
         sizes = {kind: arrow_bytes(path, codec, batches, lossless=kind == "packed") for kind, path in paths.items()}
-        columns = {kind: datasets.Dataset.from_file(str(path)).data.column("base") for kind, path in paths.items()}
-        plain, packed = MappedColumn(columns["plain"]), PackedColumn(columns["packed"], codes.shape[1], "base")
+        files = {kind: HeldFile(path, open_file(path), sizes[kind], file_sha256(path)) for kind, path in paths.items()}
+        (plain_schema, plain_batches), (packed_schema, packed_batches) = map(read_stream, files.values())
+        plain = FixedColumn(plain_batches, plain_schema, "base", folder)
+        packed = PackedColumn(packed_batches, packed_schema, "base", folder, codes.shape[1])
         order = np.random.default_rng(options.seed).permutation(len(codes))
         if not np.array_equal(plain.take(order), packed.take(order)):
             raise ValueError("packed rows are not the rows that were packed")

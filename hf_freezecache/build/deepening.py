@@ -11,6 +11,7 @@ import torch
 
 from ..augment.geometry import DENSE
 from ..cache.fingerprint import config_digest, tensors_digest
+from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, split_batch
 from ..cache.store import FeatureStore
 from ..model.chain import BlockChain
@@ -104,7 +105,7 @@ class StoreFeatures:
         features = replay_features(self.store, {name: value.to(self.device) for name, value in codes.items()})
         if self.count_run is not None:
             self.count_run(self.store.manifest.cut, self.cut, len(features))
-        inputs = self.model_inputs({self.chain.main_input: features, **others})
+        inputs = self.model_inputs({**others, self.chain.main_input: features})
         return self.chain.advance(inputs, self.store.manifest.cut, self.cut)
 
 
@@ -137,8 +138,10 @@ def deepened(
 def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
     """Why a planned store cannot be made from another one; None if it can.
 
+    Reads the whole store last: damage must not get into a store with valid checksums.
+
     Args:
-        store: complete, its files checked.
+        store: complete.
         spec: for images.
 
     Returns:
@@ -163,7 +166,14 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
     split = split_batch(spec.source.probe(), chain.main_input)
     if split.describe() != manifest.inputs or split.constants != manifest.constants:
         return f"the store at cut {cut} holds other model inputs than the collator returns"
-    return _why_not_views(store, spec)
+    reason = _why_not_views(store, spec)
+    if reason is not None:
+        return reason
+    try:
+        store.verify()
+    except (StoreError, OSError) as error:
+        return f"the store at cut {cut} is damaged: {error}"
+    return None
 
 
 def _why_not_views(store: FeatureStore, spec: StoreSpec) -> str | None:

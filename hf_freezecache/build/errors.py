@@ -9,6 +9,10 @@ class BuildFailed(OSError):
     """A store could not be written (full disk, missing permission). Training can go on without it."""
 
 
+class NotWritable(BuildFailed):
+    """Nothing can be written to the directory of the stores. Complete stores in it are used all the same."""
+
+
 class OverLimit(ValueError):
     """A store would take more bytes than it may; nothing was written.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,28 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
+from ..cache.completing import complete, small_files
+from ..cache.directories import builders, check_writable, claim_aside, discard_aside, remove_store
 from ..cache.fingerprint import digest
+from ..cache.holdings import note_owner
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batch
 from ..cache.shards import ShardWriter
-from ..cache.store import FeatureStore, complete, create_aside, remove_store, small_files
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns
 from ..distributed import Announcer, Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
-from .errors import BuildFailed, GeometryMisfit, OverLimit
+from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
 from .feature_sources import ViewRun
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
 
 logger = logging.get_logger(__name__)
 
+#: Seconds between two looks at a build of another run.
+_POLL_SECONDS = 1.0
 #: Ranges whose features the codec is fitted on, spread over the data set, and the most memory they may take.
 _FIT_BATCHES, _FIT_BYTES = 8, 2**28
 #: Values of a channel, and samples, that are enough to know its distribution.
@@ -49,8 +54,9 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
             return False, None
         try:
             store = FeatureStore.open(spec.path)
-            if not store.manifest.fingerprint == digest(store.manifest.made_from) == spec.path.name:
+            if digest(store.manifest.made_from) != spec.path.name:
                 raise StoreError(f"{spec.path} holds another store: its manifest does not match its name.")
+            _check_is_of(store.manifest, spec)
             return store.verify(), None
         except StoreError as error:
             remove_store(spec.path)
@@ -63,6 +69,22 @@ def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
         return open_everywhere(spec, group) if exists else None
     except OSError as error:
         raise BuildFailed(str(error)) from error
+
+
+def _check_is_of(found: Manifest, spec: StoreSpec) -> None:
+    """Compares a manifest with that of the store that would be built; what a build settles may differ.
+
+    Raises:
+        StoreError: if it describes another store.
+    """
+    probe = split_batch(spec.source.probe(), spec.chain.main_input)
+    expected = make_manifest(spec, probe, [])
+    for name in ("cut", "codec", "layout", "rows", "views", "own_inputs", "inputs", "constants", "lossless"):
+        if repr(getattr(found, name)) != repr(getattr(expected, name)):  # as text: NaN is not equal to itself
+            raise StoreError(
+                f"{spec.path} has another `{name}` than this training's store: {getattr(found, name)} in place of "
+                f"{getattr(expected, name)}."
+            )
 
 
 def open_everywhere(spec: StoreSpec, group: Group) -> FeatureStore:
@@ -88,17 +110,77 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     completes the store after. The bytes do not depend on the number of processes. The random generators are left
     untouched.
 
+    Where another run is building the same store, this one waits for it and uses what it gets.
+
     Raises:
-        BuildFailed: if some process could not write; nothing is left behind.
+        NotWritable: on every process, if nothing can be written to the directory.
+        BuildFailed: if some process could not write, or the store that it is made from is damaged; nothing is left
+            behind.
         OverLimit: on every process, if the files would take more than `spec.limit`.
         GeometryMisfit: on every process, if some view's geometry cannot be stored as `spec.views` says.
         ValueError: if a feature is not finite (the sample is named) or a batch cannot be stored per row.
     """
     try:
         with preserve_rng():
-            return _Build(spec, group).run()
-    except OSError as error:
+            need_writable(spec, group)
+            store = wait_for_builders(spec, group)
+            return _Build(spec, group).run() if store is None else store
+    except NotWritable:
+        raise
+    except (OSError, StoreError) as error:
         raise BuildFailed(str(error)) from error
+
+
+def wait_for_builders(spec: StoreSpec, group: Group) -> FeatureStore | None:
+    """Waits while other runs build the same store.
+
+    Returns:
+        What they have built; None if none is building it, or each has failed, was killed or does not go on.
+    """
+    waits = False
+    while others := group.on_main(lambda: builders(spec.path)):
+        if not waits:
+            Announcer(group, logger).warning(f"Waiting for the feature store {spec.path}, which {others} builds.")
+        waits = True
+        time.sleep(_POLL_SECONDS)
+    return open_matching(spec, group) if waits else None
+
+
+def claim(spec: StoreSpec, group: Group) -> Path | FeatureStore:
+    """Makes the directory in which the store is built; waits while another run builds it.
+
+    Returns:
+        The directory; or the store, where another run has finished it meanwhile.
+
+    Raises:
+        NotWritable: on every process, if nothing can be written to the directory of the stores.
+    """
+    need_writable(spec, group)
+    while True:
+        aside = group.on_main(lambda: claim_aside(spec.path))
+        store = open_matching(spec, group) if aside is not None else wait_for_builders(spec, group)
+        if store is None and aside is not None:
+            return aside
+        if store is not None:
+            if aside is not None and group.is_main:
+                discard_aside(aside)
+            return store
+
+
+def need_writable(spec: StoreSpec, group: Group) -> None:
+    """Checks that the store can be written before anything runs for it.
+
+    Raises:
+        NotWritable: on every process, if nothing can be written to the directory of the stores.
+    """
+
+    def check() -> None:
+        try:
+            check_writable(spec.directory)
+        except OSError as error:
+            raise NotWritable(str(error)) from error
+
+    group.on_main(check)
 
 
 def fit_stride(rows: int, layout: FeatureLayout) -> int:
@@ -147,13 +229,15 @@ class _Build:
         views = ViewColumns(spec.views, codec)
         mine = group.my_ranges(spec.source.num_ranges)
         self.in_memory = {number: views for number, views in self.in_memory.items() if number in mine}
-        aside = group.on_main(lambda: create_aside(spec.path))
+        aside = claim(spec, group)
+        if isinstance(aside, FeatureStore):
+            return aside
         try:
             shards = group.gather(group.on_all(lambda: self._write_shard(aside, codec, views, probe)))
             group.on_main(lambda: complete_store(spec, aside, codec, probe, shards))
         except BaseException:
             if group.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                discard_aside(aside)
             raise
         return open_everywhere(spec, group)
 
@@ -252,7 +336,7 @@ def store_bytes(spec: StoreSpec, codec: Codec, probe: BatchSplit, processes: int
     total = spec_bytes(spec, codec, probe, processes)
     shards = [Shard(shard_name(rank, processes), len(spec.source), total, "0" * 64) for rank in range(processes)]
     files = small_files(codec, ViewColumns(spec.views, codec), make_manifest(spec, probe, shards), spec.notes)
-    return total + sum(len(content) for content in files.values())
+    return total + sum(len(content) for content in files.values()) + len(spec.owner or "")
 
 
 def check_limit(spec: StoreSpec, needed: int) -> None:
@@ -264,6 +348,8 @@ def check_limit(spec: StoreSpec, needed: int) -> None:
 def complete_store(spec: StoreSpec, aside: Path, codec: Codec, probe: BatchSplit, shards: list[Shard]) -> None:
     """Writes the other files of the spec's store beside the shards in `aside`, and gives the directory its name."""
     views = ViewColumns(spec.views, codec)
+    if spec.owner is not None:
+        note_owner(aside, spec.owner)
     complete(aside, spec.path, small_files(codec, views, make_manifest(spec, probe, shards), spec.notes))
 
 

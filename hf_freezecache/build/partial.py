@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,23 +18,28 @@ import torch
 from transformers.utils import logging
 
 from ..cache.codec import Codec, make_codec
-from ..cache.manifest import Shard, StoreError
+from ..cache.completing import small_files
+from ..cache.directories import StoreInUse, create_aside, discard_aside, rename_aside
+from ..cache.leases import Lease, describe, holders
+from ..cache.manifest import Shard, StoreError, translated
 from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
 from ..cache.rows import ChosenRows, split_batch
 from ..cache.shards import ShardWriter
-from ..cache.store import FeatureStore, create_aside, small_files
+from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns
 from ..distributed import Announcer, Group
 from ..rng import preserve_rng
-from .errors import BuildFailed
+from .errors import BuildFailed, NotWritable
 from .feature_sources import ViewRun, check_rows
 from .materialize import (
     check_geometry,
     check_inputs,
     check_limit,
+    claim,
     complete_store,
     fit_codec,
     make_manifest,
+    need_writable,
     open_everywhere,
     open_matching,
     store_bytes,
@@ -64,29 +70,34 @@ class PartialStore:
 
     Attributes:
         reserved: bytes of this directory and of the store made of it, which exist together in the end.
+        reopened: whether another run has written rows of it, or may have.
     """
 
     def __init__(self, spec: StoreSpec, group: Group, codec: Codec):
         self.spec, self.group, self.codec, self.reserved = spec, group, codec, 0
+        self.reopened = False
         self.views = ViewColumns(spec.views, codec)
         self.probe = split_batch(spec.source.probe(), spec.chain.main_input)
         self.path = partial_path(spec.path)
         self._columns = [RowColumns(view, self.views, codec, self.probe) for view in range(spec.views.count + 1)]
         self._files: list[int] = []
+        self._lease: Lease | None = None
         self._lines: TextIO | None = None
         # List inputs of samples and views, from whoever has written some; None: not read since rows were written.
         self._all_lines: Mapping[tuple[int, int], set[str]] | None = None
 
     @classmethod
     def begin(cls, spec: StoreSpec, group: Group) -> PartialStore:
-        """Fits the codec and reserves the space.
+        """Fits the codec and reserves the space. Where another run has begun the same store, both write it together.
 
         Raises:
+            NotWritable: on every process, if nothing can be written to the directory.
             BuildFailed: if some process cannot write there.
             OverLimit: on every process, if store and directory together would take more than `spec.limit`.
         """
         try:
             with preserve_rng():
+                need_writable(spec, group)
                 codec = make_codec(spec.codec, spec.layout)
 
                 def fit() -> dict[str, torch.Tensor]:
@@ -97,9 +108,15 @@ class PartialStore:
                 partial = cls(spec, group, codec)
                 partial._reserve()
                 check_limit(spec, partial.reserved)
-                group.on_main(partial._create)
+                if not group.on_main(partial._create):
+                    others = cls.reopen(spec, group)
+                    if others is None:
+                        raise OSError(f"{partial.path} was begun by another run, which has ended: try again.")
+                    return others
                 group.on_all(partial._open)
                 return partial
+        except NotWritable:
+            raise
         except OSError as error:
             raise BuildFailed(str(error)) from error
 
@@ -122,7 +139,8 @@ class PartialStore:
             try:
                 begun = FeatureStore.open(path, SPEC)
                 names = [note for file in begun.manifest.files if (note := parse_note(file)) is not None]
-                notes = {note: safetensors.torch.load_file(path / note_file(note)) for note in names}
+                with translated(f"{path} has damaged notes"):
+                    notes = {note: safetensors.torch.load_file(path / note_file(note)) for note in names}
                 settled = replace(spec, views=begun.views.spec, notes=notes)
                 partial = cls(settled, group, begun.codec)
                 expected = make_manifest(settled, partial.probe, [])
@@ -130,6 +148,9 @@ class PartialStore:
                     raise StoreError(f"{path} was begun for another store.")
                 partial._check_sizes()
             except StoreError as error:
+                others = describe(holders(path, own=False))
+                if others:
+                    raise StoreInUse(f"{error} It is in use by {others}.") from error
                 Announcer(group, logger).warning(f"A feature store that was begun is begun again: {error}")
                 shutil.rmtree(path)
                 return None
@@ -143,6 +164,7 @@ class PartialStore:
                 tensors, views, notes = settings
                 codec = make_codec(spec.codec, spec.layout).load_tensors(tensors)
                 partial = cls(replace(spec, views=views, notes=notes), group, codec)
+                partial.reopened = True
                 partial._reserve()
                 group.on_all(partial._open)
                 return partial
@@ -201,10 +223,10 @@ class PartialStore:
         return store
 
     def remove(self) -> None:
-        """Deletes the directory, on all processes together."""
+        """Deletes the directory, on all processes together; leaves it to other runs that write to it."""
         self.close()
         self.group.gather(None)  # nobody has it open any more
-        if self.group.is_main:
+        if self.group.is_main and not holders(self.path, own=False):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
@@ -214,6 +236,9 @@ class PartialStore:
         if self._lines is not None:
             self._lines.close()
         self._files, self._lines = [], None
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     # Files
 
@@ -222,7 +247,8 @@ class PartialStore:
         sizes = {f"view-{view}.rows": rows * columns.width for view, columns in enumerate(self._columns)}
         return {**sizes, _MARKS: 4 * rows * len(self._columns)}
 
-    def _create(self) -> None:
+    def _create(self) -> bool:
+        """Makes the directory; False if another run has made it meanwhile."""
         aside = create_aside(self.path)
         try:
             manifest = make_manifest(self.spec, self.probe, [])
@@ -235,10 +261,13 @@ class PartialStore:
                     file.truncate(size)
                     if size and hasattr(os, "posix_fallocate"):  # not on macOS: a full disk is found out later there
                         os.posix_fallocate(file.fileno(), 0, size)
-            os.rename(aside, self.path)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            rename_aside(aside, self.path)
+        except BaseException as error:
+            discard_aside(aside)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
             raise
+        return True
 
     def _check_sizes(self) -> None:
         for name, size in self._sizes().items():
@@ -249,9 +278,11 @@ class PartialStore:
     def _open(self) -> None:
         *rows, marks = self._sizes()
         try:
-            self._files = [os.open(self.path / name, os.O_RDWR) for name in (*rows, marks)]
+            self._files = [os.open(self.path / name, os.O_RDWR | os.O_NOFOLLOW) for name in (*rows, marks)]
         except FileNotFoundError as error:
             raise OSError(f"{error}. The feature cache directory must be one that all processes see.") from error
+        if self.group.is_main:
+            self._lease = Lease.take(self.path)
 
     def _write_at(self, file: int, content: memoryview, offset: int) -> None:
         while content:
@@ -320,13 +351,15 @@ class PartialStore:
 
     def _write_store(self) -> FeatureStore:
         spec, group = self.spec, self.group
-        aside = group.on_main(lambda: create_aside(spec.path))
+        aside = claim(spec, group)
+        if isinstance(aside, FeatureStore):  # another training of the same settings was faster
+            return aside
         try:
             shards = group.gather(group.on_all(lambda: self._write_shard(aside)))
             group.on_main(lambda: complete_store(spec, aside, self.codec, self.probe, shards))
         except BaseException:
             if group.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                discard_aside(aside)
             raise
         return open_everywhere(spec, group)
 

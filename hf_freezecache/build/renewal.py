@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cache.manifest import Shard
+from ..cache.directories import discard_aside
+from ..cache.manifest import Shard, StoreError
 from ..cache.names import shard_name
 from ..cache.rows import BatchSplit, split_batch
 from ..cache.shards import ShardWriter, input_columns
-from ..cache.store import FeatureStore, create_aside
+from ..cache.store import FeatureStore
 from ..distributed import Group
 from ..rng import preserve_rng
-from .errors import BuildFailed
-from .materialize import complete_store, encode_range, open_everywhere, run_views
+from .errors import BuildFailed, NotWritable
+from .materialize import claim, complete_store, encode_range, open_everywhere, run_views
 from .store_spec import StoreSpec
 
 
@@ -32,14 +32,17 @@ def renew(spec: StoreSpec, store: FeatureStore, changed: Sequence[int], group: G
         group: the processes.
 
     Raises:
-        BuildFailed: if some process could not write; nothing is left behind.
+        NotWritable: on every process, if nothing can be written to the directory.
+        BuildFailed: if some process could not write or read; nothing is left behind.
         GeometryMisfit: on every process, if a changed view's geometry cannot be stored as the other store's are.
         ValueError: if a feature is not finite or a batch cannot be stored per row.
     """
     try:
         with preserve_rng():
             probe = split_batch(spec.source.probe(), spec.chain.main_input)
-            aside = group.on_main(lambda: create_aside(spec.path))
+            aside = claim(spec, group)
+            if isinstance(aside, FeatureStore):
+                return aside
             try:
                 shards = group.gather(
                     group.on_all(lambda: _write_shard(spec, store, set(changed), aside, probe, group))
@@ -47,10 +50,12 @@ def renew(spec: StoreSpec, store: FeatureStore, changed: Sequence[int], group: G
                 group.on_main(lambda: complete_store(spec, aside, store.codec, probe, shards))
             except BaseException:
                 if group.is_main:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    discard_aside(aside)
                 raise
             return open_everywhere(spec, group)
-    except OSError as error:
+    except NotWritable:
+        raise
+    except (OSError, StoreError) as error:
         raise BuildFailed(str(error)) from error
 
 

@@ -6,7 +6,7 @@ same fingerprint inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ class StoreReuse:
         self.announcer = Announcer(self.group, logger)
         self._editions: dict[str, int] = {}
         self._renewed: set[str] = set()
+        self._refused: set[str] = set()
 
     def current(self, spec: StoreSpec) -> StoreSpec:
         """The spec under the name that a new store gets: that of the first edition that was not refused."""
@@ -83,6 +84,11 @@ class StoreReuse:
     def has_made(self, store: FeatureStore) -> bool:
         """Whether a store was made here, from one of which some rows had changed."""
         return store.path.name in self._renewed
+
+    def refuse(self, store: FeatureStore) -> None:
+        """Does not open a store again, if its directory still exists."""
+        if store.path.exists():
+            self._refused.add(store.path.name)
 
     def open(self, spec: StoreSpec) -> FeatureStore | None:
         """The store of a spec, proved; made from an earlier one where only the files of some rows have changed.
@@ -99,12 +105,13 @@ class StoreReuse:
             store = open_matching(current, self.group)
             if store is None:
                 return None if outdated is None else self._renew(current, *outdated)
-            verdict = self._judge(current, store)
-            if verdict.is_proved:
-                return store
-            self._announce(store, verdict)
-            if verdict.difference is None and self._can_renew(store, verdict):
-                outdated = store, verdict.changed
+            if not any(self.group.gather(store.path.name in self._refused)):
+                verdict = self._judge(current, store)
+                if verdict.is_proved:
+                    return store
+                self._announce(store, verdict)
+                if verdict.difference is None and self._can_renew(store, verdict):
+                    outdated = store, verdict.changed
             self._editions[_key(spec)] = self._editions.get(_key(spec), 0) + 1
 
     # Proof
@@ -189,9 +196,15 @@ class StoreReuse:
                     return found
         return None
 
-    def _from_images(self, spec: StoreSpec, store: FeatureStore, source: RowSource) -> StoreSpec:
-        context = self.context
-        features = ImageFeatures(spec.chain, spec.cut, source, spec.layout, context.model_inputs, context.count_run)
+    def _from_images(
+        self,
+        spec: StoreSpec,
+        store: FeatureStore,
+        source: RowSource,
+        count_run: Callable[[int, int, int], None] | None = None,
+    ) -> StoreSpec:
+        """The spec for rows of a source as a build would compute them with the store's views."""
+        features = ImageFeatures(spec.chain, spec.cut, source, spec.layout, self.context.model_inputs, count_run)
         return replace(spec, source=source, feature_source=features, views=store.views.spec)
 
     # Changed files
@@ -200,7 +213,7 @@ class StoreReuse:
         return DEEPENED_FROM not in store.manifest.made_from and len(verdict.changed) <= _MOST_CHANGED * len(store)
 
     def _renew(self, spec: StoreSpec, store: FeatureStore, changed: Sequence[int]) -> FeatureStore | None:
-        images = self._from_images(spec, store, spec.source)
+        images = self._from_images(spec, store, spec.source, self.context.count_run)
         notes = self.group.on_main(lambda: file_notes(spec.source.dataset, self.context.config.reuse))
         try:
             renewed = renew(replace(images, notes=notes), store, changed, self.group)

@@ -98,8 +98,12 @@ def _input_bytes(column: InputColumn) -> int:
     return np.dtype(column.stored_as).itemsize * int(np.prod(column.shape, dtype=np.int64))
 
 
-def whole_lines(path: Path) -> Iterator[list[Any]]:
-    """Lines of a file; the last one may have been cut short with the process that wrote it."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+def whole_lines(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Lines of a file: sample, view and lists. Leaves out what is not whole, as after a process was killed."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            sample, view, values = json.loads(line) if line.endswith("\n") else (None, None, None)
+        except (ValueError, TypeError, RecursionError):
+            continue
+        if type(sample) is int and type(view) is int and isinstance(values, str):
+            yield sample, view, values

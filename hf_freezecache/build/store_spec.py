@@ -36,6 +36,7 @@ class StoreSpec:
         weights: float32 `(C,)`, the loss's sensitivity to an error in each channel, for codecs that use it.
         limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
         lossless: whether every row's codes are packed with zstd; `made_from` tells it too.
+        owner: the training that may delete the store, see `Holdings`; None: nobody may.
 
     Shapes: C channels.
     """
@@ -54,6 +55,7 @@ class StoreSpec:
     weights: torch.Tensor | None = None
     limit: int | None = None
     lossless: bool = False
+    owner: str | None = None
 
     @property
     def path(self) -> Path:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from .leases import changed_within, describe, holders, is_built
+from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed, removed_path
 
-from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed
-
-#: Seconds without a change after which a build on another machine is taken for dead.
-_DEAD_AFTER = 24 * 3600
-#: The same for a store that the epochs of a training write: a resumed training may continue it.
+#: Seconds without a change after which a store that the epochs of a training write counts as given up: a resumed
+#: training may continue it.
 _GIVEN_UP_AFTER = 3600
 
 
@@ -27,13 +24,15 @@ class Removable:
         path: the directory.
         bytes: size of its files.
         finished: whether it holds a complete store, not the remains of a build or of a deletion.
-        running: whether a build is writing it, or may be.
+        running: whether a process writes it or reads it, or may.
+        used_by: the processes that hold leases of it, in words; empty if there are none.
     """
 
     path: Path
     bytes: int
     finished: bool
     running: bool = False
+    used_by: str = ""
 
 
 def find_stores(directory: Path) -> list[Removable]:
@@ -52,22 +51,21 @@ def find_stores(directory: Path) -> list[Removable]:
         # A link was made by a user on purpose: neither it nor its target is touched.
         if path.is_symlink() or not path.is_dir():
             continue
-        aside, removed = parse_aside(path.name), parse_removed(path.name)
+        aside, removed, used_by = parse_aside(path.name), parse_removed(path.name), describe(holders(path))
         if aside is not None and _is_store_name(aside.final):
-            running = _may_run(path, aside.host, aside.process)
-            stores.append(Removable(path, _size(path), finished=False, running=running))
+            stores.append(Removable(path, _size(path), False, is_built(path, aside), used_by))
         elif removed is not None and is_fingerprint(removed):
             stores.append(Removable(path, _size(path), finished=False))
         elif parse_partial(path.name) is not None:
-            running = _changed_within(path, _GIVEN_UP_AFTER)
-            stores.append(Removable(path, _size(path), finished=False, running=running))
+            running = bool(used_by) or changed_within(path, _GIVEN_UP_AFTER)
+            stores.append(Removable(path, _size(path), False, running, used_by))
         elif is_fingerprint(path.name) and _is_store(path):
-            stores.append(Removable(path, _size(path), finished=True))
+            stores.append(Removable(path, _size(path), True, bool(used_by), used_by))
     return stores
 
 
 def remove(stores: list[Removable]) -> int:
-    """Deletes the stores that no build is writing.
+    """Deletes the stores that no process uses.
 
     Args:
         stores: what `find_stores` returned, or a part of it.
@@ -80,9 +78,14 @@ def remove(stores: list[Removable]) -> int:
     """
     freed = 0
     for store in stores:
-        if not store.running:
-            shutil.rmtree(store.path)
-            freed += store.bytes
+        if store.running or holders(store.path):
+            continue
+        doomed = store.path
+        if parse_removed(doomed.name) is None:
+            doomed = removed_path(doomed)  # if this process is killed now, no part of a store has a store's name
+            os.rename(store.path, doomed)
+        shutil.rmtree(doomed)
+        freed += store.bytes
     return freed
 
 
@@ -94,18 +97,8 @@ def _is_store(path: Path) -> bool:
     """Whether the directory has a manifest with its own name as fingerprint, of any version, damaged or not."""
     try:
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == path.name
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-def _may_run(path: Path, host: str, process: int) -> bool:
-    if host == socket.gethostname():
-        return psutil.pid_exists(process)
-    return _changed_within(path, _DEAD_AFTER)
-
-
-def _changed_within(path: Path, seconds: float) -> bool:
-    return time.time() - max(file.stat().st_mtime for file in (path, *path.rglob("*"))) < seconds
 
 
 def _size(path: Path) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .names import OWNER
 
 #: Share of the free disk that a store may take; the rest is for checkpoints.
 DISK_SHARE = 0.9
@@ -36,10 +39,13 @@ class Holdings:
 
     Args:
         budget: largest number of bytes that the stores may take together, at any moment; None: no limit.
+
+    Attributes:
+        owner: names the training in the stores that it builds, also after it was killed and resumed.
     """
 
     def __init__(self, budget: int | None):
-        self.budget = budget
+        self.budget, self.owner = budget, uuid.uuid4().hex
         self._stores: dict[Path, Holding] = {}
 
     def add(self, path: Path, total_bytes: int, built: bool, cut: int, is_evaluation: bool = False) -> None:
@@ -127,6 +133,23 @@ class Holdings:
         for entry in state:
             fields = {name: value for name, value in entry.items() if name != "name"}
             self._stores[directory / entry["name"]] = Holding(**fields)
+
+
+def note_owner(directory: Path, owner: str) -> None:
+    """Notes in the directory of a store which training has built it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    (directory / OWNER).write_text(owner, encoding="ascii")
+
+
+def is_owned(directory: Path, owner: str) -> bool:
+    """Whether a training has built a store."""
+    try:
+        return (directory / OWNER).read_bytes() == owner.encode()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
 
 
 def disk_limit(directory: Path, budget: int | None = None) -> int:

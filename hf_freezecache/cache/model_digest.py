@@ -20,6 +20,7 @@ _IRRELEVANT_CONFIG |= {"dtype", "torch_dtype"}
 _IRRELEVANT = set(vars(nn.Module())) | {
     "_gradient_checkpointing_func",
     "_hf_hook",
+    "_is_accelerate_prepared",
     "_is_hf_initialized",
     "_old_forward",
     "_original_forward",
@@ -45,6 +46,9 @@ def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueD
     Returns:
         64 hexadecimal digits.
     """
+    # A patched forward may refer to the model, whose later blocks change while it trains.
+    for name, part in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
+        digest.name(part, name)
     members = {id(module) for module in modules}
     parts: list[Any] = [_settings(getattr(model, "config", None))]
     for name, module in model.named_modules():

@@ -116,12 +116,19 @@ MANIFEST = "manifest.json"
 CODEC_FILE = "codec.safetensors"
 #: Two files that `datasets.load_from_disk` reads.
 DATASET_INFO_FILE, DATASET_STATE_FILE = "dataset_info.json", "state.json"
+#: Which training has built a store; not part of the store, and written only for one that may delete it.
+OWNER = ".owner"
 _NOTE_SUFFIX = ".safetensors"
 
 
 def shard_name(index: int, count: int) -> str:
     """File name of an Arrow file, as `datasets` names them: number `index`, from 0, of `count`."""
     return f"data-{index:05d}-of-{count:05d}.arrow"
+
+
+def is_shard(file: str) -> bool:
+    """Whether a file name is that of an Arrow file of a store."""
+    return file.endswith(".arrow")
 
 
 def note_file(note: str) -> str:

@@ -67,7 +67,7 @@ class ShardStream:
         for name, column in self.inputs.items():
             value = inputs[name]
             if column.is_list:
-                arrays[name] = pa.array(value)
+                arrays[name] = pa.array(value, self._schema.field(name).type)
                 continue
             array = stored_rows(name, column, value, first_row)
             arrays[name] = pa.array(array.reshape(-1)) if column.shape == () else _fixed_size_list(array)
@@ -187,7 +187,7 @@ def shard_features(
         features[name] = datasets.List(datasets.Value(str(dtype).removeprefix("torch.")), length=length)
     for name, column in input_columns(inputs, views.spec).items():
         if column.is_list:
-            kind = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}[column.dtype]
+            kind = {"str": "large_string", "int": "int64", "float": "float64", "bool": "bool"}[column.dtype]
             features[name] = datasets.Value(kind)
         else:
             length = int(np.prod(column.shape, dtype=np.int64))

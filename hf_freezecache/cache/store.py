@@ -1,106 +1,101 @@
-"""A store of features on disk: reading its rows, writing its files besides the shards, completing and deleting it."""
+"""A store of features on disk, opened for reading its rows."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import psutil
-import pyarrow as pa
 import safetensors.torch
 import torch
 
-from ..model.layout import FeatureLayout
-from .codec import Codec, make_codec
-from .lossless import packed_columns
-from .manifest import Manifest, StoreError
-from .mapped import MappedColumn, PackedColumn
+from .codec import Codec
+from .directories import create_aside, remove_store  # noqa: F401 - they belong to a store's life
+from .held_files import FileState, HeldFile, Readable, open_file
+from .leases import Lease
+from .manifest import Manifest, StoreError, translated
 from .names import (
-    CODEC_FILE,
-    DATASET_INFO_FILE,
     DATASET_STATE_FILE,
     MANIFEST,
-    aside_path,
+    OWNER,
+    is_shard,
     note_file,
     own_input,
-    parse_aside,
-    parse_removed,
-    removed_path,
-    view_tensor,
 )
+from .opening import check_state, open_columns, open_files
 from .rows import InputColumn
-from .shards import file_sha256, input_columns, shard_features
-from .view_columns import VIEW_TENSORS, ViewColumns, ViewSpec
+from .stored_columns import PackedColumn
+from .view_columns import ViewColumns
 
 
 class FeatureStore:
-    """A complete store, opened for reading. Its files are mapped into memory, not loaded.
+    """A complete store, opened for reading.
+
+    Its files are held open: rows can be read as long as this object lives, also after somebody removed the store, and
+    in every process that this one starts. A file that was cut short or changed meanwhile is a `StoreError`.
 
     Args:
         path: its directory.
         manifest: its contents.
         codec: the fitted codec.
         views: columns of the augmented views.
-        dataset: the rows, where they are in memory already; None: those of the files.
+        files: its files that are held open, by name: the Arrow files, and those that another process opens it with.
+
+    Raises:
+        StoreError: if the Arrow files are not those that the manifest describes.
     """
 
     def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        codec: Codec,
-        views: ViewColumns,
-        dataset: datasets.Dataset | None = None,
+        self, path: Path, manifest: Manifest, codec: Codec, views: ViewColumns, files: Mapping[str, Readable]
     ):
         self.path, self.manifest, self.codec, self.views = path, manifest, codec, views
-        self._dataset = dataset
+        self._files = files
+        self._shards = [file for name, file in files.items() if is_shard(name)]
+        self._columns = open_columns(self._shards, manifest, codec, views, path) if self._shards else {}
+        self._key = uuid.uuid4().hex
+        self._lease: Lease | None = None
+        _OPENED[self._key] = self
 
     @classmethod
     def open(cls, path: str | os.PathLike, manifest_name: str = MANIFEST) -> FeatureStore:
-        """Opens a store. Checks the manifest, the checksums of the small files and the sizes of the shards.
+        """Opens a store. Checks the manifest, the checksums of the small files, and sizes and columns of the shards.
 
         Args:
             path: directory of the store.
             manifest_name: file name of the manifest; a directory that is not complete has another one.
 
         Raises:
-            StoreError: if a file is missing or edited, or the store is of another version. Damage inside a shard is
-                found by `verify`.
+            StoreError: if a file is missing, edited or no file of a store, or the store is of another version. Damage
+                inside a shard is found by `verify`.
+            OSError: if the disk fails, or the process may not read the files.
         """
         path = Path(path)
         if not (path / manifest_name).is_file():
             raise StoreError(f"{path} is not a feature store: it has no {manifest_name}.")
-        manifest = Manifest.from_json((path / manifest_name).read_bytes(), path / manifest_name)
-        for name, size in _sizes(manifest).items():
-            on_disk = (path / name).stat().st_size if (path / name).is_file() else None
-            if on_disk != size:
-                state = "is missing" if on_disk is None else f"has {on_disk} bytes instead of {size}"
-                raise StoreError(f"{path / name} {state}: delete the store, it is built again.")
-        for name, entry in manifest.files.items():
-            _check_sha256(path / name, entry["sha256"])
-        tensors = safetensors.torch.load_file(path / CODEC_FILE)
-        view_tensors = {name: tensors.pop(view_tensor(name), None) for name in VIEW_TENSORS}
-        spec = ViewSpec(manifest.views, manifest.geometry, own_inputs=manifest.own_inputs, **view_tensors)
-        codec = make_codec(manifest.codec, FeatureLayout.from_json(manifest.layout)).load_tensors(tensors)
-        return cls(path, manifest, codec, ViewColumns(spec, codec))
+        store = cls(path, *open_files(path, lambda name: open_file(path / name), manifest_name))
+        store._check_small_files()
+        return store
 
     def __reduce__(self):
-        # Mapped memory cannot be pickled: the other process opens the files itself.
-        return FeatureStore.open, (self.path,)
+        # Open files cannot be pickled: the other process opens those of this one.
+        return StoreHandle.open, (self.handle,)
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    @property
+    def handle(self) -> StoreHandle:
+        """What a process that this one has started, or starts, opens the store with."""
+        files = {name: file for name, file in self._files.items() if isinstance(file, HeldFile)}
+        held = tuple((file.path.name, file.descriptor, file.state) for file in files.values())
+        return StoreHandle(self.path, self._key, os.getpid(), files[MANIFEST].sha256, held)
 
     @property
     def bytes(self) -> int:
@@ -110,14 +105,19 @@ class FeatureStore:
     @property
     def total_bytes(self) -> int:
         """Size of all files, in bytes."""
-        return sum(_sizes(self.manifest).values()) + (self.path / MANIFEST).stat().st_size
+        owner = self.path / OWNER
+        noted = owner.stat().st_size if owner.is_file() else 0
+        return sum(_sizes(self.manifest).values()) + self._files[MANIFEST].size + noted
 
     @property
     def dataset(self) -> datasets.Dataset:
-        """The store as a `datasets.Dataset`, memory-mapped."""
-        if self._dataset is None:
-            self._dataset = datasets.load_from_disk(str(self.path), keep_in_memory=False)
-        return self._dataset
+        """The store as a `datasets.Dataset`, memory-mapped: for people. Nothing in a training reads it.
+
+        Raises:
+            StoreError: if its files are gone or damaged.
+        """
+        with translated(f"{self.path} cannot be opened with `datasets`"):
+            return datasets.load_from_disk(str(self.path), keep_in_memory=False)
 
     def verify(self) -> bool:
         """Reads every file and compares its sha256 with that of the manifest.
@@ -128,11 +128,36 @@ class FeatureStore:
         Raises:
             StoreError: if a file does not match; the message names it.
         """
-        for name, entry in self.manifest.files.items():
-            _check_sha256(self.path / name, entry["sha256"])
-        for shard in self.manifest.shards:
-            _check_sha256(self.path / shard.name, shard.sha256)
+        self.manifest.check()
+        self._check_small_files()
+        for shard in self._shards:
+            shard.verify()
         return True
+
+    def check_unchanged(self) -> None:
+        """Verifies the Arrow files that anybody has changed since they were verified or opened; nearly free if none.
+
+        A store whose files were removed is unchanged: it is read on.
+
+        Raises:
+            StoreError: if a file has another content, or cannot be read; the message names it.
+        """
+        for shard in self._shards:
+            shard.check_unchanged()
+
+    def hold(self) -> None:
+        """Tells other runs that this process uses the store, until `release`: they do not delete it.
+
+        Does nothing where nothing can be written to the directory.
+        """
+        if self._lease is None:
+            self._lease = Lease.take(self.path)
+
+    def release(self) -> None:
+        """Takes back what `hold` told. The store can still be read."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def read(self, indices: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
         """Reads and decodes the base view of some samples.
@@ -146,7 +171,7 @@ class FeatureStore:
 
         Raises:
             IndexError: if a row does not exist.
-            StoreError: if a packed row is damaged.
+            StoreError: if a row is damaged, or a file changed or cannot be read.
 
         Shapes: B samples.
         """
@@ -166,10 +191,11 @@ class FeatureStore:
 
         Raises:
             IndexError: if a row does not exist.
-            StoreError: if a packed row is damaged.
+            StoreError: if a row is damaged, or a file changed or cannot be read.
 
         Shapes: B samples.
         """
+        self.check_unchanged()
         rows = np.asarray(indices, dtype=np.int64)
         codes = {name: self._columns[name].take(rows) for name in self.codec.columns}
         if views is not None and self.manifest.views:
@@ -192,7 +218,7 @@ class FeatureStore:
 
         Raises:
             IndexError: if a row does not exist.
-            StoreError: if a packed row is damaged.
+            StoreError: if a row is damaged or cannot be read.
 
         Shapes: B samples.
         """
@@ -209,23 +235,33 @@ class FeatureStore:
 
         Raises:
             IndexError: if a row does not exist.
+            StoreError: if a row is damaged or cannot be read.
 
         Shapes: B samples.
         """
         rows = np.asarray(indices, dtype=np.int64)
-        if column.is_list:
-            return self.dataset.data.column(name).take(pa.array(rows)).to_pylist()
-        return column.to_tensor(self._columns[name].take(rows))
+        values = self._columns[name].take(rows)
+        if not column.is_list:
+            return column.to_tensor(values)
+        return values[:, 0].tolist() if isinstance(values, np.ndarray) else values
 
     def read_note(self, name: str) -> dict[str, torch.Tensor] | None:
         """Tensors for people and tools; None if the store has no such note.
 
         Args:
             name: of the note, e.g. `sensitivity`.
+
+        Raises:
+            StoreError: if its file is missing or damaged.
         """
-        if note_file(name) not in self.manifest.files:
+        entry = self.manifest.files.get(note_file(name))
+        if entry is None:
             return None
-        return safetensors.torch.load_file(self.path / note_file(name))
+        path = self.path / note_file(name)
+        with contextlib.closing(HeldFile(path, open_file(path), entry["bytes"], entry["sha256"])) as file:
+            file.verify()
+            with translated(f"{path} does not hold tensors"):
+                return safetensors.torch.load(file.read(file.size, 0))
 
     def frame_bytes(self) -> dict[str, float]:
         """Mean size of a packed row in bytes, by column; empty if rows are not packed."""
@@ -248,182 +284,76 @@ class FeatureStore:
                 values[position] = value
         return values
 
-    @cached_property
-    def _columns(self) -> dict[str, MappedColumn | PackedColumn]:
-        inputs = input_columns(self.manifest.inputs, self.views.spec)
-        packed = packed_columns({**self.codec.columns, **self.views.columns}, self.manifest.lossless)
-        names = [
-            *self.codec.columns,
-            *self.views.columns,
-            *(name for name, column in inputs.items() if not column.is_list),
-        ]
-        columns = {name: self.dataset.data.column(name) for name in names}
-        return {
-            name: PackedColumn(column, packed[name], f"column {name!r} of {self.path}")
-            if name in packed
-            else MappedColumn(column)
-            for name, column in columns.items()
-        }
+    def _check_small_files(self) -> None:
+        for name, entry in self.manifest.files.items():
+            file = HeldFile(self.path / name, open_file(self.path / name), entry["bytes"], entry["sha256"])
+            with contextlib.closing(file):
+                file.verify()
+                if name == DATASET_STATE_FILE:
+                    check_state(file, self.manifest)
 
 
-def create_aside(final: Path) -> Path:
-    """Makes a directory in which a store is written before it gets its final name.
+#: Stores that this process has opened, for the handles that come back to it.
+_OPENED: weakref.WeakValueDictionary[str, FeatureStore] = weakref.WeakValueDictionary()
 
-    Deletes the directories that killed processes of this machine have left behind for the same store, and stores that
-    were being deleted.
+
+@dataclass(frozen=True)
+class StoreHandle:
+    """A store that a process holds open, as a value for the processes that it starts.
+
+    They open the very same files, whatever has happened to their names since.
 
     Args:
-        final: path of the complete store.
-
-    Returns:
-        Path of the new directory, beside the final one.
-
-    Raises:
-        OSError: if it cannot be made.
+        path: directory of the store.
+        key: names the opened store within that process and its forks.
+        process: number of the process.
+        manifest: sha256 of the manifest.
+        files: name, descriptor and verified state of each file.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for path in final.parent.iterdir():
-        aside = parse_aside(path.name)
-        if aside is None or (aside.final, aside.host) != (final.name, host):
-            continue
-        if not psutil.pid_exists(aside.process):
-            shutil.rmtree(path, ignore_errors=True)
-    _remove_removed(final.parent)
-    path = aside_path(final, host, os.getpid())
-    path.mkdir()
-    return path
 
+    path: Path
+    key: str
+    process: int
+    manifest: str
+    files: tuple[tuple[str, int, FileState], ...]
 
-def remove_store(path: Path) -> None:
-    """Deletes a store. Does nothing if it no longer exists.
+    def open(self) -> FeatureStore:
+        """Opens the store in this process, or returns it if it is open here.
 
-    The store is renamed first: if the process is killed at any moment, no part of a store keeps the name of a complete
-    one. Files that are left then, or cannot be deleted yet, are deleted with the next store that is deleted or built.
-    Processes that have mapped the files can still read them (POSIX).
+        Raises:
+            StoreError: if it cannot be opened, or is another one by now.
+        """
+        opened = _OPENED.get(self.key)
+        if opened is not None:
+            return opened
+        descriptors = {name: descriptor for name, descriptor, _ in self.files}
+        states = {name: state for name, _, state in self.files}
 
-    Raises:
-        OSError: if the store cannot be renamed; it is unchanged then.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, removed_path(path))
-        _sync_directory(path.parent)
-    _remove_removed(path.parent)
+        def open_theirs(name: str) -> int:
+            return os.open(f"/proc/{self.process}/fd/{descriptors[name]}", os.O_RDONLY | os.O_CLOEXEC)
 
+        def open_by_name(name: str) -> int:
+            return open_file(self.path / name)
 
-def _remove_removed(directory: Path) -> None:
-    # No process opens a renamed store: unlike a build's directory, any process may delete it.
-    for path in directory.iterdir():
-        if parse_removed(path.name) is not None:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def small_files(
-    codec: Codec, views: ViewColumns, manifest: Manifest, notes: Mapping[str, Mapping[str, torch.Tensor]]
-) -> dict[str, bytes]:
-    """The contents of all files of a store but its shards.
-
-    Args:
-        codec: the fitted codec.
-        views: columns of the augmented views.
-        manifest: the manifest without its `files`, which are filled in here.
-        notes: tensors for people and tools, by file name without `.safetensors`.
-
-    Returns:
-        File name -> content; the manifest is the last.
-    """
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": shard.name} for shard in manifest.shards],
-        "_fingerprint": manifest.fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    with tempfile.TemporaryDirectory() as directory:
-        info = datasets.DatasetInfo(features=shard_features(codec, views, manifest.inputs, manifest.lossless))
-        info.write_to_directory(directory)
-        contents = {DATASET_INFO_FILE: (Path(directory) / DATASET_INFO_FILE).read_bytes()}
-    contents[DATASET_STATE_FILE] = json.dumps(state, indent=2, sort_keys=True).encode()
-    contents[CODEC_FILE] = _to_safetensors({**codec.tensors(), **views.spec.tensors()})
-    for name, tensors in notes.items():
-        contents[note_file(name)] = _to_safetensors(tensors)
-    files = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
-    contents[MANIFEST] = Manifest(**{**manifest.__dict__, "files": files}).to_json().encode()
-    return contents
-
-
-def complete(aside: Path, final: Path, files: Mapping[str, bytes]) -> None:
-    """Writes the small files of a store, makes them durable and renames the directory to its final name.
-
-    Args:
-        aside: directory with the shards.
-        final: path of the complete store. If another process has built the store meanwhile, that one is used and the
-            directory `aside` is deleted.
-        files: what `small_files` returned.
-
-    Raises:
-        OSError: if a file cannot be written, or the directory cannot be renamed and `final` is no complete store.
-    """
-    for name, content in files.items():
-        _write(aside / name, content)
-    _sync_directory(aside)
-    try:
-        os.rename(aside, final)
-    except OSError as error:
         try:
-            FeatureStore.open(final).verify()
-        except (StoreError, OSError) as problem:
-            raise OSError(f"the finished store cannot get its name {final}: {error}; {problem}") from error
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync_directory(final.parent)
+            store = self._open(open_theirs, states)
+        except (OSError, KeyError, StoreError) as problem:
+            # The other process is gone, or the system has no /proc.
+            try:
+                store = self._open(open_by_name, states)
+            except OSError as error:
+                raise StoreError(f"{self.path} cannot be opened in another process: {error}.") from problem
+        store._key = self.key
+        _OPENED[self.key] = store
+        return store
 
-
-def _check_sha256(path: Path, expected: str) -> None:
-    if file_sha256(path) != expected:
-        raise StoreError(f"{path} is damaged (sha256 differs): delete the store, it is built again.")
+    def _open(self, open_one: Callable[[str], int], states: Mapping[str, FileState]) -> FeatureStore:
+        opened = open_files(self.path, open_one, MANIFEST, states)
+        if opened.files[MANIFEST].sha256 != self.manifest:
+            raise StoreError(f"{self.path} is another store by now: it was built again while it was in use.")
+        return FeatureStore(self.path, *opened)
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:
     sizes = {shard.name: shard.bytes for shard in manifest.shards}
     return sizes | {name: entry["bytes"] for name, entry in manifest.files.items()}
-
-
-def _to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    return safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_writable(directory: Path) -> None:
-    """Checks that stores can be written in a directory; makes it if it does not exist.
-
-    Raises:
-        OSError: if they cannot; the message names the remedies.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
-            "or use cache='never'."
-        ) from error

@@ -11,6 +11,7 @@ import copyreg
 import functools
 import hashlib
 import io
+import json
 import logging
 import os
 import random
@@ -36,7 +37,8 @@ from .installed import describe_origin, is_installed
 #: The most bytes of one table, array or file that are read; larger ones count by the size and time of their files.
 _MOST_BYTES = 1 << 32
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_NUMBERS = {type(None), bool, int, float}
+#: Entries from which on a container of plain values is digested as one text.
+_LARGE = 64
 #: States of these change whenever something is drawn. What is drawn is seen in the rows.
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _WITHOUT_STATE = (
@@ -106,6 +108,10 @@ class ValueDigest:
         self._finished[key] = (value, digest)
         return digest
 
+    def name(self, value: Any, name: str) -> None:
+        """From now on a value counts by this name, wherever it is referred to."""
+        self._finished[id(value)] = value, _join(b"named", [name.encode()])
+
     def parts(self, kind: str, parts: Iterable[Any]) -> bytes:
         """The digest of several values in their order."""
         return _join(kind.encode(), (self(part) for part in parts))
@@ -127,9 +133,11 @@ class ValueDigest:
 
     def _structure(self, value: Any) -> bytes:
         kind = type(value)
+        if kind in (list, tuple, dict) and len(value) >= _LARGE:
+            text = _as_text(value)
+            if text is not None:
+                return _join(kind.__name__.encode(), [_bulk(text)])
         if kind in (list, tuple):
-            if len(value) > 16 and set(map(type, value)) <= _NUMBERS:
-                return _join(kind.__name__.encode(), [repr(value).encode()])
             return self.parts(kind.__name__, value)
         if kind is dict:
             return self.parts("dict", (part for item in value.items() for part in item))
@@ -290,6 +298,15 @@ class ValueDigest:
                 path for path, is_absent in zip(chunk.field("path").to_pylist(), absent, strict=True) if is_absent
             ]
         return _join(b"media", [*content, self(paths)])
+
+
+def _as_text(value: Any) -> bytes | None:
+    """A container as text, much faster than entry by entry; None if it may hold paths or is not plain."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return None if os.sep in text else text.encode("utf-8", "surrogatepass")
 
 
 def table_digest(table: pa.Table) -> bytes:

@@ -72,7 +72,7 @@ def clean(directory: str | os.PathLike, yes: bool) -> None:
 
 def _state(store: Removable) -> str:
     if store.finished:
-        return "store"
+        return f"in use by {store.used_by}, stays" if store.running else "store"
     return "being built, stays" if store.running else "left by a build"
 
 

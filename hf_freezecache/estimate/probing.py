@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
-from datasets.table import InMemoryTable
 from torch import nn
 
 from ..augment.channel_map import ChannelMapFit
@@ -26,8 +24,9 @@ from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_tw
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import Codec, make_codec
+from ..cache.held_files import MemoryFile
 from ..cache.manifest import FORMAT_VERSION, Manifest
-from ..cache.names import own_input
+from ..cache.names import own_input, shard_name
 from ..cache.rows import BatchSplit, DrawnBatch, split_batch
 from ..cache.shards import ShardStream
 from ..cache.store import FeatureStore
@@ -228,8 +227,9 @@ class Prober:
         # One process alone cannot run what the processes of a training normalize together.
         alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
         if with_suffix or (workers and alone and costs.load / workers > prefix):
-            inputs = self._with_features(features, loaded)
-            suffix, peak = self.steps.measure(spec.cut, inputs if with_suffix else inputs[:1])
+            inputs = [self.step_inputs(drawn.batch) for drawn in loaded.base]
+            count = len(inputs) if with_suffix else 1
+            suffix, peak = self.steps.measure(spec.cut, inputs[:count], features[:count])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
         codec = make_codec(spec.codec, spec.layout)
@@ -314,12 +314,6 @@ class Prober:
             seconds.append(timed(run)[1])
         return median_low(seconds[1:])
 
-    def _with_features(self, features: Sequence[torch.Tensor], loaded: _LoadedRanges) -> list[dict[str, Any]]:
-        return [
-            {**self.step_inputs(drawn.batch), self.chain.main_input: each}
-            for each, drawn in zip(features, loaded.base, strict=True)
-        ]
-
     def _time_worker_start(self, costs: Costs) -> float:
         if self._worker_start is None:
             self._worker_start = worker_start_seconds(self.source, costs.load_base)
@@ -363,7 +357,7 @@ class Prober:
         stream.close()
         buffer = sink.getvalue()
         _, hashing = timed(lambda: hashlib.sha256(buffer).hexdigest())
-        store = _store_in_memory(spec, codec, views, splits[0], buffer)
+        store = _store_in_memory(spec, codec, views, splits[0], stream.rows, buffer)
         return store, median_low(seconds) + hashing / len(loaded.rows)
 
     def _count_maps(self, spec: StoreSpec, loaded: _LoadedRanges) -> int:
@@ -453,10 +447,9 @@ def _geometry(spec: StoreSpec, drawn: DrawnBatch, rows: Sequence[int]) -> torch.
 
 
 def _store_in_memory(
-    spec: StoreSpec, codec: Codec, views: ViewColumns, split: BatchSplit, buffer: pa.Buffer
+    spec: StoreSpec, codec: Codec, views: ViewColumns, split: BatchSplit, rows: int, buffer: pa.Buffer
 ) -> FeatureStore:
     """What was written as a store without files."""
-    table = pa.ipc.open_stream(buffer).read_all()
     view_spec = views.spec
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -465,7 +458,7 @@ def _store_in_memory(
         cut=spec.cut,
         codec=spec.codec,
         layout=spec.layout.to_json(),
-        rows=len(table),
+        rows=rows,
         views=view_spec.count,
         geometry=view_spec.geometry,
         sensitive_channels=None if view_spec.channels is None else view_spec.channels.tolist(),
@@ -476,4 +469,4 @@ def _store_in_memory(
         files={},
         lossless=spec.lossless,
     )
-    return FeatureStore(spec.path, manifest, codec, views, Dataset(InMemoryTable(table)))
+    return FeatureStore(spec.path, manifest, codec, views, {shard_name(0, 1): MemoryFile(memoryview(buffer))})

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from ..rng import seeded_rng
-from .dataset import BatchRows, CachedRows, DrawnRows
+from .dataset import BatchRows, CachedRows, DrawnRows, LostRows
 
 #: Prefix of a batch entry that holds codes; no model input has such a name.
 CODE_PREFIX = "freezecache."
 #: Prefix of a batch entry that describes live samples which are stored while they train the model.
 DRAWN_PREFIX = "freezecache-drawn."
+#: Entry of a batch whose rows could not be read from the store: why.
+LOST = "freezecache-lost"
 #: Prefix of a batch entry that says which rows the batch holds.
 ROW_PREFIX = "freezecache-row."
 
@@ -36,6 +38,10 @@ class ReplayCollator:
         self.collator = collator
 
     def __call__(self, features: Any) -> Any:
+        rows = features if isinstance(features, list) else [features]
+        lost = next((row for row in rows if isinstance(row, LostRows)), None)
+        if lost is not None:
+            return {LOST: lost.why, **_name_rows(BatchRows.merge([row.requested for row in rows]))}
         if isinstance(features, CachedRows):
             return _name_codes(features)
         if isinstance(features, list) and features and isinstance(features[0], CachedRows):
@@ -122,6 +128,14 @@ def take_codes(batch: Mapping[str, Any]) -> ReplayedBatch | None:
     codes, rest = _split(batch, CODE_PREFIX)
     rows, inputs = _split(rest, ROW_PREFIX)
     return ReplayedBatch(codes, inputs, BatchRows(**rows))
+
+
+def take_lost(batch: Any) -> tuple[str, BatchRows] | None:
+    """Why the rows of a batch could not be read from the store, and which rows they are; None for any other batch."""
+    if not isinstance(batch, Mapping) or LOST not in batch:
+        return None
+    rows, _ = _split(batch, ROW_PREFIX)
+    return batch[LOST], BatchRows(**rows)
 
 
 def is_code(name: Any) -> bool:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..augment.draws import Draw, use_draw
 from ..augment.geometry import geometry_column
+from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, fetch
 from ..cache.store import FeatureStore
 from ..rng import hash_key, seeded_rng
@@ -61,6 +62,19 @@ class CachedRows:
     rows: dict[str, Any]
     codes: tuple[str, ...]
     requested: BatchRows
+
+
+@dataclass(frozen=True)
+class LostRows:
+    """Rows of a store that cannot be read any more.
+
+    Args:
+        requested: which rows they are.
+        why: why, as a sentence.
+    """
+
+    requested: BatchRows
+    why: str
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,8 @@ class ReplayDataset(Dataset):
     """
 
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
-        self.inner, self.switch, self.seed = inner, switch, seed
+        self.inner, self.seed = inner, seed
+        self.switch: SourceSwitch | None = switch
         self._store: tuple[RowOrigin, FeatureStore] | None = None
 
     def __len__(self) -> int:
@@ -183,6 +198,8 @@ class ReplayDataset(Dataset):
         )
 
     def _fetch(self, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]) -> Any:
+        if self.switch is not None and self.switch.trial is not None:
+            return self.switch.trial.rows
         origin = rows[0].origin
         if origin.store is not None:
             return self._read(origin, rows)
@@ -222,17 +239,22 @@ class ReplayDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def _read(self, origin: RowOrigin, rows: Sequence[RequestedRow]) -> CachedRows:
+    def _read(self, origin: RowOrigin, rows: Sequence[RequestedRow]) -> CachedRows | LostRows:
         assert origin.store is not None  # the caller has asked
-        if self._store is None or self._store[0] != origin:
-            self._store = origin, FeatureStore.open(origin.store)
-        store, numbers = self._store[1], [int(row) for row in rows]
-        views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
-        entries = store.read_rows(numbers, views)
+        numbers = [int(row) for row in rows]
+        try:
+            if self._store is None or self._store[0] != origin:
+                opened = FeatureStore.open(origin.store) if origin.handle is None else origin.handle.open()
+                self._store = origin, opened
+            store = self._store[1]
+            views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
+            entries = store.read_rows(numbers, views)
+        except (StoreError, OSError) as error:  # the training goes on from images
+            return LostRows(BatchRows.of(rows), f"{error} ({type(error).__name__})")
         return CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped memory cannot be pickled: a loader process opens the store itself.
+        # A loader process opens the store itself.
         return {**self.__dict__, "_store": None, "switch": None}
 
 

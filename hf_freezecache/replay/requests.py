@@ -12,13 +12,14 @@ import contextlib
 import operator
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch.utils.data import BatchSampler
 
+from ..cache.store import StoreHandle
 from ..rng import hash_key
 
 
@@ -46,11 +47,13 @@ class RowOrigin:
         epoch: of the training, from 0.
         store: path of the store; None: images.
         round: of an epoch that is stored; None in all others.
+        handle: what loader processes open the store with, whatever has happened to its path; None: by its path.
     """
 
     epoch: int = 0
     store: Path | None = None
     round: WriteRound | None = None
+    handle: StoreHandle | None = None
 
 
 class RequestedRow(int):
@@ -89,6 +92,26 @@ def requested(indices: Sequence[Any]) -> list[RequestedRow] | None:
     return [RequestedRow(row.index, RowOrigin(last.epoch), row.occurrence) for row in rows]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Batches that show what becomes of features on the way from the data set to the training.
+
+    Args:
+        rows: of a batch, as the data set returns them.
+        size: number of rows of a batch.
+        batches: number of batches.
+    """
+
+    rows: Any
+    size: int
+    batches: int
+
+    def numbers(self, in_batches: bool) -> Iterator[Any]:
+        """What a sampler, or a batch sampler, yields for them."""
+        batch = [RequestedRow(number, RowOrigin()) for number in range(self.size)]
+        return iter([batch] * self.batches if in_batches else batch * self.batches)
+
+
 def store_number(path: Path | None) -> int:
     """A number for a store, to tell batches of one from those of another: 63 bits."""
     return 0 if path is None else hash_key("store", str(path.absolute())) >> 1
@@ -99,10 +122,15 @@ class SourceSwitch:
 
     Args:
         rows: of the data set.
+
+    Attributes:
+        origin: where the rows come from that are asked for now.
+        trial: what every iteration yields in place of the sampler's rows; None outside a trial.
     """
 
     def __init__(self, rows: int):
         self.origin = RowOrigin()
+        self.trial: Trial | None = None
         self._drawn = array("L", [0]) * rows
         self._asks, self._once = False, False
 
@@ -113,7 +141,7 @@ class SourceSwitch:
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self.origin = RowOrigin(epoch, self.origin.store, self.origin.round)
+        self.origin = replace(self.origin, epoch=epoch)
         self._drawn = array("L", [0]) * len(self._drawn)
 
     @property
@@ -126,17 +154,27 @@ class SourceSwitch:
         """The round of a live epoch that is stored; None in all other epochs."""
         return self.origin.round
 
-    def set(self, path: Path | None) -> None:
+    def set(self, path: Path | None, handle: StoreHandle | None = None) -> None:
         """Sets the source: a store, or images. Rows that are asked for from now on come from it.
 
         Args:
             path: of the store; None: images.
+            handle: what loader processes open the store with; None: they open it by its path.
         """
-        self.origin = RowOrigin(self.epoch, None if path is None else path.absolute())
+        self.origin = RowOrigin(self.epoch, None if path is None else path.absolute(), handle=handle)
 
     def write(self, write_round: WriteRound) -> None:
         """Sets the source: images drawn as views of a round. Rows that are asked for from now on come from it."""
         self.origin = RowOrigin(self.epoch, None, write_round)
+
+    @contextlib.contextmanager
+    def trying(self, trial: Trial) -> Iterator[None]:
+        """Inside, every iteration yields the trial; samplers do not notice."""
+        self.trial = trial
+        try:
+            yield
+        finally:
+            self.trial = None
 
     @contextlib.contextmanager
     def requesting(self, once: bool = False) -> Iterator[None]:
@@ -230,6 +268,8 @@ class StampingSampler:
         object.__setattr__(self, "_switch", switch)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._switch.trial is not None:
+            return self._switch.trial.numbers(in_batches=isinstance(self._sampler, BatchSampler))
         # Not a generator: whose iteration it is counts when it begins.
         iterator = iter(self._sampler)
         return _Stamping(iterator, self._switch) if self._switch.begins() else iterator

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from ..policies import FreezePolicy, Moment, ObservedBlock
 from .announcements import describe_freeze, describe_other_rule, describe_schedule
@@ -42,6 +43,13 @@ class RunningTraining(Protocol):
     def end_step(self) -> None:
         """An optimizer step is done."""
 
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, by the loader that `Trainer` has made."""
+
+    def check_data(self, loader: Any) -> None:
+        """Before the first step: proves that rows of batches are samples and reach the training as they are."""
+
     def rehearse(self, cuts: Sequence[int]) -> None:
         """Before the first step: proves that the trainer's step works on features of these cuts."""
 
@@ -70,6 +78,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         self.cut = 0
         self.decided_epoch = -1
         self._epoch: int | None = None
+        self._num_epochs = 0
         self._session: RunningTraining | None = None
         # The rule of the checkpoint that the training was resumed from; None: it was not, or does not say.
         self._rule_before: str | None = None
@@ -108,7 +117,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         }
         return {"args": {}, "attributes": attributes}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self._epoch = None
         session = self._session
         if session is None:
@@ -118,18 +127,19 @@ class FreezeCallback(TrainerCallback, ExportableState):
             other_rule = describe_other_rule(self._rule_before, self._rule, self.cut)
             if other_rule is not None:
                 session.announce(other_rule)
-        schedule = describe_schedule(self._rule, session.num_blocks, state.num_train_epochs, self.cut)
+        session.check_data(train_dataloader)
+        self._count(session, args, state, train_dataloader)
+        schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
-        changes = self._rule.changes(session.num_blocks, state.num_train_epochs) or []
-        session.rehearse(sorted({cut for epoch, cut in changes if cut and epoch < state.num_train_epochs}))
+        changes = self._rule.changes(session.num_blocks, self._num_epochs) or []
+        session.rehearse(sorted({cut for epoch, cut in changes if cut and epoch < self._num_epochs}))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         session = self._session
         if session is None:
             return
-        batches = len(train_dataloader)
-        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        steps_per_epoch = self._count(session, args, state, train_dataloader)
         # As `Trainer` counts: a resumed training may have other steps in an epoch than the checkpoint's.
         self._epoch = state.global_step // steps_per_epoch if self._epoch is None else self._epoch + 1
         if self._epoch > self.decided_epoch:
@@ -167,10 +177,21 @@ class FreezeCallback(TrainerCallback, ExportableState):
             )
         return max(self.cut, answer)
 
+    def _count(self, session: RunningTraining, args, state, loader: Any) -> int:
+        """Counts the epochs of the training; `Trainer` takes one over a loader without a length as endless.
+
+        Returns:
+            Optimizer steps of an epoch.
+        """
+        batches = len(loader) if has_length(loader) else session.batches
+        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        self._num_epochs = min(state.num_train_epochs, -(-state.max_steps // steps_per_epoch))
+        return steps_per_epoch
+
     def _moment(self, session: RunningTraining, state, epoch: int) -> Moment:
         return Moment(
             epoch=epoch,
-            num_epochs=state.num_train_epochs,
+            num_epochs=self._num_epochs,
             step=state.global_step,
             max_steps=state.max_steps,
             cut=self.cut,

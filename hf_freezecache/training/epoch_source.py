@@ -20,7 +20,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
-from ..replay.collator import DrawnViews, take_codes, take_drawn
+from ..replay.collator import DrawnViews, take_codes, take_drawn, take_lost
 from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
 from ..replay.requests import SourceSwitch, WriteRound, store_number
@@ -94,8 +94,8 @@ class EpochSource(ABC):
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint; `load_source` reads them."""
 
-    def close(self) -> None:  # noqa: B027 - only `Writing` has files open
-        """Closes files."""
+    def close(self) -> None:  # noqa: B027 - batches of images leave nothing to do
+        """Closes files that are written, and tells other runs that stores are not used any more."""
 
 
 class FromImages(EpochSource):
@@ -153,7 +153,7 @@ class FromStore(EpochSource):
         return self.store.bytes
 
     def turn(self, switch: SourceSwitch) -> None:
-        switch.set(self.store.path)
+        switch.set(self.store.path, self.store.handle)
 
     def step_inputs(self, batch: dict[str, Any], context: BuildContext) -> StepInputs:
         replayed = take_codes(batch)
@@ -165,6 +165,10 @@ class FromStore(EpochSource):
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.release()
 
 
 @dataclass(frozen=True)
@@ -292,8 +296,10 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
 
 def _live(batch: dict[str, Any], context: BuildContext) -> StepInputs:
     """Runs the model whole. Batches of another source, which a loader kept from an earlier epoch, are made live."""
-    drawn, replayed = take_drawn(batch), take_codes(batch)
-    if drawn is not None:
+    drawn, replayed, lost = take_drawn(batch), take_codes(batch), take_lost(batch)
+    if lost is not None:
+        batch = live_batch(context.source, lost[1])
+    elif drawn is not None:
         batch = drawn[1]
     elif replayed is not None:
         batch = live_batch(context.source, replayed.rows)

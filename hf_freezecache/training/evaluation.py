@@ -16,8 +16,8 @@ from ..build.errors import OverLimit
 from ..build.materialize import materialize
 from ..build.spec_maker import EVALUATION_CODEC, SpecMaker
 from ..build.store_spec import StoreSpec
-from ..build.survey import survey
-from ..cache.holdings import Holdings, disk_limit
+from ..build.survey import Augmentation, survey
+from ..cache.holdings import Holdings, disk_limit, is_owned
 from ..cache.rows import RowSource, check_dataset
 from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
@@ -29,6 +29,7 @@ from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
+from .store_provider import Declined
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +72,8 @@ class _CachedSet:
         self.checksums: list[int] = []
         #: Cut for which no store could be made; None: none was declined.
         self.declined_cut: int | None = None
-        self.evaluations, self.surveyed = 0, False
+        self.augmentation: Augmentation | None = None
+        self.evaluations, self.announced = 0, False
 
     def matches(self, loader: UsersLoader) -> bool:
         if self.loader.collator is not loader.collator:
@@ -184,6 +186,9 @@ class EvaluationCache:
 
     def stop(self) -> None:
         """The training has ended or broken off."""
+        for entry in self._sets:
+            if entry.source is not None:
+                entry.source.close()
         if self._ended_from_store:
             self.announcer.warning(
                 "The last evaluation of this training was from cached features (fp16); `trainer.evaluate()` runs on "
@@ -283,7 +288,7 @@ class EvaluationCache:
             yield batch
             return
         with self.chain.traced(entry.trace):
-            step: StepInputs = entry.source.step_inputs(batch, self.context)
+            step: StepInputs = entry.source.step_inputs(batch, replace(self.context, source=entry.rows))
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
 
@@ -329,18 +334,22 @@ class EvaluationCache:
             # Of its own: the evaluation's images may have another size than those of the training.
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
-            random = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input)).random
-            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, random)
+            augmentation = self._survey(entry)
+            spec = self.spec_maker.make_evaluation(entry.rows, probe, cut, limit, augmentation.random)
+            spec = replace(spec, owner=self.holdings.owner)
             reuse = self.spec_maker.reuse
             store = reuse.open(spec)
             if store is None and not builds:
                 return None, False
-            self._announce_randomness(entry)
+            self._announce_randomness(entry, augmentation)
             built = store is None or reuse.has_made(store)
             if store is None:
                 store = self._build(reuse.current(spec), entry)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
-        self.holdings.add(store.path, store.total_bytes, built, cut, is_evaluation=True)
+        if self.group.is_main:
+            store.hold()
+        is_own = self.group.on_main(lambda: is_owned(store.path, self.holdings.owner))
+        self.holdings.add(store.path, store.total_bytes, is_own, cut, is_evaluation=True)
         entry.checksums = self._checksums()
         if outdated is not None and outdated.store.path != store.path:
             self._remove(outdated.store)
@@ -375,11 +384,22 @@ class EvaluationCache:
     def _checksums(self) -> list[int]:
         return [_sum_of_bits(tensor) for tensor in self.chain.prefix_state(self.chain.cut).values()]
 
-    def _announce_randomness(self, entry: _CachedSet) -> None:
-        if entry.surveyed:
+    def _survey(self, entry: _CachedSet) -> Augmentation:
+        """What is random in the samples.
+
+        Raises:
+            Declined: if they cannot be cached at all.
+        """
+        if entry.augmentation is None:
+            entry.augmentation = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input))
+        if entry.augmentation.declined is not None:
+            raise Declined(entry.augmentation.declined)
+        return entry.augmentation
+
+    def _announce_randomness(self, entry: _CachedSet, augmentation: Augmentation) -> None:
+        if entry.announced:
             return
-        entry.surveyed = True
-        augmentation = self.group.on_main(lambda: survey(entry.rows, self.chain.main_input))
+        entry.announced = True
         if augmentation.random:
             repeated = "the base view of its ReplayableTransform" if augmentation.replayable else "one draw of it"
             self.announcer.warning(

@@ -51,7 +51,7 @@ def check_sentinels(
         rows = sorted(generator.choice(len(source), count, replace=False).tolist())
         chosen, numbers = _Again(source, rows, 0 if augmentation.random else epoch + 1), [0]
     layout = chain.layout(cut)
-    features = ImageFeatures(chain, cut, chosen, layout, context.model_inputs, context.count_run)
+    features = ImageFeatures(chain, cut, chosen, layout, context.model_inputs)
     views = 1 if store.manifest.views and augmentation.replayable else 0
     with preserve_rng():
         _, view_runs = next(iter(features.run(numbers, views, store.views.spec.geometry if views else None)))

@@ -15,11 +15,15 @@ from transformers.utils import logging
 from ..augment.mixing import add_noise
 from ..build.context import BuildContext
 from ..build.spec_maker import SpecMaker
+from ..cache.manifest import StoreError
+from ..cache.rows import split_batch
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
-from ..replay.collator import take_codes
+from ..replay.collator import take_codes, take_lost
+from ..replay.dataset import live_batch
+from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
@@ -56,6 +60,8 @@ class FreezeSession:
     Attributes:
         source: where the batches of the running epoch come from.
         evaluation: stores of the evaluation sets; None where evaluations run on images, and after the training.
+        loader: of the training, as `Trainer` made it.
+        shared: what objects of the user's may refer to and nobody copies: the trainer, the model.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class FreezeSession:
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
+        self.loader: Any = None
+        self.shared: Sequence[Any] = ()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:
             reason = why_not_cached if why_on_images is None else why_on_images
@@ -91,6 +99,8 @@ class FreezeSession:
                 self.announcer.warning(f"cache_eval: evaluations during training run on images ({reason}).")
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = context.model
+        # Why the store of the epoch could not be read on; None if it could.
+        self._lost: str | None = None
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, int] | None = None
 
@@ -99,6 +109,11 @@ class FreezeSession:
     @property
     def num_blocks(self) -> int:
         return len(self.chain)
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, by the loader that `Trainer` has made."""
+        return len(self.loader)
 
     def broadcast(self, value: Any) -> Any:
         return self.group.broadcast(value)
@@ -112,7 +127,7 @@ class FreezeSession:
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
-        self._share_mismatch()
+        self._share_problems()
         if moment.cut > self.chain.cut:
             check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
@@ -263,6 +278,36 @@ class FreezeSession:
         if why is not None:
             self._decline(why)
 
+    def check_data(self, loader: Any) -> None:
+        """Before the first step: rows of batches are samples, and reach the training as they are.
+
+        Args:
+            loader: that the training iterates over.
+
+        Raises:
+            ValueError: under `cache="always"`, if they are or do not.
+        """
+        if self.keeper.why_not_cached is not None:
+            return
+        augmentation = self.group.broadcast(self.keeper.provider.spec_maker.augmentation)
+        why = None if augmentation is None else augmentation.declined
+        if why is None:
+            found = self.group.gather(self._why_not_through(loader))
+            why = next((reason for reason in found if reason is not None), None)
+        if why is None:
+            return
+        if self.config.cache == "always":
+            raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
+        self._decline(f"{why}.")
+
+    def _why_not_through(self, loader: Any) -> str | None:
+        if loader is self.loader:
+            return None
+        source = self.context.source
+        probe = split_batch(source.probe(), self.chain.main_input)
+        rows = trial_rows(probe, source.batch_size)
+        return why_not_through(loader, self.loader, self.switch, rows, self.shared)
+
     def _check_prefix(self, cut: int) -> None:
         if cut and self.keeper.why_not_cached is None:
             self._fall_back(self.proof.of_prefix(cut))
@@ -273,11 +318,44 @@ class FreezeSession:
             assert augmentation is not None  # a store was made or found
             self._fall_back(self.proof.of_rows(self.source.store, augmentation, epoch))
 
-    def _share_mismatch(self) -> None:
-        """What one process has found in the middle of an epoch counts for all."""
-        found = next((why for why in self.group.gather(self.keeper.mismatch) if why is not None), None)
+    def _share_problems(self) -> None:
+        """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
+        if isinstance(self.source, FromStore) and self.source.is_open:
+            try:
+                self.source.store.check_unchanged()
+            except StoreError as error:
+                self._lose(str(error))
+        problems = self.group.gather((self.keeper.mismatch, self._lost))
+        mismatch = next((mismatch for mismatch, _ in problems if mismatch is not None), None)
         if self.keeper.mismatch is None:
-            self._fall_back(found)
+            self._fall_back(mismatch)
+        lost = next((lost for _, lost in problems if lost is not None), None)
+        if lost is not None:
+            self._lose(lost)
+        self._lost = None
+
+    def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The loader's batches; those whose rows cannot be read from the store any more as images."""
+        for batch in batches:
+            lost = take_lost(batch)
+            if lost is None:
+                yield batch
+            else:
+                self._lose(lost[0])
+                yield live_batch(self.context.source, lost[1])
+
+    def _lose(self, why: str) -> None:
+        """The rest of the epoch runs on images; the next one opens or builds another store."""
+        self._lost = why
+        if not isinstance(self.source, FromStore) or not self.source.is_open:
+            return
+        store = self.source.store
+        self.announcer.warning(
+            f"The feature store {store.path} was lost while it was in use: {why} The training goes on from images "
+            "until there is another one."
+        )
+        self.keeper.provider.lose(store)
+        self._turn_to_images(FromImages(0, why))
 
     def _fall_back(self, why: str | None) -> None:
         """From now on the training runs on images, unless there is no reason for it.
@@ -294,11 +372,15 @@ class FreezeSession:
             )
         self._decline(why)
         if isinstance(self.source, FromStore):
-            self.source = FromImages(self.chain.cut, why)
-            self.source.turn(self.switch)
-            if self.ledger.current is not None:
-                self.ledger.end()
-                self.ledger.begin(self.chain.cut, self.source.mode)
+            self._turn_to_images(FromImages(self.chain.cut, why))
+
+    def _turn_to_images(self, images: FromImages) -> None:
+        self.source.close()
+        self.source = images
+        images.turn(self.switch)
+        if self.ledger.current is not None:
+            self.ledger.end()
+            self.ledger.begin(self.chain.cut, images.mode)
 
     def _decline(self, why: str) -> None:
         self.keeper.mismatch = why
@@ -321,6 +403,8 @@ class FreezeSession:
         replayed = take_codes(batch)
         if replayed is None:
             return batch
+        if self.chain.main_input in replayed.inputs:
+            return replayed.inputs
         stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.layout(0).shape)
         return {self.chain.main_input: stand_in, **replayed.inputs}
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging
 
-from ..build.errors import BuildFailed, GeometryMisfit
+from ..build.errors import BuildFailed, GeometryMisfit, NotWritable
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN
 from ..cache.names import partial_path
@@ -181,8 +181,8 @@ class StoreKeeper:
     def _guarded(self, cut: int, make: Callable[[], T]) -> T | FromImages:
         """The store that `make` returns; images, with a message, if it returns none.
 
-        Nothing that a training can survive is raised: under explicit settings a build that could not be written,
-        under the defaults any error.
+        Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
+        directory that can be written, under the defaults any error.
         """
         survivable = BuildFailed if self.explicit else Exception
         try:
@@ -191,6 +191,8 @@ class StoreKeeper:
             why = str(reason)
             self.announcer.warning(f"No feature store for cut {cut}: {why}. {_CONSEQUENCE}.")
         except survivable as error:
+            if self.explicit and isinstance(error, NotWritable):
+                raise
             why = describe_error(error)
             self.announcer.failure(f"The feature store of cut {cut} could not be built. {_CONSEQUENCE}", error)
         return FromImages(cut, why)

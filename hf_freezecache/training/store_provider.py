@@ -13,11 +13,12 @@ from transformers.utils import logging
 
 from ..augment.geometry import DENSE, PROJECTIVE
 from ..build.deepening import DEEPENED_FROM, why_not_deepen
-from ..build.errors import GeometryMisfit, OverLimit
+from ..build.errors import BuildFailed, GeometryMisfit, OverLimit
 from ..build.materialize import materialize
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
+from ..cache.holdings import is_owned
 from ..cache.store import FeatureStore, remove_store
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
@@ -115,6 +116,7 @@ class StoreProvider:
             "decisions": {str(cut): asdict(decision) for cut, decision in self.decisions.items()},
             "channel_weights": {str(cut): weights.tolist() for cut, weights in self.spec_maker.weights.items()},
             "stores": self.holdings.state_dict(),
+            "owner": self.holdings.owner,
             "unknown": self.spec_maker.unknown,
         }
 
@@ -127,6 +129,7 @@ class StoreProvider:
             lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
         )
         self.holdings.load_state_dict(existing, self.cache_dir)
+        self.holdings.owner = state.get("owner", self.holdings.owner)
 
     def build(self, request: Request) -> FeatureStore:
         """Opens the matching store or builds it.
@@ -180,10 +183,22 @@ class StoreProvider:
         """
         store = partial_store.finish()
         self.holdings.drop(partial_store.path)
-        self._register(store, built=True)
+        if partial_store.reopened:  # its rows are believed as little as those of a store of an earlier run
+            proved = self.spec_maker.reuse.open(partial_store.spec)
+            if proved is None or proved.path != store.path:
+                self.group.on_main(partial(remove_store, store.path))
+            if proved is None:
+                raise BuildFailed("rows that an earlier run has written are not what the samples give now")
+            store = proved
+        self._register(store)
         request.phase.set_store(store.bytes)
         self._announce_built(store)
         return store
+
+    def lose(self, store: FeatureStore) -> None:
+        """Forgets a store that cannot be read any more: another one is made if it is asked for."""
+        self.spec_maker.reuse.refuse(store)
+        self.holdings.drop(store.path)
 
     def remove_outdated(self, cut: int, in_use: Path | None = None, evaluations_only: bool = False) -> None:
         """Deletes the stores that no epoch reads any more and that this training has built; the others are forgotten.
@@ -252,6 +267,7 @@ class StoreProvider:
             spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
         else:
             spec = self._deepened(images, attempt)
+        spec, images = (replace(each, owner=self.holdings.owner) for each in (spec, images))
         reuse = self.spec_maker.reuse
         store = reuse.open(spec)
         if store is None and attempt.writing and attempt.accept_built:
@@ -263,7 +279,7 @@ class StoreProvider:
                 f"{len(store)} samples{_describe_views(store)}): training does not run {cut} of {len(self.chain)} "
                 "blocks any more."
             )
-            self._register(store, built=reuse.has_made(store))
+            self._register(store)
             return store
         return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
 
@@ -291,7 +307,7 @@ class StoreProvider:
                     continue  # one could not be deleted
                 spec = self.spec_maker.written(images) if attempt.writing else images
             try:
-                return self._make(replace(spec, limit=limit), images, attempt)
+                return self._make(replace(spec, limit=limit, owner=self.holdings.owner), images, attempt)
             except OverLimit as error:
                 problem = error
         raise problem or OverLimit(self.budget.needed(spec), self.budget.limit() or 0)
@@ -319,7 +335,7 @@ class StoreProvider:
             except GeometryMisfit as misfit:
                 spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
             else:
-                self._register(store, built=True)
+                self._register(store)
                 attempt.request.phase.set_store(store.bytes)
                 self._announce_built(store)
                 return store
@@ -343,7 +359,7 @@ class StoreProvider:
         else:
             views = ViewSpec(spec.views.count)
             consequence = "The store holds whole views, whatever sensitive_fraction and sensitive_budget are"
-        spec = replace(base, views=views, notes={}, limit=spec.limit)
+        spec = replace(base, views=views, notes={}, limit=spec.limit, owner=spec.owner)
         needed = self.budget.needed(spec)
         self.announcer.warning(f"{consequence} ({show_bytes(needed)} in all), because {misfit}.")
         if spec.limit is not None and needed > spec.limit:
@@ -419,8 +435,11 @@ class StoreProvider:
 
     # Records and messages
 
-    def _register(self, store: FeatureStore, built: bool) -> None:
-        manifest = store.manifest
+    def _register(self, store: FeatureStore) -> None:
+        manifest, owner = store.manifest, self.holdings.owner
+        built = self.group.on_main(lambda: is_owned(store.path, owner))
+        if self.group.is_main:
+            store.hold()
         self.holdings.add(store.path, store.total_bytes, built, manifest.cut)
         decision = self.decisions.get(manifest.cut)
         if decision is None or decision.store != store.path.name:
@@ -454,6 +473,9 @@ class StoreProvider:
 
     def _announce_built(self, store: FeatureStore) -> None:
         manifest = store.manifest
+        if not self.holdings.has_built(store.path):
+            self.announcer.warning(f"Using the feature store {store.path}, which another run has built meanwhile.")
+            return
         configured = self.config.codec_at(manifest.cut, len(self.chain))
         codec = (
             manifest.codec if manifest.codec == configured else f"{manifest.codec}, since {configured} does not fit"

@@ -25,7 +25,6 @@ from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..cache.store import check_writable
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
@@ -116,7 +115,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
         Raises:
             ValueError: if the rows cannot be cached or the model cannot be split.
-            OSError: if stores cannot be written.
         """
         check_model(self, self._own_model, self._freeze_config)
         check_dataset(dataset)
@@ -135,8 +133,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             check_sharing(self._own_model, chain.blocks, model_inputs(probe))
-        if self._freeze_config.cache != "never":
-            check_writable(self._feature_cache_dir)
         return BuildContext(
             chain=chain,
             source=source,
@@ -276,7 +272,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
             self.__dict__.pop("_eval_dataloaders", None)
         wrapped = ReplayDataset(inner, self._session.switch, self._session.context.source.seed)
-        return self._get_replay_loader(wrapped, collator, description, batch_size, settings)
+        loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
+        self._session.loader = loader
+        self._session.shared = (self, self.model, self.accelerator, dataset, inner)
+        return loader
 
     def _get_eval_loader(
         self, evaluation: EvaluationCache, dataset, description, batch_size, settings: dict[str, Any]
@@ -303,13 +302,16 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             loader = super()._get_dataloader(wrapped, description, batch_size, **settings)
         finally:
             self.data_collator = users_collator
+        assert wrapped.switch is not None  # it was made in this process
         stamp_rows(loader, wrapped.switch)
         return loader
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        if self._session is None:
+            return super().get_batch_samples(epoch_iterator, *args, **kwargs)
         # The training's own iteration over the loader begins here.
-        with contextlib.nullcontext() if self._session is None else self._session.switch.requesting():
-            return super().get_batch_samples(*args, **kwargs)
+        with self._session.switch.requesting():
+            return super().get_batch_samples(self._session.readable(epoch_iterator), *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         if isinstance(data_collator, ReplayCollator):

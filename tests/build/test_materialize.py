@@ -17,7 +17,7 @@ from support.packed_stores import assert_same_rows, pack
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.build.materialize import BuildFailed, OverLimit, materialize, open_matching
-from hf_freezecache.cache import store as store_module
+from hf_freezecache.cache import completing
 from hf_freezecache.cache.manifest import StoreError
 from hf_freezecache.cache.shards import ShardWriter
 from hf_freezecache.distributed import Group
@@ -140,7 +140,7 @@ def test_full_disk_at_completion_is_build_failed_and_leaves_nothing(model, tmp_p
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "_write", full)
+    monkeypatch.setattr(completing, "_write", full)
     with pytest.raises(BuildFailed, match="No space left"):
         build(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

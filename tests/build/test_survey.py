@@ -4,15 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.builds import Rows, collate
-from support.helpers import pixel_dataset
+from support.helpers import pixel_dataset, tiny_vit
 from support.images import TO_PIXELS, OpaqueFlip, picture_dataset, replayable
 from support.noisy_rows import DRAWS, Noisy, source
 from support.view_trainings import train
+from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 from transformers import default_data_collator
 
-from hf_freezecache.build.survey import survey
+from hf_freezecache.build.survey import Augmentation, look_closer, survey, why_random_on_device
 from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.model.inputs import ModelInputs
 
 
 def test_deterministic_samples_are_not_random():
@@ -100,3 +102,113 @@ def test_budget_decides_the_number_of_channels(tmp_path):
             continue
         # 32 samples, 8 bytes a channel.
         assert len(kept) == expected
+
+
+# All over the data set
+
+
+class Part(Rows):
+    """Rows with noise in some of them."""
+
+    def __init__(self, rows, is_noisy):
+        super().__init__(rows)
+        self.is_noisy = is_noisy
+        self.targets = [row * 4 // rows for row in range(rows)]
+
+    def __getitem__(self, row):
+        sample = super().__getitem__(row)
+        noise = torch.randn(()) if self.is_noisy(row) else 0.0
+        return {**sample, "pixel_values": sample["pixel_values"] + noise}
+
+
+def never(row):
+    return False
+
+
+def test_randomness_in_one_part_is_found():
+    def look(*parts):
+        return survey(RowSource(ConcatDataset(parts), collate, 4, 0), "pixel_values").random
+
+    plain, noisy = Part(200, never), Part(200, lambda row: True)
+    assert look(plain, noisy) and look(noisy, plain) and look(plain, plain, noisy, plain)
+    assert not look(plain, plain)
+
+
+def test_randomness_in_one_class_is_found():
+    for label in range(4):
+        dataset = Part(1000, lambda row, label=label: row * 4 // 1000 == label and row % 250 > 100)
+        dataset.targets = [row // 250 if row % 250 > 100 else 9 for row in range(1000)]
+        assert survey(RowSource(dataset, collate, 4, 0), "pixel_values").random
+
+
+def test_rare_randomness_is_found_by_a_closer_look():
+    rare = Part(3000, lambda row: row % 100 == 17)
+    source = RowSource(rare, collate, 100, 0)
+    assert look_closer(source).random and not look_closer(source).replayable
+    assert look_closer(RowSource(Part(3000, never), collate, 100, 0)) is None
+
+
+def test_missing_labels_are_not_random():
+    def missing(samples):
+        batch = collate(samples)
+        return {**batch, "labels": torch.full((len(samples),), torch.nan)}
+
+    assert not survey(RowSource(Rows(64), missing, 4, 0), "pixel_values").random
+
+
+def test_collator_whose_rows_are_no_samples_is_declined():
+    def standardize(samples):
+        batch = collate(samples)
+        return {**batch, "pixel_values": batch["pixel_values"] / batch["pixel_values"].std()}
+
+    assert "rest of the batch" in survey(RowSource(Rows(64), standardize, 8, 0), "pixel_values").declined
+
+
+def test_survey_reads_tens_of_rows():
+    class Counting(Rows):
+        seen, reads = set(), 0
+
+        def __getitem__(self, row):
+            Counting.reads += 1
+            self.seen.add(row)
+            return super().__getitem__(row)
+
+    survey(RowSource(Counting(5000), collate, 32, 0), "pixel_values")
+    assert len(Counting.seen) <= 24 and Counting.reads <= 200
+
+
+def test_samples_that_are_never_collated_together_are_looked_at_range_by_range():
+    class Sizes(Part):
+        def __getitem__(self, row):
+            pixels = super().__getitem__(row)["pixel_values"]
+            return {"pixel_values": pixels[..., : 8 if row < 32 else 16], "labels": row}
+
+    def look(is_noisy, collator=collate):
+        return survey(RowSource(Sizes(64, is_noisy), collator, 8, 0), "pixel_values")
+
+    assert look(never) == Augmentation()
+    assert look(lambda row: row > 55).random
+    assert "sorts" in look(never, lambda samples: collate(samples[::-1])).declined
+
+
+# On the device
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_randomness_on_the_device_is_found(in_place):
+    def prepare(inputs):
+        if model.training:
+            noise = torch.randn(len(inputs["pixel_values"]), 1, 1, 1)
+            if in_place:
+                inputs["pixel_values"] += noise
+            else:
+                inputs = {**inputs, "pixel_values": inputs["pixel_values"] + noise}
+        return inputs
+
+    model = tiny_vit().eval()
+    batch = collate([Rows()[0], Rows()[1]])
+    before = {name: value.clone() for name, value in batch.items()}
+    assert "on the device" in why_random_on_device(ModelInputs(model, prepare, ["labels"]), batch)
+    assert why_random_on_device(ModelInputs(model, dict, ["labels"]), batch) is None
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+    assert not any(module.training for module in model.modules())

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from hf_freezecache.cache.cleaning import Removable, find_stores, remove
+from hf_freezecache.cache.directories import create_aside
 from hf_freezecache.cache.names import MANIFEST, aside_path, partial_path, removed_path
-from hf_freezecache.cache.store import create_aside
 
 FINGERPRINT = "0123456789abcdef" * 2
 HOUR, DAY = 3600, 24 * 3600

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from support.arrow_streams import stream
 from support.builds import Rows, collate
 from support.codec_cases import NAMES
 from support.helpers import tiny_vit
@@ -15,7 +16,7 @@ from support.packed_stores import FlatRows, assert_same_rows, build_plain_and_pa
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache.lossless import blank_frames, largest_frame, pack_rows, packed_columns
 from hf_freezecache.cache.manifest import StoreError
-from hf_freezecache.cache.mapped import PackedColumn
+from hf_freezecache.cache.stored_columns import PackedColumn
 
 # Frames
 
@@ -28,7 +29,7 @@ def test_rows_are_packed_and_unpacked_one_by_one():
     ]
     # Several batches, one of them a slice and one empty.
     column = pa.chunked_array([frames.slice(2, 3), frames.slice(0, 0), frames])
-    packed = PackedColumn(column, 300, "column 'base'")
+    packed = PackedColumn(*stream(*({"base": chunk} for chunk in column.chunks)), "base", "a store", 300)
     wanted = np.array([9, 0, 2, 3, 3, 8])
     assert np.array_equal(packed.take(wanted), np.concatenate([rows[2:5], rows])[wanted])
     assert len(packed) == 10 and packed.take(np.array([], dtype=np.int64)).shape == (0, 300)

@@ -16,8 +16,8 @@ from support.helpers import manual, pixel_dataset, run, tiny_vit
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.build.materialize import materialize, open_matching
+from hf_freezecache.cache.directories import create_aside, remove_store
 from hf_freezecache.cache.manifest import StoreError
-from hf_freezecache.cache.store import create_aside, remove_store
 from hf_freezecache.distributed import Group
 
 

@@ -244,7 +244,7 @@ def test_outdated_evaluation_stores_make_room_for_a_deeper_cut(tmp_path):
     held = {path.name: total_bytes(path) for path in (tmp_path / "free" / "_freeze_cache").iterdir()}
     assert len(held) == 2  # of the last cut alone: one for training, one for evaluation
     trainer = go("run", codec="int8", cache_budget=str(sum(held.values())))
-    assert stores(tmp_path)[3].manifest.codec == "int8"
+    assert FeatureStore.open(trainer.freeze_status().store_path).manifest.codec == "int8"
     assert trainer.freeze_status().store_bytes == largest.freeze_status().store_bytes
 
 

@@ -1,0 +1,77 @@
+"""Stores that are removed, cut short or overwritten while a training reads them: it goes on, with the right rows."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, tiny_vit, weights
+from transformers import TrainerCallback
+
+from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache.cache.store import remove_store
+
+
+def arrow_files(folder):
+    return sorted(path for path in folder.glob("*/data-*.arrow") if ".tmp" not in path.parent.name)
+
+
+def remove(folder):
+    for path in arrow_files(folder):
+        if path.parent.exists():
+            remove_store(path.parent)
+
+
+def delete(folder):
+    for path in arrow_files(folder):
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def shorten(folder):
+    for path in arrow_files(folder):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+
+
+def overwrite(folder):
+    for path in arrow_files(folder):
+        content = bytearray(path.read_bytes())
+        for place in range(1000, len(content), 500):
+            content[place] ^= 0xFF
+        path.write_bytes(content)
+
+
+class Damage(TrainerCallback):
+    def __init__(self, folder, how, step):
+        self.folder, self.how, self.step = folder, how, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.how(self.folder)
+
+
+def train(path, how=None, step=0, cache="always", **settings):
+    folder = Path(path) / "stores"
+    trainer = FreezeCacheTrainer(
+        model=tiny_vit(),
+        args=make_args(path, num_train_epochs=5, **settings),
+        train_dataset=pixel_dataset(),
+        freeze_cache=manual("1:2", cache=cache, codec="fp32", feature_cache_dir=str(folder)),
+        callbacks=[] if how is None else [Damage(folder, how, step)],
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("never"), cache="never")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("step", [8, 10])
+@pytest.mark.parametrize("how", [remove, delete, shorten, overwrite])
+def test_a_store_that_is_lost_costs_no_training(how, step, workers, oracle, tmp_path):
+    trainer = train(tmp_path, how, step, dataloader_num_workers=workers)
+    assert losses(trainer) == losses(oracle)
+    assert_same_weights(weights(trainer), weights(oracle))
+    assert trainer.freeze_status().replaying  # from the files that are held, or from another store
