@@ -55,7 +55,8 @@ def plan(
     """Measures on a few batches what a store at every cut would take and what it would save.
 
     Goes the way of a `FreezeCacheTrainer` with the same arguments: columns, collator, batch size, mixed precision,
-    loss and optimizer are those of the training. Model and random generators are left as they are; nothing is written.
+    loss and optimizer are those of the training. Model and random generators are left as they are; nothing is written
+    but small stores in a temporary folder, which are removed.
 
     Args:
         model: as it would be trained.
@@ -77,7 +78,12 @@ def plan(
     if batches < 1:
         raise ValueError(f"batches={batches!r} must be at least 1: something has to be measured.")
     with _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings) as trainer:
-        context = replace(trainer.build_context(*trainer.without_unused_columns(dataset)), config=config)
+        assert trainer.args.output_dir is not None  # the temporary folder: small builds are timed there
+        context = replace(
+            trainer.build_context(*trainer.without_unused_columns(dataset)),
+            config=config,
+            cache_dir=Path(trainer.args.output_dir),
+        )
         numbers = _check_cuts(context.chain, cuts)
         steps = _trial_steps(trainer, context.chain)
         planner = _Planner(context, steps, lambda batch: trainer._prepare_inputs(dict(batch)), batches)

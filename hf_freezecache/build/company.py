@@ -94,6 +94,7 @@ class _Company:
 
         Raises:
             _Dependent: if the batch has another number of rows.
+            ValueError: if torch cannot collate them.
         """
         with seeded_rng(self.source.seed, "company", seed):
             if self.samples.keys() >= set(rows):
@@ -101,7 +102,13 @@ class _Company:
                 fetched = [copy.deepcopy(self.samples[row]) for row in rows]
             else:
                 fetched = fetch(self.source.dataset, rows)
-            batch = self.source.collator(fetched)
+            try:
+                batch = self.source.collator(fetched)
+            except RuntimeError as error:  # `torch.stack` of rows of several sizes, in most cases
+                raise ValueError(
+                    f"samples from all over the data set cannot be collated: {describe_error(error)}. A store needs "
+                    "inputs of one size: pad texts to one length (padding='max_length'), resize images."
+                ) from error
         split = split_batch(batch, self.main_input)
         if len(split.main) != len(rows):
             raise _Dependent(

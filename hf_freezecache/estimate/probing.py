@@ -131,7 +131,7 @@ class Prober:
                 self._loaded = None
 
     def measure(self, spec: StoreSpec, batches: int = 2, with_suffix: bool = False) -> Costs:
-        """What one range costs. Weights, gradients, buffers and generators stay; nothing is written to disk.
+        """What one range costs. Weights, gradients, buffers and generators stay; of what is written nothing is left.
 
         Args:
             spec: the build; the first channels stand for sensitive ones that are not settled.

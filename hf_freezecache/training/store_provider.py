@@ -24,7 +24,7 @@ from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
 from ..estimate.costs import PlanRow
 from ..estimate.probing import Prober
-from ..units import show_bytes
+from ..units import show_bytes, show_seconds
 from .accounting import Phase
 from .budget import StoreBudget
 
@@ -384,8 +384,8 @@ class StoreProvider:
             raise Declined(reason)
         self.announcer.warning_once(
             f"Cut {spec.cut}: {row.codec}, {show_bytes(row.bytes)} (base {show_bytes(row.base_bytes)}, views "
-            f"{show_bytes(row.view_bytes)}); a build takes about {row.build_seconds:.1f} s and saves "
-            f"{row.seconds_saved_per_epoch:.1f} s in each of {epochs_left:.3g} epochs left: it pays."
+            f"{show_bytes(row.view_bytes)}); a build takes about {show_seconds(row.build_seconds)} and saves "
+            f"{show_seconds(row.seconds_saved_per_epoch)} in each of {epochs_left:.3g} epochs left: it pays."
         )
 
     # Deepening
