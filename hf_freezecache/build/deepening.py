@@ -105,7 +105,7 @@ class StoreFeatures:
         features = replay_features(self.store, {name: value.to(self.device) for name, value in codes.items()})
         if self.count_run is not None:
             self.count_run(self.store.manifest.cut, self.cut, len(features))
-        inputs = self.model_inputs({self.chain.main_input: features, **others})
+        inputs = self.model_inputs({**others, self.chain.main_input: features})
         return self.chain.advance(inputs, self.store.manifest.cut, self.cut)
 
 

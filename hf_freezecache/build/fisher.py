@@ -65,8 +65,9 @@ def _gradient(
     """Returns one draw of the gradient, in the features' shape; parameters get none."""
     features = features.detach().requires_grad_(True)
     own = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.enable_grad(), chain.replay(cut):
-        output = chain.model(**{**own, chain.main_input: features})
+    own[chain.main_input] = main_input = chain.input_of_replay(features, inputs)
+    with torch.enable_grad(), chain.replay(cut, features, main_input):
+        output = chain.model(**own)
         answer = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
         answer = first_tensor(answer).float()
         noise = torch.randn(answer.shape, generator=generator).to(answer.device)

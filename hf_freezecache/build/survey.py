@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..augment.geometry import PROJECTIVE, decode_geometry
 from ..augment.maps import check_grid
@@ -16,21 +17,27 @@ from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
 from ..cache.rows import RowSource, is_same
 from ..cache.view_columns import ViewSpec
+from ..distributed import describe_error
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.tracing import eval_mode
 from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit
-from .materialize import check_geometry
+from .materialize import check_geometry, spread
 from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
+logger = logging.get_logger(__name__)
+
 #: Rows that are drawn, from all over the data set, and how many at a time.
 _ROWS, _TOGETHER = 24, 8
+#: Ranges whose rows are drawn where those from all over the data set cannot be collated together.
+_RANGES = 3
 #: Draws of each, and of the first ones, to see what is random.
 _DRAWS, _MORE_DRAWS = 3, 8
-#: How many of these draws ask for the geometry, and draws of the base view: a build finds what is refused rarely.
+#: How many of these draws ask for the geometry, and draws of the first rows' base view: a build finds what is refused
+#: rarely.
 _WITH_GEOMETRY, _BASE_DRAWS = 3, 4
 #: Times that a batch is moved to the device, to see whether something random happens there.
 _DRAWS_ON_DEVICE = 4
@@ -73,14 +80,18 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     Raises:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
-    rows = spread_rows(source.dataset, _ROWS, source.seed)
-    declined = why_not_by_row(source, rows, main_input)
+    groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
+    try:
+        declined = why_not_by_row(source, groups[0], main_input)
+    except Exception as error:  # whatever a collator raises about samples that the training may never put together
+        logger.info(f"Samples from all over the data set cannot be collated together: {describe_error(error)}")
+        groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
+        reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
+        declined = next((reason for reason in reasons if reason is not None), None)
     if declined is not None:
         return Augmentation(declined=declined)
-    looks = [
-        _Look(source, batch, _DRAWS if place else _MORE_DRAWS)
-        for place, batch in enumerate(in_batches(rows, min(_TOGETHER, len(rows))))
-    ]
+    batches = [batch for rows in groups for batch in in_batches(rows, min(_TOGETHER, len(rows)))]
+    looks = [_Look(source, batch, _DRAWS if place else _MORE_DRAWS) for place, batch in enumerate(batches)]
     base, view = looks[0].base.batch, looks[0].views[0].batch
     differ = any(look.differ for look in looks)
     drawn = [view for look in looks for view in look.views]
@@ -88,7 +99,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     if refused is None and drawn[0].geometry is None:
         return _OPAQUE if differ or any(look.differs_from_base for look in looks) else Augmentation()
     _check_pipelines(base[main_input], view[main_input], differ)
-    if any(look.base_is_random() for look in looks):
+    if any(look.base_is_random(1 if place else _BASE_DRAWS) for place, look in enumerate(looks)):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
     if not differ:
         return Augmentation()
@@ -163,9 +174,9 @@ class _Look:
         """Whether a draw differs from that of the base view."""
         return not is_same(self.base.batch, self.views[0].batch)
 
-    def base_is_random(self) -> bool:
-        """Whether the base view differs when it is drawn again."""
-        again = (self.source.draw(self.rows, again=number) for number in range(1, _BASE_DRAWS + 1))
+    def base_is_random(self, times: int) -> bool:
+        """Whether the base view differs when it is drawn again, so many times."""
+        again = (self.source.draw(self.rows, again=number) for number in range(1, times + 1))
         return any(not is_same(self.base.batch, drawn.batch) for drawn in again)
 
     def changes_others(self, main_input: str) -> bool:

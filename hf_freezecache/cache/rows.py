@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from ..augment.draws import Draw, use_draw
+from ..model.stand_ins import stays_real
 from ..rng import seeded_rng
 from .names import is_reserved
 
@@ -78,7 +79,7 @@ class BatchSplit:
 
     Args:
         main: the main input, `(B, ...)`.
-        columns: entries with one value per sample, by name.
+        columns: entries with one value per sample, by name; the main input too if it holds tokens.
         constants: entries that are the same for every batch, by name.
     """
 
@@ -118,7 +119,7 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
     columns: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     for name, value in batch.items():
-        if name == main_input:
+        if name == main_input and not stays_real(main):
             continue
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(main):
             if value.dtype not in _STORED_AS:

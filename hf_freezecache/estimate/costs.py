@@ -32,7 +32,8 @@ class Costs:
         compare: comparing a view with its base view, for choosing sensitive channels.
         run: what a build needs for one range, all views of it, where it does not run the prefix on images.
         frame_bytes: mean size of a packed row's codes, by column; None where rows are not packed, or not yet measured.
-        fixed: what a build costs once: proving the cut, fitting the codec, solving for the channels' linear map.
+        fixed: what a build costs once: proving the cut, fitting the codec, solving for the channels' linear map,
+            starting loader processes, and making the files durable.
         peak_memory_bytes: of a replay step; None if it was not measured.
     """
 
@@ -227,6 +228,9 @@ def make_row(
     """
     live, replay = step_seconds(costs, work.workers)
     ranges = work.ranges / work.processes
+    # The sentinel rows of a replay epoch run live, a batch at most: a base view and, if there are any, one more.
+    views = min(work.views, 1)
+    sentinels = costs.load_base + costs.prefix + views * (costs.load_view + costs.prefix)
     return PlanRow(
         cut=cut,
         block=block,
@@ -235,7 +239,7 @@ def make_row(
         view_bytes=view_bytes,
         build_seconds=build_seconds(costs, work),
         live_epoch_seconds=ranges * live,
-        replay_epoch_seconds=ranges * replay,
+        replay_epoch_seconds=ranges * replay + sentinels,
         live_step_seconds=live,
         replay_step_seconds=replay,
         peak_memory_bytes=costs.peak_memory_bytes,

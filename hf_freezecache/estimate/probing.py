@@ -1,4 +1,4 @@
-"""Measuring what a store would cost and save: a few batches go the way of a build and of a replay, in memory alone."""
+"""Measuring what a store would cost and save: a few batches go the way of a build and of a replay."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from ..replay.decode import replay_features
 from ..rng import preserve_rng
 from ..units import show_epochs
 from .costs import Costs, PlanRow, Work, decide, make_row, overlapped, runs_of_prefix
+from .fixed_costs import small_build_seconds, solving_seconds, worker_start_seconds
 from .trial_steps import TrialSteps, timed
 
 #: Of features too large to be compared at once, a few samples are in place of the batch.
@@ -44,8 +45,6 @@ _COMPARED_ROWS = 8
 _CLEARLY = 1.25
 #: Replays that are timed.
 _REPLAYS = 3
-#: Unknowns of the linear system that is timed in place of a larger one.
-_SOLVED = 768
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class Prober:
         self.step_inputs = self.model_inputs if step_inputs is None else step_inputs
         self._loaded: tuple[Any, _LoadedRanges] | None = None
         self._split: BatchSplit | None = None
+        self._worker_start: float | None = None
 
     def refuse(self, spec: StoreSpec, epochs_left: float, limit: int | None) -> tuple[str | None, PlanRow | None]:
         """Decides whether a build pays, with as little measuring as the decision needs.
@@ -227,12 +227,14 @@ class Prober:
         # One process alone cannot run what the processes of a training normalize together.
         alone = self.processes == 1 or not any(isinstance(m, nn.SyncBatchNorm) for m in self.chain.model.modules())
         if with_suffix or (workers and alone and costs.load / workers > prefix):
-            inputs = self._with_features(features, loaded)
-            suffix, peak = self.steps.measure(spec.cut, inputs if with_suffix else inputs[:1])
+            inputs = [self.step_inputs(drawn.batch) for drawn in loaded.base]
+            count = len(inputs) if with_suffix else 1
+            suffix, peak = self.steps.measure(spec.cut, inputs[:count], features[:count])
             costs = replace(costs, suffix=suffix, peak_memory_bytes=peak)
         yield costs
         codec = make_codec(spec.codec, spec.layout)
-        fitting = 0.0 if codec.fitted else self._fit(spec, codec, [*features, *of_views])
+        fits = not codec.fitted
+        fitting, fitted_here = self._fit(spec, codec, [*features, *of_views]) if fits else (0.0, 0.0)
         store, encode = self._encode(spec, codec, loaded, features, of_views)
         read, decode = self._time_replay(store)
         packed = store.frame_bytes() if spec.lossless else None
@@ -240,9 +242,14 @@ class Prober:
         yield costs
         if not spec.views.whole:
             compare = self._time_comparison(spec, loaded, features, of_views)
-            solving = _solving_seconds(spec, self._count_maps(spec, loaded))
-            costs = replace(costs, compare=compare, fixed=fitting + solving)
+            solving = solving_seconds(spec, self._count_maps(spec, loaded))
+            costs = replace(costs, compare=compare, fixed=costs.fixed + solving)
             yield costs
+        passes = 1 + fits + (not spec.views.whole)
+        ranges = len(loaded.rows) * (costs.load_base + costs.prefix + costs.encode)
+        small_build = small_build_seconds(self.context, spec, [row for rows in loaded.rows for row in rows])
+        once = max(0.0, small_build - fitted_here - ranges) + passes * self._time_worker_start(costs)
+        yield replace(costs, fixed=costs.fixed + once)
 
     # What a range costs, step by step
 
@@ -307,19 +314,19 @@ class Prober:
             seconds.append(timed(run)[1])
         return median_low(seconds[1:])
 
-    def _with_features(self, features: Sequence[torch.Tensor], loaded: _LoadedRanges) -> list[dict[str, Any]]:
-        return [
-            {**self.step_inputs(drawn.batch), self.chain.main_input: each}
-            for each, drawn in zip(features, loaded.base, strict=True)
-        ]
+    def _time_worker_start(self, costs: Costs) -> float:
+        if self._worker_start is None:
+            self._worker_start = worker_start_seconds(self.source, costs.load_base)
+        return self._worker_start
 
-    def _fit(self, spec: StoreSpec, codec: Codec, features: list[torch.Tensor]) -> float:
-        """Fits the codec; seconds that it takes on as many rows as a build fits it on."""
+    def _fit(self, spec: StoreSpec, codec: Codec, features: list[torch.Tensor]) -> tuple[float, float]:
+        """Fits the codec; seconds that it takes on as many rows as a build fits it on, and on these."""
         rows = fit_rows(spec)
         stride = fit_stride(rows, spec.layout)
         fitted_rows, pooled = -(-rows // stride), torch.cat(features)
         pooled = pooled[:: max(1, len(pooled) // fitted_rows)]
-        return timed(lambda: codec.fit(pooled))[1] * max(1.0, fitted_rows / len(pooled))
+        _, seconds = timed(lambda: codec.fit(pooled))
+        return seconds * max(1.0, fitted_rows / len(pooled)), seconds
 
     def _encode(
         self,
@@ -463,20 +470,3 @@ def _store_in_memory(
         lossless=spec.lossless,
     )
     return FeatureStore(spec.path, manifest, codec, views, {shard_name(0, 1): MemoryFile(memoryview(buffer))})
-
-
-def _solving_seconds(spec: StoreSpec, maps: int) -> float:
-    """Seconds of `ChannelMapFit.solve`, from a system that is solved in as many operations a second."""
-    if not maps:
-        return 0.0
-    channels = spec.layout.channels
-    fit = ChannelMapFit(channels, check_grid(spec.layout))
-    unknowns = fit.warped_inputs + len(spec.views.warped.channels) + 1
-    size, targets = min(unknowns, _SOLVED), min(channels, _SOLVED)
-    matrix = torch.eye(size, dtype=torch.float64) + 1 / size
-    right = torch.ones(size, targets, dtype=torch.float64)
-    torch.linalg.solve(matrix[:8, :8], right[:8])
-    _, seconds = timed(lambda: torch.linalg.solve(matrix, right))
-    # A map is solved for two halves and for both, and judged with warping alone on either half.
-    solved = 3 * (2 / 3 * unknowns**3 + 2 * unknowns**2 * channels) + 4 * 2 * unknowns**2 * channels
-    return seconds * maps * solved / (2 / 3 * size**3 + 2 * size**2 * targets)

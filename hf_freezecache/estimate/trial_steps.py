@@ -61,12 +61,15 @@ class TrialSteps:
         self.optimizer = torch.optim.AdamW if optimizer is None else optimizer
         self.max_grad_norm, self.accumulation = max_grad_norm, accumulation
 
-    def measure(self, cut: int, batches: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+    def measure(
+        self, cut: int, batches: Sequence[Mapping[str, Any]], features: Sequence[torch.Tensor] | None = None
+    ) -> tuple[float, int]:
         """Times one step a batch, after a step to warm up.
 
         Args:
-            cut: frozen blocks; the batches' main input is their feature.
+            cut: frozen blocks.
             batches: model inputs and labels, on the model's device.
+            features: of the batches at the cut; not needed at cut 0.
 
         Returns:
             Median seconds of a step, without loading and prefix; and the bytes that parameters, gradients, optimizer
@@ -82,20 +85,21 @@ class TrialSteps:
                 module.training = False
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with torch.enable_grad():
-                return self._measure(cut, trained, batches)
+                pairs = zip(batches, [None] * len(batches) if features is None else features, strict=True)
+                return self._measure(cut, trained, list(pairs))
 
-    def _measure(self, cut: int, trained: list[nn.Parameter], batches: Sequence[Mapping[str, Any]]):
+    def _measure(self, cut: int, trained: list[nn.Parameter], batches: list[tuple[Mapping[str, Any], Any]]):
         copies = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
         optimizer = self.optimizer(copies) if copies else None
         saved: dict[int, int] = {}
         seconds = []
-        for number, batch in enumerate([*batches[:_WARMUP], *batches]):
+        for number, (batch, features) in enumerate([*batches[:_WARMUP], *batches]):
             with contextlib.ExitStack() as stack:
                 if number == 0:
                     stack.enter_context(_counting_saved(saved))
                 elif torch.cuda.is_initialized():
                     torch.cuda.reset_peak_memory_stats()
-                gradients, computed = timed(partial(self._gradients, cut, trained, batch))
+                gradients, computed = timed(partial(self._gradients, cut, trained, batch, features))
             for copy, gradient in zip(copies, gradients, strict=True):
                 copy.grad = gradient
             _, stepped = timed(lambda: self._step(optimizer, copies))
@@ -113,9 +117,14 @@ class TrialSteps:
             peak = _tensor_bytes([*model.parameters(), *model.buffers()]) + copied + state + activation_bytes
         return statistics.median(seconds), peak
 
-    def _gradients(self, cut: int, trained: list[nn.Parameter], batch: Mapping[str, Any]) -> Sequence[Any]:
-        with self.chain.replay(cut):
-            loss = self.loss(self.chain.model, dict(batch))
+    def _gradients(
+        self, cut: int, trained: list[nn.Parameter], batch: Mapping[str, Any], features: torch.Tensor | None
+    ) -> Sequence[Any]:
+        inputs, main_input = dict(batch), None
+        if features is not None:
+            main_input = inputs[self.chain.main_input] = self.chain.input_of_replay(features, batch)
+        with self.chain.replay(cut, features, main_input):
+            loss = self.loss(self.chain.model, inputs)
             # Not `backward`: what hangs on the parameters (a wrapper's hooks, their gradients) is not concerned.
             if not trained or not loss.requires_grad:
                 return [None] * len(trained)

@@ -13,7 +13,7 @@ from ..rng import preserve_rng
 from .blocks import declared_blocks, named_blocks
 from .bypass import Bypass
 from .layout import FeatureLayout
-from .stand_ins import StandIn
+from .stand_ins import StandIn, stays_real
 from .tracing import (
     Block,
     Captured,
@@ -344,14 +344,14 @@ class BlockChain:
             return self.model(**{**inputs, self.main_input: main_input})
 
     def input_of_replay(self, features: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The main input of a batch whose features are known: integers as they are, a stand-in for anything else.
+        """The main input of a batch whose features are known: tokens as they are, a stand-in for anything else.
 
         Args:
             features: the feature at the cut.
             inputs: the batch; its main input may be missing unless it holds integers.
         """
         main = inputs.get(self.main_input)
-        if isinstance(main, torch.Tensor) and not main.is_floating_point():
+        if isinstance(main, torch.Tensor) and stays_real(main):
             return main
         return self._own_trace().main_stand_in(len(features), features.device)
 

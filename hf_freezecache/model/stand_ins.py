@@ -148,6 +148,11 @@ class StandIn(torch.Tensor):
         return tree_map(wrap, result)
 
 
+def stays_real(main_input: torch.Tensor) -> bool:
+    """Whether a main input stays as it is in replays: integers, one row per sample (tokens). Images do not."""
+    return not main_input.is_floating_point() and not main_input.is_complex() and main_input.ndim <= 2
+
+
 def _on_meta(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value

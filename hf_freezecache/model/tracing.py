@@ -467,10 +467,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module of it, is compiled: by `module.compile()` or as what `torch.compile` returned."""
-    return any(
-        module._compiled_call_impl is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module)
-        for module in model.modules()
-    )
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
 @contextlib.contextmanager

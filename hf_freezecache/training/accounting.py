@@ -281,8 +281,9 @@ class FlopMeter:
             return counter.get_total_flops() / len(features)
         features = self.chain.prefix(self.probe, cut)
         measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops
-        with self.chain.replay(cut):
-            return measure(model, {**self.probe, self.chain.main_input: features})
+        main_input = self.chain.input_of_replay(features, self.probe)
+        with self.chain.replay(cut, features, main_input):
+            return measure(model, {**self.probe, self.chain.main_input: main_input})
 
 
 class Accounts:

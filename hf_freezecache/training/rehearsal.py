@@ -12,7 +12,7 @@ import torch
 from ..build.context import BuildContext
 from ..build.materialize import spread
 from ..distributed import describe_error
-from ..model.stand_ins import FrozenOutputError, StandIn
+from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..model.tracing import untouched
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng
@@ -81,7 +81,7 @@ class Rehearsal:
         with preserve_rng():
             features = self.context.chain.prefix(self.context.model_inputs(batch), cut)
         main_input = self.context.chain.main_input
-        others = {name: value for name, value in batch.items() if name != main_input or not _is_image(value)}
+        others = {name: value for name, value in batch.items() if name != main_input or stays_real(value)}
         with self._running(cut):
             whole = self._run(batch, "a batch of images")
             replayed = self._run({_REHEARSED: features, **others}, "a batch of features")
@@ -179,8 +179,3 @@ def _agree(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 
 def _show(loss: torch.Tensor) -> str:
     return f"{float(loss):.7g}" if loss.numel() == 1 else f"of shape {tuple(loss.shape)}"
-
-
-def _is_image(value: Any) -> bool:
-    """Whether a main input is no sequence of integers, which stays as it is in a replay."""
-    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.ndim > 2

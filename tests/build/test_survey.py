@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 from transformers import default_data_collator
 
-from hf_freezecache.build.survey import look_closer, survey, why_random_on_device
+from hf_freezecache.build.survey import Augmentation, look_closer, survey, why_random_on_device
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.model.inputs import ModelInputs
 
@@ -175,6 +175,20 @@ def test_survey_reads_tens_of_rows():
 
     survey(RowSource(Counting(5000), collate, 32, 0), "pixel_values")
     assert len(Counting.seen) <= 24 and Counting.reads <= 200
+
+
+def test_samples_that_are_never_collated_together_are_looked_at_range_by_range():
+    class Sizes(Part):
+        def __getitem__(self, row):
+            pixels = super().__getitem__(row)["pixel_values"]
+            return {"pixel_values": pixels[..., : 8 if row < 32 else 16], "labels": row}
+
+    def look(is_noisy, collator=collate):
+        return survey(RowSource(Sizes(64, is_noisy), collator, 8, 0), "pixel_values")
+
+    assert look(never) == Augmentation()
+    assert look(lambda row: row > 55).random
+    assert "sorts" in look(never, lambda samples: collate(samples[::-1])).declined
 
 
 # On the device

@@ -20,7 +20,7 @@ def test_peak_memory_counts_weights_gradients_optimizer_and_activations(tmp_path
             "model": network,
             "prefix_parameters": lambda self, cut: {},
             "prefix_modules": lambda self, cut: [],
-            "replay": lambda self, cut: preserve_rng(),
+            "replay": lambda self, cut, features, main_input: preserve_rng(),
         },
     )()
     seconds, peak = steps.measure(0, [{"x": torch.randn(4, 10)}])

@@ -1,5 +1,7 @@
 """The callback asks the policy once an epoch, and a decision stays."""
 
+import sys
+
 import pytest
 from support.policies import Answers
 
@@ -8,13 +10,16 @@ from hf_freezecache.training.callback import FreezeCallback
 
 
 class Mover:
-    num_blocks = 6
+    num_blocks, batches = 6, 4
 
     def __init__(self):
         self.cuts, self.epochs_left, self.watched, self.announced, self.rehearsed = [], [], [], [], None
 
     def watch(self, signals):
         self.watched.append(signals)
+
+    def check_data(self, loader):
+        self.checked = loader
 
     def rehearse(self, cuts):
         self.rehearsed = cuts
@@ -33,15 +38,17 @@ class Mover:
         return {"some": "state"}
 
 
-def run_epochs(callback, mover, first, last, max_steps=20):
+def run_epochs(callback, mover, first, last, max_steps=20, loader=range(4), num_train_epochs=5):
     from types import SimpleNamespace
 
     args = SimpleNamespace(gradient_accumulation_steps=1)
-    state = SimpleNamespace(epoch=float(first), global_step=4 * first, max_steps=max_steps, num_train_epochs=5)
-    callback.on_train_begin(args, state, None)
+    state = SimpleNamespace(
+        epoch=float(first), global_step=4 * first, max_steps=max_steps, num_train_epochs=num_train_epochs
+    )
+    callback.on_train_begin(args, state, None, train_dataloader=loader)
     for epoch in range(first, last):
         state.epoch, state.global_step = float(epoch), 4 * epoch
-        callback.on_epoch_begin(args, state, None, train_dataloader=range(4))
+        callback.on_epoch_begin(args, state, None, train_dataloader=loader)
     return mover.cuts
 
 
@@ -49,6 +56,22 @@ def test_callback_cut_never_moves_back():
     callback, mover = FreezeCallback(Answers(0, 3, 1, 4, 2)), Mover()
     callback.attach(mover)
     assert run_epochs(callback, mover, 0, 5) == [0, 3, 3, 4, 4]
+
+
+def test_loader_without_a_length_is_counted_by_the_trainers_own():
+    asked = []
+
+    class Rule(Answers):
+        def decide(self, moment):
+            asked.append((moment.epoch, moment.num_epochs))
+            return super().decide(moment)
+
+    for loader, epochs in ((range(4), 5), (iter(()), sys.maxsize)):
+        callback, mover = FreezeCallback(Rule(0, 3, 3, 4, 4)), Mover()
+        callback.attach(mover)
+        run_epochs(callback, mover, 0, 5, loader=loader, num_train_epochs=epochs)
+        assert mover.checked is loader
+    assert asked[:5] == asked[5:] == [(epoch, 5) for epoch in range(5)]
 
 
 @pytest.mark.parametrize("answer", [7, -1, 2.0, True, None, "2"])
