@@ -63,6 +63,7 @@ def compare(
                 blocks[side].append(bench.run_block(side))
                 result["sides"] = describe_sides(blocks, setting.batch_size)
                 result["ratios"] = ratios(result["sides"])
+                result["single_step_ratios"] = ratios(result["sides"], "single_step_seconds")
                 publish(result)
         if bench.store is not None:
             result["replay_parts"] = time_parts(bench.store, setting.batch_size, options)
@@ -91,6 +92,7 @@ def describe_sides(blocks: Mapping[str, list[dict[str, Any]]], batch_size: int) 
         described[side] = {
             "step_seconds": summary(seconds),
             "each_block": seconds,
+            "single_step_seconds": summary([step for block in measured for step in block["single_steps"]]),
             "samples_per_second": batch_size / statistics.median(seconds),
             "peak_gpu_bytes": max(block["peak_bytes"] for block in measured),
             "block_seconds": statistics.median(block["block_seconds"] for block in measured),
@@ -98,9 +100,14 @@ def describe_sides(blocks: Mapping[str, list[dict[str, Any]]], batch_size: int) 
     return described
 
 
-def ratios(sides: Mapping[str, Any]) -> dict[str, float]:
-    """The ratios of which both sides were measured."""
-    medians = {side: value["step_seconds"]["median"] for side, value in sides.items()}
+def ratios(sides: Mapping[str, Any], clock: str = "step_seconds") -> dict[str, float]:
+    """The ratios of which both sides were measured.
+
+    Args:
+        sides: what `describe_sides` returned.
+        clock: `step_seconds`, medians of blocks, or `single_step_seconds`.
+    """
+    medians = {side: value[clock]["median"] for side, value in sides.items()}
     return {
         name: medians[above] / medians[below]
         for name, (above, below) in RATIOS.items()

@@ -6,6 +6,7 @@ import argparse
 import copy
 import gc
 import io
+import itertools
 import math
 import subprocess
 import time
@@ -215,25 +216,31 @@ class BlockClock(TrainerCallback):
 
     Attributes:
         step_seconds: mean of the counted steps.
+        single_steps: seconds of each of them, as the host sees it: `Trainer` waits for the GPU once a step.
         peak_bytes: peak of the GPU's memory during them, in all; 0 on a CPU.
     """
 
     def __init__(self, warmup: int):
         self.warmup = warmup
         self.step_seconds, self.peak_bytes = float("nan"), 0
-        self._start = 0.0
+        self._begun: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.warmup:
             synchronize()
             if use_gpu():
                 torch.cuda.reset_peak_memory_stats()
-            self._start = time.perf_counter()
         elif state.global_step == state.max_steps - 1:
             synchronize()
-            self.step_seconds = (time.perf_counter() - self._start) / (state.global_step - self.warmup)
+            self.step_seconds = (time.perf_counter() - self._begun[0]) / (state.global_step - self.warmup)
             if use_gpu():
                 self.peak_bytes = torch.cuda.max_memory_allocated()
+        if self.warmup <= state.global_step < state.max_steps:
+            self._begun.append(time.perf_counter())
+
+    @property
+    def single_steps(self) -> list[float]:
+        return [end - begin for begin, end in itertools.pairwise(self._begun)]
 
 
 @dataclass(frozen=True)
@@ -365,7 +372,11 @@ class Bench:
         trainer.train()
         if not math.isfinite(clock.step_seconds):
             raise RuntimeError(f"{side}: the training ended before step {self.options.steps}.")
-        block = {"step_seconds": clock.step_seconds, "peak_bytes": max(0, clock.peak_bytes - kept)}
+        block = {
+            "step_seconds": clock.step_seconds,
+            "single_steps": clock.single_steps,
+            "peak_bytes": max(0, clock.peak_bytes - kept),
+        }
         if side.startswith("replay"):
             block |= self._note_store(trainer)
         del trainer

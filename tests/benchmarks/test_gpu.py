@@ -80,6 +80,8 @@ def test_tiny_models_replay_on_a_cpu(tmp_path):
     steps = tasks["vit-base_92_int4_batch8"]["result"]
     assert steps["cut"] == 5
     assert steps["sides"].keys() == {"replay", "memory_gpu", "freeze_only"}
+    assert {side["single_step_seconds"]["n"] for side in steps["sides"].values()} == {3}
+    assert steps["single_step_ratios"].keys() == steps["ratios"].keys()
     assert steps["replay_parts"]["code_bytes_per_batch"] > 0
     equality = tasks["equality_resnet-50_bf16_deterministic_where_possible"]["result"]
     assert equality["replayed"] and equality["replay_against_freeze_only"]["bit_equal"]
