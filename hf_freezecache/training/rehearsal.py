@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..build.context import BuildContext
 from ..build.materialize import spread
@@ -17,6 +18,8 @@ from ..model.tracing import untouched
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng
 from .epoch_source import StepInputs
+
+logger = logging.get_logger(__name__)
 
 #: Rows of a rehearsal, spread over the data set.
 _ROWS = 4
@@ -106,15 +109,19 @@ class Rehearsal:
 
     def _batch(self) -> Mapping[str, Any]:
         source = self.context.source
-        rows = spread(len(source), min(_ROWS, len(source)))
+        count = min(_ROWS, len(source))
+        with preserve_rng():
+            try:
+                return source.collate(spread(len(source), count))
+            except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
+                logger.debug("Rows from all over the data set cannot be collated together", exc_info=error)
+                return self._neighbours(count)
+
+    def _neighbours(self, count: int) -> Mapping[str, Any]:
         try:
-            with preserve_rng():
-                return source.collate(rows)
+            return self.context.source.collate(self.context.source.rows(0)[:count])
         except Exception as error:  # the user's own code may raise anything
-            raise RehearsalError(
-                f"collating {len(rows)} rows failed with {describe_error(error)}. A store needs inputs of one size: "
-                "pad texts to one length (padding='max_length'), resize images."
-            ) from error
+            raise RehearsalError(f"collating the first {count} rows failed with {describe_error(error)}") from error
 
     def _run(self, batch: Mapping[str, Any], what: str) -> Outcome:
         try:
