@@ -48,6 +48,7 @@ def small_build_seconds(context: BuildContext, spec: StoreSpec, rows: Sequence[i
             notes={},
             limit=None,
             directory=Path(folder),
+            made_from={**spec.made_from, "rows": len(rows)},
             disable_tqdm=True,
         )
         return timed(lambda: materialize(small, Group()))[1]
