@@ -305,5 +305,8 @@ class Accounts:
                 yield phase
             finally:
                 self.meter.book_builds(phase)
+
+    def decline(self, phase: Phase) -> None:
+        """Books a build phase as a plan: it has come to no store."""
         if not phase.epochs:
             self.ledger.rename(phase, "plan")
