@@ -296,20 +296,17 @@ class Accounts:
 
     def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
         self.ledger, self.meter = Ledger(), FlopMeter(chain, probe)
-        self._declined = False
 
     @contextlib.contextmanager
     def building(self, cut: int) -> Iterator[Phase]:
         """A build phase for the length of a block, with the FLOPs of what was run for it."""
-        self._declined = False
         with self.ledger.phase(cut, "build") as phase:
             try:
                 yield phase
             finally:
                 self.meter.book_builds(phase)
-        if self._declined and not phase.epochs:
-            self.ledger.rename(phase, "plan")
 
-    def decline(self) -> None:
-        """Says inside `building` that it ends in no store: what it took was planning."""
-        self._declined = True
+    def decline(self, phase: Phase) -> None:
+        """Books a build phase as a plan: it has come to no store."""
+        if not phase.epochs:
+            self.ledger.rename(phase, "plan")

@@ -135,11 +135,11 @@ class StoreKeeper:
             return FromImages(cut)
         with self.accounts.building(cut) as phase:
             source = self._take(step, Request(cut, epochs_left, phase, _parent(previous)), previous, epoch, problems)
-            if isinstance(source, FromImages):
-                self.accounts.decline()
             if not isinstance(source, Writing):
                 self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)
-            return source
+        if isinstance(source, FromImages):
+            self.accounts.decline(phase)
+        return source
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
