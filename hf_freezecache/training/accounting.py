@@ -81,7 +81,7 @@ class Ledger:
 
     def end(self) -> None:
         """Closes the innermost phase."""
-        self.sample_memory()
+        self.sample_memory(ends=True)
         self._settle()
         self._open.pop()
 
@@ -113,9 +113,9 @@ class Ledger:
         """The innermost open phase."""
         return self._open[-1] if self._open else None
 
-    def sample_memory(self) -> None:
-        """Notes the memory in use for the open phase."""
-        if self._open:
+    def sample_memory(self, ends: bool = False) -> None:
+        """Notes the memory in use for the open phase; an accelerator remembers its peak itself."""
+        if self._open and (ends or not torch.cuda.is_initialized()):
             self._open[-1].peak_memory_bytes = max(self._open[-1].peak_memory_bytes, memory_in_use())
 
     def state_dict(self) -> list[dict[str, Any]]:

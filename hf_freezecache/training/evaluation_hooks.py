@@ -116,9 +116,9 @@ class EvaluationHooks(TrainerHooks):
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        if self._evaluation is None:
+        if self._session is None or self._evaluation is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._evaluation.prediction_step(inputs, force_eager=self._runs_compiled) as step_inputs:
+        with self._evaluation.prediction_step(inputs, force_eager=self._session.force_eager) as step_inputs:
             answer = super().prediction_step(model, step_inputs, *args, **kwargs)
         for tensor in find_tensors(answer).values():
             if isinstance(tensor, StandIn):

@@ -55,6 +55,7 @@ class FreezeSession:
         suspects: what users have put in the path of the loss, for messages.
         why_not_cached: why nothing can be cached in this training; None if it can.
         why_on_images: why evaluations cannot be cached; None if they can.
+        is_compiled: whether steps run compiled code, as far as is known.
         is_last: whether the training ends with this step, as far as is known.
 
     Attributes:
@@ -72,6 +73,7 @@ class FreezeSession:
         suspects: Sequence[str] = (),
         why_not_cached: str | None = None,
         why_on_images: str | None = None,
+        is_compiled: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
     ):
         self.chain, self.config, self.group = context.chain, context.config, context.group
@@ -83,7 +85,7 @@ class FreezeSession:
         spec_maker = SpecMaker(self.context)
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
-        self._explicit = explicit
+        self._explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
@@ -99,6 +101,9 @@ class FreezeSession:
                 self.announcer.warning(f"cache_eval: evaluations during training run on images ({reason}).")
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = context.model
+        # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
+        self.force_eager = False
+        self._live_buffers: list[torch.Tensor] = []
         # Why the store of the epoch could not be read on; None if it could.
         self._lost: str | None = None
         # Mode and samples of the last micro-batch.
@@ -141,6 +146,9 @@ class FreezeSession:
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
         self.source.turn(self.switch)
+        self.force_eager = self._is_compiled()
+        frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
+        self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
         phase = self.ledger.begin(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
@@ -206,7 +214,6 @@ class FreezeSession:
         batch: dict[str, Any],
         mix: Callable[[StepInputs], StepInputs],
         run: Callable[[dict[str, Any]], torch.Tensor],
-        force_eager: bool = False,
     ) -> torch.Tensor:
         """Runs one training step; on features where the batch is from a store, and they are valid.
 
@@ -216,43 +223,41 @@ class FreezeSession:
             batch: as the loader returned it.
             mix: mixes the rows of a step (mixup, cutmix).
             run: the trainer's step on model inputs.
-            force_eager: run compiled code uncompiled where the prefix is bypassed.
 
         Raises:
             MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
-            with bypassing(self.chain, step, force_eager):
+            with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step())
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
-                return self._run(step, mix, run, force_eager)
-            before = StepState(self.context.model)
+                return self._run(step, mix, run)
+            before = StepState(self._live_buffers)
             try:
-                return self._run(step, mix, run, force_eager)
+                return self._run(step, mix, run)
             except FrozenOutputError as error:
                 self._fall_back(str(error))
             before.restore()
         step = FromImages(self.chain.cut).step_inputs(batch, self.context)
-        return self._run(step, mix, run, force_eager)
+        return self._run(step, mix, run)
 
     def _run(
         self,
         step: StepInputs,
         mix: Callable[[StepInputs], StepInputs],
         run: Callable[[dict[str, Any]], torch.Tensor],
-        force_eager: bool,
     ) -> torch.Tensor:
         if step.features is not None and self.config.feature_noise:
             step = replace(step, features=add_noise(step.features, self.config.feature_noise))
         step = mix(step)
         self._last_step, self.recorder.active = (step.mode, step.samples), True
         try:
-            with bypassing(self.chain, step, force_eager):
+            with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         finally:
             self.recorder.active = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 
 from ..rng import RngState
 
@@ -12,12 +13,12 @@ class StepState:
     """Generators and buffers (BatchNorm statistics) before a step.
 
     Args:
-        model: whose buffers count; those of frozen blocks do not change.
+        buffers: that the step may change: those of the blocks that are not frozen.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, buffers: Sequence[torch.Tensor]):
         self._rng = RngState()
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
     def restore(self) -> None:
         """Puts them back."""
