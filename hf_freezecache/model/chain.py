@@ -159,6 +159,11 @@ class BlockChain:
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
             expected = _logits(self.model(**probe))
             features = self._capture(probe, cut)
+            if features.isnan().any() or expected.isnan().any():
+                raise ChainError(
+                    f"{self._cannot_cut(cut)} features or logits are NaN, which proves nothing: the weights have "
+                    "diverged (lower the learning rate?), or the samples are NaN."
+                )
             if not torch.equal(features, self._captured_in_training(probe, cut)):
                 raise ChainError(
                     f"{self._cannot_cut(cut)} in training the feature is random or depends on the batch, though every "
