@@ -13,7 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from ..model.stand_ins import FrozenOutputError, StandIn
 from ..model.tracing import find_tensors
-from ..rng import preserve_rng
+from ..rng import RngState, preserve_rng
 from .epoch_source import EpochSource, FromStore
 from .evaluation import EvaluationCache, EvaluationPass, cached_names
 from .hooks import TrainerHooks
@@ -96,11 +96,13 @@ class EvaluationHooks(TrainerHooks):
         if self._session is None:
             return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
         source = self._session.evaluation_source(dataloader)
+        before = RngState()
         try:
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         except FrozenOutputError as error:
             if self._evaluation is None or not isinstance(source, FromStore):
                 raise
+            before.restore()
             source = self._evaluation.decline(dataloader, error)
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         if self._evaluation is not None:
@@ -122,7 +124,7 @@ class EvaluationHooks(TrainerHooks):
             answer = super().prediction_step(model, step_inputs, *args, **kwargs)
         for tensor in find_tensors(answer).values():
             if isinstance(tensor, StandIn):
-                tensor.item()  # tells what is missing
+                tensor.item()  # raises, and tells what is missing
         return answer
 
     def _why_on_images(self) -> str | None:
