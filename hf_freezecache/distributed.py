@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
@@ -218,3 +219,24 @@ def rewrap_ddp(model: nn.Module) -> None:
     training = model.training
     model.__dict__.update(fresh.__dict__)  # attributes that accelerate has set beside its own stay
     model.training = training
+
+
+def syncs_buffers(model: nn.Module) -> bool:
+    """Whether the next forward pass of a wrapped model begins with buffers that its processes send around."""
+    model = getattr(model, "_orig_mod", model)
+    return isinstance(model, DistributedDataParallel) and bool(model.will_sync_module_buffers())
+
+
+@contextlib.contextmanager
+def without_buffer_sync(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass of a wrapped model waits for no other process."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    before = model.broadcast_buffers
+    model.broadcast_buffers = False
+    try:
+        yield
+    finally:
+        model.broadcast_buffers = before

@@ -237,14 +237,18 @@ class FreezeSession:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            before = StepState(self._live_buffers)
+            before = StepState(self._live_buffers, self.context.model, self.wrapped_model)
             try:
-                return self._run(step, mix, run)
+                with before.recording():
+                    return self._run(step, mix, run)
             except FrozenOutputError as error:
                 self._fall_back(str(error))
-            before.restore()
-        step = FromImages(self.chain.cut).step_inputs(batch, self.context)
-        return self._run(step, mix, run)
+            with before.again():
+                return self._run(self._on_images(batch), mix, run)
+        return self._run(self._on_images(batch), mix, run)
+
+    def _on_images(self, batch: dict[str, Any]) -> StepInputs:
+        return FromImages(self.chain.cut).step_inputs(batch, self.context)
 
     def _run(
         self,

@@ -15,6 +15,7 @@ from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tin
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
 
+from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 
 
@@ -23,6 +24,18 @@ def augmented(kind: str):
     if kind == "crop":
         return picture_dataset(50).with_transform(replayable())
     return pictures_with_a_marked_one(49).with_transform(replayable(FlipAndErase()))
+
+
+def mirror_in_step(step: int) -> None:
+    """In this step the last process alone calls the model on other images than those of the batch."""
+    plain = FreezeCacheTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == step and self.accelerator.process_index and model.training:
+            inputs = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+        return plain(self, model, inputs, *args, **kwargs)
+
+    FreezeCacheTrainer.compute_loss = compute_loss
 
 
 def main() -> None:
@@ -37,7 +50,10 @@ def main() -> None:
     parser.add_argument("--materialize", default="upfront")
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     parser.add_argument("--cache_eval", action="store_true")
+    parser.add_argument("--mirror_in_step", type=int)
     options = parser.parse_args()
+    if options.mirror_in_step is not None:
+        mirror_in_step(options.mirror_in_step)
     model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     trainer = run(
