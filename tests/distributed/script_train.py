@@ -15,7 +15,7 @@ from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tin
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
 
-from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache import FreezeCacheTrainer  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 
 
