@@ -14,15 +14,19 @@ from support.regression import (
     BLOCKS,
     Classifier,
     CountingModel,
+    Diary,
     DictModel,
+    Flags,
     Regression,
     RegressionModel,
     RegressionStream,
     Sequences,
     Side,
     TwoLabels,
+    accuracy,
     assert_same,
     outcome,
+    own_optimizers,
     pretrained,
     without_times,
 )
@@ -30,7 +34,6 @@ from torch.utils.data import SequentialSampler, WeightedRandomSampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     default_data_collator,
     get_constant_schedule_with_warmup,
@@ -40,16 +43,6 @@ from transformers.integrations import is_optuna_available
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 
 pytestmark = pytest.mark.slow
-
-
-def accuracy(prediction):
-    values = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.abs(values - prediction.label_ids) <= 0.25).mean())}
-
-
-def own_optimizers(model, steps=24):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / steps))
 
 
 # Training
@@ -154,7 +147,7 @@ def label_smoothing(side):
 
 def labels_of_all_accumulated_batches(side):
     def loss(outputs, labels, num_items_in_batch=None):
-        total = ((outputs[1] - labels) ** 2).sum()
+        total = ((outputs[0] - labels) ** 2).sum()
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     settings = dict(gradient_accumulation_steps=3, per_device_train_batch_size=5)
@@ -207,17 +200,11 @@ def samplers(side):
 
 
 def grouped_by_length(side):
-    class Named(Regression):
-        def __getitem__(self, row):
-            return {**super().__getitem__(row), "length": row % 9}
-
-        def __getattr__(self, name):
-            raise AttributeError(name)
-
     data = Regression()
     lengths = [int(row % 9) + 1 for row in range(64)]
     rows = Dataset.from_dict({"input_x": data.x, "labels": data.y["labels"], "length": lengths}).with_format("torch")
-    return outcome(side.train(train_dataset=rows, train_sampling_strategy="group_by_length"))
+    settings = dict(train_sampling_strategy="group_by_length", remove_unused_columns=False)
+    return outcome(side.train(train_dataset=rows, **settings))
 
 
 def loader_processes(side):
@@ -368,38 +355,6 @@ def states(side):
 # Callbacks
 
 
-class Diary(TrainerCallback):
-    """Writes down every event."""
-
-    def __init__(self):
-        self.events = []
-
-    def __getattribute__(self, name):
-        if name.startswith("on_"):
-            events = super().__getattribute__("events")
-
-            def note(args, state, control, **kwargs):
-                events.append((name, state.global_step, state.epoch, sorted(kwargs)))
-
-            return note
-        return super().__getattribute__(name)
-
-
-class Flags(TrainerCallback):
-    """Sets the flags that a loop obeys."""
-
-    def __init__(self, stop_epoch, stop):
-        self.stop_epoch, self.stop = stop_epoch, stop
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = state.global_step % 2 == 0
-        control.should_evaluate = state.global_step % 3 == 0
-        control.should_save = state.global_step == 4
-        control.should_epoch_stop = state.global_step == self.stop_epoch
-        control.should_training_stop = state.global_step == self.stop
-        return control
-
-
 def events(side):
     diary = Diary()
     settings = dict(eval_strategy="steps", eval_steps=5, save_strategy="epoch", logging_strategy="epoch")
@@ -429,7 +384,7 @@ def search(side):
     )
     sampler = optuna.samplers.RandomSampler(seed=3)
     best = trainer.hyperparameter_search(direction="minimize", hp_space=space, n_trials=3, sampler=sampler)
-    return best.run_id, best.objective, best.hyperparameters, outcome(trainer)
+    return best.run_id, best.objective, best.hyperparameters
 
 
 SCENARIOS = (

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from pathlib import Path, PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import datasets
@@ -139,7 +139,7 @@ class ValueDigest:
                 return _join(kind.__name__.encode(), [_bulk(text)])
         if kind in (list, tuple):
             return self.parts(kind.__name__, value)
-        if kind is dict:
+        if kind in (dict, MappingProxyType):  # dataclasses hold such a view of a dict
             return self.parts("dict", (part for item in value.items() for part in item))
         if kind in (set, frozenset):
             return _join(b"set", sorted(self(part) for part in value))

@@ -195,6 +195,11 @@ class BlockChain:
             )
         self._proved.add(cut)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the main input of one sample, as it was traced: of any number of dimensions."""
+        return tuple(self._own_trace().probe[self.main_input].shape[1:])
+
     def layout(self, cut: int) -> FeatureLayout:
         """Shape, grid, special tokens and dtype of the feature at `cut`.
 

@@ -410,7 +410,7 @@ class FreezeSession:
             return batch
         if self.chain.main_input in replayed.inputs:
             return replayed.inputs
-        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.layout(0).shape)
+        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.input_shape)
         return {self.chain.main_input: stand_in, **replayed.inputs}
 
     # Evaluations

@@ -16,6 +16,7 @@ from ..cache.names import partial_path
 from ..cache.rows import RowError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
+from ..model.tracing import ChainError
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, Problem, Writing
 from .store_provider import Decision, Declined, Request, StoreProvider
@@ -184,9 +185,10 @@ class StoreKeeper:
         """The store that `make` returns; images, with a message, if it returns none.
 
         Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
-        directory that can be written, under the defaults any error.
+        directory that can be written, and weights that have diverged since the cut was proved at the beginning; under
+        the defaults any error.
         """
-        survivable = BuildFailed if self.explicit else Exception
+        survivable = (BuildFailed, ChainError) if self.explicit else Exception
         try:
             return make()
         except (Declined, RowError) as reason:

@@ -1,5 +1,6 @@
 """Digests of values: equal for what is the same in another run, another for whatever can change what code does."""
 
+import dataclasses
 import functools
 import importlib
 import random
@@ -124,6 +125,14 @@ def test_method_put_into_a_class_of_a_library_counts(monkeypatch):
 def test_constant_of_a_library_transform_counts():
     normalize = [v2.Compose([v2.Normalize([mean], [1.0])]) for mean in (0.4, 0.4, 0.5)]
     assert digest(normalize[0]) == digest(normalize[1]) != digest(normalize[2])
+
+
+def test_dataclasses_count_by_their_fields():
+    def make(default, kind=int):
+        return dataclasses.make_dataclass("Rows", [("size", kind, dataclasses.field(default=default))])
+
+    rows = [make(1)(2), make(1)(3), make(4)(2), make(1, float)(2)]
+    assert len({digest(value) for value in rows}) == len(rows) and digest(make(1)(2)) == digest(rows[0])
 
 
 def test_containers_count_by_what_they_hold():

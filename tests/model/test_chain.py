@@ -382,3 +382,13 @@ def test_advance_of_a_feature_of_another_size_is_refused():
         chain.advance({"pixel_values": feature}, 2, 3)
     with pytest.raises(ValueError, match="go back"):
         chain.advance({"pixel_values": feature}, 2, 1)
+
+
+def test_a_model_whose_weights_are_nan_says_so():
+    model = zoo.make("vit")
+    chain = BlockChain.from_model(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ChainError, match="features or logits are NaN.*the weights have diverged"):
+        chain.prove({"pixel_values": zoo.pixels(model)}, 2)

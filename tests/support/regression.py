@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 BLOCKS = ("scale", "shift")
 #: Names of log entries that differ from run to run.
-_TIMES = ("runtime", "per_second")
+_TIMES = ("runtime", "per_second", "preparation_time")
 
 
 class Regression(torch.utils.data.Dataset):
@@ -170,6 +170,48 @@ class PretrainedRegression(PreTrainedModel):
 
 def pretrained(**settings) -> PretrainedRegression:
     return PretrainedRegression(RegressionConfig(**settings))
+
+
+def accuracy(prediction):
+    values = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.abs(np.asarray(values) - np.asarray(prediction.label_ids)) <= 0.25))}
+
+
+def own_optimizers(model, steps=24):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / steps))
+
+
+class Diary(TrainerCallback):
+    """Writes down every event."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            events = super().__getattribute__("events")
+
+            def note(args, state, control, **kwargs):
+                events.append((name, state.global_step, state.epoch, sorted(kwargs)))
+
+            return note
+        return super().__getattribute__(name)
+
+
+class Flags(TrainerCallback):
+    """Sets the flags that a loop obeys."""
+
+    def __init__(self, stop_epoch, stop):
+        self.stop_epoch, self.stop = stop_epoch, stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = state.global_step % 2 == 0
+        control.should_evaluate = state.global_step % 3 == 0
+        control.should_save = state.global_step == 4
+        control.should_epoch_stop = state.global_step == self.stop_epoch
+        control.should_training_stop = state.global_step == self.stop
+        return control
 
 
 @dataclass
