@@ -98,6 +98,8 @@ class EvaluationHooks(TrainerHooks):
         source = self._session.evaluation_source(dataloader)
         try:
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
+            if self._evaluation is not None and isinstance(source, FromStore):
+                self._evaluation.check_features()
         except FrozenOutputError as error:
             if self._evaluation is None or not isinstance(source, FromStore):
                 raise
@@ -118,11 +120,16 @@ class EvaluationHooks(TrainerHooks):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         if self._evaluation is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._evaluation.prediction_step(inputs, force_eager=self._runs_compiled) as step_inputs:
-            answer = super().prediction_step(model, step_inputs, *args, **kwargs)
-        for tensor in find_tensors(answer).values():
-            if isinstance(tensor, StandIn):
-                tensor.item()  # tells what is missing
+        try:
+            with self._evaluation.prediction_step(inputs, force_eager=self._runs_compiled) as step_inputs:
+                answer = super().prediction_step(model, step_inputs, *args, **kwargs)
+            for tensor in find_tensors(answer).values():
+                if isinstance(tensor, StandIn):
+                    tensor.item()  # tells what is missing
+        except FrozenOutputError as error:
+            if not self._evaluation.goes_on_after(error):
+                raise
+            return self.prediction_step(model, inputs, *args, **kwargs)  # on images
         return answer
 
     def _why_on_images(self) -> str | None:
