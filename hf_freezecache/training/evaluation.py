@@ -21,7 +21,6 @@ from ..cache.holdings import Holdings, disk_limit, is_owned
 from ..cache.rows import RowSource, check_dataset
 from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
-from ..model.stand_ins import FrozenOutputError
 from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
@@ -129,8 +128,6 @@ class EvaluationCache:
         self.announcer = Announcer(self.group, logger)
         self._sets: list[_CachedSet] = []
         self._running: _CachedSet | None = None
-        # Why the running evaluation does not go on with features on this process; None if it does.
-        self._failure: str | None = None
         #: Of the outermost `evaluate`; None outside.
         self._passes: list[EvaluationPass] | None = None
         self._ended_from_store = False
@@ -269,7 +266,7 @@ class EvaluationCache:
         if entry is None or not isinstance(source, FromStore):
             yield
             return
-        self._running, self._failure = entry, None
+        self._running = entry
         entry.switch.epoch = 0  # every evaluation counts its rows anew
         source.turn(entry.switch)
         try:
@@ -277,6 +274,11 @@ class EvaluationCache:
                 yield
         finally:
             self._running = None
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether an evaluation from a store is running."""
+        return self._running is not None
 
     @contextlib.contextmanager
     def prediction_step(self, batch: dict[str, Any], force_eager: bool) -> Iterator[dict[str, Any]]:
@@ -291,31 +293,9 @@ class EvaluationCache:
             yield batch
             return
         with self.chain.traced(entry.trace):
-            source = entry.source if self._failure is None else FromImages(entry.source.cut)
-            step: StepInputs = source.step_inputs(batch, replace(self.context, source=entry.rows))
+            step: StepInputs = entry.source.step_inputs(batch, replace(self.context, source=entry.rows))
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
-
-    def goes_on_after(self, error: FrozenOutputError) -> bool:
-        """Whether a step that has failed on features runs again on images, as all later ones of this evaluation.
-
-        So it is where other processes go on, and wait for this one's results.
-        """
-        if self._running is None or self.group.size == 1 or self._failure is not None:
-            return False
-        self._failure = str(error)
-        return True
-
-    def check_features(self) -> None:
-        """After an evaluation on features.
-
-        Raises:
-            FrozenOutputError: on all processes, if a step of one could not run on them.
-        """
-        failures = self.group.gather(self._failure)
-        failure = next((failure for failure in failures if failure is not None), None)
-        if failure is not None:
-            raise FrozenOutputError(failure)
 
     def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
         """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
