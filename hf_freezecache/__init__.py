@@ -22,10 +22,13 @@ _EXPORTS = {
     "FreezeCallback": "training.callback",
     "FreezePolicy": "policies",
     "FreezeStatus": "training.report",
+    "FrozenOutputError": "model.stand_ins",
+    "MismatchError": "training.session",
     "Moment": "policies",
     "ObservedBlock": "policies",
     "Plan": "estimate.costs",
     "PlanRow": "estimate.costs",
+    "RehearsalError": "training.rehearsal",
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
     "StoreError": "cache.manifest",
@@ -43,13 +46,16 @@ if TYPE_CHECKING:
     from .estimate.costs import Plan, PlanRow
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
+    from .model.stand_ins import FrozenOutputError
     from .model.tracing import ChainError
     from .planning import plan
     from .policies import FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator
     from .trainer import FreezeCacheTrainer
     from .training.callback import FreezeCallback
+    from .training.rehearsal import RehearsalError
     from .training.report import FreezeCacheReport, FreezeStatus
+    from .training.session import MismatchError
     from .training.trainer_hooks import FreezeCacheMixin
 
 __all__ = [
@@ -65,10 +71,13 @@ __all__ = [
     "FreezeCallback",
     "FreezePolicy",
     "FreezeStatus",
+    "FrozenOutputError",
+    "MismatchError",
     "Moment",
     "ObservedBlock",
     "Plan",
     "PlanRow",
+    "RehearsalError",
     "ReplayCollator",
     "ReplayableTransform",
     "StoreError",

@@ -109,7 +109,7 @@ class Bypass:
         if isinstance(value, StandIn):
             if value.is_input:
                 return
-        elif isinstance(value, torch.Tensor) and self.main_input is not None:
+        elif isinstance(value, torch.Tensor) and not isinstance(self.main_input, StandIn | None):
             given = self.main_input.to(value.device)
             if value is given or torch.equal(value, given):
                 return

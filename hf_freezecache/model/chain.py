@@ -55,6 +55,8 @@ class BlockChain:
         self.cut = 0
         self._trace: Trace | None = None
         self._proved: set[int] = set()
+        # Those of the cut; None: to be found.
+        self._frozen_modules: list[nn.Module] | None = None
         self._replaying = False
         self._requires_grad: dict[nn.Parameter, bool] = {}
 
@@ -112,6 +114,7 @@ class BlockChain:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
         self._trace = trace = run_trace(self.model, self.blocks, self._probe(inputs))
+        self._frozen_modules = None
         self._proved.clear()
         if self.cut:
             self.freeze(self.cut)  # only a trace tells which parameters outside the blocks belong to the prefix
@@ -225,6 +228,7 @@ class BlockChain:
             parameter.requires_grad_(False)
             parameter.grad = None
         self.cut = max(self.cut, cut)
+        self._frozen_modules = None
         self.eval_prefix()
         return newly_frozen
 
@@ -233,12 +237,14 @@ class BlockChain:
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         self._requires_grad.clear()
-        self.cut = 0
+        self.cut, self._frozen_modules = 0, None
 
     def eval_prefix(self) -> None:
         """Puts the frozen modules in eval mode. To be called again after every `model.train()`, which undoes it."""
-        for module in self.prefix_modules(self.cut):
-            module.training = False
+        if self._frozen_modules is None:
+            self._frozen_modules = self.prefix_modules(self.cut)
+        for module in self._frozen_modules:
+            object.__setattr__(module, "training", False)  # at every step, for all modules: the quick way
 
     def prefix_modules(self, cut: int) -> list[nn.Module]:
         """All modules that run before the cut and not after it, submodules included."""

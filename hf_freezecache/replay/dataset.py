@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from ..augment.draws import Draw, use_draw
 from ..augment.geometry import geometry_column
 from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, fetch
-from ..cache.store import FeatureStore
+from ..cache.store import FeatureStore, StoreHandle
 from ..rng import hash_key, seeded_rng
-from .requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound, requested, store_number
+from .requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound, requested
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,43 @@ class BatchRows:
     """The rows of a batch, as the training has asked for them.
 
     Args:
-        numbers: row numbers, int64 `(B,)`.
-        occurrences: how often each row was drawn in its epoch before, int64 `(B,)`.
-        epochs: of the training, int64 `(B,)`.
-        stores: `store_number` of the store that they come from, 0 for images, int64 `(B,)`.
+        table: int64 `(B, 4)`, one tensor as it travels with the batch: what the properties name.
 
     Shapes: B samples.
     """
 
-    numbers: torch.Tensor
-    occurrences: torch.Tensor
-    epochs: torch.Tensor
-    stores: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """Row numbers, int64 `(B,)`."""
+        return self.table[:, 0]
+
+    @property
+    def occurrences(self) -> torch.Tensor:
+        """How often each row was drawn in its epoch before, int64 `(B,)`."""
+        return self.table[:, 1]
+
+    @property
+    def epochs(self) -> torch.Tensor:
+        """Epochs of the training, int64 `(B,)`."""
+        return self.table[:, 2]
+
+    @property
+    def stores(self) -> torch.Tensor:
+        """`store_number` of the store that they come from, 0 for images, int64 `(B,)`."""
+        return self.table[:, 3]
 
     @classmethod
     def of(cls, rows: Sequence[RequestedRow]) -> BatchRows:
         """Those of some requested rows."""
-        columns = [(int(row), row.occurrence, row.origin.epoch, store_number(row.origin.store)) for row in rows]
-        return cls(*torch.tensor(columns, dtype=torch.int64).reshape(-1, 4).unbind(1))
+        columns = [(int(row), row.occurrence, row.origin.epoch, row.origin.store_number) for row in rows]
+        return cls(torch.tensor(columns, dtype=torch.int64).reshape(-1, 4))
 
     @classmethod
     def merge(cls, parts: Sequence[BatchRows]) -> BatchRows:
         """Joins the rows of several batches."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return cls(torch.cat([part.table for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,8 @@ def choose_views(
 def _in_turn(
     kind: str, seed: int, turn: int, samples: Sequence[int], occurrences: Sequence[int] | None, views: int
 ) -> np.ndarray:
+    if not views:
+        return np.zeros(len(samples), np.int64)
     times = [0] * len(samples) if occurrences is None else occurrences
     chosen = [
         (hash_key(kind, seed, sample) + turn + time) % (views + 1) for sample, time in zip(samples, times, strict=True)
@@ -164,7 +181,7 @@ class ReplayDataset(Dataset):
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
         self.inner, self.seed = inner, seed
         self.switch: SourceSwitch | None = switch
-        self._store: tuple[RowOrigin, FeatureStore] | None = None
+        self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -243,9 +260,10 @@ class ReplayDataset(Dataset):
         assert origin.store is not None  # the caller has asked
         numbers = [int(row) for row in rows]
         try:
-            if self._store is None or self._store[0] != origin:
+            key = origin.store, origin.handle
+            if self._store is None or self._store[0] != key:
                 opened = FeatureStore.open(origin.store) if origin.handle is None else origin.handle.open()
-                self._store = origin, opened
+                self._store = key, opened
             store = self._store[1]
             views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
             entries = store.read_rows(numbers, views)

@@ -13,6 +13,7 @@ import operator
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from torch.utils.data import BatchSampler
 
 from ..cache.store import StoreHandle
 from ..rng import hash_key
+
+
+def store_number(path: Path | None) -> int:
+    """A number for a store, to tell batches of one from those of another: 63 bits; 0 for images."""
+    return 0 if path is None else hash_key("store", str(path.absolute())) >> 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class RowOrigin:
     store: Path | None = None
     round: WriteRound | None = None
     handle: StoreHandle | None = None
+
+    @cached_property
+    def store_number(self) -> int:
+        """Tells batches of one store from those of another: 63 bits; 0 for images."""
+        return store_number(self.store)
 
 
 class RequestedRow(int):
@@ -110,11 +121,6 @@ class Trial:
         """What a sampler, or a batch sampler, yields for them."""
         batch = [RequestedRow(number, RowOrigin()) for number in range(self.size)]
         return iter([batch] * self.batches if in_batches else batch * self.batches)
-
-
-def store_number(path: Path | None) -> int:
-    """A number for a store, to tell batches of one from those of another: 63 bits."""
-    return 0 if path is None else hash_key("store", str(path.absolute())) >> 1
 
 
 class SourceSwitch:

@@ -81,7 +81,7 @@ class Ledger:
 
     def end(self) -> None:
         """Closes the innermost phase."""
-        self.sample_memory()
+        self.sample_memory(ends=True)
         self._settle()
         self._open.pop()
 
@@ -113,9 +113,9 @@ class Ledger:
         """The innermost open phase."""
         return self._open[-1] if self._open else None
 
-    def sample_memory(self) -> None:
-        """Notes the memory in use for the open phase."""
-        if self._open:
+    def sample_memory(self, ends: bool = False) -> None:
+        """Notes the memory in use for the open phase; an accelerator remembers its peak itself."""
+        if self._open and (ends or not torch.cuda.is_initialized()):
             self._open[-1].peak_memory_bytes = max(self._open[-1].peak_memory_bytes, memory_in_use())
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -296,20 +296,17 @@ class Accounts:
 
     def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
         self.ledger, self.meter = Ledger(), FlopMeter(chain, probe)
-        self._declined = False
 
     @contextlib.contextmanager
     def building(self, cut: int) -> Iterator[Phase]:
         """A build phase for the length of a block, with the FLOPs of what was run for it."""
-        self._declined = False
         with self.ledger.phase(cut, "build") as phase:
             try:
                 yield phase
             finally:
                 self.meter.book_builds(phase)
-        if self._declined and not phase.epochs:
-            self.ledger.rename(phase, "plan")
 
-    def decline(self) -> None:
-        """Says inside `building` that it ends in no store: what it took was planning."""
-        self._declined = True
+    def decline(self, phase: Phase) -> None:
+        """Books a build phase as a plan: it has come to no store."""
+        if not phase.epochs:
+            self.ledger.rename(phase, "plan")

@@ -55,6 +55,7 @@ class FreezeSession:
         suspects: what users have put in the path of the loss, for messages.
         why_not_cached: why nothing can be cached in this training; None if it can.
         why_on_images: why evaluations cannot be cached; None if they can.
+        is_compiled: whether steps run compiled code, as far as is known.
         is_last: whether the training ends with this step, as far as is known.
 
     Attributes:
@@ -72,6 +73,7 @@ class FreezeSession:
         suspects: Sequence[str] = (),
         why_not_cached: str | None = None,
         why_on_images: str | None = None,
+        is_compiled: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
     ):
         self.chain, self.config, self.group = context.chain, context.config, context.group
@@ -83,7 +85,7 @@ class FreezeSession:
         spec_maker = SpecMaker(self.context)
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
-        self._explicit = explicit
+        self._explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
@@ -99,7 +101,12 @@ class FreezeSession:
                 self.announcer.warning(f"cache_eval: evaluations during training run on images ({reason}).")
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = context.model
-        # Why the store of the epoch could not be read on; None if it could.
+        # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
+        self.force_eager = False
+        self._live_buffers: list[torch.Tensor] = []
+        # What this process alone has found in the middle of an epoch: why the features are not used any more, and why
+        # the store could not be read on.
+        self._mismatch: str | None = None
         self._lost: str | None = None
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, int] | None = None
@@ -141,6 +148,9 @@ class FreezeSession:
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
         self.source.turn(self.switch)
+        self.force_eager = self._is_compiled()
+        frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
+        self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
         phase = self.ledger.begin(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
@@ -149,6 +159,7 @@ class FreezeSession:
         if self.ledger.current is not None:
             self.ledger.current.epochs += 1
             self.ledger.end()
+        self._share_problems()  # the last epoch has no beginning after it
 
     def end_step(self) -> None:
         if self.ledger.current is not None:
@@ -206,7 +217,6 @@ class FreezeSession:
         batch: dict[str, Any],
         mix: Callable[[StepInputs], StepInputs],
         run: Callable[[dict[str, Any]], torch.Tensor],
-        force_eager: bool = False,
     ) -> torch.Tensor:
         """Runs one training step; on features where the batch is from a store, and they are valid.
 
@@ -216,43 +226,51 @@ class FreezeSession:
             batch: as the loader returned it.
             mix: mixes the rows of a step (mixup, cutmix).
             run: the trainer's step on model inputs.
-            force_eager: run compiled code uncompiled where the prefix is bypassed.
 
         Raises:
             MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
-            with bypassing(self.chain, step, force_eager):
+            with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         if isinstance(self.source, FromStore):
-            self._fall_back(self.proof.at_step())
+            self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
-                return self._run(step, mix, run, force_eager)
-            before = StepState(self.context.model)
+                return self._run(step, mix, run)
+            state = StepState(self.wrapped_model, self._live_buffers)
             try:
-                return self._run(step, mix, run, force_eager)
+                with state.recording():
+                    return self._run(step, mix, run)
             except FrozenOutputError as error:
-                self._fall_back(str(error))
-            before.restore()
+                self._fall_back(str(error), alone=True)
+            with state.repeating():
+                return self._run_on_images(batch, mix, run)
+        return self._run_on_images(batch, mix, run)
+
+    def _run_on_images(
+        self,
+        batch: dict[str, Any],
+        mix: Callable[[StepInputs], StepInputs],
+        run: Callable[[dict[str, Any]], torch.Tensor],
+    ) -> torch.Tensor:
         step = FromImages(self.chain.cut).step_inputs(batch, self.context)
-        return self._run(step, mix, run, force_eager)
+        return self._run(step, mix, run)
 
     def _run(
         self,
         step: StepInputs,
         mix: Callable[[StepInputs], StepInputs],
         run: Callable[[dict[str, Any]], torch.Tensor],
-        force_eager: bool,
     ) -> torch.Tensor:
         if step.features is not None and self.config.feature_noise:
             step = replace(step, features=add_noise(step.features, self.config.feature_noise))
         step = mix(step)
         self._last_step, self.recorder.active = (step.mode, step.samples), True
         try:
-            with bypassing(self.chain, step, force_eager):
+            with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         finally:
             self.recorder.active = False
@@ -325,10 +343,9 @@ class FreezeSession:
                 self.source.store.check_unchanged()
             except StoreError as error:
                 self._lose(str(error))
-        problems = self.group.gather((self.keeper.mismatch, self._lost))
-        mismatch = next((mismatch for mismatch, _ in problems if mismatch is not None), None)
-        if self.keeper.mismatch is None:
-            self._fall_back(mismatch)
+        problems = self.group.gather((self._mismatch, self._lost))
+        self._mismatch = None
+        self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
         lost = next((lost for _, lost in problems if lost is not None), None)
         if lost is not None:
             self._lose(lost)
@@ -357,20 +374,28 @@ class FreezeSession:
         self.keeper.provider.lose(store)
         self._turn_to_images(FromImages(0, why))
 
-    def _fall_back(self, why: str | None) -> None:
+    def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.
+
+        Args:
+            why: as a sentence; None: there is no reason.
+            alone: whether the other processes do not know. They do at the end of the epoch, and where it is an error
+                they raise it then, together: no process waits for one that is gone.
 
         Raises:
             MismatchError: under `on_mismatch="error"`.
         """
         if why is None:
             return
-        if self.config.on_mismatch == "error":
+        if self.config.on_mismatch == "error" and not (alone and self.group.size > 1):
             raise MismatchError(
                 f"the features of cut {self.chain.cut} cannot be used (any more): {why} on_mismatch='fallback' would "
                 "go on from images."
             )
-        self._decline(why)
+        if alone:
+            self._mismatch = why
+        if self.keeper.mismatch is None:
+            self._decline(why)
         if isinstance(self.source, FromStore):
             self._turn_to_images(FromImages(self.chain.cut, why))
 

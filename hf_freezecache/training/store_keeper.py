@@ -16,6 +16,7 @@ from ..cache.names import partial_path
 from ..cache.rows import RowError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
+from ..model.tracing import ChainError
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, Problem, Writing
 from .store_provider import Decision, Declined, Request, StoreProvider
@@ -135,11 +136,11 @@ class StoreKeeper:
             return FromImages(cut)
         with self.accounts.building(cut) as phase:
             source = self._take(step, Request(cut, epochs_left, phase, _parent(previous)), previous, epoch, problems)
-            if isinstance(source, FromImages):
-                self.accounts.decline()
             if not isinstance(source, Writing):
                 self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)
-            return source
+        if isinstance(source, FromImages):
+            self.accounts.decline(phase)
+        return source
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
@@ -184,9 +185,10 @@ class StoreKeeper:
         """The store that `make` returns; images, with a message, if it returns none.
 
         Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
-        directory that can be written, under the defaults any error.
+        directory that can be written, and weights that have diverged since the cut was proved at the beginning; under
+        the defaults any error.
         """
-        survivable = BuildFailed if self.explicit else Exception
+        survivable = (BuildFailed, ChainError) if self.explicit else Exception
         try:
             return make()
         except (Declined, RowError) as reason:

@@ -228,6 +228,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             self._suspects(),
             why_not_cached,
             self._why_on_images(),
+            is_compiled=lambda: self._runs_compiled,
             is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
         )
         # The cuts of a schedule do not depend on the number of epochs.
@@ -346,9 +347,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         step = super().training_step
         if self._session is None:
             return step(model, self._mix(StepInputs(inputs, 0)).inputs, *args, **kwargs)
-        return self._session.training_step(
-            inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs), self._runs_compiled
-        )
+        return self._session.training_step(inputs, self._mix, lambda inputs: step(model, inputs, *args, **kwargs))
 
     def _mix(self, step: StepInputs) -> StepInputs:
         """Mixes images of a live batch, or features of a replayed one."""
@@ -372,7 +371,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def _track_num_input_tokens(self, inputs) -> None:
         # A batch of codes counts as the live batch of the same samples.
-        super()._track_num_input_tokens(inputs if self._session is None else self._session.live_shapes(inputs))
+        if self._session is not None and self.args.include_num_input_tokens_seen != "no":
+            inputs = self._session.live_shapes(inputs)
+        super()._track_num_input_tokens(inputs)
 
 
 _GIVEN = "_freeze_given"

@@ -36,8 +36,7 @@ def test_cached_rows_become_codes_and_inputs_without_the_users_collator(store):
     dataset = wrap(NoItems())
     dataset.switch.set(store.path)
     whole = ReplayCollator(forbidden)(ask(dataset, [4, 2]))
-    rows = {ROW_PREFIX + name for name in ("numbers", "occurrences", "epochs", "stores")}
-    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels", *rows}
+    assert set(whole) == {CODE_PREFIX + "base", CODE_PREFIX + "special", "labels", ROW_PREFIX + "table"}
     assert whole[CODE_PREFIX + "base"].dtype == torch.uint8
     # A loader without `__getitems__` hands over single rows.
     dataset.switch.epoch = 0
@@ -70,8 +69,9 @@ def test_model_input_named_as_a_codec_column_of_another_codec_is_no_code(tmp_pat
 
 
 def test_take_codes_splits_only_replayed_batches():
-    rows = {ROW_PREFIX + name: torch.ones(1) for name in ("numbers", "occurrences", "epochs", "stores")}
-    replayed = take_codes({CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1), **rows})
+    rows = torch.tensor([[1, 0, 3, 7]])
+    batch = {CODE_PREFIX + "base": torch.ones(1), "labels": torch.zeros(1), ROW_PREFIX + "table": rows}
+    replayed = take_codes(batch)
     assert list(replayed.codes) == ["base"] and list(replayed.inputs) == ["labels"]
     assert replayed.rows.numbers.tolist() == [1]
     assert take_codes({"pixel_values": torch.zeros(1)}) is None

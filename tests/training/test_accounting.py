@@ -274,16 +274,14 @@ def test_build_counts_what_the_prefix_ran_on(tmp_path):
 def test_build_phase_without_a_store_is_a_plan(clock):
     accounts = Accounts.__new__(Accounts)
     accounts.ledger, accounts.meter = Ledger(), SimpleNamespace(book_builds=lambda phase: None)
-    with accounts.building(3):
+    with accounts.building(3) as phase:
         clock(2.0)
-        accounts.decline()
+    accounts.decline(phase)
     with accounts.building(3) as phase:
         clock(5.0)
         phase.set_store(10)
+    accounts.decline(phase)  # of the same cut: it stays a build
     with accounts.building(4):
-        clock(1.0)
-        accounts.decline()
-    with accounts.building(5):
-        clock(3.0)  # one that was made before is opened
+        clock(1.0)  # a store was opened
     booked = [(phase.cut, phase.mode, phase.seconds) for phase in accounts.ledger.phases]
-    assert booked == [(3, "plan", 2.0), (3, "build", 5.0), (4, "plan", 1.0), (5, "build", 3.0)]
+    assert booked == [(3, "plan", 2.0), (3, "build", 5.0), (4, "build", 1.0)]

@@ -177,11 +177,7 @@ def write_epoch(keeper, source):
         batch = dict(keeper.provider.source.collate(rows))
         batch |= {
             "freezecache-drawn.views": torch.zeros(len(rows)).long(),
-            "freezecache-row.numbers": torch.tensor(rows),
-            **{
-                f"freezecache-row.{name}": torch.zeros(len(rows)).long()
-                for name in ("occurrences", "epochs", "stores")
-            },
+            "freezecache-row.table": torch.tensor([[row, 0, 0, 0] for row in rows]),
         }
         step = source.step_inputs(batch, keeper.provider.spec_maker.context)
         assert (step.bypassed, step.mode, step.samples) == (2, "live", len(rows))
