@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
@@ -225,3 +226,18 @@ def rewrap_ddp(model: nn.Module) -> None:
     training = model.training
     model.__dict__.update(fresh.__dict__)  # attributes that accelerate has set beside its own stay
     model.training = training
+
+
+@contextlib.contextmanager
+def without_buffer_sync(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass of a wrapped model waits for no other process."""
+    ddp = find_ddp(model)
+    if ddp is None:
+        yield
+        return
+    before = ddp.broadcast_buffers
+    ddp.broadcast_buffers = False
+    try:
+        yield
+    finally:
+        ddp.broadcast_buffers = before

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from ..distributed import without_buffer_sync
 from ..model.stand_ins import StandIn
 from ..model.tracing import find_tensors
 from .hooks import TrainerHooks
 from .rehearsal import Outcome
+from .trainer_state import remembering
 
 #: What users override in the path of the loss.
 _IN_THE_PATH = ("training_step", "compute_loss", "_prepare_inputs", "_prepare_input", "get_batch_samples")
@@ -36,12 +38,28 @@ class RehearsalHooks(TrainerHooks):
         outputs: dict[str, torch.Tensor] = {}
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:
-            with self._capturing_gradients(trained) as gradients, self.accelerator.no_sync(model):
+            with remembering(self, own), self._alone(model), self._capturing_gradients(trained) as gradients:
                 batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
                 loss = self.training_step(model, batches[0], num_items_in_batch)
         finally:
             hook.remove()
         return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
+
+    @contextmanager
+    def _alone(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, `Trainer` and the wrapped model log nothing, and wait for no other process: it may have failed."""
+        ddp = getattr(model, "_orig_mod", model)
+        averages, syncs = self.args.average_tokens_across_devices, vars(ddp).get("require_forward_param_sync")
+        self.args.average_tokens_across_devices = False
+        self.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        try:
+            with self.accelerator.no_sync(model), without_buffer_sync(model):
+                yield
+        finally:
+            del self.log
+            self.args.average_tokens_across_devices = averages
+            if syncs is not None:
+                ddp.require_forward_param_sync = syncs  # `no_sync` has told it to leave out the next one
 
     @contextmanager
     def _capturing_gradients(self, trained: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked
 from support.sessions import chain_of  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
+from hf_freezecache import FreezeCacheTrainer  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 from hf_freezecache.training.session import MismatchError  # noqa: E402
 
@@ -25,6 +26,18 @@ def augmented(kind: str):
     if kind == "crop":
         return picture_dataset(50).with_transform(replayable())
     return pictures_with_a_marked_one(49).with_transform(replayable(FlipAndErase()))
+
+
+def mirror_in_step(step: int) -> None:
+    """In this step the last process alone calls the model on other images than those of the batch."""
+    plain = FreezeCacheTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == step and self.accelerator.process_index and model.training:
+            inputs = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+        return plain(self, model, inputs, *args, **kwargs)
+
+    FreezeCacheTrainer.compute_loss = compute_loss
 
 
 def main() -> None:
@@ -43,7 +56,10 @@ def main() -> None:
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the only process that has it")
     parser.add_argument("--trouble_step", type=int, default=0)
+    parser.add_argument("--mirror_in_step", type=int)
     options = parser.parse_args()
+    if options.mirror_in_step is not None:
+        mirror_in_step(options.mirror_in_step)
     try:
         train(options)
     except MismatchError as error:

@@ -45,6 +45,18 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     assert cached["weights"] == frozen["weights"]
 
 
+def test_a_step_that_one_process_runs_again_on_images_waits_for_nobody(tmp_path):
+    """BatchNorm statistics are sent around before a forward pass, and the other process makes only one."""
+    for name, arguments in {"frozen": ["--cache", "never"], "cached": ["--codec", "fp32"]}.items():
+        (tmp_path / name).mkdir()
+        shared = ["--model", "resnet", "--points", "1:2", "--mirror_in_step", "10"]
+        launch(["--output", tmp_path / name, *shared, *arguments], timeout=120)
+    (first, second), frozen = seen_by(tmp_path / "cached"), seen_by(tmp_path / "frozen")[0]
+    assert first["weights"] == second["weights"] == frozen["weights"]
+    assert first["losses"] == frozen["losses"]
+    assert not first["replaying"]
+
+
 def test_two_processes_evaluate_from_one_store(tmp_path):
     launch(["--output", tmp_path, "--points", "0:3", "--cache_eval"])
     first, second = seen_by(tmp_path)
