@@ -191,6 +191,12 @@ def _name_process(error: Exception, rank: int) -> Exception:
     return error
 
 
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel wrapper of a model; None if it has none."""
+    model = getattr(model, "_orig_mod", model)  # accelerate compiles around the wrapper
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
 def rewrap_ddp(model: nn.Module) -> None:
     """Makes a DistributedDataParallel wrapper forget parameters that no longer need a gradient.
 
@@ -198,9 +204,10 @@ def rewrap_ddp(model: nn.Module) -> None:
     the wrapper in a local variable, so it cannot be exchanged: it takes over the state of a fresh one, with the same
     settings, and the old reducer goes with its hooks.
     """
-    model = getattr(model, "_orig_mod", model)  # accelerate compiles around the wrapper
-    if not isinstance(model, DistributedDataParallel) or not any(p.requires_grad for p in model.module.parameters()):
+    found = find_ddp(model)
+    if found is None or not any(p.requires_grad for p in found.module.parameters()):
         return
+    model = found
     for parameter in model.module.parameters():
         parameter.grad = None  # a gradient may be a view into a bucket of the old reducer
     buffer_sync: dict[str, Any] = {_BUFFER_SYNC: model.broadcast_buffers}
@@ -221,22 +228,16 @@ def rewrap_ddp(model: nn.Module) -> None:
     model.training = training
 
 
-def syncs_buffers(model: nn.Module) -> bool:
-    """Whether the next forward pass of a wrapped model begins with buffers that its processes send around."""
-    model = getattr(model, "_orig_mod", model)
-    return isinstance(model, DistributedDataParallel) and bool(model.will_sync_module_buffers())
-
-
 @contextlib.contextmanager
 def without_buffer_sync(model: nn.Module) -> Iterator[None]:
     """Inside, a forward pass of a wrapped model waits for no other process."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, DistributedDataParallel):
+    ddp = find_ddp(model)
+    if ddp is None:
         yield
         return
-    before = model.broadcast_buffers
-    model.broadcast_buffers = False
+    before = ddp.broadcast_buffers
+    ddp.broadcast_buffers = False
     try:
         yield
     finally:
-        model.broadcast_buffers = before
+        ddp.broadcast_buffers = before

@@ -70,12 +70,13 @@ def test_predict_with_generate_evaluates_on_images_and_says_so(tmp_path, caplog)
     assert not any("_cached" in key for entry in trainer.state.log_history for key in entry)
 
 
-def test_tokens_of_live_epochs_are_counted_and_codes_are_not(tmp_path, caplog):
+def test_tokens_of_replay_epochs_count_as_those_of_live_ones(tmp_path, caplog):
     settings = dict(num_train_epochs=3, include_num_input_tokens_seen="all")
     plain = run(tiny_vit(), pixel_dataset(), tmp_path / "plain", trainer_class=Trainer, **settings)
     ours = run(tiny_vit(), pixel_dataset(), tmp_path / "ours", manual("1:2"), **settings)
     pixels = 32 * 3 * 16 * 16
-    assert (plain.state.num_input_tokens_seen, ours.state.num_input_tokens_seen) == (3 * pixels, pixels)
+    assert (plain.state.num_input_tokens_seen, ours.state.num_input_tokens_seen) == (3 * pixels, 3 * pixels)
+    assert ours.freeze_status().replaying
     assert not any("number of tokens" in record.getMessage() for record in caplog.records)
 
 

@@ -284,3 +284,19 @@ def test_trials_share_one_budget_and_what_is_equal(tmp_path):
     assert max(sizes) <= 60_000
     assert len(seen[1]) == len(seen[2]) == len(last) == 1
     assert seen[1] != seen[2] == last
+
+
+def test_status_after_a_search_without_freezing_is_plain(tmp_path):
+    trainer = FreezeCacheTrainer(
+        model_init=lambda: tiny_vit(),
+        args=make_args(tmp_path, eval_strategy="epoch", num_train_epochs=1),
+        train_dataset=pixel_dataset(),
+        eval_dataset=pixel_dataset(8),
+        freeze_cache=FreezeCacheConfig(policy="none"),
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
+        n_trials=1,
+        backend="optuna",
+    )
+    assert trainer.freeze_status().cut == 0 and not trainer.freeze_status().replaying

@@ -149,15 +149,15 @@ def measure_steps(options: argparse.Namespace, images: Any, model: Any) -> dict[
 
 def parse_options() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--freeze_epoch", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--freeze_epoch", type=int, default=1)
     parser.add_argument("--cut", type=int, default=10)
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     parser.add_argument("--rows", type=int, help="number of training images (default: all)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a block")
-    parser.add_argument("--rounds", type=int, default=4, help="timed blocks of each side")
+    parser.add_argument("--steps", type=int, default=24, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=5, help="timed blocks of each side")
     options = parser.parse_args()
     if options.smoke:
         options.epochs, options.freeze_epoch, options.rows, options.steps, options.rounds = 3, 1, 128, 4, 1

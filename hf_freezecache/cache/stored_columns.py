@@ -13,6 +13,9 @@ from .arrow_stream import PlacedBatch, buffer_places
 from .held_files import Readable
 from .manifest import REBUILD, StoreError
 
+#: Bytes of a row, and of all rows of a column, up to which the column is read once and kept: labels, geometry.
+_SMALL_ROW, _SMALL_COLUMN = 64, 1 << 24
+
 
 class StoredColumn(ABC):
     """One column over all record batches of a store. A row is read by itself, whatever is beside it.
@@ -97,9 +100,14 @@ class FixedColumn(StoredColumn):
         self.dtype = np.dtype((kind.value_type if is_list else kind).to_pandas_dtype())
         self._row_bytes = self.width * self.dtype.itemsize
         super().__init__(batches, schema, name, where)
+        self._in_memory: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         batches, places = self._locate(rows)
+        if self._row_bytes <= _SMALL_ROW and len(self) * self._row_bytes <= _SMALL_COLUMN:
+            if self._in_memory is None:
+                self._in_memory = self._read_all()
+            return self._in_memory[rows]
         values = np.empty((len(rows), self.width), self.dtype)
         if not values.size:
             return values
@@ -114,6 +122,15 @@ class FixedColumn(StoredColumn):
             self._files[number].read_rows(part.reshape(-1).view(np.uint8).data, offsets[here].tolist())
             values[here] = part
         return values
+
+    def _read_all(self) -> np.ndarray:
+        sizes = (self._rows * self._row_bytes).tolist()
+        starts = self._starts[:, -1].tolist()
+        parts = [
+            self._file(number).read(size, start)
+            for number, (size, start) in enumerate(zip(sizes, starts, strict=True))
+        ]
+        return np.frombuffer(b"".join(parts), self.dtype).reshape(len(self), self.width)
 
     def _least_sizes(self, rows: int) -> tuple[int, ...]:
         return (0,) * (2 if pa.types.is_fixed_size_list(self.type) else 1) + (rows * self._row_bytes,)

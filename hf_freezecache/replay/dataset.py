@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..augment.draws import Draw, use_draw
 from ..augment.geometry import geometry_column
 from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, fetch
-from ..cache.store import FeatureStore
+from ..cache.store import FeatureStore, StoreHandle
 from ..rng import hash_key, seeded_rng
 from .requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound, requested
 
@@ -180,7 +181,7 @@ class ReplayDataset(Dataset):
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
         self.inner, self.seed = inner, seed
         self.switch: SourceSwitch | None = switch
-        self._store: tuple[RowOrigin, FeatureStore] | None = None
+        self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -259,9 +260,10 @@ class ReplayDataset(Dataset):
         assert origin.store is not None  # the caller has asked
         numbers = [int(row) for row in rows]
         try:
-            if self._store is None or self._store[0] != origin:
+            key = origin.store, origin.handle
+            if self._store is None or self._store[0] != key:
                 opened = FeatureStore.open(origin.store) if origin.handle is None else origin.handle.open()
-                self._store = origin, opened
+                self._store = key, opened
             store = self._store[1]
             views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
             entries = store.read_rows(numbers, views)

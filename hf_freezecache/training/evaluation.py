@@ -275,6 +275,11 @@ class EvaluationCache:
         finally:
             self._running = None
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether an evaluation from a store is running."""
+        return self._running is not None
+
     @contextlib.contextmanager
     def prediction_step(self, batch: dict[str, Any], force_eager: bool) -> Iterator[dict[str, Any]]:
         """Yields the inputs for one batch of an evaluation; codes are decoded and the prefix is bypassed.

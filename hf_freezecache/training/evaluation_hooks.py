@@ -95,15 +95,14 @@ class EvaluationHooks(TrainerHooks):
         }
         if self._session is None:
             return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        source = self._session.evaluation_source(dataloader)
-        before = RngState()
+        source, before = self._session.evaluation_source(dataloader), RngState()
         try:
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         except FrozenOutputError as error:
             if self._evaluation is None or not isinstance(source, FromStore):
                 raise
-            before.restore()
             source = self._evaluation.decline(dataloader, error)
+            before.restore()  # an iteration over a loader draws
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         if self._evaluation is not None:
             self._evaluation.record(EvaluationPass(dataloader, metric_key_prefix, settings, source, output.metrics))
@@ -118,14 +117,21 @@ class EvaluationHooks(TrainerHooks):
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        if self._session is None or self._evaluation is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        with self._evaluation.prediction_step(inputs, force_eager=self._session.force_eager) as step_inputs:
-            answer = super().prediction_step(model, step_inputs, *args, **kwargs)
-        for tensor in find_tensors(answer).values():
-            if isinstance(tensor, StandIn):
-                tensor.item()  # raises, and tells what is missing
-        return answer
+        evaluation, step = self._evaluation, super().prediction_step
+        if self._session is None or evaluation is None:
+            return step(model, inputs, *args, **kwargs)
+        force_eager = self._session.force_eager
+
+        def run():
+            with evaluation.prediction_step(inputs, force_eager=force_eager) as step_inputs:
+                answer = step(model, step_inputs, *args, **kwargs)
+            for tensor in find_tensors(answer).values():
+                if isinstance(tensor, StandIn):
+                    tensor.item()  # raises, and tells what is missing
+            return answer
+
+        # What fails on features fails on all processes: they begin again together, on images.
+        return evaluation.group.on_all(run) if evaluation.is_replaying else run()
 
     def _why_on_images(self) -> str | None:
         """Why evaluations cannot be from a store; None if they can."""

@@ -47,7 +47,7 @@ class RehearsalHooks(TrainerHooks):
 
     @contextmanager
     def _alone(self, model: torch.nn.Module) -> Iterator[None]:
-        """Inside, `Trainer` and the wrapped model wait for no other process, which may have failed, and log nothing."""
+        """Inside, `Trainer` and the wrapped model log nothing, and wait for no other process: it may have failed."""
         ddp = getattr(model, "_orig_mod", model)
         averages, syncs = self.args.average_tokens_across_devices, vars(ddp).get("require_forward_param_sync")
         self.args.average_tokens_across_devices = False

@@ -104,7 +104,9 @@ class FreezeSession:
         # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
         self.force_eager = False
         self._live_buffers: list[torch.Tensor] = []
-        # Why the store of the epoch could not be read on; None if it could.
+        # What this process alone has found in the middle of an epoch: why the features are not used any more, and why
+        # the store could not be read on.
+        self._mismatch: str | None = None
         self._lost: str | None = None
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, int] | None = None
@@ -157,6 +159,7 @@ class FreezeSession:
         if self.ledger.current is not None:
             self.ledger.current.epochs += 1
             self.ledger.end()
+        self._share_problems()  # the last epoch has no beginning after it
 
     def end_step(self) -> None:
         if self.ledger.current is not None:
@@ -232,23 +235,29 @@ class FreezeSession:
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         if isinstance(self.source, FromStore):
-            self._fall_back(self.proof.at_step())
+            self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            before = StepState(self._live_buffers, self.context.model, self.wrapped_model)
+            state = StepState(self.wrapped_model, self._live_buffers)
             try:
-                with before.recording():
+                with state.recording():
                     return self._run(step, mix, run)
             except FrozenOutputError as error:
-                self._fall_back(str(error))
-            with before.again():
-                return self._run(self._on_images(batch), mix, run)
-        return self._run(self._on_images(batch), mix, run)
+                self._fall_back(str(error), alone=True)
+            with state.repeating():
+                return self._run_on_images(batch, mix, run)
+        return self._run_on_images(batch, mix, run)
 
-    def _on_images(self, batch: dict[str, Any]) -> StepInputs:
-        return FromImages(self.chain.cut).step_inputs(batch, self.context)
+    def _run_on_images(
+        self,
+        batch: dict[str, Any],
+        mix: Callable[[StepInputs], StepInputs],
+        run: Callable[[dict[str, Any]], torch.Tensor],
+    ) -> torch.Tensor:
+        step = FromImages(self.chain.cut).step_inputs(batch, self.context)
+        return self._run(step, mix, run)
 
     def _run(
         self,
@@ -334,10 +343,9 @@ class FreezeSession:
                 self.source.store.check_unchanged()
             except StoreError as error:
                 self._lose(str(error))
-        problems = self.group.gather((self.keeper.mismatch, self._lost))
-        mismatch = next((mismatch for mismatch, _ in problems if mismatch is not None), None)
-        if self.keeper.mismatch is None:
-            self._fall_back(mismatch)
+        problems = self.group.gather((self._mismatch, self._lost))
+        self._mismatch = None
+        self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
         lost = next((lost for _, lost in problems if lost is not None), None)
         if lost is not None:
             self._lose(lost)
@@ -366,20 +374,28 @@ class FreezeSession:
         self.keeper.provider.lose(store)
         self._turn_to_images(FromImages(0, why))
 
-    def _fall_back(self, why: str | None) -> None:
+    def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.
+
+        Args:
+            why: as a sentence; None: there is no reason.
+            alone: whether the other processes do not know. They do at the end of the epoch, and where it is an error
+                they raise it then, together: no process waits for one that is gone.
 
         Raises:
             MismatchError: under `on_mismatch="error"`.
         """
         if why is None:
             return
-        if self.config.on_mismatch == "error":
+        if self.config.on_mismatch == "error" and not (alone and self.group.size > 1):
             raise MismatchError(
                 f"the features of cut {self.chain.cut} cannot be used (any more): {why} on_mismatch='fallback' would "
                 "go on from images."
             )
-        self._decline(why)
+        if alone:
+            self._mismatch = why
+        if self.keeper.mismatch is None:
+            self._decline(why)
         if isinstance(self.source, FromStore):
             self._turn_to_images(FromImages(self.chain.cut, why))
 

@@ -14,9 +14,11 @@ torch.set_num_threads(1)
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
+from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
+from hf_freezecache.training.session import MismatchError  # noqa: E402
 
 
 def augmented(kind: str):
@@ -50,10 +52,26 @@ def main() -> None:
     parser.add_argument("--materialize", default="upfront")
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     parser.add_argument("--cache_eval", action="store_true")
+    parser.add_argument("--on_mismatch", default="fallback")
+    parser.add_argument("--trouble", choices=list(TROUBLES))
+    parser.add_argument("--trouble_rank", default="0", help="the only process that has it")
+    parser.add_argument("--trouble_step", type=int, default=0)
     parser.add_argument("--mirror_in_step", type=int)
     options = parser.parse_args()
     if options.mirror_in_step is not None:
         mirror_in_step(options.mirror_in_step)
+    try:
+        train(options)
+    except MismatchError as error:
+        path = options.output / f"rank-{os.environ['RANK']}.json"
+        path.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of libraries still abort the interpreter's own end now and then
+
+
+def train(options: argparse.Namespace) -> None:
+    has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
     model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     trainer = run(
@@ -66,8 +84,10 @@ def main() -> None:
             codec=options.codec,
             cache_eval=options.cache_eval,
             materialize=options.materialize,
+            on_mismatch=options.on_mismatch,
             feature_cache_dir=str(options.output / "cache"),
         ),
+        callbacks=[TROUBLES[options.trouble](options.trouble_step)] if has_trouble else [],
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
@@ -91,9 +111,6 @@ def main() -> None:
     path = options.output / f"rank-{trainer.accelerator.process_index}.json"
     path.write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.end_training()  # a process group that is not taken down may abort at exit
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # threads of libraries still abort the interpreter's own end now and then
 
 
 if __name__ == "__main__":
