@@ -17,7 +17,12 @@ def train(output, *arguments):
 # BatchNorm: a step that runs again on one process must not wait for buffers of the others.
 @pytest.mark.parametrize(
     ("trouble", "model", "rank"),
-    [("loses", "vit", 1), ("changes", "vit", 1), ("peeks", "resnet", 0), ("peeks", "resnet", 1)],
+    [
+        pytest.param("loses", "vit", 1, marks=pytest.mark.slow),
+        pytest.param("changes", "vit", 1, marks=pytest.mark.slow),
+        pytest.param("peeks", "resnet", 0, marks=pytest.mark.slow),
+        ("peeks", "resnet", 1),
+    ],
 )
 def test_trouble_of_one_process_costs_no_training(trouble, model, rank, tmp_path):
     arguments = ["--model", model, "--trouble", trouble, "--trouble_rank", rank, "--trouble_step", 10]
@@ -30,6 +35,7 @@ def test_trouble_of_one_process_costs_no_training(trouble, model, rank, tmp_path
     assert ("was lost while it was in use" if replays else "training goes on from images") in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_trouble_in_the_last_epoch_is_told(rank, tmp_path):
     cached, log = train(tmp_path / "cached", "--trouble", "changes", "--trouble_rank", rank, "--trouble_step", 26)
@@ -43,7 +49,7 @@ def test_mismatch_of_one_process_is_an_error_of_all_where_that_is_asked_for(tmp_
     assert "were changed while it is frozen" in first["error"] and first == second
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_evaluation_that_reads_images_on_one_process_runs_on_images_on_all(rank, tmp_path):
     arguments = ["--cache_eval", "--trouble", "peeks in evaluation", "--trouble_rank", rank, "--trouble_step", 10]
     frozen, _ = train(tmp_path / "frozen", *arguments, "--cache", "never")
