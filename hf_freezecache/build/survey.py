@@ -41,8 +41,8 @@ _DRAWS, _MORE_DRAWS = 3, 8
 _WITH_GEOMETRY, _BASE_DRAWS = 3, 4
 #: Times that a batch is moved to the device, to see whether something random happens there.
 _DRAWS_ON_DEVICE = 4
-#: Share of the ranges that are drawn twice before a store is built, to see what is random rarely.
-_DRAWN_TWICE = 0.01
+#: Share of the ranges that are drawn twice before a store is built, to see what is random rarely; and rows, at least.
+_DRAWN_TWICE, _ROWS_TWICE = 0.01, 256
 #: Share of the views' positions that may show nothing of the base view for warping it to be worth anything.
 _MOST_OUTSIDE = 0.5
 
@@ -117,7 +117,8 @@ def look_closer(source: RowSource) -> Augmentation | None:
     Returns:
         What was found; None if nothing was.
     """
-    count = max(1, round(_DRAWN_TWICE * source.num_ranges))
+    fewest = min(source.num_ranges, -(-_ROWS_TWICE // source.batch_size))
+    count = max(fewest, round(_DRAWN_TWICE * source.num_ranges))
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for _, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
         if not is_same(first.batch, second.batch):

@@ -26,6 +26,8 @@ class RehearsalHooks(TrainerHooks):
         """What users have put in the path of the loss, as they would call it."""
         overriding = {name: self._overriding(name) for name in _IN_THE_PATH}
         suspects = [f"`{cls.__name__}.{name}`" for name, cls in overriding.items() if cls is not None]
+        if overriding["training_step"] is not None:
+            suspects[0] += " (it must call `super().training_step` with the inputs that it got)"
         if self.compute_loss_func is not None:
             suspects.append("`compute_loss_func`")
         return [*suspects, f"the forward of {type(self._own_model).__name__}"]

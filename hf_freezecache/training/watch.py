@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from ..model.chain import BlockChain
 
+#: Values that are weighted together, so that the products take little memory.
+_PART = 1 << 20
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,8 +38,9 @@ class FrozenWatch:
         versions = self._read_versions()
         if versions == self._versions:
             return None
+        written = [name for name in self._state if versions[name] != self._versions[name]]
         self._versions = versions
-        return self._changed_value()
+        return self._changed_value(written)
 
     def at_epoch(self) -> str | None:
         """What has changed, as a clause, replaced modules and all values included; None if nothing has."""
@@ -49,19 +52,19 @@ class FrozenWatch:
         for name, tensor in self._state.items():
             if tensors.get(name) is not tensor:
                 return f"'{name}' was replaced by another tensor"
-        return self.at_step() or self._changed_value()
+        return self.at_step() or self._changed_value(self._state)
 
-    def _changed_value(self) -> str | None:
-        now = checksums(self._state)
-        name = next((name for name, value in self._checksums.items() if now[name] != value), None)
+    def _changed_value(self, names: Iterable[str]) -> str | None:
+        now = checksums({name: self._state[name] for name in names})
+        name = next((name for name, value in now.items() if self._checksums[name] != value), None)
         return None if name is None else f"the values of '{name}' were changed"
 
-    def _read_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._state.values()]
+    def _read_versions(self) -> dict[str, int]:
+        return {name: tensor._version for name, tensor in self._state.items()}
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A number for each tensor that changes with its values; it costs no more than reading them."""
+    """A number for each tensor that changes with its values and their order."""
     sums = [_sum_of_bits(tensor) for tensor in tensors.values()]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for value in sums:
@@ -76,4 +79,8 @@ def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64, device=values.device)
     if values.is_complex():
         values = torch.view_as_real(values)
-    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for part in values.view(_BITS[values.element_size()]).reshape(-1).split(_PART):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total = 31 * total + (part.to(torch.int64) * places).sum()  # of 64 bits, whatever overflows
+    return total

@@ -63,6 +63,14 @@ def test_a_change_behind_the_version_counter_is_seen_at_the_epoch(change):
     assert "values of" in watch.at_epoch()
 
 
+def test_values_in_another_order_are_seen():
+    chain = frozen(tiny_vit())
+    watch = FrozenWatch(chain)
+    weight = prefix_weight(chain)
+    weight.data = weight.detach().flip(-1).contiguous()
+    assert "values of" in watch.at_epoch()
+
+
 def test_batchnorm_statistics_count():
     chain = frozen(tiny_resnet())
     watch = FrozenWatch(chain)
