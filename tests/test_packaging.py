@@ -41,4 +41,4 @@ main(["clean", {str(tmp_path)!r}])
 print(large & sys.modules.keys() >= {{"datasets", "numpy", "pyarrow", "torch"}})
 """
     # A command that does something imports them.
-    assert run_python(code) == f"{tmp_path}: no stores\nTrue\n"
+    assert run_python(code) == f"{tmp_path}: no stores, and none in a folder _freeze_cache of it\nTrue\n"

@@ -261,7 +261,7 @@ def test_trials_share_one_budget_and_what_is_equal(tmp_path):
 
     class Watching(FreezeCacheTrainer):
         def _maybe_log_save_evaluate(self, *args, **kwargs):
-            folders = sorted(path for path in stores.iterdir() if path.is_dir())
+            folders = sorted(path for path in stores.glob("*") if path.is_dir())
             sizes.append(sum(file.stat().st_size for path in folders for file in path.rglob("*") if file.is_file()))
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -51,7 +51,7 @@ def test_report_is_a_table_with_a_unit_in_every_cell():
         "cut  mode    epochs  steps  time    compute   store  peak memory",
         "  0  live         2      8  75 s  3.2 TFLOP     0 B       1.5 GB",
         "  3  replay      10     40   4 s    5 GFLOP  2.5 MB          0 B",
-        "training: 79 s (of it builds 0 ms), 3.21 TFLOP",
+        "training: 79 s, 3.21 TFLOP",
         "plain training, estimated: 7 min 30 s, 19.2 TFLOP",
     ]
 

@@ -66,10 +66,12 @@ class StoreReuse:
 
     Args:
         context: the training.
+        draws_once: whether the samples of a spec's store were drawn in a way that cannot be repeated: then only what
+            its fingerprint holds is known of it.
     """
 
-    def __init__(self, context: BuildContext):
-        self.context, self.group = context, context.group
+    def __init__(self, context: BuildContext, draws_once: Callable[[StoreSpec], bool] = lambda spec: False):
+        self.context, self.group, self._draws_once = context, context.group, draws_once
         self.announcer = Announcer(self.group, logger)
         self._editions: dict[str, int] = {}
         self._renewed: set[str] = set()
@@ -120,8 +122,10 @@ class StoreReuse:
         try:
             with preserve_rng():
                 changed = self.group.on_main(lambda: self._changed(spec, store))
-                rows = self.group.on_main(lambda: self._rows(spec, store, changed))
-                difference = self._prove(spec, store, rows, set(changed))
+                difference = None
+                if not self.group.broadcast(self._draws_once(spec)):
+                    rows = self.group.on_main(lambda: self._rows(spec, store, changed))
+                    difference = self._prove(spec, store, rows, set(changed))
         except OSError as error:
             raise BuildFailed(str(error)) from error
         return Verdict(difference, changed)

@@ -82,7 +82,7 @@ class SpecMaker:
         self._looked_closer = False
         self.weights: dict[int, torch.Tensor] = {}
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
-        self.reuse = StoreReuse(context)
+        self.reuse = StoreReuse(context, self._draws_once)
         self._notes: Mapping[str, Any] = {}
 
     def make(self, cut: int, codec: str) -> StoreSpec:
@@ -256,6 +256,10 @@ class SpecMaker:
         limit = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
         count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, limit)
         return make_view_spec(self._augmentation, layout, config.views, count)
+
+    def _draws_once(self, spec: StoreSpec) -> bool:
+        """Whether live epochs draw the samples of a store, in batches that do not come again."""
+        return WRITTEN in spec.made_from and self._augmentation.random and not self._augmentation.replayable
 
     @property
     def _augmentation(self) -> Augmentation:

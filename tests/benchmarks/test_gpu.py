@@ -70,6 +70,7 @@ def test_a_task_without_time_is_skipped_and_one_that_fails_is_noted(tmp_path):
     assert [claim["holds"] for claim in claims] == [False]
 
 
+@pytest.mark.slow
 def test_tiny_models_replay_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--smoke", "--output", str(tmp_path), "--only"]
     only = ["vit-base_92_int4_batch8", "equality_resnet-50"]

@@ -4,6 +4,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_freezecache.cache.model_digest import prefix_digest
@@ -84,6 +85,7 @@ def test_modes_and_wrappers_of_a_training_do_not_count():
     net = Net().eval().requires_grad_(False)
     add_hook_to_module(net.first, ModelHook())
     assert digest(net) == expected
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     assert digest(accelerator.prepare(Net())) == expected
 
@@ -94,5 +96,6 @@ def test_patched_forward_counts_below_the_wrapper_of_a_training():
         net.forward = lambda pixel_values: net.first(pixel_values) * 2
         return net
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     assert digest(accelerator.prepare(patched())) != digest(Net())

@@ -116,4 +116,6 @@ def test_rows_beside_a_column_of_strings_are_read_as_fast_as_without(tmp_path):
         kind: min(timeit.repeat(lambda columns=columns: [c.take(order) for c in columns.values()], number=5, repeat=9))
         for kind, columns in stores.items()
     }
-    assert seconds["named"] < 12 * seconds["plain"]  # two more reads a row, whatever the number of rows
+    assert (
+        seconds["named"] < 0.01
+    )  # two more reads a row; through Arrow's `take` it took 0.03 s, and grew with the rows

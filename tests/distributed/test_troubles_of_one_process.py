@@ -43,13 +43,15 @@ def test_trouble_in_the_last_epoch_is_told(rank, tmp_path):
     assert [seen["replaying"] for seen in cached] == [False, False]
 
 
+@pytest.mark.slow
 def test_mismatch_of_one_process_is_an_error_of_all_where_that_is_asked_for(tmp_path):
     arguments = ["--trouble", "changes", "--trouble_rank", 1, "--trouble_step", 10, "--on_mismatch", "error"]
     first, second = train(tmp_path / "cached", *arguments)[0]
     assert "were changed while it is frozen" in first["error"] and first == second
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_evaluation_that_reads_images_on_one_process_runs_on_images_on_all(rank, tmp_path):
     arguments = ["--cache_eval", "--trouble", "peeks in evaluation", "--trouble_rank", rank, "--trouble_step", 10]
     frozen, _ = train(tmp_path / "frozen", *arguments, "--cache", "never")

@@ -7,7 +7,7 @@ from support.launching import launch, seen_by
 from hf_freezecache import FeatureStore
 
 
-@pytest.mark.parametrize("model", ["vit", "resnet"])
+@pytest.mark.parametrize("model", [pytest.param("vit", marks=pytest.mark.slow), "resnet"])
 def test_two_processes_agree_and_one_reads_their_store(model, tmp_path):
     log = launch(["--output", tmp_path, "--model", model, "--find_unused", "false"])
     first, second = seen_by(tmp_path)
@@ -28,7 +28,7 @@ def test_two_processes_agree_and_one_reads_their_store(model, tmp_path):
     assert torch.isfinite(store.read([0, 49, 25])).all()
 
 
-@pytest.mark.parametrize("find_unused", ["true", "false"])
+@pytest.mark.parametrize("find_unused", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_freezing_after_the_wrap_neither_hangs_nor_fails(find_unused, tmp_path):
     arguments = ["--cache", "never", "--find_unused", find_unused, "--accumulate", "2"]
     launch(["--output", tmp_path, *arguments])
@@ -45,6 +45,7 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     assert cached["weights"] == frozen["weights"]
 
 
+@pytest.mark.slow
 def test_a_step_that_one_process_runs_again_on_images_waits_for_nobody(tmp_path):
     """BatchNorm statistics are sent around before a forward pass, and the other process makes only one."""
     for name, arguments in {"frozen": ["--cache", "never"], "cached": ["--codec", "fp32"]}.items():

@@ -24,7 +24,7 @@ from hf_freezecache.training.session import MismatchError
 class Pixels(Dataset):
     """Rows in memory that callbacks can change."""
 
-    def __init__(self, rows=64):
+    def __init__(self, rows=32):
         data = pixel_dataset(rows)
         self.pixels, self.labels = torch.stack(list(data["pixel_values"][:])), data["labels"][:].clone()
         self.epoch, self.strength = 0, 0.0
@@ -105,7 +105,7 @@ class Unfreezes(Change):
 
 class UnfreezesInTheEpoch(Change):
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 19:
+        if state.global_step == 10:
             next(iter(model.vit.parameters())).requires_grad_(True)
 
 
@@ -192,7 +192,7 @@ def test_a_resumed_training_remembers_the_mismatch(tmp_path):
         return trainer
 
     whole = run()
-    resumed = run(str(tmp_path / "run" / "checkpoint-24"))
+    resumed = run(str(tmp_path / "run" / "checkpoint-12"))
     assert_same_weights(weights(resumed), weights(whole))
     assert session_of(resumed).keeper.mismatch == session_of(whole).keeper.mismatch
 
@@ -201,7 +201,7 @@ class Rarely(Dataset):
     """Draws at random for two rows of 64, which no survey of a few rows may see."""
 
     def __init__(self):
-        self.inner = Pixels()
+        self.inner = Pixels(64)
 
     def __len__(self):
         return 64

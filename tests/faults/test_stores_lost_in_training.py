@@ -1,5 +1,6 @@
 """Stores that are removed, cut short or overwritten while a training reads them: it goes on, with the right rows."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -67,9 +68,12 @@ def oracle(tmp_path_factory):
     return train(tmp_path_factory.mktemp("never"), cache="never")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("step", [8, 10])
-@pytest.mark.parametrize("how", [remove, delete, shorten, overwrite])
+QUICK = [(remove, 10, 1), (shorten, 8, 0), (shorten, 10, 1), (overwrite, 10, 0)]
+EVERY = itertools.product([remove, delete, shorten, overwrite], [8, 10], [0, 1])
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in QUICK)]
+
+
+@pytest.mark.parametrize(("how", "step", "workers"), CASES)
 def test_a_store_that_is_lost_costs_no_training(how, step, workers, oracle, tmp_path):
     trainer = train(tmp_path, how, step, dataloader_num_workers=workers)
     assert losses(trainer) == losses(oracle)
