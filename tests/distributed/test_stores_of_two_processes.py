@@ -18,6 +18,9 @@ def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
     assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
 
 
+AUGMENTED = [("crop", "projective"), pytest.param("rarely erased", "dense", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize(
     ("kind", "geometry"), [("crop", "projective"), pytest.param("rarely erased", "dense", marks=pytest.mark.slow)]
 )
