@@ -195,8 +195,8 @@ def test_quickstart_compares_both_arms_in_processes_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--nonsense", "1"], "--nonsense"),
-        (["--codec", "int5"], "int5"),
+        pytest.param(["--nonsense", "1"], "--nonsense", marks=pytest.mark.slow),
+        pytest.param(["--codec", "int5"], "int5", marks=pytest.mark.slow),
         (["--train_files", "missing.parquet"], "missing.parquet does not exist"),
     ],
 )

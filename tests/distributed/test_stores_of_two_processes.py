@@ -40,6 +40,7 @@ def test_views_of_two_processes_are_those_of_one(kind, geometry, tmp_path):
     assert store.dataset[:] == together.dataset[:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "geometry"), AUGMENTED)
 def test_store_written_through_by_two_processes_is_that_of_a_build(kind, geometry, tmp_path):
     """Erased: a process meets the view that does not fit while it trains, if not before, and both build upfront."""

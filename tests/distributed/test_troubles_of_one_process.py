@@ -21,7 +21,7 @@ def train(output, *arguments):
         pytest.param("loses", "vit", 1, marks=pytest.mark.slow),
         pytest.param("changes", "vit", 1, marks=pytest.mark.slow),
         pytest.param("peeks", "resnet", 0, marks=pytest.mark.slow),
-        ("peeks", "resnet", 1),
+        pytest.param("peeks", "resnet", 1, marks=pytest.mark.slow),
     ],
 )
 def test_trouble_of_one_process_costs_no_training(trouble, model, rank, tmp_path):
