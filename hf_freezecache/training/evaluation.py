@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
-import torch
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
@@ -30,6 +29,7 @@ from ..units import show_bytes
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
 from .store_provider import Declined
+from .watch import checksums
 
 logger = logging.get_logger(__name__)
 
@@ -387,7 +387,7 @@ class EvaluationCache:
         return limit if self.context.config.cache == "always" else disk_limit(self.context.cache_dir, limit)
 
     def _checksums(self) -> list[int]:
-        return [_sum_of_bits(tensor) for tensor in self.chain.prefix_state(self.chain.cut).values()]
+        return list(checksums(self.chain.prefix_state(self.chain.cut)).values())
 
     def _survey(self, entry: _CachedSet) -> Augmentation:
         """What is random in the samples.
@@ -429,12 +429,3 @@ def cached_names(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 def _named(metrics: Mapping[str, float], prefix: str) -> list[str]:
     return [name for name in metrics if name.startswith(f"{prefix}_")]
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """A number that changes with the values and costs no more than reading them."""
-    values = tensor.detach().contiguous()
-    return int(values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)) if values.numel() else 0
