@@ -105,10 +105,11 @@ class FromImages(EpochSource):
     Args:
         cut: frozen blocks that it was chosen for.
         why: why there is no store, as the end of a sentence; None at cut 0.
+        lost_in: the epoch in which the store was lost, whose rest runs on images; None: all epochs of the cut do.
     """
 
-    def __init__(self, cut: int = 0, why: str | None = None):
-        self.cut, self.why = cut, why
+    def __init__(self, cut: int = 0, why: str | None = None, lost_in: int | None = None):
+        self.cut, self.why, self.lost_in = cut, why, lost_in
 
     def turn(self, switch: SourceSwitch) -> None:
         switch.set(None)
@@ -117,7 +118,7 @@ class FromImages(EpochSource):
         return _live(batch, context)
 
     def state_dict(self) -> dict[str, Any]:
-        return {KIND: "images", "cut": self.cut, "why": self.why}
+        return {KIND: "images", "cut": self.cut, "why": self.why, "lost_in": self.lost_in}
 
 
 class FromStore(EpochSource):
@@ -288,7 +289,7 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
     """The source that a checkpoint describes; its store is not opened yet."""
     cut = state["cut"]
     if state[KIND] == "images":
-        return FromImages(cut, state["why"])
+        return FromImages(cut, state["why"], state.get("lost_in"))
     if state[KIND] == "store":
         return FromStore(cut, None)
     problem = None if state["problem"] is None else Problem(*state["problem"])

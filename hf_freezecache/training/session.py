@@ -131,10 +131,10 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
-        self._share_problems()
         if moment.cut > self.chain.cut:
             check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
@@ -173,6 +173,7 @@ class FreezeSession:
         return self.recorder.blocks()
 
     def state_dict(self) -> dict[str, Any]:
+        self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
         return {
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
@@ -338,11 +339,7 @@ class FreezeSession:
 
     def _share_problems(self) -> None:
         """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
-        if isinstance(self.source, FromStore) and self.source.is_open:
-            try:
-                self.source.store.check_unchanged()
-            except StoreError as error:
-                self._lose(str(error))
+        self._check_files()
         problems = self.group.gather((self._mismatch, self._lost))
         self._mismatch = None
         self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
@@ -350,6 +347,13 @@ class FreezeSession:
         if lost is not None:
             self._lose(lost)
         self._lost = None
+
+    def _check_files(self) -> None:
+        if isinstance(self.source, FromStore) and self.source.is_open:
+            try:
+                self.source.store.check_unchanged()
+            except StoreError as error:
+                self._lose(str(error))
 
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The loader's batches; those whose rows cannot be read from the store any more as images."""
@@ -372,7 +376,7 @@ class FreezeSession:
             "until there is another one."
         )
         self.keeper.provider.lose(store)
-        self._turn_to_images(FromImages(0, why))
+        self._turn_to_images(FromImages(self.chain.cut, why, lost_in=self.switch.epoch))
 
     def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.
