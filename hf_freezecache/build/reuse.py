@@ -19,7 +19,7 @@ from ..cache.fingerprint import digest
 from ..cache.row_files import ROW_FILES, changed_rows, describe_files, files_of
 from ..cache.rows import ChosenRows, RowSource
 from ..cache.store import FeatureStore
-from ..distributed import Announcer
+from ..distributed import Announcer, describe_error
 from ..rng import hash_key, preserve_rng
 from .comparison import Difference, compare_rows, compare_settled
 from .context import BuildContext
@@ -182,8 +182,8 @@ class StoreReuse:
         try:
             return self._compare(chosen, store, range(source.num_ranges), changed)
         except Exception as error:  # in the build's ranges it is raised again, if it is the rows' own
-            logger.debug("Rows of several ranges could not be computed together", exc_info=error)
-            return RuntimeError(str(error))
+            logger.info(f"Rows of several ranges could not be computed together: {describe_error(error)}")
+            return RuntimeError(describe_error(error))
 
     def _compare(
         self, spec: StoreSpec, store: FeatureStore, numbers: Sequence[int], changed: set[int]

@@ -377,6 +377,7 @@ class StoreProvider:
             try:
                 return self._prober.refuse(spec, epochs_left, limit)
             except (RuntimeError, OSError) as error:  # out of memory is not worth a training
+                Announcer.trace(logger, "What a store would save could not be measured", error)
                 return f"the time that it would save could not be measured: {describe_error(error)}", None
 
         reason, row = self.group.on_main(measure)
