@@ -27,6 +27,7 @@ from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
@@ -143,7 +144,7 @@ class FreezeSession:
                 f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
-        with preserve_rng():
+        with looking_at(self.context.source):
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
@@ -291,7 +292,8 @@ class FreezeSession:
         """
         if self.keeper.why_not_cached is not None or self.chain.cut:
             return
-        why = self.proof.rehearse(cuts)
+        with looking_at(self.context.source):
+            why = self.proof.rehearse(cuts)
         if why is not None and self._explicit:
             raise RehearsalError(why)
         if why is not None:
@@ -323,7 +325,8 @@ class FreezeSession:
         if loader is self.loader:
             return None
         source = self.context.source
-        probe = split_batch(source.probe(), self.chain.main_input)
+        with looking_at(source):
+            probe = split_batch(source.probe(), self.chain.main_input)
         rows = trial_rows(probe, source.batch_size)
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 

@@ -38,6 +38,7 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
+from .data_state import undisturbed
 from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
@@ -211,7 +212,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:
-            session = self._group.on_all(lambda: self._make_session(dataset, collator))
+            with undisturbed(dataset, collator):
+                session = self._group.on_all(lambda: self._make_session(dataset, collator))
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None
