@@ -298,6 +298,13 @@ class EvaluationCache:
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
 
+    def images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the running evaluation from images."""
+        assert self._running is not None  # called inside `replaying` only
+        rows = replace(self.context, source=self._running.rows)
+        with preserve_rng():
+            return FromImages(self.chain.cut).step_inputs(batch, rows).inputs
+
     def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
         """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
         entry = self._entry(loader)

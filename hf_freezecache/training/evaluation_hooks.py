@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 
+from ..distributed import count_operations
 from ..model.stand_ins import FrozenOutputError, StandIn
 from ..model.tracing import find_tensors
 from ..rng import RngState, preserve_rng
@@ -130,8 +131,19 @@ class EvaluationHooks(TrainerHooks):
                     tensor.item()  # raises, and tells what is missing
             return answer
 
+        def run_in_step():
+            before = count_operations()
+            try:
+                return run()
+            except FrozenOutputError:
+                if evaluation.group.size > 1 and count_operations() == before:
+                    # Others may have come to where the step communicates, and wait: this process comes there, too.
+                    with preserve_rng():
+                        step(model, evaluation.images_of(inputs), *args, **kwargs)
+                raise
+
         # What fails on features fails on all processes: they begin again together, on images.
-        return evaluation.group.on_all(run) if evaluation.is_replaying else run()
+        return evaluation.group.on_all(run_in_step) if evaluation.is_replaying else run()
 
     def _why_on_images(self) -> str | None:
         """Why evaluations cannot be from a store; None if they can."""

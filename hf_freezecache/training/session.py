@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,7 @@ from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
-from .proof import Proof
+from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Outcome, Rehearsal, RehearsalError
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -40,10 +41,6 @@ from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
 
 logger = logging.get_logger(__name__)
-
-
-class MismatchError(RuntimeError):
-    """Features are not those of the training (any more), and `on_mismatch="error"`."""
 
 
 class FreezeSession:
@@ -109,6 +106,8 @@ class FreezeSession:
         # the store could not be read on.
         self._mismatch: str | None = None
         self._lost: str | None = None
+        # Steps so far, and a name for this training: they name a step, the same on all processes.
+        self._steps, self._name = 0, self.group.broadcast(uuid.uuid4().hex)
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, int] | None = None
 
@@ -230,23 +229,26 @@ class FreezeSession:
             run: the trainer's step on model inputs.
 
         Raises:
-            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
+            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more; or if
+                a step that needs what only images have cannot be run again.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
+        self._steps += 1
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            state = StepState(self.wrapped_model, self._live_buffers)
+            state = StepState(self.wrapped_model, self._live_buffers, self.group, f"{self._name}/{self._steps}")
             try:
                 with state.recording():
                     return self._run(step, mix, run)
             except FrozenOutputError as error:
+                state.check_repeatable(error)
                 self._fall_back(str(error), alone=True)
             with state.repeating():
                 return self._run_on_images(batch, mix, run)
