@@ -12,21 +12,12 @@ from torch import nn
 from ..rng import preserve_rng
 from .blocks import declared_blocks, named_blocks
 from .bypass import Bypass
+from .errors import ChainError
 from .layout import FeatureLayout
+from .modes import eval_mode, override_forward
 from .stand_ins import StandIn, stays_real
-from .tracing import (
-    Block,
-    Captured,
-    ChainError,
-    Trace,
-    eval_mode,
-    first_tensor,
-    main_input_name,
-    override_forward,
-    run_trace,
-    synthetic_probe,
-    take_rows,
-)
+from .structure import first_tensor
+from .tracing import Block, Captured, Trace, main_input_name, run_trace, synthetic_probe, take_rows
 
 
 class BlockChain:
