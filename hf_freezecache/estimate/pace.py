@@ -36,7 +36,9 @@ class Pace:
         return self.load + (self.step - self.load) * self.prefix_share
 
 
-def why_hopeless(work: Work, epochs_left: float, from_images: bool, pace: Pace | None = None) -> str | None:
+def why_hopeless(
+    work: Work, epochs_left: float, from_images: bool, pace: Pace | None = None, looks: float = 0.0
+) -> str | None:
     """Why a store cannot pay, as far as nothing need be measured to see it.
 
     Args:
@@ -44,6 +46,7 @@ def why_hopeless(work: Work, epochs_left: float, from_images: bool, pace: Pace |
         epochs_left: epochs of training that remain.
         from_images: whether the build runs the prefix on images, as a live epoch does.
         pace: of the live epochs; None if there were none.
+        looks: ranges of samples that are yet to be drawn to see what is random in them.
 
     Returns:
         The reason, as the end of a sentence; None if it may pay.
@@ -60,7 +63,7 @@ def why_hopeless(work: Work, epochs_left: float, from_images: bool, pace: Pace |
         return None
     ranges = work.ranges / work.processes
     gain = pace.most_saved * (ranges * (epochs_left - runs) - _MEASURED_RANGES)
-    if gain > LEAST_BUILD_SECONDS + pace.start:
+    if gain > LEAST_BUILD_SECONDS + pace.start + looks * pace.load:
         return None
     return (
         f"the {show_epochs(epochs_left)} left take about {show_seconds(epochs_left * ranges * pace.step)}, of which a "

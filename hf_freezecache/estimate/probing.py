@@ -94,29 +94,33 @@ class Prober:
         # The kind of store that was found to pay last, and its costs.
         self._accepted: tuple[Any, Costs] | None = None
 
-    def why_hopeless(self, spec: StoreSpec, epochs_left: float, pace: Pace | None = None) -> str | None:
+    def why_hopeless(
+        self, spec: StoreSpec, epochs_left: float, pace: Pace | None = None, looks: float = 0.0
+    ) -> str | None:
         """Why a build cannot pay, as far as nothing need be measured to see it; None if it may.
 
         Args:
             spec: the build; its sensitive channels need not be settled.
             epochs_left: epochs of training that remain.
             pace: of the live epochs before; None if there were none.
+            looks: ranges that are yet to be drawn to see what is random in them.
         """
-        return why_hopeless(self.work(spec), epochs_left, isinstance(spec.feature_source, ImageFeatures), pace)
+        from_images = isinstance(spec.feature_source, ImageFeatures)
+        return why_hopeless(self.work(spec), epochs_left, from_images, pace, looks)
 
     def refuse(
-        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None = None
+        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None = None, looks: float = 0.0
     ) -> tuple[str | None, PlanRow | None]:
         """Decides whether a build pays, with as little measuring as the decision needs.
 
-        What a build costs once is not measured: that would cost as much as it tells of. A build that pays but for it
-        loses no more than measuring it would.
+        What a build costs once is not measured: a build that pays but for it loses no more than that would cost.
 
         Args:
             spec: the build; its sensitive channels need not be settled.
             epochs_left: epochs of training that remain.
             limit: bytes that the store may take.
             pace: of the live epochs before; None if there were none.
+            looks: ranges that are yet to be drawn to see what is random in them.
 
         Returns:
             None, or why not to build; and what was measured, if anything was. Where measuring broke off because the
@@ -127,15 +131,15 @@ class Prober:
                 free = self._row(spec, _NOTHING, limit)
                 if not free.fits:
                     return decide(free, epochs_left), None
-                reason = self.why_hopeless(spec, epochs_left, pace)
+                reason = self.why_hopeless(spec, epochs_left, pace, looks)
                 if reason is not None:
                     return reason, None
-                return self._refuse(spec, epochs_left, limit, pace)
+                return self._refuse(spec, epochs_left, limit, pace, looks)
             finally:
                 self._loaded = None
 
     def _refuse(
-        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None
+        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None, looks: float
     ) -> tuple[str | None, PlanRow]:
         key = _kind(spec)
         if self._accepted is not None and self._accepted[0] == key:
@@ -143,19 +147,24 @@ class Prober:
             return decide(row, epochs_left), row
         # A single range settles what is clear.
         costs = next(self._in_stages(spec, batches=1))
-        row = self._row(spec, _with_least(costs), limit)
+        row = self._row(spec, self._with_least(costs, looks), limit)
         if decide(row, _CLEARLY * epochs_left) is not None:
             return decide(row, epochs_left), row
         for costs in self._in_stages(spec, batches=2):
-            row = self._row(spec, _with_least(costs), limit)
+            row = self._row(spec, self._with_least(costs, looks), limit)
             reason = decide(row, epochs_left)
             if reason is not None:
                 return reason, row
         start = self._time_worker_start(costs) if pace is None else pace.start
-        costs = _with_least(replace(costs, fixed=costs.fixed + _passes(spec) * start))
+        costs = self._with_least(replace(costs, fixed=costs.fixed + _passes(spec) * start), looks)
         self._accepted = key, costs
         row = self._row(spec, costs, limit)
         return decide(row, epochs_left), row
+
+    def _with_least(self, costs: Costs, looks: float) -> Costs:
+        """The costs with the least that a build takes once, which is not measured to decide."""
+        looking = looks * overlapped(0.0, costs.load_base, self.source.num_workers)
+        return replace(costs, fixed=costs.fixed + LEAST_BUILD_SECONDS + looking)
 
     def measure(self, spec: StoreSpec, batches: int = 2, with_suffix: bool = False) -> Costs:
         """What one range costs. Weights, gradients, buffers and generators stay; of what is written nothing is left.
@@ -460,11 +469,6 @@ class Prober:
 
 
 _NOTHING = Costs(load=0.0, prefix=0.0, load_base=0.0)
-
-
-def _with_least(costs: Costs) -> Costs:
-    """The costs with the least that a build takes once, which is not measured to decide."""
-    return replace(costs, fixed=costs.fixed + LEAST_BUILD_SECONDS)
 
 
 def _passes(spec: StoreSpec) -> int:

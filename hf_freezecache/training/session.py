@@ -30,7 +30,7 @@ from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
-from .proof import Proof
+from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Outcome, Rehearsal, RehearsalError
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -39,10 +39,6 @@ from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
 
 logger = logging.get_logger(__name__)
-
-
-class MismatchError(RuntimeError):
-    """Features are not those of the training (any more), and `on_mismatch="error"`."""
 
 
 class FreezeSession:
@@ -296,10 +292,18 @@ class FreezeSession:
             return
         hopeless = self.keeper.provider.why_hopeless
         why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
-        if why is not None and self._explicit:
+        if why is None or self._decline_data():
+            return
+        if self._explicit:
             raise RehearsalError(why)
+        self._decline(why)
+
+    def _decline_data(self) -> bool:
+        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
+        why = self.keeper.provider.spec_maker.look().declined
         if why is not None:
-            self._decline(why)
+            self._decline(f"{why}.")
+        return why is not None
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: rows of batches are samples, and reach the training as they are.
@@ -332,8 +336,10 @@ class FreezeSession:
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
+        if not cut or self.keeper.why_not_cached is not None:
+            return
         declined = isinstance(self.source, FromImages) and self.source.cut == cut
-        if cut and not declined and self.keeper.why_not_cached is None:
+        if not declined and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:

@@ -49,7 +49,10 @@ class StoreWorth:
         """
 
         def look() -> str | None:
-            return None if self._may_be_there() else self._prober.why_hopeless(self._draft(cut), epochs_left, pace)
+            if self._may_be_there():
+                return None
+            looks = self.spec_maker.ranges_to_look_at
+            return self._prober.why_hopeless(self._draft(cut), epochs_left, pace, looks)
 
         return self.group.on_main(look) if self.is_asked else None
 
@@ -62,6 +65,7 @@ class StoreWorth:
             Declined: if no store would pay.
         """
         if self.is_asked and not self.group.on_main(self._may_be_there):
+            self.spec_maker.look()
             self._measure(lambda: self._draft(cut), epochs_left, None, pace)
 
     def check(self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None) -> None:
@@ -90,7 +94,7 @@ class StoreWorth:
     ) -> PlanRow:
         def measure() -> tuple[str | None, PlanRow | None]:
             try:
-                return self._prober.refuse(make_spec(), epochs_left, limit, pace)
+                return self._prober.refuse(make_spec(), epochs_left, limit, pace, self.spec_maker.ranges_to_look_at)
             except (RuntimeError, OSError) as error:  # out of memory is not worth a training
                 return f"the time that it would save could not be measured: {describe_error(error)}", None
 

@@ -36,6 +36,12 @@ def test_a_training_that_is_over_before_measuring_would_be_is_hopeless_and_the_n
     assert why_hopeless(Work(ranges=20, processes=2), enough + 0.01, True, pace) is None
 
 
+def test_samples_that_are_yet_to_be_looked_at_count():
+    pace = Pace(step=0.010, load=0.005, start=0.0, prefix_share=0.5)
+    assert why_hopeless(WORK, 5.0, True, pace) is None
+    assert why_hopeless(WORK, 5.0, True, pace, looks=100) is not None
+
+
 def test_loader_processes_that_start_slowly_must_be_paid_for_too():
     quick, slow = (Pace(step=0.010, load=0.0, start=start, prefix_share=0.5) for start in (0.0, 2.0))
     assert why_hopeless(WORK, 5.0, True, quick) is None

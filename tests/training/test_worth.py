@@ -97,7 +97,7 @@ def test_last_epoch_alone_is_not_rehearsed_either(tmp_path, clock, done):
 
 
 def test_long_training_is_measured_before_what_only_a_store_needs_and_once(tmp_path, clock, done):
-    trainer = run(tiny_vit(), SlowRows(clock, 0.1), tmp_path, manual("1:2", cache="auto"), num_train_epochs=8)
+    trainer = run(tiny_vit(), SlowRows(clock, 0.1), tmp_path, manual("1:2", cache="auto"), num_train_epochs=20)
     assert trainer.freeze_status().replaying
     assert done[0] == "check" and done.index("_load") < done.index("look_closer") < done.index("fingerprint")
     assert done.count("_load") == 2, "a range, then two"
