@@ -179,7 +179,7 @@ class _OfAllModules(contextlib.nullcontext):
 def counting_flops() -> Iterator[FlopCounterMode]:
     """Counts the operations of everything that runs inside; read them with `get_total_flops()`."""
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
-    counter.mod_tracker = _OfAllModules()
+    counter.mod_tracker = _OfAllModules()  # type: ignore[assignment]  # it asks for `parents` alone
     with preserve_rng(), counter:
         yield counter
 
