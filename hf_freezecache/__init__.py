@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .estimate.costs import Plan, PlanRow
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
+    from .model.errors import ChainError
     from .model.stand_ins import FrozenOutputError
-    from .model.tracing import ChainError
     from .planning import plan
     from .policies import FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator

@@ -20,7 +20,7 @@ from ..cache.view_columns import ViewSpec
 from ..distributed import describe_error
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
-from ..model.tracing import eval_mode
+from ..model.modes import eval_mode
 from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit

@@ -12,21 +12,12 @@ from torch import nn
 from ..rng import preserve_rng
 from .blocks import declared_blocks, named_blocks
 from .bypass import Bypass
+from .errors import ChainError
 from .layout import FeatureLayout
+from .modes import eval_mode, override_forward
 from .stand_ins import StandIn, stays_real
-from .tracing import (
-    Block,
-    Captured,
-    ChainError,
-    Trace,
-    eval_mode,
-    first_tensor,
-    main_input_name,
-    override_forward,
-    run_trace,
-    synthetic_probe,
-    take_rows,
-)
+from .structure import first_tensor
+from .tracing import Block, Captured, Trace, main_input_name, run_trace, synthetic_probe, take_rows
 
 
 class BlockChain:
@@ -149,8 +140,7 @@ class BlockChain:
         """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 
         Returns:
-            The logits. The proof of another cut on the same inputs takes them as `whole`.
-
+            The logits; the proof of another cut on the same inputs takes them as `whole`.
         Raises:
             ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
                 Also if in training the feature depends on random numbers or on the batch, because a module that

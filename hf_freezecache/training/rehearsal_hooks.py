@@ -10,7 +10,7 @@ import torch
 
 from ..distributed import without_buffer_sync
 from ..model.stand_ins import StandIn
-from ..model.tracing import find_tensors
+from ..model.structure import find_tensors
 from .hooks import TrainerHooks
 from .rehearsal import Outcome
 from .trainer_state import remembering

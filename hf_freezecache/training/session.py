@@ -300,8 +300,7 @@ class FreezeSession:
 
     def _decline_data(self) -> bool:
         """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
-        why = self.keeper.provider.spec_maker.look().declined
-        if why is not None:
+        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
             self._decline(f"{why}.")
         return why is not None
 
@@ -336,10 +335,8 @@ class FreezeSession:
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
-        if not cut or self.keeper.why_not_cached is not None:
-            return
-        declined = isinstance(self.source, FromImages) and self.source.cut == cut
-        if not declined and not self._decline_data():
+        stays_on_images = isinstance(self.source, FromImages) and self.source.cut == cut
+        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:

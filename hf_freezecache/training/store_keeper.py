@@ -16,7 +16,7 @@ from ..cache.names import partial_path
 from ..cache.rows import RowError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
-from ..model.tracing import ChainError
+from ..model.errors import ChainError
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, Problem, Writing
 from .store_provider import Decision, Request, StoreProvider
