@@ -43,6 +43,8 @@ from .survey import (
 _WEIGHT_BATCHES = 8
 #: Entry of a fingerprint's inputs: live epochs wrote the store, not a build.
 WRITTEN = "materialize"
+#: Entry of a fingerprint's inputs: the only training whose store it is.
+_TRAINING = "training"
 #: Half precision: an evaluation should report the model, not the codec.
 EVALUATION_CODEC = "fp16"
 #: A fingerprint's entry `augmentation` for stores of evaluation sets, which are not removed with the training's.
@@ -189,8 +191,11 @@ class SpecMaker:
         return replace(spec, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
 
     def written(self, spec: StoreSpec) -> StoreSpec:
-        """The same store, written by live epochs."""
-        return replace(spec, made_from={**spec.made_from, WRITTEN: "write_through"})
+        """The same store, written by live epochs; one of this training alone if nobody can draw its rows again."""
+        made_from = {**spec.made_from, WRITTEN: "write_through"}
+        if self._draws_once(made_from):
+            made_from[_TRAINING] = self.unknown
+        return replace(spec, made_from=made_from)
 
     def deepened(self, spec: StoreSpec, store: FeatureStore) -> StoreSpec:
         """The same store, made from one at an earlier cut instead of from images; see `build.deepening.deepened`."""
@@ -261,7 +266,7 @@ class SpecMaker:
             unknown=self.unknown,
         )
         if self.context.config.reuse == "never":
-            inputs["training"] = self.unknown
+            inputs[_TRAINING] = self.unknown
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
@@ -283,9 +288,9 @@ class SpecMaker:
         count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, limit)
         return make_view_spec(self.augmentation or Augmentation(), layout, config.views, count)
 
-    def _draws_once(self, spec: StoreSpec) -> bool:
+    def _draws_once(self, made_from: Mapping[str, Any]) -> bool:
         """Whether live epochs draw the samples of a store, in batches that do not come again."""
-        return WRITTEN in spec.made_from and self._augmentation.random and not self._augmentation.replayable
+        return WRITTEN in made_from and self._augmentation.random and not self._augmentation.replayable
 
     @property
     def _augmentation(self) -> Augmentation:

@@ -114,7 +114,7 @@ class Rehearsal:
             try:
                 return source.collate(spread(len(source), count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
-                logger.debug("Rows from all over the data set cannot be collated together", exc_info=error)
+                logger.info(f"Rows from all over the data set cannot be collated together: {describe_error(error)}")
                 return self._neighbours(count)
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
@@ -127,10 +128,10 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
-        self._share_problems()
         if moment.cut > self.chain.cut:
             check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
@@ -139,7 +140,7 @@ class FreezeSession:
                 f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
-        with preserve_rng():
+        with looking_at(self.context.source):
             self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
@@ -170,6 +171,7 @@ class FreezeSession:
         return self.recorder.blocks()
 
     def state_dict(self) -> dict[str, Any]:
+        self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
         return {
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
@@ -291,9 +293,10 @@ class FreezeSession:
         if self.keeper.why_not_cached is not None or self.chain.cut:
             return
         hopeless = self.keeper.provider.why_hopeless
-        why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
-        if why is None or self._decline_data():
-            return
+        with looking_at(self.context.source):
+            why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+            if why is None or self._decline_data():
+                return
         if self._explicit:
             raise RehearsalError(why)
         self._decline(why)
@@ -330,7 +333,8 @@ class FreezeSession:
         if loader is self.loader:
             return None
         source = self.context.source
-        probe = split_batch(source.probe(), self.chain.main_input)
+        with looking_at(source):
+            probe = split_batch(source.probe(), self.chain.main_input)
         rows = trial_rows(probe, source.batch_size)
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
@@ -347,11 +351,7 @@ class FreezeSession:
 
     def _share_problems(self) -> None:
         """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
-        if isinstance(self.source, FromStore) and self.source.is_open:
-            try:
-                self.source.store.check_unchanged()
-            except StoreError as error:
-                self._lose(str(error))
+        self._check_files()
         problems = self.group.gather((self._mismatch, self._lost))
         self._mismatch = None
         self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
@@ -359,6 +359,13 @@ class FreezeSession:
         if lost is not None:
             self._lose(lost)
         self._lost = None
+
+    def _check_files(self) -> None:
+        if isinstance(self.source, FromStore) and self.source.is_open:
+            try:
+                self.source.store.check_unchanged()
+            except StoreError as error:
+                self._lose(str(error))
 
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The loader's batches; those whose rows cannot be read from the store any more as images."""
@@ -381,7 +388,7 @@ class FreezeSession:
             "until there is another one."
         )
         self.keeper.provider.lose(store)
-        self._turn_to_images(FromImages(0, why))
+        self._turn_to_images(FromImages(self.chain.cut, why, lost_in=self.switch.epoch))
 
     def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.

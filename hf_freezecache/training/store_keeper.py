@@ -63,7 +63,9 @@ def choose_step(
     if cut == 0:
         return Step.IMAGES
     if previous.cut == cut:
-        if isinstance(previous, FromImages) or (isinstance(previous, FromStore) and previous.is_open):
+        if isinstance(previous, FromImages) and previous.lost_in in (None, epoch):
+            return Step.STAY
+        if isinstance(previous, FromStore) and previous.is_open:
             return Step.STAY
         if isinstance(previous, Writing):
             if problems:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from transformers.utils import logging
+
 from ..build.spec_maker import SpecMaker
 from ..build.store_spec import StoreSpec
 from ..distributed import Announcer, describe_error
@@ -11,6 +13,8 @@ from ..estimate.costs import PlanRow
 from ..estimate.pace import Pace
 from ..estimate.probing import Prober
 from ..units import show_bytes, show_seconds
+
+logger = logging.get_logger(__name__)
 
 
 class Declined(Exception):
@@ -96,6 +100,7 @@ class StoreWorth:
             try:
                 return self._prober.refuse(make_spec(), epochs_left, limit, pace, self.spec_maker.ranges_to_look_at)
             except (RuntimeError, OSError) as error:  # out of memory is not worth a training
+                Announcer.trace(logger, "What a store would save could not be measured", error)
                 return f"the time that it would save could not be measured: {describe_error(error)}", None
 
         reason, row = self.group.on_main(measure)
