@@ -32,7 +32,7 @@ from .estimate.costs import Plan, PlanRow
 from .estimate.probing import Prober
 from .estimate.trial_steps import TrialSteps, timed
 from .model.chain import BlockChain
-from .model.tracing import override_forward
+from .model.modes import override_forward
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer
 from .training.data_state import undisturbed

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..rng import preserve_rng
-from .tracing import eval_mode
+from .modes import eval_mode
 
 logger = logging.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from transformers.utils import logging
 from ..build.context import BuildContext
 from ..build.materialize import spread
 from ..distributed import count_operations, describe_error
+from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
-from ..model.tracing import untouched
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng
 from .epoch_source import StepInputs

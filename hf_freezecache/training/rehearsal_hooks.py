@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..distributed import without_buffer_sync
+from ..model.modes import untouched
 from ..model.stand_ins import StandIn
-from ..model.tracing import find_tensors, untouched
+from ..model.structure import find_tensors
 from ..rng import preserve_rng
 from .hooks import TrainerHooks
 from .rehearsal import Outcome

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,8 +105,6 @@ class FreezeSession:
         # the store could not be read on.
         self._mismatch: str | None = None
         self._lost: str | None = None
-        # Steps so far, and a name for this training: they name a step, the same on all processes.
-        self._steps, self._name = 0, self.group.broadcast(uuid.uuid4().hex)
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, int] | None = None
 
@@ -144,6 +141,7 @@ class FreezeSession:
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
         with looking_at(self.context.source):
+            self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
@@ -151,14 +149,14 @@ class FreezeSession:
         self.force_eager = self._is_compiled()
         frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
         self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
-        phase = self.ledger.begin(self.chain.cut, self.source.mode)
+        phase = self.accounts.begin_epoch(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
 
     def end_epoch(self) -> None:
         if self.ledger.current is not None:
             self.ledger.current.epochs += 1
-            self.ledger.end()
+            self.accounts.end_epoch()
         self._share_problems()  # the last epoch has no beginning after it
 
     def end_step(self) -> None:
@@ -236,14 +234,13 @@ class FreezeSession:
             step = mix(self.proof.rehearsal.step_inputs(batch))
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
-        self._steps += 1
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            state = StepState(self.wrapped_model, self._live_buffers, self.group, f"{self._name}/{self._steps}")
+            state = StepState(self.wrapped_model, self._live_buffers, self.group)
             try:
                 with state.recording():
                     return self._run(step, mix, run)
@@ -286,20 +283,31 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def rehearse(self, cuts: Sequence[int]) -> None:
+    def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: the trainer's own step on features of the cuts that are planned.
+
+        Args:
+            epochs: by cut, how many remain from its first one to the end of the training.
 
         Raises:
             RehearsalError: under explicit settings, if it is not the step on images.
         """
         if self.keeper.why_not_cached is not None or self.chain.cut:
             return
+        hopeless = self.keeper.provider.why_hopeless
         with looking_at(self.context.source):
-            why = self.proof.rehearse(cuts)
-        if why is not None and self._explicit:
+            why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+            if why is None or self._decline_data():
+                return
+        if self._explicit:
             raise RehearsalError(why)
-        if why is not None:
-            self._decline(why)
+        self._decline(why)
+
+    def _decline_data(self) -> bool:
+        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
+        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
+            self._decline(f"{why}.")
+        return why is not None
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: rows of batches are samples, and reach the training as they are.
@@ -333,7 +341,9 @@ class FreezeSession:
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
-        if cut and self.keeper.why_not_cached is None:
+        source = self.source
+        stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
+        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:
@@ -362,7 +372,7 @@ class FreezeSession:
 
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The loader's batches; those whose rows cannot be read from the store any more as images."""
-        for batch in batches:
+        for batch in self.accounts.clock.waiting(batches):
             lost = take_lost(batch)
             if lost is None:
                 yield batch
@@ -412,6 +422,7 @@ class FreezeSession:
         self.source.close()
         self.source = images
         images.turn(self.switch)
+        self.accounts.clock.give_up()
         if self.ledger.current is not None:
             self.ledger.end()
             self.ledger.begin(self.chain.cut, images.mode)

@@ -29,11 +29,10 @@ class StepState:
         model: as the training calls it.
         buffers: that the step may change: those of the blocks that are not frozen.
         group: the processes.
-        place: a name for the step, the same on all processes.
     """
 
-    def __init__(self, model: nn.Module, buffers: Sequence[torch.Tensor], group: Group, place: str):
-        self._buffers, self._ddp, self._group, self._place = buffers, find_ddp(model), group, place
+    def __init__(self, model: nn.Module, buffers: Sequence[torch.Tensor], group: Group):
+        self._buffers, self._ddp, self._group = buffers, find_ddp(model), group
         self._rng, self._before = RngState(), self._copy()
         self._gradients = [(parameter, _version(parameter)) for parameter in model.parameters()]
         # What the wrapper's forward passes of the first try have begun with.
@@ -73,8 +72,9 @@ class StepState:
         added = [parameter for parameter, version in self._gradients if version and _version(parameter) != version]
         if added:
             raise _not_again("it has added to gradients of the batches before it", error)
-        communicated = count_operations() - self._operations - self._wrappers
-        if communicated and not self._group.meet(f"{self._place}/{communicated}", _PATIENCE_SECONDS):
+        operations = count_operations()  # the same on processes that have come to the same place
+        communicated = operations - self._operations - self._wrappers
+        if communicated and not self._group.meet(f"freezecache/again after {operations}", _PATIENCE_SECONDS):
             raise _not_again("it has communicated with the other processes, which do not run it again", error)
 
     @contextlib.contextmanager

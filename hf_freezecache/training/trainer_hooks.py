@@ -313,6 +313,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             self.data_collator = users_collator
         assert wrapped.switch is not None  # it was made in this process
         stamp_rows(loader, wrapped.switch)
+        # A loader without processes of its own would copy every batch there once more.
+        wrapped.pinned = loader.pin_memory and not loader.num_workers and torch.cuda.is_available()
         return loader
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
