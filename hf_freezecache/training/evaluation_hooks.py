@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -132,18 +134,26 @@ class EvaluationHooks(TrainerHooks):
             return answer
 
         def run_in_step():
-            before = count_operations()
             try:
                 return run()
             except FrozenOutputError:
-                if evaluation.group.size > 1 and count_operations() == before:
-                    # Others may have come to where the step communicates, and wait: this process comes there, too.
-                    with preserve_rng():
+                if evaluation.group.size > 1 and count_operations() == self._operations_before_loss:
+                    # Others may have come to where the loss communicates, and wait: this process comes there, too.
+                    with preserve_rng(), self._counting_alone():
                         step(model, evaluation.images_of(inputs), *args, **kwargs)
                 raise
 
         # What fails on features fails on all processes: they begin again together, on images.
         return evaluation.group.on_all(run_in_step) if evaluation.is_replaying else run()
+
+    @contextmanager
+    def _counting_alone(self) -> Iterator[None]:
+        """Inside, `Trainer` does not ask other processes for their number of tokens, as it has done that already."""
+        before, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = before
 
     def _why_on_images(self) -> str | None:
         """Why evaluations cannot be from a store; None if they can."""
