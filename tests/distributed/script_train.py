@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--trouble_step", type=int, default=0)
     parser.add_argument("--mirror_in_step", type=int)
     parser.add_argument("--communicates", help="when images are read: 'step, before', 'evaluation, after' ...")
+    parser.add_argument("--ends_itself", action="store_true", help="the interpreter ends as in a user's script")
     options = parser.parse_args()
     step_state._PATIENCE_SECONDS = 3.0
     if options.communicates is not None:
@@ -100,6 +101,8 @@ def main() -> None:
         path.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
+    if options.ends_itself:
+        return
     os._exit(0)  # threads of libraries still abort the interpreter's own end now and then
 
 

@@ -48,3 +48,9 @@ def test_rehearsal_and_evaluation_stay_in_step(when, ranks, tmp_path):
     assert log.count("Evaluations cannot run on features") == 1
     for one, other in zip(cached, frozen, strict=True):
         assert one["losses"] == other["losses"] and one["weights"] == other["weights"]
+
+
+@pytest.mark.slow
+def test_processes_end_by_themselves_after_a_rehearsal_that_failed_on_one(tmp_path):
+    first, second = train(tmp_path / "ended", "rehearsal, before", "1", "--ends_itself", timeout=90)[0]
+    assert "'pixel_values' is read" in first["error"] and "'pixel_values' is read" in second["error"]
