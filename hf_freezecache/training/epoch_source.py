@@ -111,6 +111,10 @@ class FromImages(EpochSource):
     def __init__(self, cut: int = 0, why: str | None = None, lost_in: int | None = None):
         self.cut, self.why, self.lost_in = cut, why, lost_in
 
+    def lasts(self, epoch: int) -> bool:
+        """Whether an epoch of its cut runs on images, too, without anybody asking for a store."""
+        return self.lost_in is None or self.lost_in == epoch
+
     def turn(self, switch: SourceSwitch) -> None:
         switch.set(None)
 

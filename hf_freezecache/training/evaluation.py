@@ -24,6 +24,7 @@ from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import SourceSwitch, find_switch
+from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
 from .data_state import looking_at
@@ -296,6 +297,13 @@ class EvaluationCache:
             step: StepInputs = entry.source.step_inputs(batch, replace(self.context, source=entry.rows))
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
+
+    def images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the running evaluation from images."""
+        assert self._running is not None  # called inside `replaying` only
+        rows = replace(self.context, source=self._running.rows)
+        with preserve_rng():
+            return FromImages(self.chain.cut).step_inputs(batch, rows).inputs
 
     def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
         """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""

@@ -227,7 +227,8 @@ class FreezeSession:
             run: the trainer's step on model inputs.
 
         Raises:
-            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
+            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more; or if
+                a step that needs what only images have cannot be run again.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
@@ -239,11 +240,12 @@ class FreezeSession:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            state = StepState(self.wrapped_model, self._live_buffers)
+            state = StepState(self.wrapped_model, self._live_buffers, self.group)
             try:
                 with state.recording():
                     return self._run(step, mix, run)
             except FrozenOutputError as error:
+                state.check_repeatable(error)
                 self._fall_back(str(error), alone=True)
             with state.repeating():
                 return self._run_on_images(batch, mix, run)
@@ -339,7 +341,8 @@ class FreezeSession:
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
-        stays_on_images = isinstance(self.source, FromImages) and self.source.cut == cut
+        source = self.source
+        stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
         if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 

@@ -63,7 +63,7 @@ def choose_step(
     if cut == 0:
         return Step.IMAGES
     if previous.cut == cut:
-        if isinstance(previous, FromImages) and previous.lost_in in (None, epoch):
+        if isinstance(previous, FromImages) and previous.lasts(epoch):
             return Step.STAY
         if isinstance(previous, FromStore) and previous.is_open:
             return Step.STAY

@@ -26,7 +26,7 @@ from ..build.context import BuildContext
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
-from ..distributed import Announcer, Group, describe_error
+from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
 from ..model.sharing import check_sharing
@@ -76,7 +76,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         self._why_plain = None
         self._earlier_stores: Holdings | None = None
         self._starting = False
-        self._checkpoint_state = None
+        self._checkpoint_state, self._operations_before_loss = None, 0
         super().__init__(*args, **kwargs)
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
@@ -374,6 +374,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         if self._session is not None:
             self._session.before_forward()
+        self._operations_before_loss = count_operations()
         return super().compute_loss_context_manager()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats
