@@ -1,0 +1,17 @@
+"""One zoo of tiny models over every classification family of Transformers, and families of timm and torchvision.
+
+`ENTRIES` has them by name; `UNAVAILABLE` says which classes have no tiny model, and why.
+"""
+
+from __future__ import annotations
+
+from . import transformers_models
+from .entry import Entry, randomize
+from .inputs import inputs
+
+#: Name -> entry.
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in transformers_models.entries()}
+#: Class -> why the zoo has no tiny model of it.
+UNAVAILABLE: dict[str, str] = dict(transformers_models.UNAVAILABLE)
+
+__all__ = ["ENTRIES", "UNAVAILABLE", "Entry", "inputs", "randomize"]
