@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from . import transformers_models
+from . import torchvision_models, transformers_models
 from .entry import Entry, randomize
 from .inputs import inputs
 
 #: Name -> entry.
-ENTRIES: dict[str, Entry] = {entry.name: entry for entry in transformers_models.entries()}
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry for library in (transformers_models, torchvision_models) for entry in library.entries()
+}
 #: Class -> why the zoo has no tiny model of it.
 UNAVAILABLE: dict[str, str] = dict(transformers_models.UNAVAILABLE)
 

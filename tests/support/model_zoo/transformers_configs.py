@@ -1,4 +1,4 @@
-"""Tiny configurations of Transformers model types: fields are shrunk by their names, the exceptions stand in a table."""
+"""Tiny configurations of Transformers model types: shrunk by the names of their fields, the exceptions in a table."""
 
 from __future__ import annotations
 

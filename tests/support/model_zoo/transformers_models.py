@@ -18,7 +18,7 @@ from .transformers_configs import tiny_config
 UNAVAILABLE = {
     "DinatForImageClassification": "needs the package natten",
     "LayoutLMv2ForSequenceClassification": "needs the package detectron2",
-    "ShieldGemma2ForImageClassification": "answers two tokens of a language model about an image and a prompt, no loss",
+    "ShieldGemma2ForImageClassification": "answers with two tokens of a language model; computes no loss",
 }
 
 #: Kind -> Transformers' mapping of model types to classes; every class of it is in the zoo.
