@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from . import torchvision_models, transformers_models
+from . import timm_models, torchvision_models, transformers_models
 from .entry import Entry, randomize
 from .inputs import inputs
 
+_LIBRARIES = (transformers_models, timm_models, torchvision_models)
 #: Name -> entry.
-ENTRIES: dict[str, Entry] = {
-    entry.name: entry for library in (transformers_models, torchvision_models) for entry in library.entries()
-}
+ENTRIES: dict[str, Entry] = {entry.name: entry for library in _LIBRARIES for entry in library.entries()}
 #: Class -> why the zoo has no tiny model of it.
 UNAVAILABLE: dict[str, str] = dict(transformers_models.UNAVAILABLE)
 
