@@ -92,7 +92,8 @@ class ImageClassifier(nn.Module):
         Raises:
             AttributeError: if the wrapped module is not of timm.
         """
-        return self.model.pretrained_cfg
+        description: Any = self.model.pretrained_cfg
+        return description
 
 
 def wrap_classifier(model: nn.Module, loss: nn.Module | None = None) -> ImageClassifier:

@@ -258,7 +258,7 @@ _MIXTURES = {
     ),
     "efficientformerv2": _model("efficientformerv2_s0", img_size=64),
     "efficientvit_mit": _model("efficientvit_b0"),
-    "efficientvit_msra": _model("efficientvit_m0", img_size=64),
+    "efficientvit_msra": _model("efficientvit_m0", 128, img_size=128),
     "fastvit": _model("fastvit_t8"),
     "focalnet": _model("focalnet.FocalNet", embed_dim=16, depths=_DEPTHS, layerscale_value=1e-4),
     "gmlp": _model(
