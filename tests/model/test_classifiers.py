@@ -13,9 +13,19 @@ from transformers import Trainer
 
 import hf_freezecache
 from hf_freezecache import wrap_classifier
-from tests.support.helpers import CLASSES, make_args, pixel_dataset, tiny_vit
+from tests.support.helpers import (
+    CLASSES,
+    assert_same_weights,
+    losses,
+    make_args,
+    manual,
+    pixel_dataset,
+    run,
+    tiny_vit,
+    weights,
+)
 from tests.support.model_zoo import ENTRIES
-from tests.support.zoo import ConvNet, timm_vit
+from tests.support.zoo import TIMM_BLOCKS, ConvNet, timm_vit
 
 
 def pixels(rows: int = 3, size: int = 16) -> torch.Tensor:
@@ -95,6 +105,19 @@ def test_plain_trainer_trains_saves_and_loads(make, tmp_path):
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
+def test_cached_training_equals_the_frozen_one_without_cache(tmp_path):
+    trainings = {}
+    for cache in ("always", "never"):
+        torch.manual_seed(0)
+        model = wrap_classifier(timm_vit(proj_drop_rate=0.1).train())
+        config = manual("1:3", cache=cache, codec="fp32", blocks=[f"model.{name}" for name in TIMM_BLOCKS])
+        trainings[cache] = run(model, pixel_dataset(), tmp_path / cache, config, num_train_epochs=3)
+    cached, frozen = trainings["always"], trainings["never"]
+    assert cached.freeze_cache_report().phases[-1].mode == "replay"
+    assert losses(cached) == losses(frozen)
+    assert_same_weights(weights(cached), weights(frozen))
+
+
 def test_the_bare_modules_weights_load_into_the_bare_module():
     wrapper = wrap_classifier(timm_vit())
     assert timm_vit().load_state_dict(wrapper.model.state_dict(), strict=True)
@@ -113,7 +136,12 @@ def test_what_is_no_module_is_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    ("make", "size"), [(torchvision.models.googlenet, 96), (torchvision.models.inception_v3, 299)]
+    ("make", "size"),
+    [
+        (torchvision.models.googlenet, 96),
+        # Its auxiliary head needs large images.
+        pytest.param(torchvision.models.inception_v3, 299, marks=pytest.mark.slow),
+    ],
 )
 def test_auxiliary_heads_are_refused_until_they_are_off(make, size):
     bare = make(num_classes=CLASSES, init_weights=False, aux_logits=True)
