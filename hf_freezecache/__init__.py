@@ -23,7 +23,7 @@ _EXPORTS = {
     "FreezePolicy": "policies",
     "FreezeStatus": "training.report",
     "FrozenOutputError": "model.stand_ins",
-    "MismatchError": "training.session",
+    "MismatchError": "training.proof",
     "Moment": "policies",
     "ObservedBlock": "policies",
     "Plan": "estimate.costs",
@@ -48,16 +48,16 @@ if TYPE_CHECKING:
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
     from .model.classifiers import wrap_classifier
+    from .model.errors import ChainError
     from .model.stand_ins import FrozenOutputError
-    from .model.tracing import ChainError
     from .planning import plan
     from .policies import FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator
     from .trainer import FreezeCacheTrainer
     from .training.callback import FreezeCallback
+    from .training.proof import MismatchError
     from .training.rehearsal import RehearsalError
     from .training.report import FreezeCacheReport, FreezeStatus
-    from .training.session import MismatchError
     from .training.trainer_hooks import FreezeCacheMixin
 
 __all__ = [

@@ -22,6 +22,7 @@ PLAIN = "plain"
 PROBE = "linear probe"
 #: The chain of DeiT-Tiny: stem and 12 blocks. With all of them frozen only the head trains.
 ALL_BLOCKS = 13
+ON_GPU = {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def make_args(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) ->
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         # `EpochClock` asks for evaluations and checkpoints.
-        **QUIET,
+        **{**QUIET, **(ON_GPU if options.gpu else {})},
         seed=seed,
     )
 

@@ -16,13 +16,14 @@ import torch
 
 from .._common import make_parser, pick, prepare, quiet, result_folder, write_json, write_result
 from .._partials import run_tasks, settle_run_options
+from ..gpu.workload import describe_card
 from .arms import PLAIN, Arm, Data, checkpoint_folder, make_arms, train_arm
 from .tables import by_arm, by_schedule, make_claims, plot, table
 
 #: Settings that must not change when a run is continued.
 SETTINGS = (
     "image_size rows test_rows epochs batch_size learning_rate probe_learning_rate warmup weight_decay evaluate_every "
-    "schedules codec processes threads"
+    "schedules codec gpu processes threads"
 )
 
 
@@ -113,14 +114,18 @@ def finish(options: argparse.Namespace) -> None:
     names = [arm.name for arm in make_arms(options)]
     runs = {seed: {name: arms[name] for name in names} for seed, arms in runs.items()}
     arms, schedules = by_arm(runs), by_schedule(runs, options.schedules)
-    target = result_folder("finetune_caltech", options.smoke)
+    place = "gpu/" if options.gpu else ""
+    target = result_folder("finetune_caltech", options.smoke) / place
+    target.mkdir(exist_ok=True)
     text = table(arms, schedules, len(runs))
     (target / "table.md").write_text(text)
     print(text)
     plot(runs, options.schedules, target / "accuracy_vs_time.png")
     settings = pick(options, f"{SETTINGS} seeds")
     results = {"arms": arms, "schedules": schedules, "runs": runs}
-    write_result("finetune_caltech", options, settings, results, make_claims(arms, schedules))
+    if options.gpu:
+        results["gpu"] = describe_card()
+    write_result("finetune_caltech", options, settings, results, make_claims(arms, schedules), f"{place}result.json")
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,6 +143,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluate_every", type=int, default=3, help="epochs between evaluations")
     parser.add_argument("--rows", type=int, help="number of training images (default: all)")
     parser.add_argument("--test_rows", type=int, help="number of test images (default: all)")
+    parser.add_argument("--gpu", action="store_true", help="train on the GPU, in bf16; results go to gpu/")
     parser.add_argument(
         "--processes", type=int, default=1, help="processes, each with its own seed; they share the cores"
     )

@@ -187,7 +187,7 @@ def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
             )
             for model, bf16, algorithms in equality
         ),
-        Task("training", 75, lambda left, publish: compare_trainings("vit-base", TRAININGS, options, left, publish)),
+        Task("training", 180, lambda left, publish: compare_trainings("vit-base", TRAININGS, options, left, publish)),
         task(25, Setting("vit-base", batch, 0.75, "int8"), AGAINST_MEMORY),
         task(30, Setting("vit-base", batch, 0.75, "fp16"), AGAINST_MEMORY),
         task(40, Setting("vit-base", large, 0.75), SPEED),

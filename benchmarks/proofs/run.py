@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from hf_freezecache.training import session
 from hf_freezecache.training.proof import Proof
 from hf_freezecache.training.session import FreezeSession
 
-from .._common import QUIET, Claim, in_turn, make_parser, pick, prepare, silence, summary, write_result
+from .._common import QUIET, Claim, make_parser, pick, prepare, silence, summary, write_result
 from .._images import as_interpolated_batch, load_caltech, load_deit
+from .._statistics import paired
 from .._trainings import EpochClock
 from ..replay_step.run import StepClock
 
@@ -34,6 +36,7 @@ PROOFS = {
     "watch at steps": (Proof, "at_step"),
     "state to run a step again": (session.StepState, "__init__"),
 }
+PROOFS_OF_A_STEP = ("watch at steps", "state to run a step again")
 
 
 @contextlib.contextmanager
@@ -61,7 +64,8 @@ def without_step_proofs() -> Iterator[None]:
     """Inside, steps are not watched, and cannot be run again."""
     with (
         mock.patch.object(Proof, "at_step", lambda self: None),
-        mock.patch.object(session, "StepState", lambda model: None),
+        mock.patch.object(session.StepState, "__init__", lambda self, model, buffers: None),
+        mock.patch.object(session.StepState, "recording", contextlib.nullcontext),
     ):
         yield
 
@@ -131,20 +135,56 @@ def count_epoch(clock: EpochClock) -> Callable[..., None]:
     return on_epoch_end
 
 
+class PairClock(StepClock):
+    """A clock of steps that leaves the proofs of every second step out, in the order: with, without, without, with.
+
+    Neighbours meet the same disturbances, and each side is first as often as it is second.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._sides: list[bool] = []
+        self._without = contextlib.ExitStack()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        super().on_step_begin(args, state, control, **kwargs)
+        self._without.close()
+        with_proofs = state.global_step % 4 in (0, 3)
+        self._sides.append(with_proofs)
+        if not with_proofs:
+            self._without.enter_context(without_step_proofs())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._without.close()
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Seconds of neighbours: with the proofs and without, the first four steps left out."""
+        steps = list(zip(self.seconds, self._sides[1:], strict=False))[3:]
+        return [
+            (first, second) if first_with else (second, first)
+            for (first, first_with), (second, _) in zip(steps[::2], steps[1::2], strict=False)
+        ]
+
+
 def measure_steps(options: argparse.Namespace, images: Any, model: Any) -> dict[str, Any]:
-    """Replay steps with the proofs of a step and without them, blocks in turn."""
-    sides = {"with": contextlib.nullcontext, "without": without_step_proofs}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    """Replay steps with the proofs of a step beside neighbours without them, and the proofs by clocks of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, options.rounds):  # the first round builds the store and warms up
-            for name in in_turn(sides, number):
-                clock = StepClock()
-                with sides[name]():
-                    train(options, images, model, folder, [clock], max_steps=options.steps)
-                if number >= 0:
-                    seconds[name] += clock.seconds
-    result = {name: summary(values) for name, values in seconds.items()}
-    return {**result, "ratio": result["with"]["median"] / result["without"]["median"]}
+        clock, seconds = PairClock(), {}
+        train(options, images, model, folder, [clock], max_steps=options.steps)
+        with timing(seconds):
+            train(options, images, model, folder, [own_clock := StepClock()], max_steps=options.steps // 4)
+    pairs = clock.pairs()
+    without = [second for _, second in pairs]
+    relative = paired([(first - second) / statistics.median(without) for first, second in pairs])
+    proofs = sum(statistics.median(seconds[name]) for name in PROOFS_OF_A_STEP)
+    return {
+        "with": summary([first for first, _ in pairs]),
+        "without": summary(without),
+        "median_of_paired_differences": statistics.median(first - second for first, second in pairs),
+        "mean_of_paired_differences_relative_to_a_step": {name: relative[name] for name in ("mean", "interval_95")},
+        "clocked_seconds": proofs,
+        "clocked_share_of_a_step": proofs / statistics.median(own_clock.seconds),
+    }
 
 
 def parse_options() -> argparse.Namespace:
@@ -156,11 +196,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     parser.add_argument("--rows", type=int, help="number of training images (default: all)")
-    parser.add_argument("--steps", type=int, default=24, help="steps of a block")
-    parser.add_argument("--rounds", type=int, default=5, help="timed blocks of each side")
+    parser.add_argument("--steps", type=int, default=400, help="replay steps that are timed in pairs")
     options = parser.parse_args()
     if options.smoke:
-        options.epochs, options.freeze_epoch, options.rows, options.steps, options.rounds = 3, 1, 128, 4, 1
+        options.epochs, options.freeze_epoch, options.rows, options.steps = 3, 1, 128, 12
     return options
 
 
@@ -174,9 +213,9 @@ def main() -> None:
     claims = [
         Claim("proofs relative to the whole training", training["share_of_the_training"], at_most=0.01),
         Claim("sentinel rows relative to a replay epoch", training["sentinels_share_of_a_replay_epoch"], at_most=0.01),
-        Claim("replay step relative to one without the proofs of a step", steps["ratio"], at_most=1.01),
+        Claim("proofs of a step relative to a replay step", steps["clocked_share_of_a_step"], at_most=0.01),
     ]
-    settings = pick(options, "epochs freeze_epoch cut codec batch_size image_size rows steps rounds")
+    settings = pick(options, "epochs freeze_epoch cut codec batch_size image_size rows steps")
     write_result("proofs", options, settings, {"training": training, "steps": steps}, claims)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ..cache.codec.haar import to_bands
 from ..model.chain import BlockChain
-from ..model.tracing import eval_mode, first_tensor
+from ..model.modes import eval_mode
+from ..model.structure import first_tensor
 from ..rng import preserve_rng
 
 

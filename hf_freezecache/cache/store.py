@@ -178,12 +178,15 @@ class FeatureStore:
         rows = self.read_rows(indices)
         return self.codec.decode({name: rows[name].to(device) for name in self.codec.columns})
 
-    def read_rows(self, indices: Sequence[int], views: np.ndarray | None = None) -> dict[str, Any]:
+    def read_rows(
+        self, indices: Sequence[int], views: np.ndarray | None = None, pinned: bool = False
+    ) -> dict[str, Any]:
         """Reads codes and model inputs of some samples, without decoding them.
 
         Args:
             indices: row numbers `(B,)`.
             views: int64 `(B,)`, view of each sample; None: the base view.
+            pinned: whether the base view's codes are read into page-locked memory, from which a GPU copies directly.
 
         Returns:
             Entries of a batch by name: first the codes, i.e. the codec's columns and, for stores that hold only the
@@ -197,7 +200,10 @@ class FeatureStore:
         """
         self.check_unchanged()
         rows = np.asarray(indices, dtype=np.int64)
-        codes = {name: self._columns[name].take(rows) for name in self.codec.columns}
+        codes = {
+            name: self._columns[name].take(rows, _pinned_memory(len(rows), length, dtype) if pinned else None)
+            for name, (dtype, length) in self.codec.columns.items()
+        }
         if views is not None and self.manifest.views:
             codes = self.views.pick(codes, views, lambda name, positions: self._columns[name].take(rows[positions]))
         batch = {name: torch.from_numpy(value) for name, value in codes.items()}
@@ -352,6 +358,11 @@ class StoreHandle:
         if opened.files[MANIFEST].sha256 != self.manifest:
             raise StoreError(f"{self.path} is another store by now: it was built again while it was in use.")
         return FeatureStore(self.path, *opened)
+
+
+def _pinned_memory(rows: int, length: int, dtype: torch.dtype) -> np.ndarray:
+    """Memory that torch keeps for the next batch once no copy from it is under way any more."""
+    return torch.empty(rows, length, dtype=dtype, pin_memory=True).numpy()
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:

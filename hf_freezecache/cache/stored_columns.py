@@ -54,11 +54,12 @@ class StoredColumn(ABC):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     @abstractmethod
-    def take(self, rows: np.ndarray) -> Any:
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> Any:
         """Reads rows.
 
         Args:
             rows: int64 row numbers `(B,)`, in any order.
+            into: where the rows are put, `(B, width)`; None: into new memory. Columns of text have no use for it.
 
         Returns:
             An array `(B, width)`, or a list of B values.
@@ -102,13 +103,13 @@ class FixedColumn(StoredColumn):
         super().__init__(batches, schema, name, where)
         self._in_memory: np.ndarray | None = None
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         batches, places = self._locate(rows)
+        values = np.empty((len(rows), self.width), self.dtype) if into is None else into
         if self._row_bytes <= _SMALL_ROW and len(self) * self._row_bytes <= _SMALL_COLUMN:
             if self._in_memory is None:
                 self._in_memory = self._read_all()
-            return self._in_memory[rows]
-        values = np.empty((len(rows), self.width), self.dtype)
+            return np.take(self._in_memory, rows, axis=0, out=values)
         if not values.size:
             return values
         offsets = self._starts[batches, -1] + places * self._row_bytes
@@ -139,7 +140,7 @@ class FixedColumn(StoredColumn):
 class BitColumn(StoredColumn):
     """Truth values, eight in a byte."""
 
-    def take(self, rows: np.ndarray) -> list[bool]:
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> list[bool]:
         batches, places = self._locate(rows)
         return [
             bool(self._file(batch).read(1, int(self._starts[batch, 1]) + place // 8)[0] >> place % 8 & 1)
@@ -178,7 +179,7 @@ class _ContentColumn(StoredColumn):
 class TextColumn(_ContentColumn):
     """Strings."""
 
-    def take(self, rows: np.ndarray) -> list[str]:
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> list[str]:
         texts = []
         for row, content in self._contents(rows):
             try:
@@ -213,8 +214,8 @@ class PackedColumn(_ContentColumn):
             total += last - first
         return total / len(self)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        unpacked = np.empty((len(rows), self.width), self.dtype)
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        unpacked = np.empty((len(rows), self.width), self.dtype) if into is None else into
         for place, (row, frame) in enumerate(self._contents(rows)):
             try:
                 unpacked[place] = np.frombuffer(self._codec.decompress(frame, self.width), np.uint8)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..model.chain import BlockChain
+from ..model.modes import untouched
 from ..model.stand_ins import StandIn
-from ..model.tracing import first_tensor, untouched
+from ..model.structure import first_tensor
 
 T = TypeVar("T")
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .errors import ChainError
 from .families import FAMILIES, block_groups
-from .tracing import Block, ChainError
+from .tracing import Block
 
 
 def named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:

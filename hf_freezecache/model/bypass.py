@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .stand_ins import FrozenOutputError, StandIn
-from .tracing import Block, Trace, accept_feature, argument, find_tensor, stand_ins, with_argument
+from .structure import accept_feature, argument, find_tensor, with_argument
+from .tracing import Block, Trace, stand_ins
 
 #: Makes the new `forward` of a module from its present one.
 Wrap = Callable[[Callable], Callable]

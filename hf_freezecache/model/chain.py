@@ -12,21 +12,12 @@ from torch import nn
 from ..rng import preserve_rng
 from .blocks import declared_blocks, named_blocks
 from .bypass import Bypass
+from .errors import ChainError
 from .layout import FeatureLayout
+from .modes import eval_mode, override_forward
 from .stand_ins import StandIn, stays_real
-from .tracing import (
-    Block,
-    Captured,
-    ChainError,
-    Trace,
-    eval_mode,
-    first_tensor,
-    main_input_name,
-    override_forward,
-    run_trace,
-    synthetic_probe,
-    take_rows,
-)
+from .structure import first_tensor
+from .tracing import Block, Captured, Trace, main_input_name, run_trace, synthetic_probe, take_rows
 
 
 class BlockChain:
@@ -85,8 +76,9 @@ class BlockChain:
             probe = synthetic_probe(model)
         if probe is not None:
             chain.trace(probe)
+            whole = None
             for cut in range(1, len(chain) + 1):
-                chain.prove(probe, cut)
+                whole = chain.prove(probe, cut, whole)
         return chain
 
     def __len__(self) -> int:
@@ -144,9 +136,11 @@ class BlockChain:
         finally:
             self._trace, self._proved = own_trace, own_proofs
 
-    def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
+    def prove(self, inputs: Mapping[str, Any], cut: int, whole: torch.Tensor | None = None) -> torch.Tensor:
         """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 
+        Returns:
+            The logits; the proof of another cut on the same inputs takes them as `whole`.
         Raises:
             ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
                 Also if in training the feature depends on random numbers or on the batch, because a module that
@@ -157,7 +151,7 @@ class BlockChain:
             self.trace(inputs)
         probe = self._probe(inputs)
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
-            expected = _logits(self.model(**probe))
+            expected = _logits(self.model(**probe)) if whole is None else whole
             features = self._capture(probe, cut)
             if features.isnan().any() or expected.isnan().any():
                 raise ChainError(
@@ -184,7 +178,7 @@ class BlockChain:
                 )
             if torch.equal(expected, replayed):
                 self._proved.add(cut)
-                return
+                return expected
             # An accelerator's kernels may differ from run to run. Only then are close logits accepted.
             reproducible = torch.equal(expected, _logits(self.model(**probe)))
         if reproducible or not torch.allclose(expected, replayed, rtol=1e-3, atol=1e-4):
@@ -194,6 +188,7 @@ class BlockChain:
                 "of the block before the cut crosses it (a skip connection, an input-dependent side channel)."
             )
         self._proved.add(cut)
+        return expected
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from ..rng import preserve_rng
-from .tracing import Block, ChainError, accept_feature, eval_mode, first_tensor, run_trace
+from .errors import ChainError
+from .modes import eval_mode
+from .structure import accept_feature, first_tensor
+from .tracing import Block, run_trace
 
 
 def check_sharing(model: nn.Module, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> None:

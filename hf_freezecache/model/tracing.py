@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..rng import preserve_rng
+from .errors import ChainError
 from .layout import FeatureLayout
+from .modes import eval_mode
 from .stand_ins import StandIn
-
-
-class ChainError(ValueError):
-    """A model cannot be split at its blocks as asked; the message names the module and the reason."""
+from .structure import argument, find_tensor, map_structure, with_argument
 
 
 class Captured(Exception):
@@ -303,17 +301,6 @@ def _entry(args: tuple, kwargs: dict) -> int | str | None:
     return next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
 
 
-def _map_structure(function: Callable, value: Any) -> Any:
-    """Applies `function` to the leaves of tuples, lists and mappings, keeping their types (`ModelOutput` too)."""
-    if isinstance(value, Mapping):
-        return type(value)(**{key: _map_structure(function, item) for key, item in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_structure(function, item) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_structure(function, item) for item in value)
-    return function(value)
-
-
 def _specification(output: Any, batch_size: int) -> Any:
     def describe(value):
         if not isinstance(value, torch.Tensor):
@@ -323,19 +310,7 @@ def _specification(output: Any, batch_size: int) -> Any:
         shape = tuple(value.shape) if fixed else (len(value) // batch_size, *value.shape[1:])
         return _TensorSpec(shape, value.dtype, value.device, fixed)
 
-    return _map_structure(describe, output)
-
-
-def argument(place: int | str, args: tuple, kwargs: dict) -> Any:
-    """The argument of a call at a position or of a keyword."""
-    return args[place] if isinstance(place, int) else kwargs[place]
-
-
-def with_argument(place: int | str, args: tuple, kwargs: dict, value: Any) -> tuple[tuple, dict]:
-    """The same call with another value at a position or of a keyword."""
-    if isinstance(place, int):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
-    return args, {**kwargs, place: value}
+    return map_structure(describe, output)
 
 
 def stand_ins(specification: Any, batch_size: int, stands_for: str) -> Any:
@@ -353,49 +328,7 @@ def stand_ins(specification: Any, batch_size: int, stands_for: str) -> Any:
         shape = value.shape if value.fixed else (value.shape[0] * batch_size, *value.shape[1:])
         return StandIn(shape, value.dtype, value.device, stands_for)
 
-    return _map_structure(build, specification)
-
-
-def find_tensor(output: Any) -> torch.Tensor | None:
-    """The first tensor in an output of tuples, lists and mappings; None if it holds none."""
-    if isinstance(output, torch.Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((tensor for value in values if (tensor := find_tensor(value)) is not None), None)
-
-
-def find_tensors(output: Any, name: str = "output") -> dict[str, torch.Tensor]:
-    """All tensors in an output of tuples, lists and mappings, by their place in it."""
-    if isinstance(output, torch.Tensor):
-        return {name: output}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, (tuple, list)):
-        items = enumerate(output)
-    return {place: tensor for key, value in items for place, tensor in find_tensors(value, f"{name}.{key}").items()}
-
-
-def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor in an output of tuples, lists and mappings.
-
-    Raises:
-        ChainError: if it holds none.
-    """
-    tensor = find_tensor(output)
-    if tensor is None:
-        raise ChainError(f"a tensor was expected in an output, but {type(output).__name__} holds none.")
-    return tensor
-
-
-def accept_feature(output: Any, feature: torch.Tensor) -> Any:
-    """The same output with the feature in place of its first tensor.
-
-    Raises:
-        ChainError: if the output holds no tensor.
-    """
-    target = first_tensor(output)
-    return _map_structure(lambda value: feature if value is target else value, output)
+    return map_structure(build, specification)
 
 
 def main_input_name(model: nn.Module) -> str:
@@ -447,60 +380,3 @@ def synthetic_probe(model: nn.Module) -> dict[str, torch.Tensor] | None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, channels, height, width, generator=generator)
     return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode inside the context; restores every module's own mode after it.
-
-    Compiled code runs uncompiled inside: it does not see hooks and replaced methods.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or a module of it, is compiled: by `module.compile()` or as what `torch.compile` returned."""
-    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back modes, `requires_grad`, buffers and the global generators on leaving the context."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with preserve_rng(), eval_mode(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def override_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Overrides `forward` on one module instance inside the context; restores the instance's own override after it.
-
-    Args:
-        module: the instance.
-        wrap: makes the new `forward` from the present one.
-    """
-    had_own, original = "forward" in module.__dict__, module.forward
-    # The wrapped signature stays visible to code that inspects it (Trainer, DDP).
-    module.forward = functools.wraps(original)(wrap(original))
-    try:
-        yield
-    finally:
-        if had_own:
-            module.forward = original
-        else:
-            del module.forward

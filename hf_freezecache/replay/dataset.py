@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..augment.draws import Draw, use_draw
 from ..augment.geometry import geometry_column
@@ -176,10 +176,13 @@ class ReplayDataset(Dataset):
         switch: what stamps the rows that the training asks for; loader processes have no use for it.
         seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch,
             the sample and its occurrence in the epoch.
+
+    Attributes:
+        pinned: whether this process reads codes into page-locked memory; see `FeatureStore.read_rows`.
     """
 
     def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
-        self.inner, self.seed = inner, seed
+        self.inner, self.seed, self.pinned = inner, seed, False
         self.switch: SourceSwitch | None = switch
         self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
@@ -266,7 +269,7 @@ class ReplayDataset(Dataset):
                 self._store = key, opened
             store = self._store[1]
             views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
-            entries = store.read_rows(numbers, views)
+            entries = store.read_rows(numbers, views, self.pinned and get_worker_info() is None)
         except (StoreError, OSError) as error:  # the training goes on from images
             return LostRows(BatchRows.of(rows), f"{error} ({type(error).__name__})")
         return CachedRows(entries, store.code_names(entries), BatchRows.of(rows))

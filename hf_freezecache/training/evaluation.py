@@ -24,9 +24,9 @@ from ..model.tracing import Trace
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import SourceSwitch, find_switch
-from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
 from .store_provider import Declined
 from .watch import checksums
@@ -243,7 +243,7 @@ class EvaluationCache:
         if entry.source is not None and entry.source.cut == cut:
             return
         try:
-            with self.accounts.building(cut) as phase, preserve_rng():
+            with self.accounts.building(cut) as phase, looking_at(entry.rows):
                 store, built = self._find_or_build(entry, cut, builds)
                 if store is not None and built:
                     phase.add_store(store.bytes)

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 
 from ..model.stand_ins import FrozenOutputError, StandIn
-from ..model.tracing import find_tensors
+from ..model.structure import find_tensors
 from ..rng import RngState, preserve_rng
 from .epoch_source import EpochSource, FromStore
 from .evaluation import EvaluationCache, EvaluationPass, cached_names

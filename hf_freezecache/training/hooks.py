@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import FreezeCacheConfig
-from ..model.tracing import is_compiled
+from ..model.modes import is_compiled
 from ..policies import FreezePolicy, NonePolicy
 from .callback import FreezeCallback
 from .evaluation import EvaluationCache

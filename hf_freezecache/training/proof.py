@@ -19,6 +19,10 @@ from .watch import FrozenWatch
 logger = logging.get_logger(__name__)
 
 
+class MismatchError(RuntimeError):
+    """Features are not those of the training (any more), and `on_mismatch="error"`."""
+
+
 class Proof:
     """Answers why features cannot be used, as sentences; None if they can. All processes answer the same.
 

@@ -13,8 +13,8 @@ from transformers.utils import logging
 from ..build.context import BuildContext
 from ..build.materialize import spread
 from ..distributed import describe_error
+from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
-from ..model.tracing import untouched
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng
 from .epoch_source import StepInputs
@@ -114,7 +114,7 @@ class Rehearsal:
             try:
                 return source.collate(spread(len(source), count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
-                logger.debug("Rows from all over the data set cannot be collated together", exc_info=error)
+                logger.info(f"Rows from all over the data set cannot be collated together: {describe_error(error)}")
                 return self._neighbours(count)
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:

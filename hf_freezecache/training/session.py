@@ -27,10 +27,11 @@ from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
-from .proof import Proof
+from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Outcome, Rehearsal, RehearsalError
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -39,10 +40,6 @@ from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
 
 logger = logging.get_logger(__name__)
-
-
-class MismatchError(RuntimeError):
-    """Features are not those of the training (any more), and `on_mismatch="error"`."""
 
 
 class FreezeSession:
@@ -131,10 +128,10 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
-        self._share_problems()
         if moment.cut > self.chain.cut:
             check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
@@ -143,7 +140,8 @@ class FreezeSession:
                 f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
-        with preserve_rng():
+        with looking_at(self.context.source):
+            self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
@@ -151,14 +149,14 @@ class FreezeSession:
         self.force_eager = self._is_compiled()
         frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
         self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
-        phase = self.ledger.begin(self.chain.cut, self.source.mode)
+        phase = self.accounts.begin_epoch(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
 
     def end_epoch(self) -> None:
         if self.ledger.current is not None:
             self.ledger.current.epochs += 1
-            self.ledger.end()
+            self.accounts.end_epoch()
         self._share_problems()  # the last epoch has no beginning after it
 
     def end_step(self) -> None:
@@ -173,6 +171,7 @@ class FreezeSession:
         return self.recorder.blocks()
 
     def state_dict(self) -> dict[str, Any]:
+        self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
         return {
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
@@ -282,19 +281,31 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def rehearse(self, cuts: Sequence[int]) -> None:
+    def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: the trainer's own step on features of the cuts that are planned.
+
+        Args:
+            epochs: by cut, how many remain from its first one to the end of the training.
 
         Raises:
             RehearsalError: under explicit settings, if it is not the step on images.
         """
         if self.keeper.why_not_cached is not None or self.chain.cut:
             return
-        why = self.proof.rehearse(cuts)
-        if why is not None and self._explicit:
+        hopeless = self.keeper.provider.why_hopeless
+        with looking_at(self.context.source):
+            why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+            if why is None or self._decline_data():
+                return
+        if self._explicit:
             raise RehearsalError(why)
-        if why is not None:
-            self._decline(why)
+        self._decline(why)
+
+    def _decline_data(self) -> bool:
+        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
+        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
+            self._decline(f"{why}.")
+        return why is not None
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: rows of batches are samples, and reach the training as they are.
@@ -322,12 +333,14 @@ class FreezeSession:
         if loader is self.loader:
             return None
         source = self.context.source
-        probe = split_batch(source.probe(), self.chain.main_input)
+        with looking_at(source):
+            probe = split_batch(source.probe(), self.chain.main_input)
         rows = trial_rows(probe, source.batch_size)
         return why_not_through(loader, self.loader, self.switch, rows, self.shared)
 
     def _check_prefix(self, cut: int) -> None:
-        if cut and self.keeper.why_not_cached is None:
+        stays_on_images = isinstance(self.source, FromImages) and self.source.cut == cut
+        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:
@@ -338,11 +351,7 @@ class FreezeSession:
 
     def _share_problems(self) -> None:
         """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
-        if isinstance(self.source, FromStore) and self.source.is_open:
-            try:
-                self.source.store.check_unchanged()
-            except StoreError as error:
-                self._lose(str(error))
+        self._check_files()
         problems = self.group.gather((self._mismatch, self._lost))
         self._mismatch = None
         self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
@@ -351,9 +360,16 @@ class FreezeSession:
             self._lose(lost)
         self._lost = None
 
+    def _check_files(self) -> None:
+        if isinstance(self.source, FromStore) and self.source.is_open:
+            try:
+                self.source.store.check_unchanged()
+            except StoreError as error:
+                self._lose(str(error))
+
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The loader's batches; those whose rows cannot be read from the store any more as images."""
-        for batch in batches:
+        for batch in self.accounts.clock.waiting(batches):
             lost = take_lost(batch)
             if lost is None:
                 yield batch
@@ -372,7 +388,7 @@ class FreezeSession:
             "until there is another one."
         )
         self.keeper.provider.lose(store)
-        self._turn_to_images(FromImages(0, why))
+        self._turn_to_images(FromImages(self.chain.cut, why, lost_in=self.switch.epoch))
 
     def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.
@@ -403,6 +419,7 @@ class FreezeSession:
         self.source.close()
         self.source = images
         images.turn(self.switch)
+        self.accounts.clock.give_up()
         if self.ledger.current is not None:
             self.ledger.end()
             self.ledger.begin(self.chain.cut, images.mode)

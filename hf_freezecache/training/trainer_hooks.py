@@ -38,6 +38,7 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
+from .data_state import undisturbed
 from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
@@ -126,10 +127,11 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
-        model_inputs = ModelInputs(self._own_model, self._prepare_inputs, self.label_names)
+        model_inputs = ModelInputs(self._own_model, self._inputs_by_name, self.label_names)
         with preserve_rng():
             probe = self._draw_probe(source)
-            split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
+            if self._freeze_config.cache != "never":
+                split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             check_sharing(self._own_model, chain.blocks, model_inputs(probe))
@@ -143,6 +145,11 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
         )
+
+    def _inputs_by_name(self, batch: Any) -> Mapping[str, Any]:
+        if isinstance(batch, Mapping) and isinstance(batch.get(main_input_name(self._own_model)), torch.Tensor):
+            return self._prepare_inputs(batch)  # type: ignore[arg-type]  # `ModelInputs` gives a dict
+        return self._called_inputs(batch)  # frozen without features, a training may collate what it likes
 
     def _draw_probe(self, source: RowSource) -> Mapping[str, Any]:
         try:
@@ -205,7 +212,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:
-            session = self._group.on_all(lambda: self._make_session(dataset, collator))
+            with undisturbed(dataset, collator):
+                session = self._group.on_all(lambda: self._make_session(dataset, collator))
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None
@@ -305,6 +313,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             self.data_collator = users_collator
         assert wrapped.switch is not None  # it was made in this process
         stamp_rows(loader, wrapped.switch)
+        # A loader without processes of its own would copy every batch there once more.
+        wrapped.pinned = loader.pin_memory and not loader.num_workers and torch.cuda.is_available()
         return loader
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):

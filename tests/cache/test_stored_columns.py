@@ -44,6 +44,21 @@ def test_damaged_offsets_are_a_damaged_row(offset):
             column.take(np.array([row]))
 
 
+def test_rows_are_read_into_the_memory_that_is_given():
+    packed = pack_rows(np.arange(150, dtype=np.uint8).reshape(3, 50))
+    plain = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(150, dtype=np.uint8)), 50)
+    wide = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(600, dtype=np.int16)), 200)
+    columns = [
+        PackedColumn(*stream({"base": packed}), "base", "a store", 50),
+        FixedColumn(*stream({"base": plain}), "base", "a store"),
+        FixedColumn(*stream({"base": wide}), "base", "a store"),
+    ]
+    for column in columns:
+        memory = np.zeros((2, column.width), column.dtype)
+        assert column.take(np.array([2, 0]), memory) is memory
+        assert np.array_equal(memory, column.take(np.array([2, 0]))) and memory.any()
+
+
 ORDER = np.array([6, 0, 3, 3, 5, 2, 1, 4])
 
 

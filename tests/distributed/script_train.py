@@ -1,4 +1,4 @@
-"""Trains a tiny model under `accelerate launch` and writes what every process saw to a JSON file."""
+"""Trains a tiny model in one of several processes and writes what every process saw to a JSON file."""
 
 import argparse
 import json

@@ -9,7 +9,7 @@ from support import zoo
 from support.chains import assert_replays
 
 from hf_freezecache import BlockChain
-from hf_freezecache.model.tracing import ChainError
+from hf_freezecache.model.errors import ChainError
 
 FAMILIES = pytest.mark.parametrize("name", list(zoo.FAMILIES))
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from hf_freezecache import BlockChain
 from hf_freezecache.model.blocks import declared_blocks
+from hf_freezecache.model.errors import ChainError
 from hf_freezecache.model.families import FAMILIES, Family, block_groups
-from hf_freezecache.model.tracing import ChainError
 
 
 def groups_of(model: nn.Module, family: Family | None = None):

@@ -8,7 +8,7 @@ from support import zoo
 from torch.nn.functional import cross_entropy
 
 from hf_freezecache import BlockChain
-from hf_freezecache.model.tracing import ChainError
+from hf_freezecache.model.errors import ChainError
 
 FAMILIES = pytest.mark.parametrize("name", list(zoo.FAMILIES))
 LABELS = torch.tensor([0, 1, 4])

@@ -7,8 +7,8 @@ from support.helpers import tiny_vit
 from torch import nn
 
 from hf_freezecache.model.blocks import declared_blocks, named_blocks
+from hf_freezecache.model.errors import ChainError
 from hf_freezecache.model.sharing import check_sharing
-from hf_freezecache.model.tracing import ChainError
 
 BLOCKS = ["embed", "first", "second"]
 

@@ -8,7 +8,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_freezecache import BlockChain
-from hf_freezecache.model.tracing import ChainError, accept_feature, find_tensor, first_tensor, token_grid
+from hf_freezecache.model.errors import ChainError
+from hf_freezecache.model.structure import accept_feature, find_tensor, first_tensor
+from hf_freezecache.model.tracing import token_grid
 
 # The grid of tokens and maps
 

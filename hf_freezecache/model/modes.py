@@ -1,0 +1,71 @@
+"""Contexts in which a model runs in another mode, or with another `forward`, and is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ..rng import preserve_rng
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model in eval mode inside the context; restores every module's own mode after it.
+
+    Compiled code runs uncompiled inside: it does not see hooks and replaced methods.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+            yield
+    finally:
+        for module, training in modes:
+            if module.training != training:
+                object.__setattr__(module, "training", training)  # it runs often, on all modules: the quick way
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, is compiled: by `module.compile()` or as what `torch.compile` returned."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, `requires_grad`, buffers and the global generators on leaving the context."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with preserve_rng(), eval_mode(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def override_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Overrides `forward` on one module instance inside the context; restores the instance's own override after it.
+
+    Args:
+        module: the instance.
+        wrap: makes the new `forward` from the present one.
+    """
+    had_own, original = "forward" in module.__dict__, module.forward
+    # The wrapped signature stays visible to code that inspects it (Trainer, DDP).
+    module.forward = functools.wraps(original)(wrap(original))
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = original
+        else:
+            del module.forward
