@@ -34,6 +34,7 @@ _EXPORTS = {
     "StoreError": "cache.manifest",
     "make_codec": "cache.codec",
     "plan": "planning",
+    "wrap_classifier": "model.classifiers",
 }
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .estimate.costs import Plan, PlanRow
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
+    from .model.classifiers import wrap_classifier
     from .model.errors import ChainError
     from .model.stand_ins import FrozenOutputError
     from .planning import plan
@@ -83,6 +85,7 @@ __all__ = [
     "StoreError",
     "make_codec",
     "plan",
+    "wrap_classifier",
 ]
 
 

@@ -139,8 +139,8 @@ class BlockChain:
     def prove(self, inputs: Mapping[str, Any], cut: int, whole: torch.Tensor | None = None) -> torch.Tensor:
         """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
 
-        Returns:
-            The logits; the proof of another cut on the same inputs takes them as `whole`.
+        Returns the logits; the proof of another cut on the same inputs takes them as `whole`.
+
         Raises:
             ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
                 Also if in training the feature depends on random numbers or on the batch, because a module that

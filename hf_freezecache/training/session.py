@@ -59,7 +59,8 @@ class FreezeSession:
         source: where the batches of the running epoch come from.
         evaluation: stores of the evaluation sets; None where evaluations run on images, and after the training.
         loader: of the training, as `Trainer` made it.
-        shared: what objects of the user's may refer to and nobody copies: the trainer, the model.
+        shared: what objects of the user's may refer to and nobody copies: the trainer, the model. Until the data is
+            checked: the trainer refers to its session.
     """
 
     def __init__(
@@ -318,12 +319,13 @@ class FreezeSession:
         Raises:
             ValueError: under `cache="always"`, if they are or do not.
         """
+        shared, self.shared = self.shared, ()
         if self.keeper.why_not_cached is not None:
             return
         augmentation = self.group.broadcast(self.keeper.provider.spec_maker.augmentation)
         why = None if augmentation is None else augmentation.declined
         if why is None:
-            found = self.group.gather(self._why_not_through(loader))
+            found = self.group.gather(self._why_not_through(loader, shared))
             why = next((reason for reason in found if reason is not None), None)
         if why is None:
             return
@@ -331,14 +333,14 @@ class FreezeSession:
             raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
         self._decline(f"{why}.")
 
-    def _why_not_through(self, loader: Any) -> str | None:
+    def _why_not_through(self, loader: Any, shared: Sequence[Any]) -> str | None:
         if loader is self.loader:
             return None
         source = self.context.source
         with looking_at(source):
             probe = split_batch(source.probe(), self.chain.main_input)
         rows = trial_rows(probe, source.batch_size)
-        return why_not_through(loader, self.loader, self.switch, rows, self.shared)
+        return why_not_through(loader, self.loader, self.switch, rows, shared)
 
     def _check_prefix(self, cut: int) -> None:
         source = self.source

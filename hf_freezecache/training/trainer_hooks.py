@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, wraps
@@ -127,7 +128,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
-        model_inputs = ModelInputs(self._own_model, self._inputs_by_name, self.label_names)
+        trainer = weakref.proxy(self)  # see `_make_session`
+        model_inputs = ModelInputs(self._own_model, lambda batch: trainer._inputs_by_name(batch), self.label_names)
         with preserve_rng():
             probe = self._draw_probe(source)
             if self._freeze_config.cache != "never":
@@ -229,15 +231,20 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
         self._freeze_policy.start(len(check_model(self, self._own_model, self._freeze_config)))
+        # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
+        # it would take its loaders' queues before their processes, for whose end torch then waits five seconds each.
+        trainer = weakref.proxy(self)
         session = FreezeSession(
             self.build_context(dataset, collator),
             self._freeze_explicit,
-            self._rehearsed_step,
+            lambda batch: trainer._rehearsed_step(batch),
             self._suspects(),
             why_not_cached,
             self._why_on_images(),
-            is_compiled=lambda: self._runs_compiled,
-            is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
+            is_compiled=lambda: trainer._runs_compiled,
+            is_last=lambda: (
+                trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
+            ),
         )
         # The cuts of a schedule do not depend on the number of epochs.
         for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
