@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import ChainError
 from .families import FAMILIES, block_groups
-from .tracing import Block
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of the chain.
+
+    Args:
+        name: module name of the block, of its first module if there are several.
+        modules: the modules that run one after the other as this block.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
 
 
 def named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..rng import preserve_rng
-from .blocks import declared_blocks, named_blocks
+from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
 from .errors import ChainError
+from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode, override_forward
-from .stand_ins import StandIn, stays_real
-from .structure import first_tensor
-from .tracing import Block, Captured, Trace, main_input_name, run_trace, synthetic_probe, take_rows
+from .probes import synthetic_probe, take_rows
+from .proving import prove_cut
+from .record import number_of_samples
+from .routing import Action, replacing
+from .stand_ins import stays_real
+from .structure import leaves
+from .trace import Trace
+
+#: Most rows on which a cut is proved.
+_PROOF_ROWS = 4
 
 
 class BlockChain:
@@ -75,9 +82,9 @@ class BlockChain:
         if probe is None:
             probe = synthetic_probe(model)
         if probe is not None:
-            chain.trace(probe)
+            trace = chain.trace(probe)
             for cut in range(1, len(chain) + 1):
-                chain.prove(probe, cut)
+                trace.cut(cut)
         return chain
 
     def __len__(self) -> int:
@@ -104,7 +111,9 @@ class BlockChain:
         Raises:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
-        self._trace = trace = run_trace(self.model, self.blocks, self._probe(inputs))
+        self._check_inputs(inputs)
+        probe = take_rows(inputs, slice(2), number_of_samples(inputs))
+        self._trace = trace = Trace(self.model, self.blocks, probe)
         self._frozen_modules = None
         self._proved.clear()
         if self.cut:
@@ -136,54 +145,20 @@ class BlockChain:
             self._trace, self._proved = own_trace, own_proofs
 
     def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
-        """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
+        """Checks on rows of `inputs` that prefix and suffix reproduce the model's loss and logits, bit for bit.
 
         Raises:
-            ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
-                Also if in training the feature depends on random numbers or on the batch, because a module that
-                `freeze` does not put in eval mode runs before the cut.
+            ChainError: if they do not: then something besides the feature crosses the cut. Also if in training the
+                feature depends on random numbers or on the batch.
         """
         self._check_cut(cut)
-        if self._trace is None:
+        self._check_inputs(inputs)
+        if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
-        probe = self._probe(inputs)
-        with preserve_rng(), torch.no_grad(), eval_mode(self.model):
-            expected = _logits(self.model(**probe))
-            features = self._capture(probe, cut)
-            if features.isnan().any() or expected.isnan().any():
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} features or logits are NaN, which proves nothing: the weights have "
-                    "diverged (lower the learning rate?), or the samples are NaN."
-                )
-            if not torch.equal(features, self._captured_in_training(probe, cut)):
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} in training the feature is random or depends on the batch, though every "
-                    "block before the cut is in eval mode: a dropout or normalization outside the blocks, or shared "
-                    "with later ones."
-                )
-            try:
-                replayed = _logits(self.suffix(features, probe, cut))
-            except Exception as error:  # the model's own code may raise anything
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} running the rest on the feature failed with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if isinstance(replayed, StandIn):
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} the logits depend on {replayed.stands_for}, which crosses it beside the "
-                    "feature (a skip connection, an input-dependent side channel)."
-                )
-            if torch.equal(expected, replayed):
-                self._proved.add(cut)
-                return
-            # An accelerator's kernels may differ from run to run. Only then are close logits accepted.
-            reproducible = torch.equal(expected, _logits(self.model(**probe)))
-        if reproducible or not torch.allclose(expected, replayed, rtol=1e-3, atol=1e-4):
-            difference = (expected.double() - replayed.double()).abs().max().item()
-            raise ChainError(
-                f"{self._cannot_cut(cut)} the logits differ by up to {difference:.3g}: something besides the output "
-                "of the block before the cut crosses it (a skip connection, an input-dependent side channel)."
-            )
+        samples = number_of_samples(inputs)
+        # Not the rows of the trace, if there are others.
+        probe = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
+        prove_cut(self, probe, cut)
         self._proved.add(cut)
 
     @property
@@ -239,18 +214,42 @@ class BlockChain:
 
     def prefix_modules(self, cut: int) -> list[nn.Module]:
         """All modules that run before the cut and not after it, submodules included."""
+        if self._trace is not None and cut:
+            return self._trace.flow.closed_modules(self._trace.cut(cut).boundary.clock)
         roots = [module for block in self.blocks[:cut] for module in block.modules]
-        if self._trace is not None:
-            roots += self._trace.glue_before(cut)
         return list({id(module): module for root in roots for module in root.modules()}.values())
 
     def prefix_parameters(self, cut: int) -> dict[str, nn.Parameter]:
         """The parameters of the prefix's blocks, and others on which the feature at `cut` depends, by name."""
-        modules = [module for block in self.blocks[:cut] for module in block.modules]
-        members = {id(p) for module in modules for p in module.parameters()}
-        if self._trace is not None:
-            members |= {id(parameter) for parameter in self._stray_parameters(self._trace, cut)}
+        if self._trace is not None and cut:
+            frozen = self._trace.cut(cut).boundary.frozen
+            return {name: p for name, p in self.model.named_parameters() if name in frozen}
+        members = {id(p) for block in self.blocks[:cut] for module in block.modules for p in module.parameters()}
         return {name: p for name, p in self.model.named_parameters() if id(p) in members}
+
+    def shared_parameters(self, cut: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the trainable parameters that freezing at `cut` freezes, and that are read behind the cut as well.
+
+        Returns:
+            Those that bar the cut, and those of embedding tables, which do not.
+        """
+        boundary = self._own_trace().cut(cut).boundary
+        trainable = {name for name, parameter in self.model.named_parameters() if self._was_trainable(parameter)}
+        both = (boundary.shared, boundary.tied)
+        return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def frozen_modes(self) -> Iterator[None]:
+        """Inside, what runs before the present cut runs in eval mode, modules that run on behind it included.
+
+        `eval_prefix` cannot reach these: a dropout function in the model's own `forward`, a dropout module
+        that several blocks share.
+        """
+        if not self.cut or self._trace is None:
+            yield
+            return
+        with self._modes(self.cut):
+            yield
 
     def prefix_buffers(self, cut: int) -> dict[str, torch.Tensor]:
         """The buffers of the prefix (BatchNorm statistics, position indices), by name."""
@@ -286,7 +285,7 @@ class BlockChain:
         if cut not in self._proved:
             self.prove(inputs, cut)
         with torch.no_grad(), eval_mode(self.model):
-            return self._capture(inputs, cut)
+            return self.capture(inputs, cut)
 
     def advance(self, inputs: Mapping[str, Any], from_cut: int, to_cut: int) -> torch.Tensor:
         """Runs the blocks between two cuts alone, in eval mode and without gradients.
@@ -316,7 +315,8 @@ class BlockChain:
         if from_cut == to_cut:
             return feature
         trace = self._own_trace()
-        traced, given = trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
+        layout = trace.layout(from_cut)
+        traced, given = (layout.shape, layout.dtype), (tuple(feature.shape[1:]), feature.dtype)
         if traced != given:
             raise ChainError(
                 f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {traced[0]} "
@@ -327,7 +327,7 @@ class BlockChain:
             if cut not in self._proved:
                 self.prove(trace.probe, cut)
         with torch.no_grad(), eval_mode(self.model), self.replay(from_cut):
-            return self._capture(inputs, to_cut)
+            return self.capture(inputs, to_cut, since=from_cut)
 
     def suffix(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> Any:
         """Runs the model from `cut` on, with the features in the prefix's place.
@@ -389,10 +389,8 @@ class BlockChain:
             return
         self._replaying = True
         try:
-            with contextlib.ExitStack() as stack:
-                bypass = Bypass(self._own_trace(), self.blocks, cut, features, main_input)
-                for module, wrap in bypass.overrides(self.model):
-                    stack.enter_context(override_forward(module, wrap))
+            trace = self._own_trace()
+            with Bypass(trace, trace.cut(cut), features, main_input).active(self.model):
                 yield
         finally:
             self._replaying = False
@@ -415,29 +413,34 @@ class BlockChain:
             )
         return self.trace(probe)
 
-    def _capture(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        if cut < len(self):
-            trace = self._own_trace()
+    def capture(self, inputs: Mapping[str, Any], cut: int, since: int = 0) -> torch.Tensor:
+        """Runs the model as it is until the feature at a cut is known, and returns it.
 
-            def stop(module, args, kwargs):
-                raise Captured(trace.injected(cut, args, kwargs))
+        Args:
+            inputs: as for `prefix`.
+            cut: from 1 on.
+            since: cut up to which a replay bypasses the model meanwhile.
+        """
+        trace = self._own_trace()
+        found, boundary = trace.cut(cut), trace.cut(cut).boundary
 
-            handle = self.blocks[cut].modules[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-        else:
+        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
+            raise _Captured(dict(leaves((args, kwargs)))[found.places[0].path])
 
-            def stop(module, args, output):
-                raise Captured(first_tensor(output))
+        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
+            output = original(*args, **kwargs)
+            raise _Captured(dict(leaves(output))[found.places[0].path])
 
-            handle = self.blocks[-1].modules[-1].register_forward_hook(stop)
-        try:
-            self.model(**inputs)
-        except Captured as captured:
-            return captured.feature
-        finally:
-            handle.remove()
-        raise ChainError(f"{self._cannot_cut(cut)} the model returned without running it.")
+        action: Action = leave if boundary.entry is None else enter
+        skipped = trace.cut(since).boundary.skipped if since else ()
+        with replacing(self.model, trace.record, {found.places[0].call: action}, skipped):
+            try:
+                self.model(**inputs)
+            except _Captured as captured:
+                return found.pack(captured.tensor)
+        raise ChainError(f"{trace.cannot_cut(cut)} the model returned without running it.")
 
-    def _captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+    def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with eval_mode(self.model):
@@ -445,38 +448,64 @@ class BlockChain:
             for module in self.prefix_modules(cut):
                 module.training = False
             try:
-                return self._capture(inputs, cut)
+                with self._modes(cut):
+                    return self.capture(inputs, cut)
             finally:
                 for buffer, value in buffers:
                     buffer.copy_(value)
 
-    def _stray_parameters(self, trace: Trace, cut: int) -> list[nn.Parameter]:
-        """Parameters outside every block (a position embedding on the model itself) on which the feature depends."""
-        if cut not in trace.stray_by_cut:
-            candidates = [p for p in trace.stray_parameters if p.is_floating_point()]
-            dependencies = []
-            if candidates and cut:
-                flags = [p.requires_grad for p in candidates]
-                try:
-                    for parameter in candidates:
-                        parameter.requires_grad_(True)
-                    with preserve_rng(), torch.enable_grad(), eval_mode(self.model):
-                        feature = self._capture(trace.probe, cut)
-                        if feature.requires_grad:
-                            gradients = torch.autograd.grad(feature.float().sum(), candidates, allow_unused=True)
-                            dependencies = [p for p, g in zip(candidates, gradients, strict=True) if g is not None]
-                finally:
-                    for parameter, flag in zip(candidates, flags, strict=True):
-                        parameter.requires_grad_(flag)
-            trace.stray_by_cut[cut] = dependencies
-        return trace.stray_by_cut[cut]
+    @contextlib.contextmanager
+    def _modes(self, cut: int) -> Iterator[None]:
+        trace = self._own_trace()
+        boundary = trace.cut(cut).boundary
+        open_modules = trace.flow.open_modules(boundary.clock)
+        training: list[nn.Module] = []
 
-    def _probe(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        def restore() -> None:
+            for module in training:
+                module.training = True
+            training.clear()
+
+        def begin(original: Callable) -> Callable:
+            def forward(*args, **kwargs):
+                training.extend(module for module in open_modules if module.training)
+                for module in training:
+                    module.training = False
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    restore()
+
+            return forward
+
+        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
+            restore()
+            return original(*args, **kwargs)
+
+        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
+            try:
+                return original(*args, **kwargs)
+            finally:
+                restore()
+
+        last = boundary.entry if boundary.entry is not None else trace.flow.last_before(boundary.clock)
+        action: Action = leave if boundary.entry is None else enter
+        skipped = boundary.skipped if self._replaying else ()
+        with override_forward(self.model, begin), replacing(self.model, trace.record, {last: action}, skipped):
+            yield
+
+    def _was_trainable(self, parameter: nn.Parameter) -> bool:
+        return self._requires_grad.get(parameter, parameter.requires_grad)
+
+    def cannot_cut(self, cut: int) -> str:
+        """The beginning of a sentence that says why the model cannot be cut there."""
+        return self._own_trace().cannot_cut(cut)
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         if self.main_input not in inputs:
             raise ChainError(
                 f"{type(self.model).__name__} reads '{self.main_input}', but the batch has only {sorted(inputs)}."
             )
-        return take_rows(inputs, rows=2, batch_size=len(inputs[self.main_input]))
 
     def _check_cut(self, cut: int) -> None:
         if isinstance(cut, bool) or not isinstance(cut, int) or not 0 <= cut <= len(self):
@@ -485,12 +514,9 @@ class BlockChain:
                 f"so a cut is an integer from 0 to {len(self)}."
             )
 
-    def _cannot_cut(self, cut: int) -> str:
-        where = f"before '{self.names[cut]}'" if cut < len(self) else f"after '{self.names[-1]}'"
-        return f"{type(self.model).__name__} cannot be cut {where} (cut {cut}):"
 
+class _Captured(Exception):
+    """Stops a run of the model and carries the crossing tensor out of it."""
 
-def _logits(output: Any) -> torch.Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        return first_tensor(output["logits"])
-    return first_tensor(output)
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..model.chain import BlockChain
+from ..model.inputs import main_input_name
 from ..model.modes import eval_mode
 from ..model.structure import first_tensor
-from ..model.tracing import main_input_name
 from ..rng import preserve_rng
 
 

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import FreezeCacheConfig
-from ..model.blocks import declared_blocks, named_blocks
+from ..model.blocks import Block, declared_blocks, named_blocks
 from ..model.chain import BlockChain
-from ..model.tracing import Block
 from .sharding import why_sharded
 
 #: Packages whose modules keep their weights packed, where they are no parameters.

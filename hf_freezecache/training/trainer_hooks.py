@@ -28,9 +28,8 @@ from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, describe_error
 from ..model.chain import BlockChain
-from ..model.inputs import ModelInputs
+from ..model.inputs import ModelInputs, main_input_name
 from ..model.sharing import check_sharing
-from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
@@ -132,7 +131,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
-            check_sharing(self._own_model, chain.blocks, model_inputs(probe))
+            for sentence in check_sharing(chain):
+                Announcer(self._group, logger).warning(sentence)
         return BuildContext(
             chain=chain,
             source=source,
