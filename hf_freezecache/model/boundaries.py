@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -39,6 +39,7 @@ class Boundary:
         frozen: names of the parameters on which they depend, and of those that belong to modules that only run before.
         shared: names of those of `frozen` that are read behind it as well, and not from an embedding table.
         tied: names of those of `frozen` that are embedding tables, read behind it as well.
+        has_parameters_behind: whether something is left to train: parameters that are not frozen are read behind it.
         flops: of what is skipped, relative to the whole run.
         why_not: why a replay cannot begin here; None if it can.
     """
@@ -50,6 +51,7 @@ class Boundary:
     frozen: frozenset[str] = frozenset()
     shared: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    has_parameters_behind: bool = True
     flops: float = 0.0
     why_not: str | None = None
 
@@ -59,7 +61,6 @@ class _Crossing:
     """What of a run is known at a moment."""
 
     skipped: list[Call]
-    inside: bytearray
     #: Values that only skipped calls make, with the call; and what follows from these without a call.
     made_by: dict[Value, Call]
     unknown: set[Value]
@@ -80,21 +81,46 @@ class Flow:
         self.model, self.record = model, record
         self._withheld = {record.inputs[name]: name for name in withheld if name in record.inputs}
         self._changing = {record.inputs[name] for name in changing if name in record.inputs} | set(self._withheld)
+        self._names = list(dict.fromkeys(record.parameters.values()))
+        bits = {name: 1 << number for number, name in enumerate(self._names)}
+        self._bits = {storage: bits[name] for storage, name in record.parameters.items()}
+        self._bit_of = {id(parameter): bits[name] for name, parameter in model.named_parameters()}
         self._tainted = set(self._changing)
+        #: Parameters on which a value depends, as bits.
+        self._depends: dict[Value, int] = {}
         self._users: dict[Value, list[int]] = defaultdict(list)
         self._maker: dict[Value, int] = {}
         for number, operation in enumerate(record.operations):
             if operation.reads & self._tainted:
                 self._tainted |= operation.writes
+            depends = self._depended(operation.reads)
             for value in operation.writes:
-                self._maker[value] = number
+                self._maker[value], self._depends[value] = number, depends
             for value in operation.reads:
                 self._users[value].append(number)
         self._needed_operations = self._find_needed()
-        self._total_flops = sum(operation.flops for operation in record.operations)
+        #: The last operation on which an answer depends that reads a value; beyond all operations for the answers.
+        self._last_use = {
+            value: max((user for user in users if user in self._needed_operations), default=-1)
+            for value, users in self._users.items()
+        }
+        self._last_use |= dict.fromkeys(record.answers, len(record.operations))
+        #: Parameters that operations from a number on read, as bits.
+        self._read_from = [0]
+        self._flops = [0.0]
+        for number in range(len(record.operations) - 1, -1, -1):
+            reads = record.operations[number].reads if number in self._needed_operations else ()
+            self._read_from.append(self._read_from[-1] | self._own_bits(reads))
+        self._read_from.reverse()
+        for operation in record.operations:
+            self._flops.append(self._flops[-1] + operation.flops)
+        self._made_in: dict[Call, frozenset[Value]] = {}
+        self._times = Counter(call.module for call in record.calls)
         self._last_end: dict[nn.Module, int] = {}
         for call in record.calls:
             self._last_end[call.module] = max(call.end, self._last_end.get(call.module, 0))
+        #: Parameters of each module that runs, with those of the modules within it that do not run themselves.
+        self._bits_of_module = {module: self._bits_within(module) for module in self._last_end}
         self._embeddings = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
@@ -103,6 +129,19 @@ class Flow:
         }
         self._found: dict[tuple[int, bool], Boundary] = {}
 
+    def between(self, call: Call, following: Call | None) -> Boundary:
+        """The boundary behind a call and before another one that runs later, at which a single tensor crosses.
+
+        Args:
+            call: the call.
+            following: the other one; None: there is none.
+        """
+        after = self._single(self.after(call))
+        if following is None:
+            return after
+        before = self._single(self.before(following))
+        return before if before.why_not is None else after
+
     def before(self, call: Call) -> Boundary:
         """The boundary at the beginning of a call: the feature is put into its arguments."""
         return self._find(call, enters=True)
@@ -110,6 +149,14 @@ class Flow:
     def after(self, call: Call) -> Boundary:
         """The boundary at the end of a call: the features are put into outputs of skipped calls."""
         return self._find(call, enters=False)
+
+    def runs_once(self, module: nn.Module) -> bool:
+        """Whether a module is called once in the run."""
+        return self._times[module] == 1
+
+    def share(self, call: Call) -> float:
+        """FLOPs of a call relative to the whole run."""
+        return (self._flops[call.last] - self._flops[call.first]) / max(1.0, self._flops[-1])
 
     def is_changing(self, call: Call) -> bool:
         """Whether the output of a call depends on the samples."""
@@ -136,12 +183,35 @@ class Flow:
 
     def _is_used_from(self, value: Value, operation: int) -> bool:
         """Whether a value is an answer, or an answer depends on a use of it from an operation on."""
-        if value in self.record.answers:
-            return True
-        return any(user >= operation and user in self._needed_operations for user in self._users[value])
+        return self._last_use.get(value, -1) >= operation
+
+    def _own_bits(self, values: Iterable[Value]) -> int:
+        bits = 0
+        for storage, _ in values:
+            bits |= self._bits.get(storage, 0)
+        return bits
+
+    def _depended(self, values: Iterable[Value]) -> int:
+        """Parameters on which values depend, as bits."""
+        bits = 0
+        for value in values:
+            bits |= self._depends.get(value, 0) | self._bits.get(value[0], 0)
+        return bits
+
+    def _bits_within(self, module: nn.Module) -> int:
+        bits = 0
+        for parameter in module.parameters(recurse=False):
+            bits |= self._bit_of.get(id(parameter), 0)
+        for child in module.children():
+            if child not in self._last_end:
+                bits |= self._bits_within(child)
+        return bits
+
+    def _named(self, bits: int) -> frozenset[str]:
+        return frozenset(name for number, name in enumerate(self._names) if bits >> number & 1)
 
     def _cross(self, moment: int, operation: int) -> _Crossing:
-        known = _Crossing([], bytearray(len(self.record.operations)), {}, set(self._withheld))
+        known = _Crossing([], {}, set(self._withheld))
         open_calls = [self.record.calls[0]]
         work = [child for parent in open_calls for child in parent.children]
         while work:
@@ -159,14 +229,11 @@ class Flow:
                 work = [*call.children, *work]
                 continue
             known.skipped.append(call)
-            known.inside[call.first : call.last] = b"\1" * (call.last - call.first)
             for value in made & self._tainted:
                 known.made_by[value] = call
-        known.unknown |= set(known.made_by)
+        known.unknown |= known.made_by.keys()
         read_by_python: set[Value] = set()
-        for number in range(operation):
-            if known.inside[number]:
-                continue
+        for number in self._live(known, operation):
             live = self.record.operations[number]
             if not live.reads.isdisjoint(known.unknown):
                 known.unknown |= live.writes
@@ -175,11 +242,19 @@ class Flow:
         known.crossing = {value for value in known.unknown if self._is_used_from(value, operation)} | read_by_python
         return known
 
-    def _made(self, call: Call) -> set[Value]:
-        made: set[Value] = set()
-        for number in range(call.first, call.last):
-            made |= self.record.operations[number].writes
-        return made
+    def _live(self, known: _Crossing, operation: int) -> Iterator[int]:
+        """Numbers of the operations before one that no skipped call contains."""
+        begin = 0
+        for call in sorted(known.skipped, key=lambda call: call.first):
+            yield from range(begin, call.first)
+            begin = max(begin, call.last)
+        yield from range(begin, operation)
+
+    def _made(self, call: Call) -> frozenset[Value]:
+        if call not in self._made_in:
+            operations = self.record.operations[call.first : call.last]
+            self._made_in[call] = frozenset().union(*(operation.writes for operation in operations))
+        return self._made_in[call]
 
     def _enter(self, call: Call, known: _Crossing, moment: int) -> Boundary:
         if len(known.crossing) != 1:
@@ -197,9 +272,9 @@ class Flow:
 
     def _leave(self, known: _Crossing, moment: int, operation: int) -> Boundary:
         needed = set(known.crossing)
-        for number in range(operation - 1, -1, -1):
+        for number in reversed(list(self._live(known, operation))):
             live = self.record.operations[number]
-            if not known.inside[number] and not live.writes.isdisjoint(needed):
+            if not live.writes.isdisjoint(needed):
                 needed |= live.reads & known.unknown
         roots = {value for value in needed if value in known.made_by or value in self._withheld}
         inputs = sorted(self._withheld[value] for value in roots if value in self._withheld)
@@ -224,43 +299,36 @@ class Flow:
         values: set[Value],
         operation: int,
     ) -> Boundary:
-        frozen = self._depended(values, operation) | self._owned(moment)
-        both = sorted(frozen & self._read_behind(known, operation))
-        flops = sum(self.record.operations[n].flops for n in range(operation) if known.inside[n])
+        frozen = self._depended(values) | self._owned(moment)
+        # What a replay computes before it for all samples, and reads behind it, counts as read behind it.
+        shared = {
+            value
+            for number in self._live(known, operation)
+            for value in self.record.operations[number].writes
+            if value not in known.unknown and self._is_used_from(value, operation)
+        }
+        read = self._read_from[operation] | self._depended(shared)
+        both = sorted(self._named(frozen & read))
+        flops = sum(self._flops[call.last] - self._flops[call.first] for call in known.skipped)
         return Boundary(
             moment,
             tuple(sorted(known.skipped, key=lambda call: call.begin)),
             entry,
             places,
-            frozenset(frozen),
+            self._named(frozen),
             tuple(name for name in both if name not in self._embeddings),
             tuple(name for name in both if name in self._embeddings),
-            flops / max(1.0, self._total_flops),
+            bool(read & ~frozen),
+            flops / max(1.0, self._flops[-1]),
         )
 
-    def _depended(self, values: set[Value], operation: int) -> set[str]:
-        """Names of the parameters on which values depend that were made before an operation."""
-        behind = set(values)
-        for number in range(operation - 1, -1, -1):
-            if not self.record.operations[number].writes.isdisjoint(behind):
-                behind |= self.record.operations[number].reads
-        return {self.record.parameters[storage] for storage, _ in behind if storage in self.record.parameters}
-
-    def _read_behind(self, known: _Crossing, operation: int) -> set[str]:
-        """Names of the parameters that a replay from an operation on reads, also for what it computes before it."""
-        read: set[Value] = set()
-        for number in range(len(self.record.operations) - 1, -1, -1):
-            live = self.record.operations[number]
-            if number >= operation:
-                read |= live.reads if number in self._needed_operations else set()
-            elif not known.inside[number] and not live.writes.isdisjoint(read - known.unknown):
-                read |= live.reads
-        return {self.record.parameters[storage] for storage, _ in read if storage in self.record.parameters}
-
-    def _owned(self, moment: int) -> set[str]:
-        modules = set(self.closed_modules(moment))
-        owned = {id(p) for module in modules for p in module.parameters(recurse=False)}
-        return {name for name, parameter in self.model.named_parameters() if id(parameter) in owned}
+    def _owned(self, moment: int) -> int:
+        """Parameters of the modules that only run before a moment, as bits."""
+        bits = 0
+        for module, end in self._last_end.items():
+            if end <= moment:
+                bits |= self._bits_of_module[module]
+        return bits
 
     def closed_modules(self, moment: int) -> list[nn.Module]:
         """Modules that run before a moment and not after it, what is within them included."""
@@ -279,6 +347,27 @@ class Flow:
 
     def _no(self, moment: int, why: str) -> Boundary:
         return Boundary(moment, why_not=why)
+
+    def _single(self, boundary: Boundary) -> Boundary:
+        """The boundary; with a reason why not if something else crosses it than one tensor that can be stored."""
+        if boundary.why_not is not None:
+            return boundary
+        if not boundary.places:
+            return self._no(boundary.clock, "nothing that comes behind it depends on the samples")
+        if len(boundary.places) > 1:
+            return self._no(
+                boundary.clock,
+                f"{len(boundary.places)} tensors cross it, not one (a skip connection, an input-dependent side "
+                f"channel): {', '.join(crossing_names(boundary))}",
+            )
+        spec = boundary.places[0][0].spec
+        if not spec.is_feature:
+            return self._no(
+                boundary.clock,
+                f"what crosses it ({spec.shape}, {spec.dtype}) does not have one row of floating-point numbers per "
+                "sample",
+            )
+        return boundary
 
 
 def crossing_names(boundary: Boundary) -> Sequence[str]:

@@ -65,22 +65,36 @@ class BlockChain:
         blocks: Sequence[str] | None = None,
         probe: Mapping[str, Any] | None = None,
     ) -> BlockChain:
-        """Finds the blocks of a model and proves on a probe batch that it can be cut at each of them.
+        """Finds the blocks of a model in a recorded run on a probe batch, and what crosses between them.
+
+        Each cut is proved before its first use; see `prove`.
 
         Args:
-            model: a Transformers model of a declared family, or any module if `blocks` is given.
-            blocks: module names, in the order in which they run; the first is the stem.
+            model: any model.
+            blocks: module names, in the order in which they run; the first is the stem. If None, they are those of
+                the model's family where it is declared; else they are found in the run.
             probe: a batch of model inputs, of which two rows are used. If None, the probe is random pixels of the
-                size in the model's configuration; if the configuration has no size, the first inputs that `prefix`
-                gets are used for the proof.
+                size in the model's configuration; if it has no size and the blocks are known, the first inputs that
+                `prefix` gets are recorded.
 
         Raises:
-            ChainError: if the model's family is not declared, a module does not exist, or a cut fails the proof; the
-                message names the module and the reason.
+            ChainError: if a module does not exist, the model cannot be cut at a block that was named, or nowhere; the
+                message names the module and what crosses.
         """
-        chain = cls(model, named_blocks(model, blocks) if blocks is not None else declared_blocks(model))
+        known = named_blocks(model, blocks) if blocks is not None else declared_blocks(model)
         if probe is None:
             probe = synthetic_probe(model)
+        if known is None:
+            if probe is None:
+                raise ChainError(
+                    f"the blocks of {type(model).__name__} are found in a run of it: pass `probe=`, a small batch of "
+                    "its inputs, or name them: blocks=['stem', 'layer1.0', ...]."
+                )
+            trace = Trace(model, None, _first_rows(model, probe))
+            chain = cls(model, trace.blocks)
+            chain._trace = trace
+            return chain
+        chain = cls(model, known)
         if probe is not None:
             trace = chain.trace(probe)
             for cut in range(1, len(chain) + 1):
@@ -111,9 +125,7 @@ class BlockChain:
         Raises:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
-        self._check_inputs(inputs)
-        probe = take_rows(inputs, slice(2), number_of_samples(inputs))
-        self._trace = trace = Trace(self.model, self.blocks, probe)
+        self._trace = trace = Trace(self.model, self.blocks, _first_rows(self.model, inputs))
         self._frozen_modules = None
         self._proved.clear()
         if self.cut:
@@ -152,7 +164,7 @@ class BlockChain:
                 feature depends on random numbers or on the batch.
         """
         self._check_cut(cut)
-        self._check_inputs(inputs)
+        _check_inputs(self.model, inputs)
         if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
         samples = number_of_samples(inputs)
@@ -501,12 +513,6 @@ class BlockChain:
         """The beginning of a sentence that says why the model cannot be cut there."""
         return self._own_trace().cannot_cut(cut)
 
-    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if self.main_input not in inputs:
-            raise ChainError(
-                f"{type(self.model).__name__} reads '{self.main_input}', but the batch has only {sorted(inputs)}."
-            )
-
     def _check_cut(self, cut: int) -> None:
         if isinstance(cut, bool) or not isinstance(cut, int) or not 0 <= cut <= len(self):
             raise ValueError(
@@ -520,3 +526,16 @@ class _Captured(Exception):
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
+
+
+def _first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rows to record a run on."""
+    _check_inputs(model, inputs)
+    return take_rows(inputs, slice(2), number_of_samples(inputs))
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if main_input_name(model) not in inputs:
+        raise ChainError(
+            f"{type(model).__name__} reads '{main_input_name(model)}', but the batch has only {sorted(inputs)}."
+        )

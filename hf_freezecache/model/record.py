@@ -53,6 +53,18 @@ class TensorSpec:
     place: tuple[Any, ...] = ()
     per_sample: tuple[int | None, ...] = ()
 
+    @property
+    def sample_dim(self) -> int | None:
+        """The dimension that the samples are; None if there is none, or several."""
+        dims = [dim for dim, size in enumerate(self.per_sample) if size is not None]
+        return dims[0] if len(dims) == 1 else None
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it can be stored sample by sample: floating-point numbers with one dimension for the samples."""
+        floats = self.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return floats and self.sample_dim is not None and len(self.shape) > 1
+
     def shape_for(self, samples: int) -> tuple[int, ...]:
         """Its shape in a batch of some samples."""
         sizes = zip(self.shape, self.per_sample or (None,) * len(self.shape), strict=True)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .blocks import Block
-from .boundaries import Boundary, Flow, Place, crossing_names
+from .boundaries import Boundary, Flow, Place
+from .discovery import discover_blocks
 from .errors import ChainError
 from .inputs import argument_names, main_input_name
 from .layout import FeatureLayout, token_grid
@@ -65,21 +66,21 @@ class Trace:
 
     Args:
         model: the model; left as it is.
-        blocks: of the chain.
+        blocks: of the chain; None: those that can be found.
         probe: inputs to run it on.
 
     Raises:
         ChainError: if the model does not run, a block does not run exactly once, or the blocks run in another order.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], probe: dict[str, Any]):
+    def __init__(self, model: nn.Module, blocks: Sequence[Block] | None, probe: dict[str, Any]):
         check_checkpointing(model)
         self.model_name, self.probe = type(model).__name__, probe
         self.main_input, self.positional = main_input_name(model), argument_names(model)
         self.record = record_run(model, probe)
         withheld = () if stays_real(probe[self.main_input]) else (self.main_input,)
         self.flow = Flow(model, self.record, (self.main_input,), withheld)
-        self.blocks = tuple(blocks)
+        self.blocks = tuple(discover_blocks(self.flow) if blocks is None else blocks)
         self._calls = self._find_calls()
         self._grid = _patch_grid(model, probe[self.main_input])
         self._cuts: dict[int, Cut] = {}
@@ -98,7 +99,7 @@ class Trace:
         if number not in self._cuts:
             boundary = self._boundary(number)
             names = tuple(sorted((block.name for block in self.blocks[:number]), key=len, reverse=True))
-            self._cuts[number] = self._describe(boundary, names, number)
+            self._cuts[number] = self._describe(boundary, names)
         return self._cuts[number]
 
     def find_main_input(self, args: tuple, kwargs: dict) -> int | str:
@@ -161,29 +162,16 @@ class Trace:
         return found
 
     def _boundary(self, number: int) -> Boundary:
-        after = self.flow.after(self._calls[number - 1][1])
-        candidates = [after] if number == len(self.blocks) else [self.flow.before(self._calls[number][0]), after]
-        for boundary in candidates:
-            if boundary.why_not is None and len(boundary.places) == 1:
-                return boundary
-        if after.why_not is not None:
-            raise ChainError(f"{self.cannot_cut(number)} {after.why_not}.")
-        if not after.places:
-            raise ChainError(f"{self.cannot_cut(number)} what comes behind it does not depend on the samples.")
-        raise ChainError(
-            f"{self.cannot_cut(number)} {len(after.places)} tensors cross it, not one (a skip connection, an "
-            f"input-dependent side channel): {', '.join(crossing_names(after))}."
-        )
+        following = self._calls[number][0] if number < len(self.blocks) else None
+        boundary = self.flow.between(self._calls[number - 1][1], following)
+        if boundary.why_not is not None:
+            raise ChainError(f"{self.cannot_cut(number)} {boundary.why_not}.")
+        return boundary
 
-    def _describe(self, boundary: Boundary, names: tuple[str, ...], number: int) -> Cut:
+    def _describe(self, boundary: Boundary, names: tuple[str, ...]) -> Cut:
         spec = boundary.places[0][0].spec
-        dims = [dim for dim, per_sample in enumerate(spec.per_sample) if per_sample is not None]
-        if len(dims) != 1 or spec.dtype not in (torch.float32, torch.float16, torch.bfloat16) or len(spec.shape) < 2:
-            raise ChainError(
-                f"{self.cannot_cut(number)} what crosses it ({spec.shape}, {spec.dtype}) does not have one row of "
-                "floating-point numbers per sample."
-            )
-        (dim,) = dims
+        dim = spec.sample_dim
+        assert dim is not None  # it can be stored
         rows = spec.per_sample[dim]
         assert rows is not None
         shape = spec.shape[:dim] + spec.shape[dim + 1 :]

@@ -16,13 +16,16 @@ from .sharding import why_sharded
 _PACKING = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
-def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block]:
-    """Finds the blocks of a model that can be frozen and cached. Nothing is run and nothing is drawn.
+def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block] | None:
+    """Checks that a model can be frozen and cached, as far as can be told before it runs. Nothing is drawn.
 
     Args:
         trainer: a `Trainer`, its accelerator set up.
         model: its model, not wrapped.
         config: the settings.
+
+    Returns:
+        Its blocks; None if they have to be found in a run of it.
 
     Raises:
         ValueError: if it cannot; the message says why and what to do.

@@ -220,9 +220,14 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
-        self._freeze_policy.start(len(check_model(self, self._own_model, self._freeze_config)))
+        blocks = check_model(self, self._own_model, self._freeze_config)
+        if blocks is not None:
+            self._freeze_policy.start(len(blocks))
+        context = self.build_context(dataset, collator)
+        if blocks is None:
+            self._freeze_policy.start(len(context.chain))
         session = FreezeSession(
-            self.build_context(dataset, collator),
+            context,
             self._freeze_explicit,
             self._rehearsed_step,
             self._suspects(),
@@ -364,9 +369,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         return replace(step, features=mixed[name], inputs={**mixed, name: inputs[name]})
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
         if self._session is not None:
-            self._session.before_forward()
-        return super().compute_loss_context_manager()
+            stack.enter_context(self._session.forward_modes())
+        return stack
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats
         return super().floating_point_ops(inputs) if self._session is None else self._session.step_flops()
