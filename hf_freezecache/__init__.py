@@ -23,7 +23,7 @@ _EXPORTS = {
     "FreezePolicy": "policies",
     "FreezeStatus": "training.report",
     "FrozenOutputError": "model.stand_ins",
-    "MismatchError": "training.session",
+    "MismatchError": "training.proof",
     "Moment": "policies",
     "ObservedBlock": "policies",
     "Plan": "estimate.costs",
@@ -34,6 +34,7 @@ _EXPORTS = {
     "StoreError": "cache.manifest",
     "make_codec": "cache.codec",
     "plan": "planning",
+    "wrap_classifier": "model.classifiers",
 }
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .estimate.costs import Plan, PlanRow
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
+    from .model.classifiers import wrap_classifier
     from .model.errors import ChainError
     from .model.stand_ins import FrozenOutputError
     from .planning import plan
@@ -53,9 +55,9 @@ if TYPE_CHECKING:
     from .replay.collator import ReplayCollator
     from .trainer import FreezeCacheTrainer
     from .training.callback import FreezeCallback
+    from .training.proof import MismatchError
     from .training.rehearsal import RehearsalError
     from .training.report import FreezeCacheReport, FreezeStatus
-    from .training.session import MismatchError
     from .training.trainer_hooks import FreezeCacheMixin
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "StoreError",
     "make_codec",
     "plan",
+    "wrap_classifier",
 ]
 
 

@@ -9,11 +9,13 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
@@ -84,6 +86,27 @@ class Group:
         """Runs a step on the main process; its result, or its failure, is everybody's."""
         return self.broadcast(self.on_all(lambda: step() if self.is_main else None))
 
+    def meet(self, place: str, seconds: float) -> bool:
+        """Waits until all processes come to a place, without an operation between them: others may be in one.
+
+        Args:
+            place: its name; a new one for each meeting.
+            seconds: how long it waits.
+
+        Returns:
+            Whether all have come. The others may be told so though this process has given up: then it must end.
+        """
+        if self.size == 1:
+            return True
+        store = distributed_c10d._get_default_store()
+        if store.add(place, 1) == self.size:
+            store.set(f"{place}/all", "here")
+        try:
+            store.wait([f"{place}/all"], timedelta(seconds=seconds))
+        except torch.distributed.DistStoreError:
+            return False
+        return True
+
     def my_ranges(self, ranges: int) -> range:
         """The contiguous part of `ranges` ranges of samples that is this process's."""
         return range(ranges * self.rank // self.size, ranges * (self.rank + 1) // self.size)
@@ -93,6 +116,17 @@ class Group:
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
+
+
+def count_operations() -> int:
+    """How many operations between processes this one has begun, those of `DistributedDataParallel` included."""
+    if not torch.distributed.is_initialized():
+        return 0
+    try:
+        groups = distributed_c10d._world.pg_map
+        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]  # no stub
+    except RuntimeError:  # a backend that does not count
+        return 0
 
 
 class Logger(Protocol):

@@ -35,6 +35,7 @@ from .model.chain import BlockChain
 from .model.modes import override_forward
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer
+from .training.data_state import undisturbed
 from .units import parse_bytes
 
 logger = logging.get_logger(__name__)
@@ -77,7 +78,8 @@ def plan(
     check_dataset(dataset)
     if batches < 1:
         raise ValueError(f"batches={batches!r} must be at least 1: something has to be measured.")
-    with _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings) as trainer:
+    making = _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings)
+    with undisturbed(dataset, data_collator), making as trainer:
         assert trainer.args.output_dir is not None  # the temporary folder: small builds are timed there
         context = replace(
             trainer.build_context(*trainer.without_unused_columns(dataset)),

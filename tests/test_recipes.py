@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from support.processes import run_code, run_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from hf_freezecache import FreezeCacheConfig
@@ -146,9 +147,9 @@ def test_vit_imagenet_on_local_folders_writes_report(recipes_on_path, tiny_vit, 
 
 
 @pytest.mark.parametrize(("recipe", "package"), [("image_classification", "evaluate"), ("quickstart", "sklearn")])
-def test_recipe_without_a_package_names_it_and_the_command_that_installs_it(recipe, package):
+def test_recipe_without_a_package_names_it_and_the_command_that_installs_it(recipe, package, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); sys.modules[{package!r}] = None; import {recipe}"
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    finished = run_code(code, tmp_path)
     assert finished.returncode == 1
     assert finished.stderr.endswith(f'The recipes need the package {package}: pip install -e ".[recipes]"\n')
 
@@ -201,9 +202,8 @@ def test_quickstart_compares_both_arms_in_processes_of_their_own(tmp_path):
     ],
 )
 def test_mistake_of_a_user_is_answered_in_one_line(options, words, tiny_vit, tmp_path):
-    command = [sys.executable, str(RECIPES / "image_classification.py"), "--model_name_or_path", str(tiny_vit)]
-    command += ["--output_dir", str(tmp_path / "run"), *options]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    arguments = ["--model_name_or_path", tiny_vit, "--output_dir", tmp_path / "run", *options]
+    finished = run_script(RECIPES / "image_classification.py", arguments, tmp_path)
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith("image_classification.py: ") and words in last

@@ -1,5 +1,8 @@
 """What users do with the training's loader: look into it, wrap it, rebuild it, draw rows several times."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from support.builds import Rows, collate
@@ -251,3 +254,20 @@ def test_augmentation_on_the_device_is_never_lost(tmp_path, caplog):
     assert "augments batches on the device" in messages(caplog)
     with pytest.raises(ValueError, match="on the device"):
         train_on_device("always")
+
+
+@pytest.mark.parametrize("settings", [dict(cache="never"), dict(codec="fp32", cache_eval=True)])
+def test_trainer_that_is_dropped_goes_at_once(settings, tmp_path):
+    """As `Trainer`, and its loader processes too: after a garbage collection, torch waits five seconds for each."""
+    workers = dict(dataloader_num_workers=1, dataloader_persistent_workers=True, num_train_epochs=2)
+    config = manual("0:2", **settings)
+    trainer = run(
+        tiny_vit(), pixel_dataset(), tmp_path, config, eval_dataset=pixel_dataset(8), eval_strategy="epoch", **workers
+    )
+    reference = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert reference() is None
+    finally:
+        gc.enable()

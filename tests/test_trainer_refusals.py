@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from support.builds import Rows
 from support.helpers import CLASSES, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit
 from support.trainer_data import MixedSizes
 from torch import nn
@@ -54,7 +55,7 @@ class Unsplittable(nn.Module):
         (tiny_vit, lambda: pixel_dataset(), manual("1:9"), "asks for cut 9, but the model has 4 blocks"),
         (tiny_vit, Iterable, manual("1:2"), "iterable"),
         (tiny_vit, lambda: pixel_dataset().select([]), manual("1:2"), "empty"),
-        (lambda: Unsplittable(), lambda: pixel_dataset(), manual("1:2"), "not declared"),
+        (lambda: Unsplittable(), lambda: pixel_dataset(), manual("1:2"), "cannot be cut anywhere"),
     ],
 )
 def test_explicit_settings_that_cannot_be_honoured_are_an_error(model, dataset, config, message, tmp_path):
@@ -96,11 +97,17 @@ def test_defaults_fall_back_to_plain_training_with_one_warning(kind, tmp_path, c
     assert sum("this is plain training" in record.message for record in caplog.records) == 1
 
 
-def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch):
+def test_auto_says_why_it_declines(tmp_path, caplog, monkeypatch, clock):
     caplog.set_level(logging.INFO)
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    trainer = run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:3", cache="auto"))
+
+    class Slow(Rows):
+        def __getitem__(self, index):
+            clock(0.01)  # a store would pay
+            return super().__getitem__(index)
+
+    trainer = run(tiny_vit(), Slow(), tmp_path, manual("0:3", cache="auto"), num_train_epochs=20)
     assert not trainer.freeze_status().replaying and trainer.freeze_status().cut == 3
     assert any("No feature store" in record.message and "free" in record.message for record in caplog.records)
 
@@ -111,9 +118,9 @@ def test_images_of_several_sizes_cost_the_defaults_nothing_but_the_cache(tmp_pat
             clock(0.003)  # a store would pay
             return super().__getitem__(index)
 
-    settings = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=8)
-    trainer = run(tiny_resnet(), Slow(), tmp_path, None, num_train_epochs=12, **settings)
-    assert trainer.state.global_step == 48
+    settings = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=80)
+    trainer = run(tiny_resnet(), Slow(), tmp_path, None, num_train_epochs=40, **settings)
+    assert trainer.state.global_step == 160
     assert trainer.freeze_status().cut > 0 and not trainer.freeze_status().replaying
     assert any("one size" in record.message for record in caplog.records)
     for cache in ("always", "auto"):

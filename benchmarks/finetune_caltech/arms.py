@@ -126,7 +126,7 @@ def train_arm(
     }
     if arm.points is None:
         trainer = Trainer(**kwargs)
-        probe = as_interpolated_batch(data.train.__getitems__(range(2)))
+        probe = trainer._prepare_inputs(as_interpolated_batch(data.train.__getitems__(range(2))))
         flops_per_epoch = measure_training_flops(trainer.model, probe) * len(data.train)
     else:
         config = FreezeCacheConfig(policy="manual", freeze_points=arm.points, cache=arm.cache, codec=options.codec)

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..cache.rows import BatchSplit, RowSource, fetch, is_same, split_batch
 from ..distributed import describe_error
 from ..rng import seeded_rng
 from .spread_rows import in_batches
+
+logger = logging.get_logger(__name__)
 
 #: Rows of a batch of the reference and of a batch of odd size; rows that are collated alone.
 _SIZE, _ODD, _ALONE = 8, 5, 2
@@ -38,6 +41,13 @@ class _Dependent(Exception):
     """Rows of a batch are not the samples; the message is the reason."""
 
 
+class _Refused(Exception):
+    """The collator itself fails on a batch of another size than the training's, which a build need not collate."""
+
+    def __init__(self, error: Exception):
+        super().__init__(describe_error(error))
+
+
 def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> str | None:
     """Why rows of a collated batch are not the samples one by one; None if they are.
 
@@ -60,7 +70,7 @@ def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> s
 
 def _why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> str | None:
     size = min(_SIZE, source.batch_size)
-    company = _Company(source, rows, main_input)
+    company = _Company(source, rows, main_input, min(size, len(rows)))
     reference = []
     for chosen in in_batches(rows, size):
         first, again = company.collate(chosen), company.collate(chosen, 1)
@@ -74,10 +84,16 @@ class _Company:
     """Collates samples that were fetched once, one by one, in any company.
 
     A data set that fetches batches, not samples, is asked again for every batch.
+
+    Args:
+        source: the samples and the collator.
+        rows: numbers of the samples.
+        main_input: name of the model's main input in a batch.
+        usual: size of a batch that the collator must take.
     """
 
-    def __init__(self, source: RowSource, rows: Sequence[int], main_input: str):
-        self.source, self.main_input = source, main_input
+    def __init__(self, source: RowSource, rows: Sequence[int], main_input: str, usual: int):
+        self.source, self.main_input, self._usual = source, main_input, usual
         self.samples: dict[int, Any] = {}
         for row in rows:
             with seeded_rng(source.seed, "company", row):
@@ -94,6 +110,7 @@ class _Company:
 
         Raises:
             _Dependent: if the batch has another number of rows.
+            _Refused: if the collator fails, and the batch is smaller than usual.
             ValueError: if torch cannot collate them.
         """
         with seeded_rng(self.source.seed, "company", seed):
@@ -104,7 +121,12 @@ class _Company:
                 fetched = fetch(self.source.dataset, rows)
             try:
                 batch = self.source.collator(fetched)
-            except RuntimeError as error:  # `torch.stack` of rows of several sizes, in most cases
+            except Exception as error:  # whatever a collator raises
+                if len(rows) < self._usual:
+                    raise _Refused(error) from error
+                if not isinstance(error, RuntimeError):
+                    raise
+                # `torch.stack` of rows of several sizes, in most cases
                 raise ValueError(
                     f"samples from all over the data set cannot be collated: {describe_error(error)}. A store needs "
                     "inputs of one size: pad texts to one length (padding='max_length'), resize images."
@@ -138,11 +160,8 @@ def _compare_exact(company: _Company, reference: Sequence[_Collated], size: int)
     for chosen in [*usual, *odd, *alone]:
         try:
             batch = company.collate(chosen)
-        except _Dependent:
-            raise
-        except Exception:  # some collators refuse odd batches, and a build may need none
-            if len(chosen) == size:
-                raise
+        except _Refused as refusal:
+            logger.info(f"The collator fails for {len(chosen)} samples: {refusal}")
             refuses = True
             continue
         if batch.split.constants != reference[0].split.constants:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..augment.geometry import PROJECTIVE
 from ..cache.names import GEOMETRY, own_input, view_column
+from ..cache.rows import is_same
 from ..cache.store import FeatureStore
 from .deepening import DEEPENED_FROM
 from .feature_sources import ViewRun
@@ -67,6 +68,7 @@ def compare_rows(
     views: Sequence[int] | np.ndarray | int,
     view_run: ViewRun,
     rounding: float | None = None,
+    left_out: Collection[str] = (),
 ) -> Difference | None:
     """Compares rows of a store with what the samples and the model give now.
 
@@ -82,6 +84,7 @@ def compare_rows(
         view_run: of the samples and views, as a build gets it from a `FeatureSource`. Features or geometry that are
             None are not compared.
         rounding: of a forward pass, relative to the root mean square of a feature; None: what its precision suggests.
+        left_out: model inputs that are not compared.
 
     Returns:
         The first difference; None if there is none.
@@ -96,10 +99,32 @@ def compare_rows(
     for view in np.unique(numbers).tolist():
         positions = np.flatnonzero(numbers == view)
         rows = [int(samples[position]) for position in positions.tolist()]
-        found = _compare_view(store, rows, view, pick_rows(view_run, positions), rounding)
+        found = _compare_view(store, rows, view, pick_rows(view_run, positions), rounding, left_out)
         if found is not None:
             return found
     return None
+
+
+def compare_settled(store: FeatureStore, samples: Sequence[int], draws: Sequence[ViewRun]) -> Difference | None:
+    """Compares what no draw changes (labels, as a rule) in rows whose draws do not come again.
+
+    Args:
+        store: complete.
+        samples: row numbers `(B,)`.
+        draws: of the samples, two at least; what differs between them is not compared.
+
+    Returns:
+        The first difference; None if there is none.
+
+    Shapes: B samples.
+    """
+    first = replace(draws[0], features=None, geometry=None)
+    drawn = {
+        name for draw in draws[1:] for name, value in draw.columns.items() if not is_same(value, first.columns[name])
+    }
+    views = range(store.manifest.views + 1)
+    found = (compare_rows(store, samples, view, first, left_out=drawn) for view in views)
+    return next((difference for difference in found if difference is not None), None)
 
 
 def rounding_of(store: FeatureStore, device: torch.device | str = "cpu") -> float:
@@ -119,9 +144,16 @@ def rounding_of(store: FeatureStore, device: torch.device | str = "cpu") -> floa
 
 
 def _compare_view(
-    store: FeatureStore, samples: list[int], view: int, view_run: ViewRun, rounding: float | None
+    store: FeatureStore,
+    samples: list[int],
+    view: int,
+    view_run: ViewRun,
+    rounding: float | None,
+    left_out: Collection[str],
 ) -> Difference | None:
     for name, column in store.manifest.inputs.items():
+        if name in left_out:
+            continue
         stored_name = own_input(view, name) if view and store.manifest.own_inputs else name
         stored, live = store.read_input(stored_name, column, samples), view_run.columns.get(name)
         place, detail = _first_unequal(live, stored)

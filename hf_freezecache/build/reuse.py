@@ -6,7 +6,7 @@ same fingerprint inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from ..cache.fingerprint import digest
 from ..cache.row_files import ROW_FILES, changed_rows, describe_files, files_of
 from ..cache.rows import ChosenRows, RowSource
 from ..cache.store import FeatureStore
-from ..distributed import Announcer
+from ..distributed import Announcer, describe_error
 from ..rng import hash_key, preserve_rng
-from .comparison import Difference, compare_rows
+from .comparison import Difference, compare_rows, compare_settled
 from .context import BuildContext
 from .deepening import DEEPENED_FROM
 from .errors import BuildFailed, GeometryMisfit, OverLimit
@@ -66,11 +66,13 @@ class StoreReuse:
 
     Args:
         context: the training.
-        draws_once: whether the samples of a spec's store were drawn in a way that cannot be repeated: then only what
-            its fingerprint holds is known of it.
+        draws_once: whether the samples of a store, by its fingerprint's inputs, were drawn in a way that cannot be
+            repeated: then what no draw changes is compared.
     """
 
-    def __init__(self, context: BuildContext, draws_once: Callable[[StoreSpec], bool] = lambda spec: False):
+    def __init__(
+        self, context: BuildContext, draws_once: Callable[[Mapping[str, Any]], bool] = lambda made_from: False
+    ):
         self.context, self.group, self._draws_once = context, context.group, draws_once
         self.announcer = Announcer(self.group, logger)
         self._editions: dict[str, int] = {}
@@ -122,10 +124,8 @@ class StoreReuse:
         try:
             with preserve_rng():
                 changed = self.group.on_main(lambda: self._changed(spec, store))
-                difference = None
-                if not self.group.broadcast(self._draws_once(spec)):
-                    rows = self.group.on_main(lambda: self._rows(spec, store, changed))
-                    difference = self._prove(spec, store, rows, set(changed))
+                rows = self.group.on_main(lambda: self._rows(spec, store, changed))
+                difference = self._prove(spec, store, rows, set(changed))
         except OSError as error:
             raise BuildFailed(str(error)) from error
         return Verdict(difference, changed)
@@ -182,22 +182,27 @@ class StoreReuse:
         try:
             return self._compare(chosen, store, range(source.num_ranges), changed)
         except Exception as error:  # in the build's ranges it is raised again, if it is the rows' own
-            logger.debug("Rows of several ranges could not be computed together", exc_info=error)
-            return RuntimeError(str(error))
+            logger.info(f"Rows of several ranges could not be computed together: {describe_error(error)}")
+            return RuntimeError(describe_error(error))
 
     def _compare(
         self, spec: StoreSpec, store: FeatureStore, numbers: Sequence[int], changed: set[int]
     ) -> Difference | None:
-        for number, view_runs in run_views(spec, numbers):
+        drawn_once = self._draws_once(spec.made_from)
+        runs = spec.feature_source.run(numbers, 1, own_features=False) if drawn_once else run_views(spec, numbers)
+        for number, view_runs in runs:
             samples = spec.source.rows(number)
             places = np.array([place for place, row in enumerate(samples) if row not in changed], np.int64)
             if not len(places):
                 continue
             unchanged = [samples[place] for place in places.tolist()]
-            for view, view_run in enumerate(view_runs):
-                found = compare_rows(store, unchanged, view, pick_rows(view_run, places))
-                if found is not None:
-                    return found
+            picked = [pick_rows(view_run, places) for view_run in view_runs]
+            found = (compare_rows(store, unchanged, view, view_run) for view, view_run in enumerate(picked))
+            if drawn_once:
+                found = (compare_settled(store, unchanged, draws) for draws in [picked])
+            difference = next((each for each in found if each is not None), None)
+            if difference is not None:
+                return difference
         return None
 
     def _from_images(

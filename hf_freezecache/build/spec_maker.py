@@ -33,7 +33,9 @@ from .survey import (
     count_sensitive,
     look_closer,
     make_view_spec,
+    ranges_drawn,
     survey,
+    tells_geometry,
     why_random_on_device,
 )
 
@@ -41,6 +43,8 @@ from .survey import (
 _WEIGHT_BATCHES = 8
 #: Entry of a fingerprint's inputs: live epochs wrote the store, not a build.
 WRITTEN = "materialize"
+#: Entry of a fingerprint's inputs: the only training whose store it is.
+_TRAINING = "training"
 #: Half precision: an evaluation should report the model, not the codec.
 EVALUATION_CODEC = "fp16"
 #: A fingerprint's entry `augmentation` for stores of evaluation sets, which are not removed with the training's.
@@ -54,10 +58,11 @@ class SpecMaker:
 
     Args:
         context: the training.
-        augmentation: what is random in its samples; None: the main process looks, unless nothing is cached.
+        augmentation: what is random in its samples; None: `look` finds out. That is at the beginning where a mistake
+            in the samples would be an error, so that it costs nothing yet.
 
     Attributes:
-        augmentation: what is random; None where nothing is cached, and on other processes until the first `make`.
+        augmentation: what is random; None until somebody has looked. At the beginning the main process alone does.
         weights: by cut, float32 `(C,)` or `(4, C)`, the loss's sensitivity to each channel, for codecs that use it.
             Measured once, so that a store that is lost is built again as it was.
         unknown: stands in fingerprints for what cannot be digested. A resumed training has the same, so that it finds
@@ -73,17 +78,40 @@ class SpecMaker:
     def __init__(self, context: BuildContext, augmentation: Augmentation | None = None):
         self.context = context
         self.augmentation = augmentation
-        if augmentation is None and context.group.is_main and context.config.cache != "never":
-            # At the beginning, where a mistake in the pipelines costs nothing yet.
-            self.augmentation = survey(context.source, context.chain.main_input)
-            on_device = why_random_on_device(context.model_inputs, context.source.probe())
-            if on_device is not None and self.augmentation.declined is None:
-                self.augmentation = Augmentation(declined=on_device)
+        cache = context.config.cache
+        if context.group.is_main and (cache == "always" or (cache == "auto" and tells_geometry(context.source))):
+            self.augmentation = self._survey()
         self._looked_closer = False
         self.weights: dict[int, torch.Tensor] = {}
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
         self.reuse = StoreReuse(context, self._draws_once)
         self._notes: Mapping[str, Any] = {}
+
+    def look(self) -> Augmentation:
+        """What is random in the samples, on all processes.
+
+        Raises:
+            ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
+        """
+        self.augmentation = found = self.context.group.on_main(self._survey)
+        return found
+
+    def _survey(self) -> Augmentation:
+        if self.augmentation is not None:
+            return self.augmentation
+        context = self.context
+        with preserve_rng():
+            found = survey(context.source, context.chain.main_input)
+            on_device = why_random_on_device(context.model_inputs, context.source.probe())
+        return found if on_device is None or found.declined is not None else Augmentation(declined=on_device)
+
+    @property
+    def ranges_to_look_at(self) -> float:
+        """How many ranges of samples are yet to be drawn to see what is random; known to the main process."""
+        source, looked = self.context.source, self.augmentation
+        survey_left = 0.0 if looked is not None else ranges_drawn(source, closer=False)
+        is_closed = self._looked_closer or (looked is not None and looked.random) or not self.context.config.views
+        return survey_left + (0.0 if is_closed else ranges_drawn(source, closer=True))
 
     def make(self, cut: int, codec: str) -> StoreSpec:
         """The spec of the training's store at a cut, before sensitive channels are chosen.
@@ -100,7 +128,7 @@ class SpecMaker:
             context.chain.prove(probe, cut)
 
         context.group.on_all(prove)
-        self.augmentation = context.group.broadcast(self.augmentation)
+        self.look()
         self._look_closer()
         made_from = context.group.on_main(
             lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
@@ -143,7 +171,7 @@ class SpecMaker:
         return replace(spec, made_from=made_from, limit=limit, notes=notes)
 
     def draft(self, cut: int, codec: str) -> StoreSpec:
-        """A spec without a fingerprint, for measuring.
+        """A spec without a fingerprint, for measuring. Where nobody has looked, it is as if nothing was random.
 
         Args:
             cut: frozen blocks; the chain is traced.
@@ -163,8 +191,11 @@ class SpecMaker:
         return replace(spec, codec=codec, made_from=made_from, weights=weights, views=views, notes={})
 
     def written(self, spec: StoreSpec) -> StoreSpec:
-        """The same store, written by live epochs."""
-        return replace(spec, made_from={**spec.made_from, WRITTEN: "write_through"})
+        """The same store, written by live epochs; one of this training alone if nobody can draw its rows again."""
+        made_from = {**spec.made_from, WRITTEN: "write_through"}
+        if self._draws_once(made_from):
+            made_from[_TRAINING] = self.unknown
+        return replace(spec, made_from=made_from)
 
     def deepened(self, spec: StoreSpec, store: FeatureStore) -> StoreSpec:
         """The same store, made from one at an earlier cut instead of from images; see `build.deepening.deepened`."""
@@ -235,7 +266,7 @@ class SpecMaker:
             unknown=self.unknown,
         )
         if self.context.config.reuse == "never":
-            inputs["training"] = self.unknown
+            inputs[_TRAINING] = self.unknown
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
@@ -255,16 +286,16 @@ class SpecMaker:
         config, rows = self.context.config, len(self.context.source)
         limit = None if config.sensitive_budget is None else parse_bytes(config.sensitive_budget)
         count = count_sensitive(codec, layout, rows, config.views, config.sensitive_fraction, limit)
-        return make_view_spec(self._augmentation, layout, config.views, count)
+        return make_view_spec(self.augmentation or Augmentation(), layout, config.views, count)
 
-    def _draws_once(self, spec: StoreSpec) -> bool:
+    def _draws_once(self, made_from: Mapping[str, Any]) -> bool:
         """Whether live epochs draw the samples of a store, in batches that do not come again."""
-        return WRITTEN in spec.made_from and self._augmentation.random and not self._augmentation.replayable
+        return WRITTEN in made_from and self._augmentation.random and not self._augmentation.replayable
 
     @property
     def _augmentation(self) -> Augmentation:
         if self.augmentation is None:
-            raise RuntimeError("nobody has looked what is random in the samples: `cache` is 'never'.")
+            raise RuntimeError("nobody has looked what is random in the samples.")
         return self.augmentation
 
     def _draws(self) -> Collection[str]:

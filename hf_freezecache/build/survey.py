@@ -108,6 +108,12 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     return Augmentation(True, refused is None, refused)
 
 
+def tells_geometry(source: RowSource) -> bool:
+    """Whether a `ReplayableTransform` draws the first samples."""
+    drawn = source.draw(range(min(2, len(source))), 1, (PROJECTIVE, (1, 1)))
+    return drawn.geometry is not None or drawn.refused is not None
+
+
 def look_closer(source: RowSource) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
@@ -117,13 +123,30 @@ def look_closer(source: RowSource) -> Augmentation | None:
     Returns:
         What was found; None if nothing was.
     """
-    fewest = min(source.num_ranges, -(-_ROWS_TWICE // source.batch_size))
-    count = max(fewest, round(_DRAWN_TWICE * source.num_ranges))
+    count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for _, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
         if not is_same(first.batch, second.batch):
             return _OPAQUE
     return None
+
+
+def _looked_at_twice(source: RowSource) -> int:
+    fewest = min(source.num_ranges, -(-_ROWS_TWICE // source.batch_size))
+    return max(fewest, round(_DRAWN_TWICE * source.num_ranges))
+
+
+def ranges_drawn(source: RowSource, closer: bool) -> float:
+    """How many ranges of samples are drawn to see what is random: about, as it depends on what is found.
+
+    Args:
+        source: the samples.
+        closer: by `look_closer`, not by `survey`.
+    """
+    if closer:
+        return 2.0 * _looked_at_twice(source)
+    draws = (2 + _MORE_DRAWS) * _TOGETHER + (2 + _DRAWS) * (_ROWS - _TOGETHER)
+    return draws / source.batch_size
 
 
 def why_random_on_device(model_inputs: ModelInputs, batch: Mapping[str, Any]) -> str | None:

@@ -111,7 +111,10 @@ def split_batch(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get(main_input), torch.Tensor):
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise RowError(f"the data collator must return a dict with the tensor '{main_input}'; it returned {got}.")
+        raise RowError(
+            f"the data collator must return a dict with the tensor '{main_input}'; it returned {got}. cache='never' "
+            "freezes without features."
+        )
     main = batch[main_input]
     clashing = sorted(name for name in batch if is_reserved(name))
     if clashing:

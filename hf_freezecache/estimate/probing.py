@@ -24,9 +24,7 @@ from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_tw
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import Codec, make_codec
-from ..cache.held_files import MemoryFile
-from ..cache.manifest import FORMAT_VERSION, Manifest
-from ..cache.names import own_input, shard_name
+from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch, split_batch
 from ..cache.shards import ShardStream
 from ..cache.store import FeatureStore
@@ -34,9 +32,10 @@ from ..cache.view_columns import ViewColumns, ViewSpec
 from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
 from ..rng import preserve_rng
-from ..units import show_epochs
-from .costs import Costs, PlanRow, Work, decide, make_row, overlapped, runs_of_prefix
+from .costs import Costs, PlanRow, Work, decide, make_row, overlapped
 from .fixed_costs import small_build_seconds, solving_seconds, worker_start_seconds
+from .memory_store import store_in_memory
+from .pace import LEAST_BUILD_SECONDS, Pace, why_hopeless
 from .trial_steps import TrialSteps, timed
 
 #: Of features too large to be compared at once, a few samples are in place of the batch.
@@ -92,14 +91,36 @@ class Prober:
         self._loaded: tuple[Any, _LoadedRanges] | None = None
         self._split: BatchSplit | None = None
         self._worker_start: float | None = None
+        # The kind of store that was found to pay last, and its costs.
+        self._accepted: tuple[Any, Costs] | None = None
 
-    def refuse(self, spec: StoreSpec, epochs_left: float, limit: int | None) -> tuple[str | None, PlanRow | None]:
+    def why_hopeless(
+        self, spec: StoreSpec, epochs_left: float, pace: Pace | None = None, looks: float = 0.0
+    ) -> str | None:
+        """Why a build cannot pay, as far as nothing need be measured to see it; None if it may.
+
+        Args:
+            spec: the build; its sensitive channels need not be settled.
+            epochs_left: epochs of training that remain.
+            pace: of the live epochs before; None if there were none.
+            looks: ranges that are yet to be drawn to see what is random in them.
+        """
+        from_images = isinstance(spec.feature_source, ImageFeatures)
+        return why_hopeless(self.work(spec), epochs_left, from_images, pace, looks)
+
+    def refuse(
+        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None = None, looks: float = 0.0
+    ) -> tuple[str | None, PlanRow | None]:
         """Decides whether a build pays, with as little measuring as the decision needs.
+
+        What a build costs once is not measured: a build that pays but for it loses no more than that would cost.
 
         Args:
             spec: the build; its sensitive channels need not be settled.
             epochs_left: epochs of training that remain.
             limit: bytes that the store may take.
+            pace: of the live epochs before; None if there were none.
+            looks: ranges that are yet to be drawn to see what is random in them.
 
         Returns:
             None, or why not to build; and what was measured, if anything was. Where measuring broke off because the
@@ -110,25 +131,40 @@ class Prober:
                 free = self._row(spec, _NOTHING, limit)
                 if not free.fits:
                     return decide(free, epochs_left), None
-                runs = runs_of_prefix(self.work(spec))
-                if isinstance(spec.feature_source, ImageFeatures) and epochs_left <= runs:
-                    return (
-                        f"a build runs the frozen blocks over the data {runs:.3g} times, and the "
-                        f"{show_epochs(epochs_left)} left would save as many runs at most"
-                    ), None
-                # A single range settles what is clear.
-                row = self._row(spec, next(self._in_stages(spec, batches=1, with_suffix=False)), limit)
-                reason = decide(row, _CLEARLY * epochs_left)
+                reason = self.why_hopeless(spec, epochs_left, pace, looks)
                 if reason is not None:
-                    return decide(row, epochs_left), row
-                for costs in self._in_stages(spec, batches=2, with_suffix=False):
-                    row = self._row(spec, costs, limit)
-                    reason = decide(row, epochs_left)
-                    if reason is not None:
-                        break
-                return reason, row
+                    return reason, None
+                return self._refuse(spec, epochs_left, limit, pace, looks)
             finally:
                 self._loaded = None
+
+    def _refuse(
+        self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None, looks: float
+    ) -> tuple[str | None, PlanRow]:
+        key = _kind(spec)
+        if self._accepted is not None and self._accepted[0] == key:
+            row = self._row(spec, self._accepted[1], limit)
+            return decide(row, epochs_left), row
+        # A single range settles what is clear.
+        costs = next(self._in_stages(spec, batches=1))
+        row = self._row(spec, self._with_least(costs, looks), limit)
+        if decide(row, _CLEARLY * epochs_left) is not None:
+            return decide(row, epochs_left), row
+        for costs in self._in_stages(spec, batches=2):
+            row = self._row(spec, self._with_least(costs, looks), limit)
+            reason = decide(row, epochs_left)
+            if reason is not None:
+                return reason, row
+        start = self._time_worker_start(costs) if pace is None else pace.start
+        costs = self._with_least(replace(costs, fixed=costs.fixed + _passes(spec) * start), looks)
+        self._accepted = key, costs
+        row = self._row(spec, costs, limit)
+        return decide(row, epochs_left), row
+
+    def _with_least(self, costs: Costs, looks: float) -> Costs:
+        """The costs with the least that a build takes once, which is not measured to decide."""
+        looking = looks * overlapped(0.0, costs.load_base, self.source.num_workers)
+        return replace(costs, fixed=costs.fixed + LEAST_BUILD_SECONDS + looking)
 
     def measure(self, spec: StoreSpec, batches: int = 2, with_suffix: bool = False) -> Costs:
         """What one range costs. Weights, gradients, buffers and generators stay; of what is written nothing is left.
@@ -139,7 +175,7 @@ class Prober:
             with_suffix: also measure training steps on the features, and their memory.
         """
         with preserve_rng():
-            *_, costs = self._in_stages(spec, batches, with_suffix)
+            *_, costs = self._in_stages(spec, batches, with_suffix, once=True)
             return costs
 
     def row(self, spec: StoreSpec, costs: Costs, limit: int | None = None) -> PlanRow:
@@ -209,10 +245,16 @@ class Prober:
             most_bytes=most,
         )
 
-    def _in_stages(self, spec: StoreSpec, batches: int, with_suffix: bool):
+    def _in_stages(self, spec: StoreSpec, batches: int, with_suffix: bool = False, once: bool = False):
         """Yields costs of which each has more in it: what is added can only speak against the build.
 
         But for the suffix: it comes first, where loader processes may be what a live epoch waits for.
+
+        Args:
+            spec: the build.
+            batches: ranges that are loaded.
+            with_suffix: also measure training steps.
+            once: also measure what a build costs once, by one of these ranges.
         """
         loaded = self._load(spec, batches)
         features, of_views, prefix = self._run_prefix(spec, loaded)
@@ -245,11 +287,11 @@ class Prober:
             solving = solving_seconds(spec, self._count_maps(spec, loaded))
             costs = replace(costs, compare=compare, fixed=costs.fixed + solving)
             yield costs
-        passes = 1 + fits + (not spec.views.whole)
-        ranges = len(loaded.rows) * (costs.load_base + costs.prefix + costs.encode)
-        small_build = small_build_seconds(self.context, spec, [row for rows in loaded.rows for row in rows])
-        once = max(0.0, small_build - fitted_here - ranges) + passes * self._time_worker_start(costs)
-        yield replace(costs, fixed=costs.fixed + once)
+        if once:
+            ranges = len(loaded.rows) * (costs.load_base + costs.prefix + costs.encode)
+            small_build = small_build_seconds(self.context, spec, [row for rows in loaded.rows for row in rows])
+            starting = _passes(spec) * self._time_worker_start(costs)
+            yield replace(costs, fixed=costs.fixed + max(0.0, small_build - fitted_here - ranges) + starting)
 
     # What a range costs, step by step
 
@@ -357,7 +399,7 @@ class Prober:
         stream.close()
         buffer = sink.getvalue()
         _, hashing = timed(lambda: hashlib.sha256(buffer).hexdigest())
-        store = _store_in_memory(spec, codec, views, splits[0], stream.rows, buffer)
+        store = store_in_memory(spec, codec, views, splits[0], stream.rows, buffer)
         return store, median_low(seconds) + hashing / len(loaded.rows)
 
     def _count_maps(self, spec: StoreSpec, loaded: _LoadedRanges) -> int:
@@ -429,6 +471,18 @@ class Prober:
 _NOTHING = Costs(load=0.0, prefix=0.0, load_base=0.0)
 
 
+def _passes(spec: StoreSpec) -> int:
+    """How often a build goes through samples, each time with loader processes that start."""
+    return 1 + (not make_codec(spec.codec, spec.layout).fitted) + (not spec.views.whole)
+
+
+def _kind(spec: StoreSpec) -> tuple[Any, ...]:
+    """What a store costs and saves depends on, besides the training."""
+    views = spec.views
+    channels = None if views.channels is None else len(views.channels)
+    return spec.cut, spec.codec, views.count, views.geometry, channels, type(spec.feature_source)
+
+
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors moved."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -444,29 +498,3 @@ def _geometry(spec: StoreSpec, drawn: DrawnBatch, rows: Sequence[int]) -> torch.
     else:
         row = encode_geometry(cell_centres(grid), kind, grid, 1.0)
     return row.repeat(len(rows), 1)
-
-
-def _store_in_memory(
-    spec: StoreSpec, codec: Codec, views: ViewColumns, split: BatchSplit, rows: int, buffer: pa.Buffer
-) -> FeatureStore:
-    """What was written as a store without files."""
-    view_spec = views.spec
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        fingerprint="",
-        made_from={},
-        cut=spec.cut,
-        codec=spec.codec,
-        layout=spec.layout.to_json(),
-        rows=rows,
-        views=view_spec.count,
-        geometry=view_spec.geometry,
-        sensitive_channels=None if view_spec.channels is None else view_spec.channels.tolist(),
-        own_inputs=view_spec.own_inputs,
-        inputs=split.describe(),
-        constants=split.constants,
-        shards=[],
-        files={},
-        lossless=spec.lossless,
-    )
-    return FeatureStore(spec.path, manifest, codec, views, {shard_name(0, 1): MemoryFile(memoryview(buffer))})

@@ -129,18 +129,22 @@ class Flow:
         }
         self._found: dict[tuple[int, bool], Boundary] = {}
 
-    def between(self, call: Call, following: Call | None) -> Boundary:
-        """The boundary behind a call and before another one that runs later, at which a single tensor crosses.
+    def behind(self, call: Call, following: Call | None = None) -> Boundary:
+        """The boundary behind a call at which a single tensor crosses: what the next call gets, or this one gives.
 
         Args:
             call: the call.
-            following: the other one; None: there is none.
+            following: one that runs later, before which is behind it as well.
         """
         after = self._single(self.after(call))
-        if following is None:
-            return after
-        before = self._single(self.before(following))
-        return before if before.why_not is None else after
+        for other in (following, self._next(call)):
+            if other is not None and (before := self._single(self.before(other))).why_not is None:
+                return before
+        return after
+
+    def _next(self, call: Call) -> Call | None:
+        """The first call behind another one that depends on the samples."""
+        return next((other for other in self.record.calls if other.begin > call.end and self.is_changing(other)), None)
 
     def before(self, call: Call) -> Boundary:
         """The boundary at the beginning of a call: the feature is put into its arguments."""

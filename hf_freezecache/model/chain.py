@@ -449,7 +449,9 @@ class BlockChain:
             try:
                 self.model(**inputs)
             except _Captured as captured:
-                return found.pack(captured.tensor)
+                feature = found.pack(captured.tensor)
+                # A view that was made without gradients cannot be written to where there are some.
+                return feature.clone() if feature._is_view() else feature
         raise ChainError(f"{trace.cannot_cut(cut)} the model returned without running it.")
 
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:

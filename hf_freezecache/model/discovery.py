@@ -35,14 +35,14 @@ def discover_blocks(flow: Flow) -> list[Block]:
     blocks: list[list[Call]] = []
     gathered: list[Call] = []
     done = 0.0
-    for unit, following in zip(units, [*units[1:], None], strict=True):
+    for unit in units:
         gathered.append(unit)
-        boundary = flow.between(unit, following)
+        boundary = flow.behind(unit)
         if boundary.why_not is not None or boundary.shared or not boundary.has_parameters_behind:
             continue
         if not flow.runs_once(unit.module):
             continue
-        if boundary.flops - done >= _SMALL:
+        if boundary.flops - done >= _SMALL or not blocks and any(map(_has_parameters, gathered)):
             blocks.append(gathered)
         elif blocks and 1.0 - boundary.flops >= _SMALL:
             blocks[-1] += gathered
@@ -67,11 +67,7 @@ def _units(flow: Flow, call: Call) -> Iterator[Call]:
 def _is_divided(flow: Flow, call: Call) -> bool:
     """Whether a call is taken as what is within it: as a series of the same kind, or as it is large."""
     changing = [child for child in call.children if flow.is_changing(child)]
-    ends = [
-        child
-        for child, following in zip(changing, changing[1:], strict=False)
-        if flow.runs_once(child.module) and flow.between(child, following).why_not is None
-    ]
+    ends = [child for child in changing[:-1] if flow.runs_once(child.module) and flow.behind(child).why_not is None]
     kinds = Counter(type(child.module) for child in changing)
     if any(
         kinds[type(child.module)] > 1 and not type(child.module).__module__.startswith("torch.nn") for child in ends
@@ -82,17 +78,20 @@ def _is_divided(flow: Flow, call: Call) -> bool:
     return bool(ends) or any(_is_divided(flow, child) for child in changing)
 
 
+def _has_parameters(call: Call) -> bool:
+    return any(True for _ in call.module.parameters())
+
+
 def _make(flow: Flow, units: list[Call]) -> Block:
-    named = next((unit for unit in units if any(True for _ in unit.module.parameters())), units[0])
+    named = next((unit for unit in units if _has_parameters(unit)), units[0])
     modules: list[nn.Module] = [unit.module for unit in units if flow.runs_once(unit.module)]
     return Block(named.name, tuple(modules))
 
 
 def _explain(flow: Flow, units: list[Call]) -> str:
-    ends = list(zip(units, [*units[1:], None], strict=True))
     reasons = []
-    for unit, following in ends:
-        boundary = flow.between(unit, following)
+    for unit in units:
+        boundary = flow.behind(unit)
         if boundary.shared:
             reasons.append(f"'{boundary.shared[0]}' is used up to '{unit.name}' and behind it")
         elif boundary.why_not is not None:

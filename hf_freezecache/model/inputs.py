@@ -17,59 +17,61 @@ logger = logging.get_logger(__name__)
 
 
 class ModelInputs:
-    """Selects from a collated batch the entries that the prefix takes, and moves them to the model's device.
+    """Makes the prefix's inputs of a collated batch: the entries that it takes, on the model's device.
 
     Labels belong to the loss, which may be the user's own: the prefix gets them only if the model cannot run without.
 
     Args:
         model: the model itself, not wrapped.
-        to_device: moves a batch to the model's device.
+        prepare: makes the model's inputs of a batch, by name and on the model's device.
         label_names: entries that only the loss takes.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        to_device: Callable[[dict[str, Any]], Mapping[str, Any]],
+        prepare: Callable[[Any], Mapping[str, Any]],
         label_names: Sequence[str] = (),
     ):
-        self.model, self.to_device, self.label_names = model, to_device, frozenset(label_names)
+        self.model, self.prepare, self.label_names = model, prepare, frozenset(label_names)
         # From the class: a forward that was put on the instance may have lost its signature.
         parameters = inspect.signature(type(model).forward).parameters
         self._accepted = frozenset(parameters)
         self._accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
-    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def __call__(self, batch: Any) -> Mapping[str, Any]:
         """The prefix's inputs by name, on the model's device."""
         # All of it is prepared: what users do there may look at labels, too.
-        prepared = self.to_device(dict(batch))
+        prepared = self.prepare(dict(batch) if isinstance(batch, Mapping) else batch)
         return {name: value for name, value in prepared.items() if self._takes(name)}
 
-    def include_labels_if_needed(self, batch: Mapping[str, Any]) -> None:
+    def include_labels_if_needed(self, batch: Any) -> None:
         """Runs the model without labels; from then on the prefix gets them if that fails and running with them works.
 
         Raises:
-            Exception: whatever the model raises, if it does not run with its labels either.
+            Exception: whatever the model raises with its labels, as in a training, if it runs in neither way.
         """
+        without_labels = self.label_names
         try:
             self._run(batch)
         except Exception as error:  # whatever a model raises that misses its labels
-            without_labels = self.label_names
-            self.label_names = frozenset()
-            try:
-                self._run(batch)
-            except Exception:
-                self.label_names = without_labels
-                raise error from None
-            logger.info(
-                f"{type(self.model).__name__} does not run without its labels ({type(error).__name__}: {error}): its "
-                "frozen blocks get them too."
-            )
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return
+        self.label_names = frozenset()
+        try:
+            self._run(batch)
+        except BaseException:
+            self.label_names = without_labels
+            raise
+        logger.info(
+            f"{type(self.model).__name__} does not run without its labels ({why}): its frozen blocks get them too."
+        )
 
     def _takes(self, name: str) -> bool:
         return name not in self.label_names and (self._accepts_all or name in self._accepted)
 
-    def _run(self, batch: Mapping[str, Any]) -> None:
+    def _run(self, batch: Any) -> None:
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
             self.model(**self(batch))
 

@@ -19,13 +19,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Compiled code runs uncompiled inside: it does not see hooks and replaced methods.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):
+        model.eval()
     try:
         with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                object.__setattr__(module, "training", training)  # it runs often, on all modules: the quick way
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..rng import preserve_rng
+from ..rng import RngState, preserve_rng
 from .errors import ChainError
 from .modes import eval_mode
 from .record import answers_of
@@ -38,7 +38,14 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
                 f"{cannot} features or logits are NaN, which proves nothing: the weights have diverged (lower the "
                 "learning rate?), or the samples are NaN."
             )
-        if not torch.equal(features, chain.captured_in_training(inputs, cut)):
+        generators = RngState()
+        in_training = chain.captured_in_training(inputs, cut)
+        if not generators.is_current():
+            raise ChainError(
+                f"{cannot} what runs before it draws random numbers in eval mode too, so that what comes behind it "
+                "would get others when it is left out."
+            )
+        if not torch.equal(features, in_training):
             raise ChainError(
                 f"{cannot} in training the feature is random or depends on the batch, though everything before the "
                 "cut is in eval mode."

@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         self._clock += 1
         call.end, call.last = self._clock, len(self.operations)
         call.results = {path: self._describe(tensor) for path, tensor in leaves(output)}
-        call.output = map_leaves(lambda path, leaf: None if path in call.results else leaf, output)
+        call.output = map_leaves(lambda path, leaf: call.results.get(path, leaf), output)
 
     def _describe(self, tensor: torch.Tensor) -> TensorSpec:
         place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()

@@ -163,7 +163,7 @@ class Trace:
 
     def _boundary(self, number: int) -> Boundary:
         following = self._calls[number][0] if number < len(self.blocks) else None
-        boundary = self.flow.between(self._calls[number - 1][1], following)
+        boundary = self.flow.behind(self._calls[number - 1][1], following)
         if boundary.why_not is not None:
             raise ChainError(f"{self.cannot_cut(number)} {boundary.why_not}.")
         return boundary

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..estimate.pace import Pace
 from ..model.chain import BlockChain
 from ..model.inputs import main_input_name
 from ..model.modes import eval_mode
 from ..model.structure import first_tensor
 from ..rng import preserve_rng
+from .live_clock import LiveClock
 
 
 @dataclass
@@ -169,10 +171,18 @@ _CPU_KERNELS = {
 }
 
 
+class _OfAllModules(contextlib.nullcontext):
+    """In place of the tracker of modules: nobody asks for their shares, and it takes as long as counting."""
+
+    parents = frozenset({"Global"})
+
+
 @contextlib.contextmanager
 def counting_flops() -> Iterator[FlopCounterMode]:
     """Counts the operations of everything that runs inside; read them with `get_total_flops()`."""
-    with preserve_rng(), FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
+    counter.mod_tracker = _OfAllModules()  # type: ignore[assignment]  # it asks for `parents` alone
+    with preserve_rng(), counter:
         yield counter
 
 
@@ -233,6 +243,16 @@ class FlopMeter:
                 self._per_sample[cut, mode] = self._measure(mode, cut)
         return self._per_sample[cut, mode]
 
+    def share_of_prefix(self, cut: int, live_cut: int) -> float:
+        """FLOPs of a forward pass up to a cut, relative to those of a training step at an earlier cut, 1 at most.
+
+        Args:
+            cut: frozen blocks.
+            live_cut: at which live steps have run.
+        """
+        live = self._per_sample.get((live_cut, "live"))
+        return min(1.0, self.per_sample("build", cut) / live) if live else 1.0
+
     def step(self, mode: str, samples: int) -> float:
         """FLOPs of a training step's micro-batch, whose samples are counted."""
         self.samples += samples
@@ -289,7 +309,7 @@ class FlopMeter:
 
 
 class Accounts:
-    """The ledger and the FLOPs of one training.
+    """The ledger, the FLOPs and the clock of one training.
 
     Args:
         chain: the model.
@@ -297,7 +317,33 @@ class Accounts:
     """
 
     def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
-        self.ledger, self.meter = Ledger(), FlopMeter(chain, probe)
+        self.ledger, self.meter, self.clock = Ledger(), FlopMeter(chain, probe), LiveClock()
+
+    def begin_epoch(self, cut: int, mode: str) -> Phase:
+        """Opens the phase of an epoch."""
+        phase = self.ledger.begin(cut, mode)
+        self.clock.begin(phase.seconds)
+        return phase
+
+    def end_epoch(self) -> None:
+        """Closes the phase of an epoch; a live one tells how fast live epochs are."""
+        phase = self.ledger.current
+        self.ledger.end()
+        if phase is not None and phase.mode == "live":
+            self.clock.end(phase.cut, phase.seconds)
+
+    def pace(self, cut: int, workers: int) -> Pace | None:
+        """How fast the last live epoch ran, and what of it a store at a cut would spare; None if there was none.
+
+        Args:
+            cut: frozen blocks of the store.
+            workers: loader processes.
+        """
+        lap = self.clock.last
+        if lap is None:
+            return None
+        share = self.meter.share_of_prefix(cut, lap.cut)
+        return Pace(lap.step, lap.load(workers), lap.start(workers), share)
 
     @contextlib.contextmanager
     def building(self, cut: int) -> Iterator[Phase]:

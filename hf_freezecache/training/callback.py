@@ -50,8 +50,12 @@ class RunningTraining(Protocol):
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
-    def rehearse(self, cuts: Sequence[int]) -> None:
-        """Before the first step: proves that the trainer's step works on features of these cuts."""
+    def rehearse(self, epochs: Mapping[int, float]) -> None:
+        """Before the first step: proves that the trainer's step works on features of the cuts that are planned.
+
+        Args:
+            epochs: by cut, how many remain from its first one to the end of the training.
+        """
 
     def watch(self, signals: frozenset[str]) -> None:
         """Collects from now on what a policy asks for."""
@@ -128,12 +132,14 @@ class FreezeCallback(TrainerCallback, ExportableState):
             if other_rule is not None:
                 session.announce(other_rule)
         session.check_data(train_dataloader)
-        self._count(session, args, state, train_dataloader)
+        steps_per_epoch = self._count(session, args, state, train_dataloader)
         schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
         changes = self._rule.changes(session.num_blocks, self._num_epochs) or []
-        session.rehearse(sorted({cut for epoch, cut in changes if cut and epoch < self._num_epochs}))
+        planned = {cut: epoch for epoch, cut in reversed(changes) if cut and epoch < self._num_epochs}
+        end = state.max_steps / steps_per_epoch
+        session.rehearse(session.broadcast({cut: end - epoch for cut, epoch in planned.items()}))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         session = self._session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class StepInputs:
     """A collated batch as the model takes it.
 
     Args:
-        inputs: model inputs and labels by name. Beside features, the main input is a stand-in, or integers.
+        inputs: model inputs and labels by name; what the loader returned, where the model runs whole. Beside features,
+            the main input is a stand-in, or integers.
         samples: rows of the batch.
         bypassed: cut up to which the model is not run, as its features are given; 0: all of it runs.
         mode: key of the step's FLOPs, `live` or `replay`.
@@ -104,10 +105,15 @@ class FromImages(EpochSource):
     Args:
         cut: frozen blocks that it was chosen for.
         why: why there is no store, as the end of a sentence; None at cut 0.
+        lost_in: the epoch in which the store was lost, whose rest runs on images; None: all epochs of the cut do.
     """
 
-    def __init__(self, cut: int = 0, why: str | None = None):
-        self.cut, self.why = cut, why
+    def __init__(self, cut: int = 0, why: str | None = None, lost_in: int | None = None):
+        self.cut, self.why, self.lost_in = cut, why, lost_in
+
+    def lasts(self, epoch: int) -> bool:
+        """Whether an epoch of its cut runs on images, too, without anybody asking for a store."""
+        return self.lost_in is None or self.lost_in == epoch
 
     def turn(self, switch: SourceSwitch) -> None:
         switch.set(None)
@@ -116,7 +122,7 @@ class FromImages(EpochSource):
         return _live(batch, context)
 
     def state_dict(self) -> dict[str, Any]:
-        return {KIND: "images", "cut": self.cut, "why": self.why}
+        return {KIND: "images", "cut": self.cut, "why": self.why, "lost_in": self.lost_in}
 
 
 class FromStore(EpochSource):
@@ -287,7 +293,7 @@ def load_source(state: Mapping[str, Any]) -> EpochSource:
     """The source that a checkpoint describes; its store is not opened yet."""
     cut = state["cut"]
     if state[KIND] == "images":
-        return FromImages(cut, state["why"])
+        return FromImages(cut, state["why"], state.get("lost_in"))
     if state[KIND] == "store":
         return FromStore(cut, None)
     problem = None if state["problem"] is None else Problem(*state["problem"])
@@ -303,7 +309,7 @@ def _live(batch: dict[str, Any], context: BuildContext) -> StepInputs:
         batch = drawn[1]
     elif replayed is not None:
         batch = live_batch(context.source, replayed.rows)
-    values = batch.values() if isinstance(batch, Mapping) else ()
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
     return StepInputs(batch, next((len(value) for value in values if isinstance(value, torch.Tensor)), 0))
 
 
@@ -321,5 +327,6 @@ def bypassing(chain: BlockChain, step: StepInputs, force_eager: bool) -> Iterato
         force_eager: run compiled code uncompiled: it would run the bypassed blocks.
     """
     eager = torch.compiler.set_stance("force_eager") if force_eager and step.bypassed else contextlib.nullcontext()
-    with chain.replay(step.bypassed, step.features, step.inputs.get(chain.main_input)), eager:
+    main_input = step.inputs[chain.main_input] if step.bypassed else None
+    with chain.replay(step.bypassed, step.features, main_input), eager:
         yield

@@ -27,6 +27,7 @@ from ..replay.requests import SourceSwitch, find_switch
 from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
 from .store_provider import Declined
 from .watch import checksums
@@ -243,7 +244,7 @@ class EvaluationCache:
         if entry.source is not None and entry.source.cut == cut:
             return
         try:
-            with self.accounts.building(cut) as phase, preserve_rng():
+            with self.accounts.building(cut) as phase, looking_at(entry.rows):
                 store, built = self._find_or_build(entry, cut, builds)
                 if store is not None and built:
                     phase.add_store(store.bytes)
@@ -296,6 +297,13 @@ class EvaluationCache:
             step: StepInputs = entry.source.step_inputs(batch, replace(self.context, source=entry.rows))
             with bypassing(self.chain, step, force_eager):
                 yield step.inputs
+
+    def images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the running evaluation from images."""
+        assert self._running is not None  # called inside `replaying` only
+        rows = replace(self.context, source=self._running.rows)
+        with preserve_rng():
+            return FromImages(self.chain.cut).step_inputs(batch, rows).inputs
 
     def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
         """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""

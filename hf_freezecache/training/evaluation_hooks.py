@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 
+from ..distributed import count_operations
 from ..model.stand_ins import FrozenOutputError, StandIn
 from ..model.structure import find_tensors
 from ..rng import RngState, preserve_rng
@@ -130,8 +133,27 @@ class EvaluationHooks(TrainerHooks):
                     tensor.item()  # raises, and tells what is missing
             return answer
 
+        def run_in_step():
+            try:
+                return run()
+            except FrozenOutputError:
+                if evaluation.group.size > 1 and count_operations() == self._operations_before_loss:
+                    # Others may have come to where the loss communicates, and wait: this process comes there, too.
+                    with preserve_rng(), self._counting_alone():
+                        step(model, evaluation.images_of(inputs), *args, **kwargs)
+                raise
+
         # What fails on features fails on all processes: they begin again together, on images.
-        return evaluation.group.on_all(run) if evaluation.is_replaying else run()
+        return evaluation.group.on_all(run_in_step) if evaluation.is_replaying else run()
+
+    @contextmanager
+    def _counting_alone(self) -> Iterator[None]:
+        """Inside, `Trainer` does not ask other processes for their number of tokens, as it has done that already."""
+        before, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = before
 
     def _why_on_images(self) -> str | None:
         """Why evaluations cannot be from a store; None if they can."""

@@ -32,6 +32,8 @@ class TrainerHooks(_Trainer):
     _why_plain: str | None
     # Of the checkpoint that a training is resumed from, until it is taken.
     _checkpoint_state: Mapping[str, Any] | None
+    # Operations between processes before the loss of the running batch.
+    _operations_before_loss: int
 
     @property
     def _own_model(self) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from transformers.utils import logging
 
@@ -17,6 +16,10 @@ from .sentinels import check_sentinels
 from .watch import FrozenWatch
 
 logger = logging.get_logger(__name__)
+
+
+class MismatchError(RuntimeError):
+    """Features are not those of the training (any more), and it cannot, or must not, go on from images."""
 
 
 class Proof:
@@ -73,7 +76,7 @@ class Proof:
     def _rehearse(self, cut: int) -> str | None:
         try:
             with preserve_rng():
-                self.context.group.on_all(partial(self.rehearsal.check, cut))
+                self.rehearsal.check(cut)
         except RehearsalError as error:
             return str(error)
         self._rehearsed.add(cut)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..build.context import BuildContext
 from ..build.materialize import spread
-from ..distributed import describe_error
+from ..distributed import count_operations, describe_error
 from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..replay.collator import CODE_PREFIX
@@ -72,7 +72,8 @@ class Rehearsal:
     def check(self, cut: int) -> None:
         """Compares the whole step with the replayed one, on exact features: loss, outputs and gradients.
 
-        The model, its gradients and the generators are left as they are.
+        The model, its gradients and the generators are left as they are. All processes take the same runs, since the
+        step may communicate; where it fails on one, it fails on all.
 
         Args:
             cut: frozen blocks; `freeze` has frozen them.
@@ -80,23 +81,28 @@ class Rehearsal:
         Raises:
             RehearsalError: if the two differ, or the step fails on features.
         """
-        batch = self._batch()
-        with preserve_rng():
-            features = self.context.chain.prefix(self.context.model_inputs(batch), cut)
-        main_input = self.context.chain.main_input
-        others = {name: value for name, value in batch.items() if name != main_input or stays_real(value)}
+        group = self.context.group
+        batch, on_features = group.on_all(lambda: self._batches(cut))
         with self._running(cut):
-            whole = self._run(batch, "a batch of images")
-            replayed = self._run({_REHEARSED: features, **others}, "a batch of features")
+            whole = group.on_all(lambda: self._run(batch, "a batch of images"))
+            replayed = group.on_all(lambda: self._replay(on_features, batch))
             difference = find_difference(whole, replayed)
-            if difference is None:
+            if not any(group.gather(difference is not None)):
                 return
             # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
-            is_reproducible = find_difference(whole, self._run(batch, "a batch of images")) is None
-        if is_reproducible or find_difference(whole, replayed, _TOLERANCE) is not None:
-            raise RehearsalError(
-                f"a training step on features of cut {cut} is not the step on images: {difference}.{self._advice()}"
-            )
+            again = group.on_all(lambda: self._run(batch, "a batch of images"))
+        is_reproducible = find_difference(whole, again) is None
+
+        def judge() -> None:
+            if difference is not None and (
+                is_reproducible or find_difference(whole, replayed, _TOLERANCE) is not None
+            ):
+                raise RehearsalError(
+                    f"a training step on features of cut {cut} is not the step on images: {difference}."
+                    f"{self._advice()}"
+                )
+
+        group.on_all(judge)
 
     def step_inputs(self, batch: Mapping[str, Any]) -> StepInputs:
         """The inputs of a rehearsed step."""
@@ -107,6 +113,14 @@ class Rehearsal:
         others = {name: value for name, value in batch.items() if name != _REHEARSED}
         return StepInputs.on_features(chain, self._cut, features, others, "replay")
 
+    def _batches(self, cut: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """A few rows as a batch of images, and as one of features."""
+        batch, chain = self._batch(), self.context.chain
+        with preserve_rng():
+            features = chain.prefix(self.context.model_inputs(batch), cut)
+        kept = {name: value for name, value in batch.items() if name != chain.main_input or stays_real(value)}
+        return batch, {_REHEARSED: features, **kept}
+
     def _batch(self) -> Mapping[str, Any]:
         source = self.context.source
         count = min(_ROWS, len(source))
@@ -114,7 +128,7 @@ class Rehearsal:
             try:
                 return source.collate(spread(len(source), count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
-                logger.debug("Rows from all over the data set cannot be collated together", exc_info=error)
+                logger.info(f"Rows from all over the data set cannot be collated together: {describe_error(error)}")
                 return self._neighbours(count)
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:
@@ -130,6 +144,16 @@ class Rehearsal:
         except Exception as error:  # the user's own code may raise anything
             advice = self._look_at if isinstance(error, FrozenOutputError) else self._advice()
             raise RehearsalError(f"a training step on {what} fails with {describe_error(error)}{advice}") from error
+
+    def _replay(self, on_features: Mapping[str, Any], batch: Mapping[str, Any]) -> Outcome:
+        before = count_operations()
+        try:
+            return self._run(on_features, "a batch of features")
+        except RehearsalError:
+            if self.context.group.size > 1 and count_operations() == before:
+                # Others may have come to where the step communicates, and wait: this process comes there, too.
+                self._run(batch, "a batch of images")
+            raise
 
     def _advice(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,14 +10,24 @@ from typing import Any
 import torch
 
 from ..distributed import without_buffer_sync
+from ..model.modes import untouched
 from ..model.stand_ins import StandIn
 from ..model.structure import find_tensors
+from ..rng import preserve_rng
 from .hooks import TrainerHooks
 from .rehearsal import Outcome
 from .trainer_state import remembering
 
 #: What users override in the path of the loss.
 _IN_THE_PATH = ("training_step", "compute_loss", "_prepare_inputs", "_prepare_input", "get_batch_samples")
+
+
+class _Called(BaseException):  # no `Exception`, which code of the user's may catch
+    """Ends a step as soon as it calls the model."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+        super().__init__()
+        self.arguments = args, kwargs
 
 
 class RehearsalHooks(TrainerHooks):
@@ -36,7 +47,7 @@ class RehearsalHooks(TrainerHooks):
         """Runs a training step on a collated batch; the parameters keep their gradients and values."""
         assert self._session is not None
         model, own = self._session.wrapped_model, self._own_model
-        trained = {name: parameter for name, parameter in own.named_parameters() if parameter.requires_grad}
+        trained = _trained(own)
         outputs: dict[str, torch.Tensor] = {}
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:
@@ -46,6 +57,45 @@ class RehearsalHooks(TrainerHooks):
         finally:
             hook.remove()
         return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
+
+    def _called_inputs(self, batch: Any) -> dict[str, Any]:
+        """What the trainer's step calls the model on, by the names of its arguments; the model itself does not run.
+
+        Args:
+            batch: as the collator returned it, of any type.
+
+        Raises:
+            ValueError: if the step does not call the model.
+            Exception: whatever the step raises before it does.
+        """
+        own = self._own_model
+
+        def stop(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            raise _Called(args, kwargs)
+
+        hook = own.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with (
+                preserve_rng(),
+                torch.enable_grad(),
+                untouched(own),
+                remembering(self, own),
+                self._alone(own),
+                self._capturing_gradients(_trained(own)),
+            ):
+                batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                self.training_step(own, batches[0], num_items_in_batch)
+        except _Called as called:
+            args, kwargs = called.arguments
+        else:
+            raise ValueError(
+                f"the data collator returns {type(batch).__name__} without the model's main input by its name, and "
+                f"the trainer's step does not call {type(own).__name__}: what the model takes is not known."
+            )
+        finally:
+            hook.remove()
+        positional = inspect.signature(type(own).forward).bind_partial(own, *args).arguments
+        return {**dict(list(positional.items())[1:]), **kwargs}
 
     @contextmanager
     def _alone(self, model: torch.nn.Module) -> Iterator[None]:
@@ -101,3 +151,7 @@ class RehearsalHooks(TrainerHooks):
                 self.current_gradient_accumulation_steps = steps
             for name, parameter in trained.items():
                 parameter.grad = before[name]
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from ..build.comparison import Difference, compare_rows
+from ..build.comparison import Difference, compare_rows, compare_settled
 from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures
 from ..build.spec_maker import WRITTEN
@@ -52,12 +51,14 @@ def check_sentinels(
         chosen, numbers = _Again(source, rows, 0 if augmentation.random else epoch + 1), [0]
     layout = chain.layout(cut)
     features = ImageFeatures(chain, cut, chosen, layout, context.model_inputs)
-    views = 1 if store.manifest.views and augmentation.replayable else 0
+    drawn_once = is_opaque and WRITTEN in store.manifest.made_from  # in a batch that does not come again
+    views = 1 if drawn_once or (store.manifest.views and augmentation.replayable) else 0
+    geometry = store.views.spec.geometry if views else None
     with preserve_rng():
-        _, view_runs = next(iter(features.run(numbers, views, store.views.spec.geometry if views else None)))
+        _, view_runs = next(iter(features.run(numbers, views, geometry, own_features=not drawn_once)))
+    if drawn_once:
+        return compare_settled(store, rows, view_runs)
     for view, view_run in enumerate(view_runs):
-        if is_opaque and WRITTEN in store.manifest.made_from:
-            view_run = replace(view_run, features=None)  # drawn once, in a batch that does not come again
         found = compare_rows(store, rows, view, view_run)
         if found is not None:
             return found

@@ -27,10 +27,11 @@ from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from .accounting import Accounts
+from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
 from .preconditions import check_trainable
-from .proof import Proof
+from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Outcome, Rehearsal, RehearsalError
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -39,10 +40,6 @@ from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
 
 logger = logging.get_logger(__name__)
-
-
-class MismatchError(RuntimeError):
-    """Features are not those of the training (any more), and `on_mismatch="error"`."""
 
 
 class FreezeSession:
@@ -62,7 +59,8 @@ class FreezeSession:
         source: where the batches of the running epoch come from.
         evaluation: stores of the evaluation sets; None where evaluations run on images, and after the training.
         loader: of the training, as `Trainer` made it.
-        shared: what objects of the user's may refer to and nobody copies: the trainer, the model.
+        shared: what objects of the user's may refer to and nobody copies: the trainer, the model. Until the data is
+            checked: the trainer refers to its session.
     """
 
     def __init__(
@@ -131,10 +129,10 @@ class FreezeSession:
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
         self.ledger.end_all()
+        self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
         if self.chain.cut == 0:
             self.meter.per_sample("live")  # the cost of plain training, for the report
-        self._share_problems()
         if moment.cut > self.chain.cut:
             check_trainable(self.chain, moment.cut)
             self._freeze(moment.cut)
@@ -143,7 +141,8 @@ class FreezeSession:
                 f"Epoch {moment.epoch}: froze {moment.cut} of {len(self.chain)} blocks, up to "
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
-        with preserve_rng():
+        with looking_at(self.context.source):
+            self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
@@ -151,14 +150,14 @@ class FreezeSession:
         self.force_eager = self._is_compiled()
         frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
         self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
-        phase = self.ledger.begin(self.chain.cut, self.source.mode)
+        phase = self.accounts.begin_epoch(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
 
     def end_epoch(self) -> None:
         if self.ledger.current is not None:
             self.ledger.current.epochs += 1
-            self.ledger.end()
+            self.accounts.end_epoch()
         self._share_problems()  # the last epoch has no beginning after it
 
     def end_step(self) -> None:
@@ -173,6 +172,7 @@ class FreezeSession:
         return self.recorder.blocks()
 
     def state_dict(self) -> dict[str, Any]:
+        self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
         return {
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
@@ -228,7 +228,8 @@ class FreezeSession:
             run: the trainer's step on model inputs.
 
         Raises:
-            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more.
+            MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more; or if
+                a step that needs what only images have cannot be run again.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
@@ -240,11 +241,12 @@ class FreezeSession:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
                 return self._run(step, mix, run)
-            state = StepState(self.wrapped_model, self._live_buffers)
+            state = StepState(self.wrapped_model, self._live_buffers, self.group)
             try:
                 with state.recording():
                     return self._run(step, mix, run)
             except FrozenOutputError as error:
+                state.check_repeatable(error)
                 self._fall_back(str(error), alone=True)
             with state.repeating():
                 return self._run_on_images(batch, mix, run)
@@ -288,19 +290,31 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def rehearse(self, cuts: Sequence[int]) -> None:
+    def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: the trainer's own step on features of the cuts that are planned.
+
+        Args:
+            epochs: by cut, how many remain from its first one to the end of the training.
 
         Raises:
             RehearsalError: under explicit settings, if it is not the step on images.
         """
         if self.keeper.why_not_cached is not None or self.chain.cut:
             return
-        why = self.proof.rehearse(cuts)
-        if why is not None and self._explicit:
+        hopeless = self.keeper.provider.why_hopeless
+        with looking_at(self.context.source):
+            why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+            if why is None or self._decline_data():
+                return
+        if self._explicit:
             raise RehearsalError(why)
-        if why is not None:
-            self._decline(why)
+        self._decline(why)
+
+    def _decline_data(self) -> bool:
+        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
+        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
+            self._decline(f"{why}.")
+        return why is not None
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: rows of batches are samples, and reach the training as they are.
@@ -311,12 +325,13 @@ class FreezeSession:
         Raises:
             ValueError: under `cache="always"`, if they are or do not.
         """
+        shared, self.shared = self.shared, ()
         if self.keeper.why_not_cached is not None:
             return
         augmentation = self.group.broadcast(self.keeper.provider.spec_maker.augmentation)
         why = None if augmentation is None else augmentation.declined
         if why is None:
-            found = self.group.gather(self._why_not_through(loader))
+            found = self.group.gather(self._why_not_through(loader, shared))
             why = next((reason for reason in found if reason is not None), None)
         if why is None:
             return
@@ -324,16 +339,19 @@ class FreezeSession:
             raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
         self._decline(f"{why}.")
 
-    def _why_not_through(self, loader: Any) -> str | None:
+    def _why_not_through(self, loader: Any, shared: Sequence[Any]) -> str | None:
         if loader is self.loader:
             return None
         source = self.context.source
-        probe = split_batch(source.probe(), self.chain.main_input)
+        with looking_at(source):
+            probe = split_batch(source.probe(), self.chain.main_input)
         rows = trial_rows(probe, source.batch_size)
-        return why_not_through(loader, self.loader, self.switch, rows, self.shared)
+        return why_not_through(loader, self.loader, self.switch, rows, shared)
 
     def _check_prefix(self, cut: int) -> None:
-        if cut and self.keeper.why_not_cached is None:
+        source = self.source
+        stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
+        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:
@@ -344,11 +362,7 @@ class FreezeSession:
 
     def _share_problems(self) -> None:
         """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
-        if isinstance(self.source, FromStore) and self.source.is_open:
-            try:
-                self.source.store.check_unchanged()
-            except StoreError as error:
-                self._lose(str(error))
+        self._check_files()
         problems = self.group.gather((self._mismatch, self._lost))
         self._mismatch = None
         self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
@@ -357,9 +371,16 @@ class FreezeSession:
             self._lose(lost)
         self._lost = None
 
+    def _check_files(self) -> None:
+        if isinstance(self.source, FromStore) and self.source.is_open:
+            try:
+                self.source.store.check_unchanged()
+            except StoreError as error:
+                self._lose(str(error))
+
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The loader's batches; those whose rows cannot be read from the store any more as images."""
-        for batch in batches:
+        for batch in self.accounts.clock.waiting(batches):
             lost = take_lost(batch)
             if lost is None:
                 yield batch
@@ -378,7 +399,7 @@ class FreezeSession:
             "until there is another one."
         )
         self.keeper.provider.lose(store)
-        self._turn_to_images(FromImages(0, why))
+        self._turn_to_images(FromImages(self.chain.cut, why, lost_in=self.switch.epoch))
 
     def _fall_back(self, why: str | None, alone: bool = False) -> None:
         """From now on the training runs on images, unless there is no reason for it.
@@ -409,6 +430,7 @@ class FreezeSession:
         self.source.close()
         self.source = images
         images.turn(self.switch)
+        self.accounts.clock.give_up()
         if self.ledger.current is not None:
             self.ledger.end()
             self.ledger.begin(self.chain.cut, images.mode)

@@ -19,7 +19,8 @@ from ..distributed import Announcer, describe_error
 from ..model.errors import ChainError
 from .accounting import Accounts
 from .epoch_source import EpochSource, FromImages, FromStore, Problem, Writing
-from .store_provider import Decision, Declined, Request, StoreProvider
+from .store_provider import Decision, Request, StoreProvider
+from .worth import Declined
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,9 @@ def choose_step(
     if cut == 0:
         return Step.IMAGES
     if previous.cut == cut:
-        if isinstance(previous, FromImages) or (isinstance(previous, FromStore) and previous.is_open):
+        if isinstance(previous, FromImages) and previous.lasts(epoch):
+            return Step.STAY
+        if isinstance(previous, FromStore) and previous.is_open:
             return Step.STAY
         if isinstance(previous, Writing):
             if problems:
@@ -122,10 +125,7 @@ class StoreKeeper:
                 self._discard(previous)
             return FromImages(cut, self.why_not_cached)
         if isinstance(previous, Writing) and previous.cut != cut:
-            self.announcer.warning(
-                f"The feature store of cut {previous.cut} was not complete before the next freeze: it is given up."
-            )
-            self._discard(previous)
+            self._give_up_incomplete(previous)
             previous = FromImages()
         problems = self._problems(previous, epoch)
         decision = self.provider.decisions.get(cut)
@@ -135,12 +135,36 @@ class StoreKeeper:
         if step is Step.IMAGES:
             return FromImages(cut)
         with self.accounts.building(cut) as phase:
-            source = self._take(step, Request(cut, epochs_left, phase, _parent(previous)), previous, epoch, problems)
+            pace = self.accounts.pace(cut, self.provider.source.num_workers)
+            request = Request(cut, epochs_left, phase, _parent(previous), pace)
+            source = self._take(step, request, previous, epoch, problems)
             if not isinstance(source, Writing):
                 self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)
         if isinstance(source, FromImages):
             self.accounts.decline(phase)
         return source
+
+    def without_measuring(self, cut: int, epochs_left: float, previous: EpochSource) -> EpochSource:
+        """The source of the epoch that begins, where it is clear that no store pays at its cut; else the one before.
+
+        Nothing is measured, rehearsed or proved for it.
+
+        Args:
+            cut: frozen blocks.
+            epochs_left: epochs of training that remain at this cut, the one that begins included.
+            previous: source of the epoch before; a checkpoint's after a resume.
+        """
+        if not cut or previous.cut == cut or self.why_not_cached is not None:
+            return previous
+        pace = self.accounts.pace(cut, self.provider.source.num_workers)
+        why = self.provider.why_hopeless(cut, epochs_left, pace)
+        if why is None:
+            return previous
+        if isinstance(previous, Writing):
+            self._give_up_incomplete(previous)
+        self._announce_none(cut, why)
+        self.provider.remove_outdated(cut)
+        return FromImages(cut, why)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
@@ -193,13 +217,16 @@ class StoreKeeper:
             return make()
         except (Declined, RowError) as reason:
             why = str(reason)
-            self.announcer.warning(f"No feature store for cut {cut}: {why}. {_CONSEQUENCE}.")
+            self._announce_none(cut, why)
         except survivable as error:
             if self.explicit and isinstance(error, NotWritable):
                 raise
             why = describe_error(error)
             self.announcer.failure(f"The feature store of cut {cut} could not be built. {_CONSEQUENCE}", error)
         return FromImages(cut, why)
+
+    def _announce_none(self, cut: int, why: str) -> None:
+        self.announcer.warning(f"No feature store for cut {cut}: {why}. {_CONSEQUENCE}.")
 
     # From live epochs
 
@@ -263,6 +290,12 @@ class StoreKeeper:
             return []
         problems = self.group.gather(previous.problem)
         return [problem for problem in problems if problem is not None and problem.epoch < epoch]
+
+    def _give_up_incomplete(self, writing: Writing) -> None:
+        self.announcer.warning(
+            f"The feature store of cut {writing.cut} was not complete before the next freeze: it is given up."
+        )
+        self._discard(writing)
 
     def _discard(self, writing: Writing) -> None:
         """Deletes a directory that epochs have written to, and forgets it."""

@@ -22,11 +22,11 @@ from ..cache.holdings import is_owned
 from ..cache.store import FeatureStore, remove_store
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
-from ..estimate.costs import PlanRow
-from ..estimate.probing import Prober
-from ..units import show_bytes, show_seconds
+from ..estimate.pace import Pace
+from ..units import show_bytes
 from .accounting import Phase
 from .budget import StoreBudget
+from .worth import Declined, StoreWorth
 
 logger = logging.get_logger(__name__)
 
@@ -57,12 +57,14 @@ class Request:
         epochs_left: epochs of training that remain at this cut.
         phase: books what is built.
         parent: the store that was replayed before, or its cut if it is not open; None if there was none.
+        pace: of the live epochs before; None if there were none.
     """
 
     cut: int
     epochs_left: float
     phase: Phase
     parent: FeatureStore | int | None = None
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class _Attempt:
     decided: bool = False
     accept_built: bool = True
 
-
-class Declined(Exception):
-    """No store is built; the message is the reason, as the end of a sentence."""
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be decided if a store pays."""
+        return self.decision is None and not self.decided
 
 
 class StoreProvider:
@@ -108,7 +111,7 @@ class StoreProvider:
         self.decisions: dict[int, Decision] = {}
         # Whether the running request has deleted the stores of earlier cuts, because the budget does not hold both.
         self._parent_deleted = False
-        self._prober = Prober(context)
+        self.worth = StoreWorth(spec_maker, self.announcer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training must know, as JSON values."""
@@ -130,6 +133,10 @@ class StoreProvider:
         )
         self.holdings.load_state_dict(existing, self.cache_dir)
         self.holdings.owner = state.get("owner", self.holdings.owner)
+
+    def why_hopeless(self, cut: int, epochs_left: float, pace: Pace | None = None) -> str | None:
+        """Why no store pays at a cut where nothing was decided yet; see `StoreWorth.why_hopeless`."""
+        return None if cut in self.decisions else self.worth.why_hopeless(cut, epochs_left, pace)
 
     def build(self, request: Request) -> FeatureStore:
         """Opens the matching store or builds it.
@@ -231,6 +238,8 @@ class StoreProvider:
     def _find_or_make(self, attempt: _Attempt) -> FeatureStore | PartialStore:
         cut = attempt.request.cut
         codec = self.config.codec_at(cut, len(self.chain)) if attempt.decision is None else attempt.decision.codec
+        if attempt.is_open:
+            self.worth.check_early(cut, attempt.request.epochs_left, attempt.request.pace)
         first, reason = self.spec_maker.make(cut, codec), ""
         if self.config.cutmix_alpha and first.layout.grid is None:
             raise Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
@@ -293,8 +302,8 @@ class StoreProvider:
         spec = self.spec_maker.written(images) if attempt.writing else self._deepened(images, attempt)
         problem = None
         for limit, deletes_outdated in self.budget.attempts(spec, copies=2 if attempt.writing else 1):
-            if attempt.decision is None and not attempt.decided:
-                self._check_worth(spec, attempt.request.epochs_left, limit)
+            if attempt.is_open:
+                self.worth.check(spec, attempt.request.epochs_left, limit, attempt.request.pace)
             self._announce_randomness(spec)
             if deletes_outdated:
                 self.announcer.warning(
@@ -340,7 +349,7 @@ class StoreProvider:
                 self._announce_built(store)
                 return store
             if attempt.decision is None:
-                self._check_worth(spec, attempt.request.epochs_left, spec.limit)
+                self.worth.check(spec, attempt.request.epochs_left, spec.limit, attempt.request.pace)
 
     def _with_larger_geometry(self, base: StoreSpec, spec: StoreSpec, misfit: GeometryMisfit) -> StoreSpec:
         """The next larger way to store views.
@@ -365,28 +374,6 @@ class StoreProvider:
         if spec.limit is not None and needed > spec.limit:
             raise OverLimit(needed, spec.limit) from misfit
         return spec
-
-    def _check_worth(self, spec: StoreSpec, epochs_left: float, limit: int | None) -> None:
-        """Raises Declined if the store would not pay."""
-        if self.config.cache == "always":
-            return
-        if epochs_left < 1:
-            raise Declined("less than one epoch remains")
-
-        def measure() -> tuple[str | None, PlanRow | None]:
-            try:
-                return self._prober.refuse(spec, epochs_left, limit)
-            except (RuntimeError, OSError) as error:  # out of memory is not worth a training
-                return f"the time that it would save could not be measured: {describe_error(error)}", None
-
-        reason, row = self.group.on_main(measure)
-        if reason is not None or row is None:
-            raise Declined(reason)
-        self.announcer.warning_once(
-            f"Cut {spec.cut}: {row.codec}, {show_bytes(row.bytes)} (base {show_bytes(row.base_bytes)}, views "
-            f"{show_bytes(row.view_bytes)}); a build takes about {show_seconds(row.build_seconds)} and saves "
-            f"{show_seconds(row.seconds_saved_per_epoch)} in each of {epochs_left:.3g} epochs left: it pays."
-        )
 
     # Deepening
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging as python_logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, wraps
@@ -26,7 +27,7 @@ from ..build.context import BuildContext
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
-from ..distributed import Announcer, Group, describe_error
+from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs, main_input_name
 from ..model.sharing import check_sharing
@@ -37,6 +38,7 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
+from .data_state import undisturbed
 from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
@@ -74,7 +76,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         self._why_plain = None
         self._earlier_stores: Holdings | None = None
         self._starting = False
-        self._checkpoint_state = None
+        self._checkpoint_state, self._operations_before_loss = None, 0
         super().__init__(*args, **kwargs)
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
@@ -125,10 +127,12 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
-        model_inputs = ModelInputs(self._own_model, self._prepare_inputs, self.label_names)
+        trainer = weakref.proxy(self)  # see `_make_session`
+        model_inputs = ModelInputs(self._own_model, lambda batch: trainer._inputs_by_name(batch), self.label_names)
         with preserve_rng():
             probe = self._draw_probe(source)
-            split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
+            if self._freeze_config.cache != "never":
+                split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             for sentence in check_sharing(chain):
@@ -143,6 +147,11 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
         )
+
+    def _inputs_by_name(self, batch: Any) -> Mapping[str, Any]:
+        if isinstance(batch, Mapping) and isinstance(batch.get(main_input_name(self._own_model)), torch.Tensor):
+            return self._prepare_inputs(batch)  # type: ignore[arg-type]  # `ModelInputs` gives a dict
+        return self._called_inputs(batch)  # frozen without features, a training may collate what it likes
 
     def _draw_probe(self, source: RowSource) -> Mapping[str, Any]:
         try:
@@ -205,7 +214,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:
-            session = self._group.on_all(lambda: self._make_session(dataset, collator))
+            with undisturbed(dataset, collator):
+                session = self._group.on_all(lambda: self._make_session(dataset, collator))
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None
@@ -226,15 +236,20 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         context = self.build_context(dataset, collator)
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
+        # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
+        # it would take its loaders' queues before their processes, for whose end torch then waits five seconds each.
+        trainer = weakref.proxy(self)
         session = FreezeSession(
             context,
             self._freeze_explicit,
-            self._rehearsed_step,
+            lambda batch: trainer._rehearsed_step(batch),
             self._suspects(),
             why_not_cached,
             self._why_on_images(),
-            is_compiled=lambda: self._runs_compiled,
-            is_last=lambda: self.state.global_step >= self.state.max_steps or self.control.should_training_stop,
+            is_compiled=lambda: trainer._runs_compiled,
+            is_last=lambda: (
+                trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
+            ),
         )
         # The cuts of a schedule do not depend on the number of epochs.
         for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
@@ -372,6 +387,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         stack = super().compute_loss_context_manager()
         if self._session is not None:
             stack.enter_context(self._session.forward_modes())
+        self._operations_before_loss = count_operations()
         return stack
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats

@@ -8,7 +8,7 @@ from transformers import default_data_collator
 
 from hf_freezecache.build.company import why_not_by_row
 from hf_freezecache.build.spread_rows import spread_rows
-from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.cache.rows import RowError, RowSource
 
 
 def reason(collator, dataset=None, batch_size=8):
@@ -106,6 +106,15 @@ def test_collator_that_refuses_the_last_range_is_told():
     assert "fails for the last 3 samples" in reason(refuse_odd, Rows(67))
     assert reason(refuse_odd, Rows(66)) is None
     assert "fails for the last 1 samples" in reason(refuse_one, Rows(65))
+
+
+def test_only_the_collator_itself_may_refuse_a_batch_of_another_size(caplog):
+    caplog.set_level("INFO", logger="hf_freezecache")
+    assert reason(refuse_odd) is None and "The collator fails for 5 samples: an even batch" in caplog.text
+    with pytest.raises(RowError, match="'rest' is neither one value per sample"):
+        reason(lambda samples: {**collate(samples), **({"rest": [{}]} if len(samples) % 2 else {})})
+    with pytest.raises(AssertionError, match="an even batch"):
+        reason(refuse_odd, Rows(7))
 
 
 def test_batches_of_one_sample_have_no_company():

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 from transformers import default_data_collator
 
-from hf_freezecache.build.survey import Augmentation, look_closer, survey, why_random_on_device
+from hf_freezecache.build.survey import Augmentation, look_closer, ranges_drawn, survey, why_random_on_device
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.model.inputs import ModelInputs
 
@@ -212,3 +212,19 @@ def test_randomness_on_the_device_is_found(in_place):
     assert why_random_on_device(ModelInputs(model, dict, ["labels"]), batch) is None
     assert all(torch.equal(batch[name], before[name]) for name in batch)
     assert not any(module.training for module in model.modules())
+
+
+def test_number_of_ranges_to_look_at_is_what_is_drawn():
+    class Counted(Rows):
+        drawn = 0
+
+        def __getitem__(self, row):
+            Counted.drawn += 1
+            return super().__getitem__(row)
+
+    source = RowSource(Counted(600), collate, batch_size=8, seed=0)
+    survey(source, "pixel_values")
+    assert ranges_drawn(source, closer=False) == pytest.approx(Counted.drawn / 8, rel=0.1)
+    Counted.drawn = 0
+    look_closer(source)
+    assert ranges_drawn(source, closer=True) == Counted.drawn / 8

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,6 +11,7 @@ import torch
 from support import zoo
 from support.builds import Rows, collate, make_spec
 from support.helpers import pixel_dataset
+from support.processes import run_together
 from transformers import DefaultDataCollator, default_data_collator
 
 from hf_freezecache.build import materialize as materialize_module
@@ -240,26 +237,16 @@ def describe():
     return {name: inputs_of(**settings) for name, settings in kinds.items()}
 
 
-def test_fingerprint_is_the_same_in_another_process():
-    code = "import json, test_fingerprint; print('RESULT' + json.dumps(test_fingerprint.describe()))"
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, *here.parents[:2])))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=here,
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "PYTHONHASHSEED": "12",
-        },
-    )
+def write_description(file):
+    file.write_text(json.dumps([describe(), hash("a string")]))
+
+
+def test_fingerprint_is_the_same_in_another_process(tmp_path):
+    [done] = run_together(write_description, [(tmp_path / "other.json",)], tmp_path)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    other = json.loads(line.removeprefix("RESULT"))
+    other, hashed = json.loads((tmp_path / "other.json").read_text())
     mine = json.loads(json.dumps(describe()))
+    assert hashed != hash("a string"), "sets have the same order in both processes"
     for name in mine:
         different = [key for key in mine[name] if mine[name][key] != other[name][key]]
         assert different == [], f"{name}: {different}"

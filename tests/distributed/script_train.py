@@ -1,4 +1,4 @@
-"""Trains a tiny model under `accelerate launch` and writes what every process saw to a JSON file."""
+"""Trains a tiny model in one of several processes and writes what every process saw to a JSON file."""
 
 import argparse
 import json
@@ -18,7 +18,9 @@ from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
-from hf_freezecache.training.session import MismatchError  # noqa: E402
+from hf_freezecache.training import step_state  # noqa: E402
+from hf_freezecache.training.proof import MismatchError  # noqa: E402
+from hf_freezecache.training.rehearsal import RehearsalError  # noqa: E402
 
 
 def augmented(kind: str):
@@ -40,6 +42,33 @@ def mirror_in_step(step: int) -> None:
     FreezeCacheTrainer.compute_loss = compute_loss
 
 
+def communicate(when: str, ranks: str, step: int) -> None:
+    """The loss communicates; before or after it, some processes read the images in one step, or in evaluations."""
+    plain = FreezeCacheTrainer.compute_loss
+    place, _, order = when.partition(", ")
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        session, step_now = self._session, self.state.global_step
+        rehearses = session is not None and session.proof.rehearsal.is_running
+        now = {
+            "rehearsal": rehearses,
+            "step": model.training and step_now == step and not rehearses,
+            "evaluation": not model.training and step_now > step,
+        }
+        reads = now[place] and str(self.accelerator.process_index) in ranks
+        if reads and order == "before":
+            float(inputs["pixel_values"].mean())
+        processes = torch.ones(1)
+        torch.distributed.all_reduce(processes)
+        if reads and order == "after":
+            float(inputs["pixel_values"].mean())
+        found = plain(self, model, inputs, *args, **kwargs)
+        scale = processes.item() / 2  # 1, unless it was taken for another operation
+        return (found[0] * scale, *found[1:]) if isinstance(found, tuple) else found * scale
+
+    FreezeCacheTrainer.compute_loss = compute_loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
@@ -54,15 +83,19 @@ def main() -> None:
     parser.add_argument("--cache_eval", action="store_true")
     parser.add_argument("--on_mismatch", default="fallback")
     parser.add_argument("--trouble", choices=list(TROUBLES))
-    parser.add_argument("--trouble_rank", default="0", help="the only process that has it")
+    parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
     parser.add_argument("--trouble_step", type=int, default=0)
     parser.add_argument("--mirror_in_step", type=int)
+    parser.add_argument("--communicates", help="when images are read: 'step, before', 'evaluation, after' ...")
     options = parser.parse_args()
+    step_state._PATIENCE_SECONDS = 3.0
+    if options.communicates is not None:
+        communicate(options.communicates, options.trouble_rank, options.trouble_step)
     if options.mirror_in_step is not None:
         mirror_in_step(options.mirror_in_step)
     try:
         train(options)
-    except MismatchError as error:
+    except (MismatchError, RehearsalError) as error:
         path = options.output / f"rank-{os.environ['RANK']}.json"
         path.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
     sys.stdout.flush()
@@ -91,6 +124,7 @@ def train(options: argparse.Namespace) -> None:
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
+        ddp_timeout=60,
         gradient_accumulation_steps=options.accumulate,
         remove_unused_columns=options.augmented is None,
         ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",

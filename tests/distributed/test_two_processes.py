@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.launching import launch, seen_by
+from support.launching import launch, launch_by_command, seen_by
 
 from hf_freezecache import FeatureStore
 
 
 @pytest.mark.parametrize("model", [pytest.param("vit", marks=pytest.mark.slow), "resnet"])
 def test_two_processes_agree_and_one_reads_their_store(model, tmp_path):
-    log = launch(["--output", tmp_path, "--model", model, "--find_unused", "false"])
+    log = launch_by_command(["--output", tmp_path, "--model", model, "--find_unused", "false"])
     first, second = seen_by(tmp_path)
     assert first["processes"] == 2
     assert (first["cut"], first["replaying"], first["modes"]) == (

@@ -15,6 +15,7 @@ from hf_freezecache.build.survey import choose_channels
 from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
 from hf_freezecache.estimate.costs import Work, decide
+from hf_freezecache.estimate.pace import LEAST_BUILD_SECONDS, Pace
 from hf_freezecache.estimate.probing import Prober
 from hf_freezecache.estimate.trial_steps import TrialSteps
 
@@ -101,19 +102,55 @@ def test_hopeless_build_is_declined_without_loading_anything(pictures, tmp_path)
     assert reason.startswith("it needs ") and "10 B are left" in reason and row is None
 
 
+def test_what_is_hopeless_by_the_pace_of_live_epochs_is_declined_without_loading_anything(pictures, tmp_path):
+    build = make_spec(zoo.make("vit"), tmp_path, pictures)
+    prober = make_prober(build)
+    pace = Pace(step=0.002, load=0.001, start=0.0, prefix_share=0.3)
+    loaded, draw = [], build.source.draw
+    build.source.draw = lambda rows, *rest, **named: loaded.append(rows) or draw(rows, *rest, **named)
+    reason, row = prober.refuse(build, 5.0, None, pace)
+    assert "5 epochs left take about 100 ms" in reason and row is None and loaded in ([], [range(0, 2)])
+    prober.refuse(build, 500.0, None, pace)
+    assert loaded
+
+
+def test_what_was_measured_to_build_is_not_measured_again(pictures, tmp_path, clock):
+    build = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures), clock, 0.05)
+    prober = make_prober(build)
+    _, row = prober.refuse(build, 10.0, limit=None)
+    loaded, draw = [], build.source.draw
+    build.source.draw = lambda rows, *rest, **named: loaded.append(rows) or draw(rows, *rest, **named)
+    assert prober.refuse(build, 10.0, limit=10**9) == (None, replace(row, limit=10**9)) and not loaded
+    assert prober.refuse(with_views(build), 100.0, limit=10**9)[0] is None and loaded
+
+
+def test_loader_processes_are_not_started_to_decide_where_live_epochs_have_shown_it(
+    pictures, tmp_path, clock, monkeypatch
+):
+    build = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures, num_workers=2), clock, 0.05)
+
+    def start(numbers):
+        raise AssertionError("loader processes were started")
+
+    monkeypatch.setattr(build.source, "loader", start)
+    pace = Pace(step=0.1, load=0.0, start=0.25, prefix_share=0.5)
+    reason, row = make_prober(build).refuse(build, 10.0, None, pace)
+    assert reason is None and row.build_seconds == pytest.approx(10 * 0.05 + LEAST_BUILD_SECONDS + 2 * 0.25)
+
+
 def test_build_of_a_slow_prefix_is_accepted_and_of_a_fast_one_declined(pictures, tmp_path, clock):
     """10 ranges of 4 samples; a run of the prefix takes 0.05 s, and all the rest takes no time."""
     slow = with_slow_prefix(make_spec(zoo.make("vit"), tmp_path, pictures), clock, 0.05)
     reason, row = make_prober(slow).refuse(slow, 3.0, limit=None)
     assert reason is None
-    assert row.build_seconds == pytest.approx(10 * 0.05)
+    assert row.build_seconds == pytest.approx(10 * 0.05 + LEAST_BUILD_SECONDS)
     assert row.seconds_saved_per_epoch == pytest.approx(9 * 0.05), "sentinel rows run in replay epochs too"
 
     views = with_views(slow)
     prober = make_prober(views, FreezeCacheConfig(sensitivity_batches=10))
     reason, row = prober.refuse(views, 4.1, limit=None)
     assert "would save" in reason, "two runs of everything, and two more to compare"
-    assert row.build_seconds == pytest.approx(4 * 10 * 0.05)
+    assert row.build_seconds == pytest.approx(4 * 10 * 0.05 + LEAST_BUILD_SECONDS)
     reason, row = prober.refuse(views, 40.0, limit=None)
     assert reason is None and decide(row, 40.0) is None
 
@@ -130,9 +167,9 @@ def test_declined_early_measures_neither_encoding_nor_replay(pictures, tmp_path,
         raise AssertionError("the prefix alone settles it")
 
     prober._encode = prober._time_replay = never
-    # A build takes 0.1 s; 1.01 epochs save no more than 0.101 s, which is not worth it.
-    reason, row = prober.refuse(build, 1.01, limit=None)
-    assert "would save" in reason and row.build_seconds == pytest.approx(0.1)
+    # A build takes 0.1 s and what it takes once; 1.9 epochs save no more than 0.19 s, which is not worth it.
+    reason, row = prober.refuse(build, 1.9, limit=None)
+    assert "would save" in reason and row.build_seconds == pytest.approx(0.1 + LEAST_BUILD_SECONDS)
 
 
 def test_work_counts_what_a_build_does(pictures, tmp_path):
@@ -208,7 +245,7 @@ def test_linear_maps_are_expected_where_they_will_be_fitted(compared, maps, tmp_
     assert without._count_maps(build, without._load(build, 2)) == 0
 
 
-def test_what_a_build_costs_once_is_measured(pictures, tmp_path, clock, monkeypatch):
+def test_what_a_build_costs_once_is_measured_for_a_plan_and_not_to_decide(pictures, tmp_path, clock, monkeypatch):
     """Files that take 2 s to be made durable, and loader processes that take 3 s to start."""
     from hf_freezecache.build import materialize as building
     from hf_freezecache.estimate import fixed_costs
@@ -217,8 +254,11 @@ def test_what_a_build_costs_once_is_measured(pictures, tmp_path, clock, monkeypa
     complete = building.complete_store
     monkeypatch.setattr(building, "complete_store", lambda *given: clock(2.0) or complete(*given))
     before = sorted(tmp_path.rglob("*"))
+    prober = make_prober(spec)
+    row = prober.row(spec, prober.measure(spec))
+    assert row.build_seconds == pytest.approx(10 * 0.05 + 2.0)
     reason, row = make_prober(spec).refuse(spec, 100.0, limit=None)
-    assert reason is None and row.build_seconds == pytest.approx(10 * 0.05 + 2.0)
+    assert reason is None and row.build_seconds == pytest.approx(10 * 0.05 + LEAST_BUILD_SECONDS)
     assert sorted(tmp_path.rglob("*")) == before
 
     workers = fixed_costs.worker_start_seconds

@@ -50,16 +50,16 @@ class Damage(TrainerCallback):
             self.how(self.folder)
 
 
-def train(path, how=None, step=0, cache="always", **settings):
+def train(path, how=None, step=0, cache="always", codec="fp32", callbacks=(), resume=None, **settings):
     folder = Path(path) / "stores"
     trainer = FreezeCacheTrainer(
         model=tiny_vit(),
         args=make_args(path, num_train_epochs=5, **settings),
         train_dataset=pixel_dataset(),
-        freeze_cache=manual("1:2", cache=cache, codec="fp32", feature_cache_dir=str(folder)),
-        callbacks=[] if how is None else [Damage(folder, how, step)],
+        freeze_cache=manual("1:2", cache=cache, codec=codec, feature_cache_dir=str(folder)),
+        callbacks=[*callbacks, *([] if how is None else [Damage(folder, how, step)])],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -79,3 +79,25 @@ def test_a_store_that_is_lost_costs_no_training(how, step, workers, oracle, tmp_
     assert losses(trainer) == losses(oracle)
     assert_same_weights(weights(trainer), weights(oracle))
     assert trainer.freeze_status().replaying  # from the files that are held, or from another store
+
+
+class SaveAt(TrainerCallback):
+    """Saves a checkpoint after these steps."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+@pytest.mark.parametrize(("step", "is_removed"), [(9, False), (10, True), (11, False), (12, True)])
+def test_training_resumed_in_the_epoch_of_a_loss_is_the_uninterrupted_one(step, is_removed, tmp_path):
+    """Epoch 2 reads the store in its first steps and images from the loss on; with a coarse codec they differ."""
+    whole = train(tmp_path, overwrite, 9, codec="int3", callbacks=[SaveAt(9, 10, 11, 12)])
+    if is_removed:
+        shutil.rmtree(tmp_path / "stores")
+    resumed = train(tmp_path, codec="int3", resume=str(tmp_path / f"checkpoint-{step}"))
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed), weights(whole))
+    assert losses(whole) != losses(train(tmp_path / "unlost", codec="int3"))

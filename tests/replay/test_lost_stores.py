@@ -1,18 +1,16 @@
 """Stores that are removed, replaced, cut short or changed while loader processes read them."""
 
 import gc
-import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from support.builds import Rows, build, collate, flip
 from support.helpers import tiny_vit
+from support.processes import run_code, warm_context
 from torch.utils.data import DataLoader
 
 from hf_freezecache import FeatureStore
@@ -28,11 +26,13 @@ def store(tmp_path):
 
 
 def zero(row):
-    return 0  # a lambda could not be sent to a spawned process
+    return 0  # a lambda could not be sent to a process that is no fork of this one
 
 
 def loader_of(store, workers=1, persistent=False, context=None):
     """A loader of a replay epoch, and its switch."""
+    if context == "forkserver":  # its processes have nothing but what they are sent
+        context = warm_context()
     switch = SourceSwitch(len(store))
     dataset = ReplayDataset(Rows(label=zero), switch, seed=0)
     loader = DataLoader(
@@ -62,7 +62,7 @@ def damage(store):
     flip(store.path / store.manifest.shards[0].name, 5000)
 
 
-@pytest.mark.parametrize(("context", "persistent"), [("fork", False), ("fork", True), ("spawn", False)])
+@pytest.mark.parametrize(("context", "persistent"), [("fork", False), ("fork", True), ("forkserver", False)])
 def test_loader_processes_read_on_when_the_store_was_removed(context, persistent, store):
     """Also those that begin, or see the store for the first time, when it is gone."""
     loader, switch = loader_of(store, persistent=persistent, context=context)
@@ -83,7 +83,7 @@ def test_store_that_was_built_again_at_its_path_is_not_taken_for_the_one_in_use(
     expected = store.read_rows(range(4))["base"]
     shutil.rmtree(store.path)
     shutil.copytree(other.path, store.path)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with warm_context().Pool(1) as pool:
         assert torch.equal(pool.apply(read_first, (pickle.dumps(store),)), expected)
 
 
@@ -117,7 +117,7 @@ def test_loss_in_the_middle_of_an_epoch_reaches_the_training(store):
         assert take_lost(last) is not None and take_codes(last) is None
 
 
-def test_file_cut_short_does_not_end_the_process(store):
+def test_file_cut_short_does_not_end_the_process(store, tmp_path):
     """Mapped memory would: it is tried in a process of its own, between the check and the reading."""
     code = f"""
 import os, sys
@@ -131,7 +131,7 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_code(code, tmp_path)
     assert done.returncode == 0 and "StoreError" in done.stdout and "cut short" in done.stdout, done.stderr
 
 

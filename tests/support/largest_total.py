@@ -1,5 +1,6 @@
 """The most bytes that a folder holds while the package writes into it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,9 +11,12 @@ _PACKAGE = Path(hf_freezecache.__file__).parent
 _WRITERS = tuple(str(_PACKAGE / folder) for folder in ("build", "cache", "training"))
 
 
-def total_bytes(folder: Path) -> int:
+def total_bytes(folder: Path | str) -> int:
     """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if not os.path.isdir(folder):
+        return 0
+    with os.scandir(folder) as entries:  # much faster than `Path.rglob`
+        return sum(total_bytes(entry.path) if entry.is_dir() else entry.stat().st_size for entry in entries)
 
 
 class LargestTotal:

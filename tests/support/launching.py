@@ -7,19 +7,51 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
+from support.processes import ROOT, run_as_main, run_together
+
 SCRIPT = Path(__file__).parents[1] / "distributed" / "script_train.py"
-ROOT = Path(__file__).parents[2]
+_ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(arguments: Sequence[object], processes: int = 2, timeout: float = 240) -> str:
-    """Runs `script_train.py` in several processes; returns what they have printed."""
+def launch(arguments: Sequence[object], processes: int = 2, timeout: float = 240, fails: bool = False) -> str:
+    """Runs `script_train.py` in several processes, with all that `torchrun` gives them; returns what they printed.
+
+    Args:
+        arguments: of the script.
+        processes: how many.
+        timeout: in seconds.
+        fails: whether a process must end with an error; else none may.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    group = {
+        **_ON_CPU,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    output = Path(arguments[arguments.index("--output") + 1])
+    done = run_together(run_as_main, [(SCRIPT, arguments)] * processes, output, ranks, timeout)
+    log = "".join(process.stdout + process.stderr for process in done)
+    assert any(process.returncode for process in done) == fails, log[-20000:]
+    return log
+
+
+def launch_by_command(arguments: Sequence[object], processes: int = 2, timeout: float = 240) -> str:
+    """The same by `accelerate launch`, as a user runs it."""
     # `--multi_gpu` is what starts several processes, on a machine without accelerators too (gloo then).
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, **_ON_CPU, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-20000:]
     return done.stdout + done.stderr

@@ -21,8 +21,8 @@ class Mover:
     def check_data(self, loader):
         self.checked = loader
 
-    def rehearse(self, cuts):
-        self.rehearsed = cuts
+    def rehearse(self, epochs):
+        self.rehearsed = epochs
 
     def announce(self, message):
         self.announced.append(message)
@@ -50,6 +50,14 @@ def run_epochs(callback, mover, first, last, max_steps=20, loader=range(4), num_
         state.epoch, state.global_step = float(epoch), 4 * epoch
         callback.on_epoch_begin(args, state, None, train_dataloader=loader)
     return mover.cuts
+
+
+@pytest.mark.parametrize(("max_steps", "epochs"), [(20, {2: 4.0, 5: 2.0}), (18, {2: 3.5, 5: 1.5}), (10, {2: 1.5})])
+def test_planned_cuts_are_rehearsed_with_the_epochs_that_remain_for_them(max_steps, epochs):
+    callback, mover = FreezeCallback(ManualPolicy("1:2,3:5,9:6")), Mover()
+    callback.attach(mover)
+    run_epochs(callback, mover, 0, 0, max_steps=max_steps)
+    assert mover.rehearsed == epochs
 
 
 def test_callback_cut_never_moves_back():

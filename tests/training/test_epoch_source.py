@@ -128,6 +128,7 @@ def test_images_that_a_user_collates_are_taken_in_every_epoch(keeper):
     [
         FromImages(),
         FromImages(3, "it would not pay"),
+        FromImages(3, "the disk is gone", lost_in=4),
         FromStore(3, None),
         Writing(3, None, 4, 5, name="f" * 32),
         Writing(3, None, 4, 5, Problem(True, "a view is not projective", 5), name="f" * 32),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.cached_evaluations import accuracy
-from support.helpers import losses, manual, pixel_dataset, run, through, tiny_vit
+from support.helpers import losses, manual, messages, pixel_dataset, run, through, tiny_vit
+from support.images import OpaqueFlip, picture_dataset
 from support.keepers import freeze, make_keeper
 
 from hf_freezecache import FreezeCacheConfig
@@ -122,3 +123,49 @@ def test_rows_that_an_interrupted_run_has_written_are_proved(factor, tmp_path):
 def test_setting_is_checked_in_words():
     with pytest.raises(ValueError, match="reuse='always' is unknown; possible are never, proved, content"):
         FreezeCacheConfig(reuse="always")
+
+
+class Flips(OpaqueFlip):
+    """Flips at random; labels follow a value that no fingerprint tells, or are random themselves."""
+
+    def __call__(self, rows):
+        drawn = super().__call__(rows)
+        shift, noisy = int(os.environ.get("TEST_SHIFT", 0)), os.environ.get("TEST_NOISY")
+        labels = [(label + shift) % 5 if noisy is None else int(torch.randint(5, ())) for label in drawn["labels"]]
+        return {**drawn, "labels": labels}
+
+
+def write_draws(path, folder, resume=None, **settings):
+    """Two live epochs write what they draw, two replay it."""
+    dataset = picture_dataset().with_transform(Flips())
+    config = through("0:2", codec="fp32", feature_cache_dir=str(folder))
+    settings = dict(num_train_epochs=4, remove_unused_columns=False, save_strategy="epoch", resume=resume, **settings)
+    return run(tiny_vit(), dataset, path, config, **settings)
+
+
+def test_draws_that_do_not_come_again_are_nobody_elses(tmp_path):
+    first = write_draws(tmp_path / "run", tmp_path / "stores")
+    (store,) = stores(tmp_path / "stores")
+    resumed = write_draws(tmp_path / "run", tmp_path / "stores", str(tmp_path / "run" / "checkpoint-12"))
+    assert stores(tmp_path / "stores") == [store] and losses(resumed) == losses(first)
+    second = write_draws(tmp_path / "second", tmp_path / "stores")
+    assert len(stores(tmp_path / "stores")) == 2 and losses(second) == losses(first)
+    assert [phase.mode for phase in second.freeze_cache_report().phases] == ["build", "live", "replay"]
+
+
+def test_labels_beside_draws_that_do_not_come_again_are_compared(tmp_path, monkeypatch, caplog):
+    write_draws(tmp_path / "run", tmp_path / "stores")
+    (store,) = stores(tmp_path / "stores")
+    monkeypatch.setenv("TEST_SHIFT", "1")
+    resumed = write_draws(tmp_path / "run", tmp_path / "stores", str(tmp_path / "run" / "checkpoint-12"))
+    assert "is not used: sample 0 differs in the model input 'labels'" in messages(caplog)
+    assert resumed.freeze_status().store_path.name != store
+
+
+def test_labels_that_are_drawn_too_are_no_difference(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TEST_NOISY", "1")
+    first = write_draws(tmp_path / "run", tmp_path / "stores")
+    assert first.freeze_status().replaying
+    resumed = write_draws(tmp_path / "run", tmp_path / "stores", str(tmp_path / "run" / "checkpoint-12"))
+    assert resumed.freeze_status().replaying and losses(resumed) == losses(first)
+    assert "differs" not in messages(caplog) and len(stores(tmp_path / "stores")) == 1

@@ -59,6 +59,9 @@ BUILT, WRITTEN = Decision("int4", "a" * 32), Decision("int4", "a" * 32, written=
         (FromStore(2, Opened), 2, 5, WRITTEN, [], True, Step.STAY),
         (FromImages(2, "it would not pay"), 2, 5, None, [], False, Step.STAY),
         (FromImages(2, "it would not pay"), 2, 5, None, [], True, Step.STAY),
+        # the rest of the epoch in which a store was lost, in a resumed training too; then there is another one
+        (FromImages(2, "the disk is gone", lost_in=5), 2, 5, Decision("int4", "a"), [], False, Step.STAY),
+        (FromImages(2, "the disk is gone", lost_in=5), 2, 6, Decision("int4", "a"), [], False, Step.BUILD),
         # Epochs write
         (writing(start=3), 2, 3, Decision("int4", written=True), [], True, Step.WRITE),
         (writing(start=3), 2, 4, Decision("int4", written=True), [], True, Step.WRITE),
