@@ -22,12 +22,10 @@ class RngState:
     def is_current(self) -> bool:
         """Whether nothing was drawn since."""
         now = RngState()
-        numpy_state, numpy_now = self._numpy, now._numpy
         cuda, cuda_now = self._cuda or [], now._cuda or []
         return (
             self._python == now._python
-            and numpy_state[2:] == numpy_now[2:]
-            and np.array_equal(numpy_state[1], numpy_now[1])
+            and all(map(np.array_equal, self._numpy, now._numpy))
             and torch.equal(self._torch, now._torch)
             and all(torch.equal(first, second) for first, second in zip(cuda, cuda_now, strict=False))
         )

@@ -187,6 +187,11 @@ class BlockChain:
         self._check_cut(cut)
         return self._own_trace().layout(cut)
 
+    def share(self, cut: int) -> float:
+        """FLOPs that a replay at `cut` leaves out, relative to a forward pass of the model."""
+        self._check_cut(cut)
+        return self._own_trace().cut(cut).boundary.flops if cut else 0.0
+
     # Freezing
 
     def freeze(self, cut: int) -> list[nn.Parameter]:

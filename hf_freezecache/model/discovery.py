@@ -89,14 +89,17 @@ def _make(flow: Flow, units: list[Call]) -> Block:
 
 
 def _explain(flow: Flow, units: list[Call]) -> str:
-    reasons = []
-    for unit in units:
+    reasons, work = [], list(units)
+    while work:
+        unit = work.pop(0)
         boundary = flow.behind(unit)
-        if boundary.shared:
-            reasons.append(f"'{boundary.shared[0]}' is used up to '{unit.name}' and behind it")
-        elif boundary.why_not is not None:
+        if boundary.why_not is not None:
             reasons.append(f"after '{unit.name}' {boundary.why_not}")
-    told = "; ".join(reasons[:3]) or "no part of it answers with one tensor that depends on the samples"
+        elif boundary.shared:
+            reasons.append(f"'{boundary.shared[0]}' is used up to '{unit.name}' and behind it")
+        elif not boundary.has_parameters_behind:  # all of the model: what is within it?
+            work = [*(child for child in unit.children if flow.is_changing(child)), *work]
+    told = "; ".join(dict.fromkeys(reasons[:3])) or "no part of it answers with one tensor that depends on the samples"
     return (
         f"{type(flow.model).__name__} cannot be cut anywhere that was tried: {told}. Name blocks yourself, stem "
         "first: blocks=['stem', 'layer1.0', ...]."

@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         self._clock += 1
         call.end, call.last = self._clock, len(self.operations)
         call.results = {path: self._describe(tensor) for path, tensor in leaves(output)}
-        call.output = map_leaves(lambda path, leaf: call.results.get(path, leaf), output)
+        call.output = _with_specs(output, call.results)
 
     def _describe(self, tensor: torch.Tensor) -> TensorSpec:
         place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()
@@ -244,7 +244,7 @@ def record_run(model: nn.Module, inputs: Mapping[str, Any]) -> Record:
         if other is not None:
             call.arguments = _scaled(call.arguments, other.arguments, samples)
             call.results = _scaled(call.results, other.results, samples)
-        call.output = map_leaves(lambda path, leaf, results=call.results: results.get(path, leaf), call.output)
+        call.output = _with_specs(call.output, call.results)
     parameters = {recorder.value(parameter)[0]: name for name, parameter in model.named_parameters()}
     return Record(samples, values, recorder.calls, recorder.operations, answers, parameters)
 
@@ -301,6 +301,10 @@ def _recording(model: nn.Module, recorder: _Recorder, operations: bool = True) -
             yield run
         except Exception as error:  # the model's own code may raise anything
             raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
+
+
+def _with_specs(output: Any, specs: Mapping[Path, TensorSpec]) -> Any:
+    return map_leaves(lambda path, leaf: specs.get(path, leaf), output)
 
 
 def _scaled(
