@@ -31,6 +31,7 @@ class Cut:
         traced_shape: of the crossing tensor for one sample, the samples' own dimension left out.
         sample_dim: which dimension of the crossing tensor the samples are.
         rows: of the crossing tensor for each sample (the choices of a question).
+        memory_order: its dimensions in the order in which its memory has them: a dropout draws in this order.
         block_names: names of the blocks before it, the longest first.
     """
 
@@ -39,6 +40,7 @@ class Cut:
     traced_shape: tuple[int, ...]
     sample_dim: int
     rows: int
+    memory_order: tuple[int, ...]
     block_names: tuple[str, ...]
 
     @property
@@ -54,7 +56,8 @@ class Cut:
     def unpack(self, feature: torch.Tensor) -> torch.Tensor:
         """The feature as the tensor that crosses."""
         rows = feature.reshape(len(feature) * self.rows, *self.traced_shape)
-        return rows.movedim(0, self.sample_dim)
+        inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
+        return rows.movedim(0, self.sample_dim).permute(self.memory_order).contiguous().permute(inverse)
 
     def name_of(self, call: Call) -> str:
         """The block that a call belongs to; the call's own name outside blocks."""
@@ -176,7 +179,9 @@ class Trace:
         assert rows is not None
         shape = spec.shape[:dim] + spec.shape[dim + 1 :]
         layout = self._layout((rows * shape[0], *shape[1:]) if rows > 1 else shape, spec.dtype)
-        return Cut(boundary, layout, shape, dim, rows, names)
+        _, strides = spec.place
+        order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
+        return Cut(boundary, layout, shape, dim, rows, order, names)
 
     def _layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureLayout:
         image = self.probe[self.main_input]

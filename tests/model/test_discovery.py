@@ -25,6 +25,8 @@ REFUSED = {
     "text/reformer/ReformerForSequenceClassification": "draws random numbers in eval mode",
     "timm/crossvit": "2 tensors cross",
 }
+#: Layers that run several times with the same weights: only what comes before them can be frozen.
+SHARED_LAYERS = "/albert/"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of the table -->)", re.S)
 
@@ -70,7 +72,11 @@ def test_every_family_is_right_or_refused(kind):
     refused = {name: result.refused for name, result in found.items() if result.refused is not None}
     assert refused.keys() == {name for name in REFUSED if name.startswith(f"{kind}/")}, refused
     assert all(REFUSED[name] in why for name, why in refused.items())
-    shallow = {name: result.share for name, result in found.items() if result.refused is None and result.share < 0.5}
+    shallow = {
+        name: result.share
+        for name, result in found.items()
+        if result.refused is None and result.share < 0.5 and SHARED_LAYERS not in name
+    }
     assert not shallow, f"cuts that bypass less than half of the model: {shallow}"
 
 
