@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BlockChain": "model.chain",
     "BuildFailed": "build.errors",
-    "ChainError": "model.tracing",
+    "ChainError": "model.errors",
     "CheckpointError": "model.checkpoint",
     "FeatureStore": "cache.store",
     "FreezeCacheConfig": "config",

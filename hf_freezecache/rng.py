@@ -19,6 +19,17 @@ class RngState:
         # Not `is_available`: a loader process that was forked from a process with a GPU cannot read its generators.
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = RngState()
+        cuda, cuda_now = self._cuda or [], now._cuda or []
+        return (
+            self._python == now._python
+            and all(map(np.array_equal, self._numpy, now._numpy))
+            and torch.equal(self._torch, now._torch)
+            and all(torch.equal(first, second) for first, second in zip(cuda, cuda_now, strict=False))
+        )
+
     def restore(self) -> None:
         """Puts all generators back into these states."""
         random.setstate(self._python)

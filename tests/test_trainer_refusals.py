@@ -55,7 +55,7 @@ class Unsplittable(nn.Module):
         (tiny_vit, lambda: pixel_dataset(), manual("1:9"), "asks for cut 9, but the model has 4 blocks"),
         (tiny_vit, Iterable, manual("1:2"), "iterable"),
         (tiny_vit, lambda: pixel_dataset().select([]), manual("1:2"), "empty"),
-        (lambda: Unsplittable(), lambda: pixel_dataset(), manual("1:2"), "not declared"),
+        (lambda: Unsplittable(), lambda: pixel_dataset(), manual("1:2"), "cannot be cut anywhere"),
     ],
 )
 def test_explicit_settings_that_cannot_be_honoured_are_an_error(model, dataset, config, message, tmp_path):

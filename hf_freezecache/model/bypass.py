@@ -1,29 +1,29 @@
-"""The calls of a replay: blocks before the cut answer with stand-ins, the block behind it gets the feature."""
+"""The calls of a replay: what lies before the cut answers with stand-ins, what lies behind it gets the feature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .modes import override_forward
+from .record import Call, TensorSpec
+from .routing import Action, replacing
 from .stand_ins import FrozenOutputError, StandIn
-from .structure import accept_feature, argument, find_tensor, with_argument
-from .tracing import Block, Trace, stand_ins
-
-#: Makes the new `forward` of a module from its present one.
-Wrap = Callable[[Callable], Callable]
+from .structure import argument, find_tensor, leaves, map_leaves, with_argument
+from .trace import Cut, Trace
 
 
 class Bypass:
-    """What the modules of a model do instead while its prefix is bypassed.
+    """What the calls within a model do instead while its prefix is bypassed.
 
     Args:
         trace: the record of the model.
-        blocks: its blocks.
-        cut: number of blocks that are not run.
-        features: the feature at the cut; None: the main input of each call is the feature.
+        cut: where it is cut.
+        features: the feature at the cut; None: the main input of each call of the model is the feature.
         main_input: where features are given, what the model may be called on: a stand-in of its main input, or
             integers.
     """
@@ -31,26 +31,23 @@ class Bypass:
     def __init__(
         self,
         trace: Trace,
-        blocks: Sequence[Block],
-        cut: int,
+        cut: Cut,
         features: torch.Tensor | None = None,
         main_input: torch.Tensor | None = None,
     ):
-        self.trace, self.blocks, self.cut, self.main_input = trace, blocks, cut, main_input
+        self.trace, self.cut, self.main_input = trace, cut, main_input
         self._is_given, self._features = features is not None, features
         self._inside_model = 0
 
-    def overrides(self, model: nn.Module) -> Iterator[tuple[nn.Module, Wrap]]:
-        """The modules to override, each with the wrapper of its `forward`."""
-        modules = [(block.name, module) for block in self.blocks[: self.cut] for module in block.modules]
-        last = modules.pop() if self.cut == len(self.blocks) else None
-        yield model, self._take_input
-        for name, module in modules:
-            yield module, self._skip(module, name)
-        if last is not None:
-            yield last[1], self._leave(last[1], last[0])
-        else:
-            yield self.blocks[self.cut].modules[0], self._enter
+    @contextlib.contextmanager
+    def active(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model runs so."""
+        skipped = self.cut.boundary.skipped
+        actions = {call: self._skip(call, is_first=call is skipped[0]) for call in skipped}
+        if self.cut.boundary.entry is not None:
+            actions[self.cut.boundary.entry] = self._enter
+        with replacing(model, self.trace.record, actions, skipped), override_forward(model, self._take_input):
+            yield
 
     def _take_input(self, original: Callable) -> Callable:
         def forward(*args, **kwargs):
@@ -69,41 +66,41 @@ class Bypass:
 
         return forward
 
-    def _skip(self, module: nn.Module, name: str) -> Wrap:
-        def forward(*args, **kwargs):
-            self._check_call(module, args, kwargs)
-            return self._stand_ins(module, name)
+    def _skip(self, call: Call, is_first: bool) -> Action:
+        places = {place.path for place in self.cut.places if place.call is call and self.cut.boundary.entry is None}
+        stands_for = f"the output of the frozen block '{self.cut.name_of(call)}'"
 
-        return lambda original: forward
+        def skip(original: Callable, args: tuple, kwargs: dict) -> Any:
+            if is_first and not self._inside_model:
+                # A user has called a part of the model by itself.
+                self._check(find_tensor((args, kwargs)))
+            samples, given = len(self._feature), dict(leaves((args, kwargs)))
 
-    def _leave(self, module: nn.Module, name: str) -> Wrap:
-        def forward(*args, **kwargs):
-            self._check_call(module, args, kwargs)
-            return accept_feature(self._stand_ins(module, name), self._feature)
+            def answer(path: tuple, leaf: Any) -> Any:
+                if not isinstance(leaf, TensorSpec):
+                    return leaf
+                if path in places:
+                    return self.cut.unpack(self._feature)
+                handed_through = next((place for place, spec in call.arguments.items() if _is_same(spec, leaf)), None)
+                if handed_through in given:
+                    return given[handed_through]
+                return StandIn(leaf.shape_for(samples), leaf.dtype, leaf.device, stands_for)
 
-        return lambda original: forward
+            return map_leaves(answer, call.output)
 
-    def _enter(self, original: Callable) -> Callable:
-        def forward(*args, **kwargs):
-            args, kwargs = self.trace.inject(self.cut, args, kwargs, self._feature)
-            return original(*args, **kwargs)
+        return skip
 
-        return forward
+    def _enter(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        paths = {place.path for place in self.cut.places}
+        feature = self.cut.unpack(self._feature)
+        args, kwargs = map_leaves(lambda path, leaf: feature if path in paths else leaf, (args, kwargs))
+        return original(*args, **kwargs)
 
     @property
     def _feature(self) -> torch.Tensor:
         if self._features is None:
             raise FrozenOutputError("a part of the model is called, not the model: the features are not known there.")
         return self._features
-
-    def _stand_ins(self, module: nn.Module, name: str) -> Any:
-        outputs = self.trace.outputs[module]
-        return stand_ins(outputs, len(self._feature), f"the output of the frozen block '{name}'")
-
-    def _check_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Where a user calls a part of the model by itself, its stem sees what that part is called on."""
-        if not self._inside_model and module is self.blocks[0].modules[0]:
-            self._check(find_tensor((args, kwargs)))
 
     def _check(self, value: Any) -> None:
         """Raises FrozenOutputError if the model is called on something else than the batch's main input."""
@@ -119,3 +116,8 @@ class Bypass:
             "replay epochs only the features of the batch exist. Change them in the data set's transform, or use "
             "cache='never'."
         )
+
+
+def _is_same(argument: TensorSpec, result: TensorSpec) -> bool:
+    """Whether a call hands an argument through as a result."""
+    return (argument.value, argument.place, argument.shape) == (result.value, result.place, result.shape)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..rng import preserve_rng
-from .blocks import declared_blocks, named_blocks
+from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
 from .errors import ChainError
+from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode, override_forward
-from .stand_ins import StandIn, stays_real
-from .structure import first_tensor
-from .tracing import Block, Captured, Trace, main_input_name, run_trace, synthetic_probe, take_rows
+from .probes import synthetic_probe, take_rows
+from .proving import prove_cut
+from .record import number_of_samples
+from .routing import Action, replacing
+from .stand_ins import stays_real
+from .structure import leaves
+from .trace import Trace
+
+#: Most rows on which a cut is proved.
+_PROOF_ROWS = 4
 
 
 class BlockChain:
@@ -58,27 +65,40 @@ class BlockChain:
         blocks: Sequence[str] | None = None,
         probe: Mapping[str, Any] | None = None,
     ) -> BlockChain:
-        """Finds the blocks of a model and proves on a probe batch that it can be cut at each of them.
+        """Finds the blocks of a model in a recorded run on a probe batch, and what crosses between them.
+
+        Each cut is proved before its first use; see `prove`.
 
         Args:
-            model: a Transformers model of a declared family, or any module if `blocks` is given.
-            blocks: module names, in the order in which they run; the first is the stem.
+            model: any model.
+            blocks: module names, in the order in which they run; the first is the stem. If None, they are those of
+                the model's family where it is declared; else they are found in the run.
             probe: a batch of model inputs, of which two rows are used. If None, the probe is random pixels of the
-                size in the model's configuration; if the configuration has no size, the first inputs that `prefix`
-                gets are used for the proof.
+                size in the model's configuration; if it has no size and the blocks are known, the first inputs that
+                `prefix` gets are recorded.
 
         Raises:
-            ChainError: if the model's family is not declared, a module does not exist, or a cut fails the proof; the
-                message names the module and the reason.
+            ChainError: if a module does not exist, the model cannot be cut at a block that was named, or nowhere; the
+                message names the module and what crosses.
         """
-        chain = cls(model, named_blocks(model, blocks) if blocks is not None else declared_blocks(model))
+        known = named_blocks(model, blocks) if blocks is not None else declared_blocks(model)
         if probe is None:
             probe = synthetic_probe(model)
+        if known is None:
+            if probe is None:
+                raise ChainError(
+                    f"the blocks of {type(model).__name__} are found in a run of it: pass `probe=`, a small batch of "
+                    "its inputs, or name them: blocks=['stem', 'layer1.0', ...]."
+                )
+            trace = Trace(model, None, _first_rows(model, probe))
+            chain = cls(model, trace.blocks)
+            chain._trace = trace
+            return chain
+        chain = cls(model, known)
         if probe is not None:
-            chain.trace(probe)
-            whole = None
+            trace = chain.trace(probe)
             for cut in range(1, len(chain) + 1):
-                whole = chain.prove(probe, cut, whole)
+                trace.cut(cut)
         return chain
 
     def __len__(self) -> int:
@@ -105,7 +125,7 @@ class BlockChain:
         Raises:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
-        self._trace = trace = run_trace(self.model, self.blocks, self._probe(inputs))
+        self._trace = trace = Trace(self.model, self.blocks, _first_rows(self.model, inputs))
         self._frozen_modules = None
         self._proved.clear()
         if self.cut:
@@ -136,59 +156,22 @@ class BlockChain:
         finally:
             self._trace, self._proved = own_trace, own_proofs
 
-    def prove(self, inputs: Mapping[str, Any], cut: int, whole: torch.Tensor | None = None) -> torch.Tensor:
-        """Checks on two rows of `inputs` that prefix and suffix reproduce the model's logits, bit for bit.
-
-        Returns the logits; the proof of another cut on the same inputs takes them as `whole`.
+    def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
+        """Checks on rows of `inputs` that prefix and suffix reproduce the model's loss and logits, bit for bit.
 
         Raises:
-            ChainError: if they do not: then something besides the output of the block before the cut crosses the cut.
-                Also if in training the feature depends on random numbers or on the batch, because a module that
-                `freeze` does not put in eval mode runs before the cut.
+            ChainError: if they do not: then something besides the feature crosses the cut. Also if in training the
+                feature depends on random numbers or on the batch.
         """
         self._check_cut(cut)
-        if self._trace is None:
+        _check_inputs(self.model, inputs)
+        if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
-        probe = self._probe(inputs)
-        with preserve_rng(), torch.no_grad(), eval_mode(self.model):
-            expected = _logits(self.model(**probe)) if whole is None else whole
-            features = self._capture(probe, cut)
-            if features.isnan().any() or expected.isnan().any():
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} features or logits are NaN, which proves nothing: the weights have "
-                    "diverged (lower the learning rate?), or the samples are NaN."
-                )
-            if not torch.equal(features, self._captured_in_training(probe, cut)):
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} in training the feature is random or depends on the batch, though every "
-                    "block before the cut is in eval mode: a dropout or normalization outside the blocks, or shared "
-                    "with later ones."
-                )
-            try:
-                replayed = _logits(self.suffix(features, probe, cut))
-            except Exception as error:  # the model's own code may raise anything
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} running the rest on the feature failed with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            if isinstance(replayed, StandIn):
-                raise ChainError(
-                    f"{self._cannot_cut(cut)} the logits depend on {replayed.stands_for}, which crosses it beside the "
-                    "feature (a skip connection, an input-dependent side channel)."
-                )
-            if torch.equal(expected, replayed):
-                self._proved.add(cut)
-                return expected
-            # An accelerator's kernels may differ from run to run. Only then are close logits accepted.
-            reproducible = torch.equal(expected, _logits(self.model(**probe)))
-        if reproducible or not torch.allclose(expected, replayed, rtol=1e-3, atol=1e-4):
-            difference = (expected.double() - replayed.double()).abs().max().item()
-            raise ChainError(
-                f"{self._cannot_cut(cut)} the logits differ by up to {difference:.3g}: something besides the output "
-                "of the block before the cut crosses it (a skip connection, an input-dependent side channel)."
-            )
+        samples = number_of_samples(inputs)
+        # Not the rows of the trace, if there are others.
+        probe = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
+        prove_cut(self, probe, cut)
         self._proved.add(cut)
-        return expected
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -203,6 +186,11 @@ class BlockChain:
         """
         self._check_cut(cut)
         return self._own_trace().layout(cut)
+
+    def share(self, cut: int) -> float:
+        """FLOPs that a replay at `cut` leaves out, relative to a forward pass of the model."""
+        self._check_cut(cut)
+        return self._own_trace().cut(cut).boundary.flops if cut else 0.0
 
     # Freezing
 
@@ -243,18 +231,42 @@ class BlockChain:
 
     def prefix_modules(self, cut: int) -> list[nn.Module]:
         """All modules that run before the cut and not after it, submodules included."""
+        if self._trace is not None and cut:
+            return self._trace.flow.closed_modules(self._trace.cut(cut).boundary.clock)
         roots = [module for block in self.blocks[:cut] for module in block.modules]
-        if self._trace is not None:
-            roots += self._trace.glue_before(cut)
         return list({id(module): module for root in roots for module in root.modules()}.values())
 
     def prefix_parameters(self, cut: int) -> dict[str, nn.Parameter]:
         """The parameters of the prefix's blocks, and others on which the feature at `cut` depends, by name."""
-        modules = [module for block in self.blocks[:cut] for module in block.modules]
-        members = {id(p) for module in modules for p in module.parameters()}
-        if self._trace is not None:
-            members |= {id(parameter) for parameter in self._stray_parameters(self._trace, cut)}
+        if self._trace is not None and cut:
+            frozen = self._trace.cut(cut).boundary.frozen
+            return {name: p for name, p in self.model.named_parameters() if name in frozen}
+        members = {id(p) for block in self.blocks[:cut] for module in block.modules for p in module.parameters()}
         return {name: p for name, p in self.model.named_parameters() if id(p) in members}
+
+    def shared_parameters(self, cut: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the trainable parameters that freezing at `cut` freezes, and that are read behind the cut as well.
+
+        Returns:
+            Those that bar the cut, and those of embedding tables, which do not.
+        """
+        boundary = self._own_trace().cut(cut).boundary
+        trainable = {name for name, parameter in self.model.named_parameters() if self._was_trainable(parameter)}
+        both = (boundary.shared, boundary.tied)
+        return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def frozen_modes(self) -> Iterator[None]:
+        """Inside, what runs before the present cut runs in eval mode, modules that run on behind it included.
+
+        `eval_prefix` cannot reach these: a dropout function in the model's own `forward`, a dropout module
+        that several blocks share.
+        """
+        if not self.cut or self._trace is None:
+            yield
+            return
+        with self._modes(self.cut):
+            yield
 
     def prefix_buffers(self, cut: int) -> dict[str, torch.Tensor]:
         """The buffers of the prefix (BatchNorm statistics, position indices), by name."""
@@ -290,7 +302,7 @@ class BlockChain:
         if cut not in self._proved:
             self.prove(inputs, cut)
         with torch.no_grad(), eval_mode(self.model):
-            return self._capture(inputs, cut)
+            return self.capture(inputs, cut)
 
     def advance(self, inputs: Mapping[str, Any], from_cut: int, to_cut: int) -> torch.Tensor:
         """Runs the blocks between two cuts alone, in eval mode and without gradients.
@@ -320,7 +332,8 @@ class BlockChain:
         if from_cut == to_cut:
             return feature
         trace = self._own_trace()
-        traced, given = trace.features[from_cut], (tuple(feature.shape[1:]), feature.dtype)
+        layout = trace.layout(from_cut)
+        traced, given = (layout.shape, layout.dtype), (tuple(feature.shape[1:]), feature.dtype)
         if traced != given:
             raise ChainError(
                 f"{type(self.model).__name__} was traced on inputs whose feature at cut {from_cut} is {traced[0]} "
@@ -331,7 +344,7 @@ class BlockChain:
             if cut not in self._proved:
                 self.prove(trace.probe, cut)
         with torch.no_grad(), eval_mode(self.model), self.replay(from_cut):
-            return self._capture(inputs, to_cut)
+            return self.capture(inputs, to_cut, since=from_cut)
 
     def suffix(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> Any:
         """Runs the model from `cut` on, with the features in the prefix's place.
@@ -393,10 +406,8 @@ class BlockChain:
             return
         self._replaying = True
         try:
-            with contextlib.ExitStack() as stack:
-                bypass = Bypass(self._own_trace(), self.blocks, cut, features, main_input)
-                for module, wrap in bypass.overrides(self.model):
-                    stack.enter_context(override_forward(module, wrap))
+            trace = self._own_trace()
+            with Bypass(trace, trace.cut(cut), features, main_input).active(self.model):
                 yield
         finally:
             self._replaying = False
@@ -419,29 +430,36 @@ class BlockChain:
             )
         return self.trace(probe)
 
-    def _capture(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        if cut < len(self):
-            trace = self._own_trace()
+    def capture(self, inputs: Mapping[str, Any], cut: int, since: int = 0) -> torch.Tensor:
+        """Runs the model as it is until the feature at a cut is known, and returns it.
 
-            def stop(module, args, kwargs):
-                raise Captured(trace.injected(cut, args, kwargs))
+        Args:
+            inputs: as for `prefix`.
+            cut: from 1 on.
+            since: cut up to which a replay bypasses the model meanwhile.
+        """
+        trace = self._own_trace()
+        found, boundary = trace.cut(cut), trace.cut(cut).boundary
 
-            handle = self.blocks[cut].modules[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-        else:
+        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
+            raise _Captured(dict(leaves((args, kwargs)))[found.places[0].path])
 
-            def stop(module, args, output):
-                raise Captured(first_tensor(output))
+        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
+            output = original(*args, **kwargs)
+            raise _Captured(dict(leaves(output))[found.places[0].path])
 
-            handle = self.blocks[-1].modules[-1].register_forward_hook(stop)
-        try:
-            self.model(**inputs)
-        except Captured as captured:
-            return captured.feature
-        finally:
-            handle.remove()
-        raise ChainError(f"{self._cannot_cut(cut)} the model returned without running it.")
+        action: Action = leave if boundary.entry is None else enter
+        skipped = trace.cut(since).boundary.skipped if since else ()
+        with replacing(self.model, trace.record, {found.places[0].call: action}, skipped):
+            try:
+                self.model(**inputs)
+            except _Captured as captured:
+                feature = found.pack(captured.tensor)
+                # A view that was made without gradients cannot be written to where there are some.
+                return feature.clone() if feature._is_view() else feature
+        raise ChainError(f"{trace.cannot_cut(cut)} the model returned without running it.")
 
-    def _captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+    def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with eval_mode(self.model):
@@ -449,38 +467,58 @@ class BlockChain:
             for module in self.prefix_modules(cut):
                 module.training = False
             try:
-                return self._capture(inputs, cut)
+                with self._modes(cut):
+                    return self.capture(inputs, cut)
             finally:
                 for buffer, value in buffers:
                     buffer.copy_(value)
 
-    def _stray_parameters(self, trace: Trace, cut: int) -> list[nn.Parameter]:
-        """Parameters outside every block (a position embedding on the model itself) on which the feature depends."""
-        if cut not in trace.stray_by_cut:
-            candidates = [p for p in trace.stray_parameters if p.is_floating_point()]
-            dependencies = []
-            if candidates and cut:
-                flags = [p.requires_grad for p in candidates]
-                try:
-                    for parameter in candidates:
-                        parameter.requires_grad_(True)
-                    with preserve_rng(), torch.enable_grad(), eval_mode(self.model):
-                        feature = self._capture(trace.probe, cut)
-                        if feature.requires_grad:
-                            gradients = torch.autograd.grad(feature.float().sum(), candidates, allow_unused=True)
-                            dependencies = [p for p, g in zip(candidates, gradients, strict=True) if g is not None]
-                finally:
-                    for parameter, flag in zip(candidates, flags, strict=True):
-                        parameter.requires_grad_(flag)
-            trace.stray_by_cut[cut] = dependencies
-        return trace.stray_by_cut[cut]
+    @contextlib.contextmanager
+    def _modes(self, cut: int) -> Iterator[None]:
+        trace = self._own_trace()
+        boundary = trace.cut(cut).boundary
+        open_modules = trace.flow.open_modules(boundary.clock)
+        training: list[nn.Module] = []
 
-    def _probe(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        if self.main_input not in inputs:
-            raise ChainError(
-                f"{type(self.model).__name__} reads '{self.main_input}', but the batch has only {sorted(inputs)}."
-            )
-        return take_rows(inputs, rows=2, batch_size=len(inputs[self.main_input]))
+        def restore() -> None:
+            for module in training:
+                module.training = True
+            training.clear()
+
+        def begin(original: Callable) -> Callable:
+            def forward(*args, **kwargs):
+                training.extend(module for module in open_modules if module.training)
+                for module in training:
+                    module.training = False
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    restore()
+
+            return forward
+
+        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
+            restore()
+            return original(*args, **kwargs)
+
+        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
+            try:
+                return original(*args, **kwargs)
+            finally:
+                restore()
+
+        last = boundary.entry if boundary.entry is not None else trace.flow.last_before(boundary.clock)
+        action: Action = leave if boundary.entry is None else enter
+        skipped = boundary.skipped if self._replaying else ()
+        with override_forward(self.model, begin), replacing(self.model, trace.record, {last: action}, skipped):
+            yield
+
+    def _was_trainable(self, parameter: nn.Parameter) -> bool:
+        return self._requires_grad.get(parameter, parameter.requires_grad)
+
+    def cannot_cut(self, cut: int) -> str:
+        """The beginning of a sentence that says why the model cannot be cut there."""
+        return self._own_trace().cannot_cut(cut)
 
     def _check_cut(self, cut: int) -> None:
         if isinstance(cut, bool) or not isinstance(cut, int) or not 0 <= cut <= len(self):
@@ -489,12 +527,22 @@ class BlockChain:
                 f"so a cut is an integer from 0 to {len(self)}."
             )
 
-    def _cannot_cut(self, cut: int) -> str:
-        where = f"before '{self.names[cut]}'" if cut < len(self) else f"after '{self.names[-1]}'"
-        return f"{type(self.model).__name__} cannot be cut {where} (cut {cut}):"
+
+class _Captured(Exception):
+    """Stops a run of the model and carries the crossing tensor out of it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
 
 
-def _logits(output: Any) -> torch.Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        return first_tensor(output["logits"])
-    return first_tensor(output)
+def _first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rows to record a run on."""
+    _check_inputs(model, inputs)
+    return take_rows(inputs, slice(2), number_of_samples(inputs))
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if main_input_name(model) not in inputs:
+        raise ChainError(
+            f"{type(model).__name__} reads '{main_input_name(model)}', but the batch has only {sorted(inputs)}."
+        )

@@ -74,3 +74,14 @@ class ModelInputs:
     def _run(self, batch: Any) -> None:
         with preserve_rng(), torch.no_grad(), eval_mode(self.model):
             self.model(**self(batch))
+
+
+def main_input_name(model: nn.Module) -> str:
+    """`model.main_input_name`, or the first argument of its `forward`."""
+    name = getattr(model, "main_input_name", None)
+    return name if name is not None else argument_names(model)[0]
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """Names of the arguments of `forward`, from the class: an override on the instance may have lost its signature."""
+    return list(inspect.signature(type(model).forward).parameters)[1:]

@@ -105,3 +105,28 @@ class FeatureLayout:
             special_tokens=data["special_tokens"],
             dtype=_DTYPES[data["dtype"]],
         )
+
+
+def token_grid(
+    tokens: int, aspect: float, expected: tuple[int, int] | None = None, most_special: int = 16
+) -> tuple[tuple[int, int] | None, int]:
+    """Splits a number of tokens into special tokens and a grid with the image's aspect ratio (height / width).
+
+    Args:
+        tokens: number of all tokens.
+        aspect: height of the image divided by its width.
+        expected: grid that the configuration of the model gives; None if it gives none.
+        most_special: largest number of special tokens that is tried.
+
+    Returns:
+        `((height, width), special tokens)`: the expected grid if the number of tokens allows it, otherwise the grid
+        with the fewest special tokens; `(None, 0)` if no grid fits.
+    """
+    if expected is not None and 0 <= tokens - expected[0] * expected[1] <= most_special:
+        return expected, tokens - expected[0] * expected[1]
+    for special in range(min(most_special, tokens - 1) + 1):
+        patches = tokens - special
+        height, width = round((patches * aspect) ** 0.5), round((patches / aspect) ** 0.5)
+        if height * width == patches:
+            return (height, width), special
+    return None, 0

@@ -149,8 +149,10 @@ class StandIn(torch.Tensor):
 
 
 def stays_real(main_input: torch.Tensor) -> bool:
-    """Whether a main input stays as it is in replays: integers, one row per sample (tokens). Images do not."""
-    return not main_input.is_floating_point() and not main_input.is_complex() and main_input.ndim <= 2
+    """Whether a main input stays as it is in replays: tokens, also of several texts per sample. Images do not."""
+    if main_input.is_floating_point() or main_input.is_complex():
+        return False
+    return main_input.ndim <= 2 or main_input.ndim == 3 and main_input.dtype in (torch.int32, torch.int64)
 
 
 def _on_meta(value: Any) -> Any:

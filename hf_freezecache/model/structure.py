@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from .errors import ChainError
+
+#: Where a tensor is in a structure: keys of mappings, positions in tuples and lists. Of a call: `(0, position)` for
+#: arguments, `(1, name)` for keywords.
+Path = tuple[Any, ...]
 
 
 def map_structure(function: Callable, value: Any) -> Any:
@@ -19,6 +24,30 @@ def map_structure(function: Callable, value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_structure(function, item) for item in value)
     return function(value)
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """All tensors in tuples, lists and mappings, each with its path: the keys that lead to it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            yield from leaves(item, (*path, number))
+
+
+def map_leaves(function: Callable[[Path, Any], Any], value: Any, path: Path = ()) -> Any:
+    """Applies `function(path, leaf)` to the leaves of tuples, lists and mappings, keeping their types."""
+    if isinstance(value, Mapping):
+        items = {key: map_leaves(function, item, (*path, key)) for key, item in value.items()}
+        # Outputs of Transformers are data classes, which take their entries by name.
+        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        mapped = [map_leaves(function, item, (*path, number)) for number, item in enumerate(value)]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    return function(path, value)
 
 
 def argument(place: int | str, args: tuple, kwargs: dict) -> Any:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..estimate.pace import Pace
 from ..model.chain import BlockChain
+from ..model.inputs import main_input_name
 from ..model.modes import eval_mode
 from ..model.structure import first_tensor
-from ..model.tracing import main_input_name
 from ..rng import preserve_rng
 from .live_clock import LiveClock
 

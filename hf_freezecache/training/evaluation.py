@@ -20,7 +20,7 @@ from ..cache.holdings import Holdings, disk_limit, is_owned
 from ..cache.rows import RowSource, check_dataset
 from ..cache.store import FeatureStore, remove_store
 from ..distributed import Announcer
-from ..model.tracing import Trace
+from ..model.trace import Trace
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import SourceSwitch, find_switch

@@ -8,22 +8,24 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import FreezeCacheConfig
-from ..model.blocks import declared_blocks, named_blocks
+from ..model.blocks import Block, declared_blocks, named_blocks
 from ..model.chain import BlockChain
-from ..model.tracing import Block
 from .sharding import why_sharded
 
 #: Packages whose modules keep their weights packed, where they are no parameters.
 _PACKING = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
-def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block]:
-    """Finds the blocks of a model that can be frozen and cached. Nothing is run and nothing is drawn.
+def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block] | None:
+    """Checks that a model can be frozen and cached, as far as can be told before it runs. Nothing is drawn.
 
     Args:
         trainer: a `Trainer`, its accelerator set up.
         model: its model, not wrapped.
         config: the settings.
+
+    Returns:
+        Its blocks; None if they have to be found in a run of it.
 
     Raises:
         ValueError: if it cannot; the message says why and what to do.

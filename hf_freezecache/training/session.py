@@ -277,10 +277,16 @@ class FreezeSession:
         finally:
             self.recorder.active = False
 
-    def before_forward(self) -> None:
-        """After `model.train()`: frozen blocks go back to eval mode."""
-        if self.chain.cut and self.context.model.training:
-            self.chain.eval_prefix()
+    @contextlib.contextmanager
+    def forward_modes(self) -> Iterator[None]:
+        """Inside, after `model.train()`, everything before the cut runs in eval mode."""
+        if not self.chain.cut or not self.context.model.training:
+            yield
+            return
+        self.chain.eval_prefix()
+        # Compiled code would be compiled again for every step.
+        with contextlib.nullcontext() if self.force_eager else self.chain.frozen_modes():
+            yield
 
     # Proof: what is not valid any more is not used any more
 

@@ -29,9 +29,8 @@ from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
-from ..model.inputs import ModelInputs
+from ..model.inputs import ModelInputs, main_input_name
 from ..model.sharing import check_sharing
-from ..model.tracing import main_input_name
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
@@ -136,7 +135,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
                 split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
-            check_sharing(self._own_model, chain.blocks, model_inputs(probe))
+            for sentence in check_sharing(chain):
+                Announcer(self._group, logger).warning(sentence)
         return BuildContext(
             chain=chain,
             source=source,
@@ -230,12 +230,17 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
-        self._freeze_policy.start(len(check_model(self, self._own_model, self._freeze_config)))
+        blocks = check_model(self, self._own_model, self._freeze_config)
+        if blocks is not None:
+            self._freeze_policy.start(len(blocks))
+        context = self.build_context(dataset, collator)
+        if blocks is None:
+            self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
         # it would take its loaders' queues before their processes, for whose end torch then waits five seconds each.
         trainer = weakref.proxy(self)
         session = FreezeSession(
-            self.build_context(dataset, collator),
+            context,
             self._freeze_explicit,
             lambda batch: trainer._rehearsed_step(batch),
             self._suspects(),
@@ -379,10 +384,11 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         return replace(step, features=mixed[name], inputs={**mixed, name: inputs[name]})
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
         if self._session is not None:
-            self._session.before_forward()
+            stack.enter_context(self._session.forward_modes())
         self._operations_before_loss = count_operations()
-        return super().compute_loss_context_manager()
+        return stack
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats
         return super().floating_point_ops(inputs) if self._session is None else self._session.step_flops()

@@ -9,8 +9,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_freezecache import BlockChain
 from hf_freezecache.model.errors import ChainError
+from hf_freezecache.model.layout import token_grid
 from hf_freezecache.model.structure import accept_feature, find_tensor, first_tensor
-from hf_freezecache.model.tracing import token_grid
 
 # The grid of tokens and maps
 

@@ -1,0 +1,106 @@
+"""The blocks of a model that nobody has declared, found in a recorded run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+from .blocks import Block
+from .boundaries import Flow
+from .errors import ChainError
+from .record import Call
+
+#: What takes a smaller share of a run's FLOPs is no block of its own.
+_SMALL = 0.005
+#: What takes a larger share is looked into even if what it calls is not a series of the same kind.
+_LARGE = 0.25
+
+
+def discover_blocks(flow: Flow) -> list[Block]:
+    """Finds parts of a model that run one after the other, between which a single tensor passes.
+
+    The parts are elements of series (a stack of layers, the blocks of a stage), as far down as the model can be cut
+    between them, and what runs before and between these. What takes next to nothing (normalization, activation,
+    pooling) belongs to the part before it, and at the end to the head.
+
+    Args:
+        flow: the recorded run of the model.
+
+    Raises:
+        ChainError: if the model cannot be cut anywhere; the message names what crosses at the likeliest places.
+    """
+    units = list(_units(flow, flow.record.calls[0]))
+    blocks: list[list[Call]] = []
+    gathered: list[Call] = []
+    done = 0.0
+    for unit in units:
+        gathered.append(unit)
+        boundary = flow.behind(unit)
+        if boundary.why_not is not None or boundary.shared or not boundary.has_parameters_behind:
+            continue
+        if not flow.runs_once(unit.module):
+            continue
+        if boundary.flops - done >= _SMALL or not blocks and any(map(_has_parameters, gathered)):
+            blocks.append(gathered)
+        elif blocks and 1.0 - boundary.flops >= _SMALL:
+            blocks[-1] += gathered
+        else:
+            continue
+        gathered, done = [], boundary.flops
+    if not blocks:
+        raise ChainError(_explain(flow, units))
+    return [_make(flow, block) for block in blocks]
+
+
+def _units(flow: Flow, call: Call) -> Iterator[Call]:
+    """The calls within a call, those that can be cut inside replaced by what is within them."""
+    for child in call.children:
+        if flow.is_changing(child):
+            if _is_divided(flow, child):
+                yield from _units(flow, child)
+            else:
+                yield child
+
+
+def _is_divided(flow: Flow, call: Call) -> bool:
+    """Whether a call is taken as what is within it: as a series of the same kind, or as it is large."""
+    changing = [child for child in call.children if flow.is_changing(child)]
+    ends = [child for child in changing[:-1] if flow.runs_once(child.module) and flow.behind(child).why_not is None]
+    kinds = Counter(type(child.module) for child in changing)
+    if any(
+        kinds[type(child.module)] > 1 and not type(child.module).__module__.startswith("torch.nn") for child in ends
+    ):
+        return True
+    if flow.share(call) < _LARGE:
+        return False
+    return bool(ends) or any(_is_divided(flow, child) for child in changing)
+
+
+def _has_parameters(call: Call) -> bool:
+    return any(True for _ in call.module.parameters())
+
+
+def _make(flow: Flow, units: list[Call]) -> Block:
+    named = next((unit for unit in units if _has_parameters(unit)), units[0])
+    modules: list[nn.Module] = [unit.module for unit in units if flow.runs_once(unit.module)]
+    return Block(named.name, tuple(modules))
+
+
+def _explain(flow: Flow, units: list[Call]) -> str:
+    reasons, work = [], list(units)
+    while work:
+        unit = work.pop(0)
+        boundary = flow.behind(unit)
+        if boundary.why_not is not None:
+            reasons.append(f"after '{unit.name}' {boundary.why_not}")
+        elif boundary.shared:
+            reasons.append(f"'{boundary.shared[0]}' is used up to '{unit.name}' and behind it")
+        elif not boundary.has_parameters_behind:  # all of the model: what is within it?
+            work = [*(child for child in unit.children if flow.is_changing(child)), *work]
+    told = "; ".join(dict.fromkeys(reasons[:3])) or "no part of it answers with one tensor that depends on the samples"
+    return (
+        f"{type(flow.model).__name__} cannot be cut anywhere that was tried: {told}. Name blocks yourself, stem "
+        "first: blocks=['stem', 'layer1.0', ...]."
+    )

@@ -1,0 +1,95 @@
+"""The proof of a cut: prefix and suffix give what the whole model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..rng import RngState, preserve_rng
+from .errors import ChainError
+from .modes import eval_mode
+from .record import answers_of
+from .stand_ins import StandIn
+from .structure import Path
+
+if TYPE_CHECKING:
+    from .chain import BlockChain
+
+
+def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
+    """Checks that prefix and suffix reproduce the model's loss and logits, bit for bit.
+
+    Args:
+        chain: the model, traced.
+        inputs: a small batch, with labels where the loss is to be compared.
+        cut: from 1 on.
+
+    Raises:
+        ChainError: if they do not, or if in training the feature depends on random numbers or on the batch.
+    """
+    model, cannot = chain.model, chain.cannot_cut(cut)
+    with preserve_rng(), torch.no_grad(), eval_mode(model):
+        expected = answers_of(model(**inputs))
+        features = chain.capture(inputs, cut)
+        if features.isnan().any() or any(tensor.isnan().any() for tensor in expected.values()):
+            raise ChainError(
+                f"{cannot} features or logits are NaN, which proves nothing: the weights have diverged (lower the "
+                "learning rate?), or the samples are NaN."
+            )
+        generators = RngState()
+        in_training = chain.captured_in_training(inputs, cut)
+        if not generators.is_current():
+            raise ChainError(
+                f"{cannot} what runs before it draws random numbers in eval mode too, so that what comes behind it "
+                "would get others when it is left out."
+            )
+        if not torch.equal(features, in_training):
+            raise ChainError(
+                f"{cannot} in training the feature is random or depends on the batch, though everything before the "
+                "cut is in eval mode."
+            )
+        try:
+            replayed = answers_of(chain.suffix(features, inputs, cut))
+        except Exception as error:  # the model's own code may raise anything
+            raise ChainError(
+                f"{cannot} running the rest on the feature failed with {type(error).__name__}: {error}"
+            ) from error
+        stand_in = next((tensor for tensor in replayed.values() if isinstance(tensor, StandIn)), None)
+        if stand_in is not None:
+            raise ChainError(
+                f"{cannot} what the model returns depends on {stand_in.stands_for}, which crosses it beside the "
+                "feature (a skip connection, an input-dependent side channel)."
+            )
+        if _are_equal(expected, replayed):
+            return
+        # An accelerator's kernels may differ from run to run. Only then are close answers accepted.
+        reproducible = _are_equal(expected, answers_of(model(**inputs)))
+    if reproducible or not _are_close(expected, replayed):
+        raise ChainError(
+            f"{cannot} the logits differ by up to {_largest_difference(expected, replayed):.3g}: something besides "
+            "the feature crosses it (a skip connection, an input-dependent side channel)."
+        )
+
+
+def _are_equal(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[path], second[path]) for path in first)
+
+
+def _are_close(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[path].shape == second[path].shape and torch.allclose(first[path], second[path], rtol=1e-3, atol=1e-4)
+        for path in first
+    )
+
+
+def _largest_difference(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> float:
+    return max(
+        (
+            (first[path].double() - second[path].double()).abs().max().item()
+            for path in first.keys() & second.keys()
+            if first[path].shape == second[path].shape and first[path].numel()
+        ),
+        default=float("inf"),
+    )

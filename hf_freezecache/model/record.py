@@ -1,0 +1,342 @@
+"""The record of one run of a model: calls of its modules, operations, and the values that these read and write."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..rng import preserve_rng
+from .errors import ChainError
+from .modes import eval_mode, override_forward
+from .structure import Path, leaves, map_leaves
+
+#: A state of a tensor's memory: which storage, and how often it was written to before. Views share it.
+Value = tuple[int, int]
+
+#: Operations whose result does not depend on the values of what they are called on.
+_SHAPE_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+    "new_full new_empty_strided empty_strided".split()
+)
+#: Operations that give a value to Python, which may branch on it.
+_READ_BY_PYTHON = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
+#: FLOPs that count for each number of an operation for which no formula is known, so that no block is free.
+_FLOPS_OF_A_NUMBER = 0.1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor in the arguments or the output of a call.
+
+    Args:
+        value: its value at the end of the call; None in a record without values.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor.
+        place: offset and strides within its storage: two of the same value and place are one tensor.
+        per_sample: for every dimension, its size for each sample; None if it does not depend on their number.
+    """
+
+    value: Value | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    place: tuple[Any, ...] = ()
+    per_sample: tuple[int | None, ...] = ()
+
+    @property
+    def sample_dim(self) -> int | None:
+        """The dimension that the samples are; None if there is none, or several."""
+        dims = [dim for dim, size in enumerate(self.per_sample) if size is not None]
+        return dims[0] if len(dims) == 1 else None
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it can be stored sample by sample: floating-point numbers with one dimension for the samples."""
+        floats = self.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return floats and self.sample_dim is not None and len(self.shape) > 1
+
+    def shape_for(self, samples: int) -> tuple[int, ...]:
+        """Its shape in a batch of some samples."""
+        sizes = zip(self.shape, self.per_sample or (None,) * len(self.shape), strict=True)
+        return tuple(size if per_sample is None else per_sample * samples for size, per_sample in sizes)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module.
+
+    Args:
+        module: the module.
+        name: its name in the model.
+        nth: how often it was called before.
+        parent: the call within which it was called.
+        begin, end: when, on a clock that ticks at each beginning and end of a call.
+        first, last: numbers of the operations within it: `first <= number < last`.
+        arguments: path -> tensor.
+        results: path -> tensor.
+        output: what it returned, tensors replaced by their specifications.
+        children: calls within it.
+    """
+
+    module: nn.Module
+    name: str
+    nth: int
+    parent: Call | None
+    begin: int
+    first: int
+    end: int = -1
+    last: int = -1
+    arguments: dict[Path, TensorSpec] = field(default_factory=dict)
+    results: dict[Path, TensorSpec] = field(default_factory=dict)
+    output: Any = None
+    children: list[Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on tensors.
+
+    Args:
+        reads: values on which it depends.
+        writes: values that it makes.
+        flops: of it, roughly.
+        read_by_python: whether it gives a value to Python, which may branch on it.
+    """
+
+    reads: frozenset[Value]
+    writes: frozenset[Value]
+    flops: float
+    read_by_python: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a model.
+
+    Args:
+        samples: rows of the inputs.
+        inputs: values of the inputs by name.
+        calls: all calls, in the order in which they began; the first is the model's own.
+        operations: all operations, in their order.
+        answers: values that the training needs: loss and logits, or everything that the model returns.
+        parameters: name of the parameter in a storage.
+    """
+
+    samples: int
+    inputs: dict[str, Value]
+    calls: list[Call]
+    operations: list[Operation]
+    answers: frozenset[Value]
+    parameters: dict[int, str]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations and the calls of one run."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.calls: list[Call] = []
+        self.operations: list[Operation] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._open: list[Call] = []
+        self._clock = 0
+        self._versions: dict[int, int] = defaultdict(int)
+        self._times_called: dict[nn.Module, int] = defaultdict(int)
+        #: Weak references keep an address from being given to another storage.
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """The value that a tensor has now."""
+        try:
+            reference = StorageWeakRef(tensor.untyped_storage())
+        except NotImplementedError:  # sparse tensors and the like have no storage
+            return id(tensor), 0
+        self._storages.setdefault(reference.cdata, reference)
+        return reference.cdata, self._versions[reference.cdata]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        reads = frozenset(self.value(tensor) for _, tensor in leaves((args, kwargs)))
+        output = func(*args, **kwargs)
+        written = [tensor for value in _written(func, args, kwargs) for _, tensor in leaves(value)]
+        for storage in {self.value(tensor)[0] for tensor in written}:
+            self._versions[storage] += 1
+        made = frozenset(self.value(tensor) for _, tensor in leaves((output, written)))
+        flops = _flops(func, args, kwargs, output)
+        # A view has the value of what it is a view of: it neither reads nor makes one.
+        self.operations.append(
+            Operation(frozenset() if name in _SHAPE_ONLY else reads, made - reads, flops, name in _READ_BY_PYTHON)
+        )
+        return output
+
+    def wrap(self, module: nn.Module) -> Callable[[Callable], Callable]:
+        """Makes the `forward` that records its calls."""
+
+        def wrapper(original: Callable) -> Callable:
+            def forward(*args, **kwargs):
+                call = self._begin(module, args, kwargs)
+                output = original(*args, **kwargs)
+                self._end(call, output)
+                return output
+
+            return forward
+
+        return wrapper
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> Call:
+        parent = self._open[-1] if self._open else None
+        self._clock += 1
+        call = Call(module, self._names[module], self._times_called[module], parent, self._clock, len(self.operations))
+        self._times_called[module] += 1
+        call.arguments = {path: self._describe(tensor) for path, tensor in leaves((args, kwargs))}
+        if parent is not None:
+            parent.children.append(call)
+        self.calls.append(call)
+        self._open.append(call)
+        return call
+
+    def _end(self, call: Call, output: Any) -> None:
+        self._open.pop()
+        self._clock += 1
+        call.end, call.last = self._clock, len(self.operations)
+        call.results = {path: self._describe(tensor) for path, tensor in leaves(output)}
+        call.output = _with_specs(output, call.results)
+
+    def _describe(self, tensor: torch.Tensor) -> TensorSpec:
+        place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()
+        return TensorSpec(self.value(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, place)
+
+
+def record_run(model: nn.Module, inputs: Mapping[str, Any]) -> Record:
+    """Runs a model in eval mode and records the run, and runs it once more with one sample more.
+
+    The second run tells which dimensions of the tensors grow with the number of samples.
+
+    Args:
+        model: the model; left as it is.
+        inputs: its inputs by name, with two samples or more.
+
+    Raises:
+        ChainError: if the model does not run.
+    """
+    samples = number_of_samples(inputs)
+    recorder, larger = _Recorder(model), _Recorder(model)
+    values = {name: recorder.value(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    with _recording(model, recorder) as run:
+        output = run(inputs)
+    answers = frozenset(recorder.value(tensor) for tensor in answers_of(output).values())
+    with _recording(model, larger, operations=False) as run:
+        run(with_one_more_sample(inputs, samples))
+    of_larger = {(call.module, call.nth): call for call in larger.calls}
+    for call in recorder.calls:
+        other = of_larger.get((call.module, call.nth))
+        if other is not None:
+            call.arguments = _scaled(call.arguments, other.arguments, samples)
+            call.results = _scaled(call.results, other.results, samples)
+        call.output = _with_specs(call.output, call.results)
+    parameters = {recorder.value(parameter)[0]: name for name, parameter in model.named_parameters()}
+    return Record(samples, values, recorder.calls, recorder.operations, answers, parameters)
+
+
+def answers_of(output: Any) -> dict[Path, torch.Tensor]:
+    """The tensors in a model's output that a training needs: loss and logits; all of them where it names none."""
+    if isinstance(output, Mapping):
+        named = {
+            name: value
+            for name, value in output.items()
+            if isinstance(name, str) and (name == "loss" or name.endswith("logits"))
+        }
+        output = named or output
+    return dict(leaves(output))
+
+
+def number_of_samples(inputs: Mapping[str, Any]) -> int:
+    """Rows of the first tensor among the inputs.
+
+    Raises:
+        ChainError: if there is none.
+    """
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+    raise ChainError(f"a batch needs a tensor with one row a sample; this one has {sorted(inputs)}.")
+
+
+def with_one_more_sample(inputs: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """The same batch with its first sample once more at the end."""
+
+    def extend(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == samples:
+            return torch.cat([value, value[:1]])
+        return value
+
+    return {name: extend(value) for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, recorder: _Recorder, operations: bool = True) -> Iterator[Callable]:
+    def run(inputs: Mapping[str, Any]) -> Any:
+        with recorder if operations else contextlib.nullcontext():
+            return model(**inputs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserve_rng())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(model))
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.enter_context(override_forward(module, recorder.wrap(module)))
+        try:
+            yield run
+        except Exception as error:  # the model's own code may raise anything
+            raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
+
+
+def _with_specs(output: Any, specs: Mapping[Path, TensorSpec]) -> Any:
+    return map_leaves(lambda path, leaf: specs.get(path, leaf), output)
+
+
+def _scaled(
+    specs: Mapping[Path, TensorSpec], larger: Mapping[Path, TensorSpec], samples: int
+) -> dict[Path, TensorSpec]:
+    """The specifications with what grows with the number of samples; `larger` are those with one sample more."""
+
+    def scale(path: Path, spec: TensorSpec) -> TensorSpec:
+        other = larger.get(path)
+        if other is None or len(other.shape) != len(spec.shape):
+            return spec
+        sizes = zip(spec.shape, other.shape, strict=True)
+        grows = tuple(a // samples if a != b and a % samples == 0 else None for a, b in sizes)
+        return replace(spec, per_sample=grows)
+
+    return {path: scale(path, spec) for path, spec in specs.items()}
+
+
+def _written(function: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """Arguments that an operation writes to."""
+    written = []
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[position] if position < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def _flops(function: Any, args: tuple, kwargs: dict, output: Any) -> float:
+    formula = flop_registry.get(function._overloadpacket)
+    if formula is not None:
+        with contextlib.suppress(Exception):  # a formula that does not know these arguments
+            return float(formula(*args, **kwargs, out_val=output))
+    if any(returned.alias_info is not None for returned in function._schema.returns):
+        return 0.0  # a view
+    return _FLOPS_OF_A_NUMBER * sum(tensor.numel() for _, tensor in leaves(output))
