@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.builds import Rows
+from support.builds import SlowRows
 from support.helpers import (
     CLASSES,
     assert_same_weights,
@@ -319,20 +319,8 @@ def test_evaluation_only_needs_no_training_data(tmp_path):
     assert trainer.freeze_status().cut == 0 and trainer.freeze_cache_report().phases == []
 
 
-class SlowRows(Rows):
-    """Images that take so long to load that stores of them pay in any case: every row moves the clock on."""
-
-    def __init__(self, clock):
-        super().__init__(16)
-        self.clock = clock
-
-    def __getitem__(self, row):
-        self.clock(0.003)
-        return super().__getitem__(row)
-
-
 def test_default_settings_freeze_and_cache(tmp_path, clock):
-    trainer = run(tiny_vit(), SlowRows(clock), tmp_path, None, num_train_epochs=16)
+    trainer = run(tiny_vit(), SlowRows(clock, rows=16), tmp_path, None, num_train_epochs=100)
     assert [(p.cut, p.mode) for p in trainer.freeze_cache_report().phases if p.mode != "build"] == [
         (0, "live"),
         (2, "replay"),

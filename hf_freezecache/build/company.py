@@ -44,9 +44,6 @@ class _Dependent(Exception):
 class _Refused(Exception):
     """The collator itself fails on a batch of another size than the training's, which a build need not collate."""
 
-    def __init__(self, error: Exception):
-        super().__init__(describe_error(error))
-
 
 def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> str | None:
     """Why rows of a collated batch are not the samples one by one; None if they are.
@@ -123,7 +120,7 @@ class _Company:
                 batch = self.source.collator(fetched)
             except Exception as error:  # whatever a collator raises
                 if len(rows) < self._usual:
-                    raise _Refused(error) from error
+                    raise _Refused(describe_error(error)) from error
                 if not isinstance(error, RuntimeError):
                     raise
                 # `torch.stack` of rows of several sizes, in most cases

@@ -128,6 +128,7 @@ class Flow:
             for parameter, _ in module.named_parameters(recurse=False)
         }
         self._found: dict[tuple[int, bool], Boundary] = {}
+        self._open: dict[int, list[nn.Module]] = {}
 
     def behind(self, call: Call, following: Call | None = None) -> Boundary:
         """The boundary behind a call at which a single tensor crosses: what the next call gets, or this one gives.
@@ -342,8 +343,10 @@ class Flow:
 
     def open_modules(self, moment: int) -> list[nn.Module]:
         """Modules that run both before a moment and after it."""
-        begun = {call.module for call in self.record.calls if call.begin <= moment}
-        return [module for module, end in self._last_end.items() if end > moment and module in begun]
+        if moment not in self._open:
+            begun = {call.module for call in self.record.calls if call.begin <= moment}
+            self._open[moment] = [module for module, end in self._last_end.items() if end > moment and module in begun]
+        return self._open[moment]
 
     def last_before(self, moment: int) -> Call:
         """The call that ends at a moment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,15 @@ from torch import nn
 
 from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
+from .capture import capture, frozen_modes
 from .errors import ChainError
 from .inputs import main_input_name
 from .layout import FeatureLayout
-from .modes import eval_mode, override_forward
+from .modes import eval_mode
 from .probes import synthetic_probe, take_rows
 from .proving import prove_cut
 from .record import number_of_samples
-from .routing import Action, replacing
 from .stand_ins import stays_real
-from .structure import leaves
 from .trace import Trace
 
 #: Most rows on which a cut is proved.
@@ -265,7 +264,8 @@ class BlockChain:
         if not self.cut or self._trace is None:
             yield
             return
-        with self._modes(self.cut):
+        skipped = self._trace.cut(self.cut).boundary.skipped if self._replaying else ()
+        with frozen_modes(self.model, self._trace, self.cut, skipped):
             yield
 
     def prefix_buffers(self, cut: int) -> dict[str, torch.Tensor]:
@@ -439,25 +439,7 @@ class BlockChain:
             since: cut up to which a replay bypasses the model meanwhile.
         """
         trace = self._own_trace()
-        found, boundary = trace.cut(cut), trace.cut(cut).boundary
-
-        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
-            raise _Captured(dict(leaves((args, kwargs)))[found.places[0].path])
-
-        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
-            output = original(*args, **kwargs)
-            raise _Captured(dict(leaves(output))[found.places[0].path])
-
-        action: Action = leave if boundary.entry is None else enter
-        skipped = trace.cut(since).boundary.skipped if since else ()
-        with replacing(self.model, trace.record, {found.places[0].call: action}, skipped):
-            try:
-                self.model(**inputs)
-            except _Captured as captured:
-                feature = found.pack(captured.tensor)
-                # A view that was made without gradients cannot be written to where there are some.
-                return feature.clone() if feature._is_view() else feature
-        raise ChainError(f"{trace.cannot_cut(cut)} the model returned without running it.")
+        return capture(self.model, trace, cut, inputs, trace.cut(since).boundary.skipped if since else ())
 
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
@@ -467,51 +449,11 @@ class BlockChain:
             for module in self.prefix_modules(cut):
                 module.training = False
             try:
-                with self._modes(cut):
+                with frozen_modes(self.model, self._own_trace(), cut):
                     return self.capture(inputs, cut)
             finally:
                 for buffer, value in buffers:
                     buffer.copy_(value)
-
-    @contextlib.contextmanager
-    def _modes(self, cut: int) -> Iterator[None]:
-        trace = self._own_trace()
-        boundary = trace.cut(cut).boundary
-        open_modules = trace.flow.open_modules(boundary.clock)
-        training: list[nn.Module] = []
-
-        def restore() -> None:
-            for module in training:
-                module.training = True
-            training.clear()
-
-        def begin(original: Callable) -> Callable:
-            def forward(*args, **kwargs):
-                training.extend(module for module in open_modules if module.training)
-                for module in training:
-                    module.training = False
-                try:
-                    return original(*args, **kwargs)
-                finally:
-                    restore()
-
-            return forward
-
-        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
-            restore()
-            return original(*args, **kwargs)
-
-        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
-            try:
-                return original(*args, **kwargs)
-            finally:
-                restore()
-
-        last = boundary.entry if boundary.entry is not None else trace.flow.last_before(boundary.clock)
-        action: Action = leave if boundary.entry is None else enter
-        skipped = boundary.skipped if self._replaying else ()
-        with override_forward(self.model, begin), replacing(self.model, trace.record, {last: action}, skipped):
-            yield
 
     def _was_trainable(self, parameter: nn.Parameter) -> bool:
         return self._requires_grad.get(parameter, parameter.requires_grad)
@@ -526,13 +468,6 @@ class BlockChain:
                 f"cut {cut!r} is not possible: {type(self.model).__name__} has {len(self)} blocks (stem included), "
                 f"so a cut is an integer from 0 to {len(self)}."
             )
-
-
-class _Captured(Exception):
-    """Stops a run of the model and carries the crossing tensor out of it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
 
 
 def _first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Operation:
     read_by_python: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """One run of a model.
 
@@ -138,6 +138,21 @@ class Record:
     operations: list[Operation]
     answers: frozenset[Value]
     parameters: dict[int, str]
+    _live: dict[tuple[Call, ...], dict[nn.Module, list[Call]]] = field(default_factory=dict)
+
+    def live_calls(self, skipped: tuple[Call, ...]) -> dict[nn.Module, list[Call]]:
+        """The calls of every module that happen where others are skipped; a skipped call itself counts as one."""
+        if skipped not in self._live:
+            ends = sorted((call.begin, call.end) for call in skipped)
+            live: dict[nn.Module, list[Call]] = {}
+            position = 0
+            for call in self.calls:  # in the order of their beginnings
+                while position < len(ends) and ends[position][1] < call.begin:
+                    position += 1
+                if position == len(ends) or ends[position][0] >= call.begin:
+                    live.setdefault(call.module, []).append(call)
+            self._live[skipped] = live
+        return self._live[skipped]
 
 
 class _Recorder(TorchDispatchMode):

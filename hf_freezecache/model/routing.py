@@ -30,7 +30,7 @@ def replacing(
         actions: what to do in place of a call.
         skipped: calls that do not happen because something else replaces them, with all calls within them.
     """
-    live = _live_calls(record, skipped)
+    live = record.live_calls(tuple(skipped))
     counts: dict[nn.Module, int] = {}
 
     def begin(original: Callable) -> Callable:
@@ -59,17 +59,3 @@ def replacing(
             stack.enter_context(override_forward(module, choose(module)))
         stack.enter_context(override_forward(model, begin))
         yield
-
-
-def _live_calls(record: Record, skipped: Sequence[Call]) -> dict[nn.Module, list[Call]]:
-    """The calls of every module that happen where others are skipped; a skipped call itself counts as one."""
-    ends: list[tuple[int, int]] = sorted((call.begin, call.end) for call in skipped)
-    live: dict[nn.Module, list[Call]] = {}
-    position = 0
-    for call in record.calls:  # in the order of their beginnings
-        while position < len(ends) and ends[position][1] < call.begin:
-            position += 1
-        if position < len(ends) and ends[position][0] < call.begin:
-            continue  # within a skipped one
-        live.setdefault(call.module, []).append(call)
-    return live

@@ -298,8 +298,9 @@ class FlopMeter:
         if mode == "eval":
             return measure_forward_flops(model, self.probe)
         if mode == "build":
-            with counting_flops() as counter:
-                features = self.chain.prefix(self.probe, cut)
+            features = self.chain.prefix(self.probe, cut)  # traced and proved, which must not count
+            with eval_mode(model), torch.no_grad(), counting_flops() as counter:
+                self.chain.capture(self.probe, cut)
             return counter.get_total_flops() / len(features)
         features = self.chain.prefix(self.probe, cut)
         measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops

@@ -16,16 +16,15 @@ from ..augment.mixing import add_noise
 from ..build.context import BuildContext
 from ..build.spec_maker import SpecMaker
 from ..cache.manifest import StoreError
-from ..cache.rows import split_batch
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
 from ..replay.collator import take_codes, take_lost
 from ..replay.dataset import live_batch
-from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
+from . import before_steps
 from .accounting import Accounts
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
@@ -33,7 +32,7 @@ from .evaluation import EvaluationCache
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
-from .rehearsal import Outcome, Rehearsal, RehearsalError
+from .rehearsal import Outcome, Rehearsal
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -83,7 +82,7 @@ class FreezeSession:
         spec_maker = SpecMaker(self.context)
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
-        self._explicit, self._is_compiled = explicit, is_compiled
+        self.explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
@@ -291,67 +290,17 @@ class FreezeSession:
     # Proof: what is not valid any more is not used any more
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
-        """Before the first step: the trainer's own step on features of the cuts that are planned.
-
-        Args:
-            epochs: by cut, how many remain from its first one to the end of the training.
-
-        Raises:
-            RehearsalError: under explicit settings, if it is not the step on images.
-        """
-        if self.keeper.why_not_cached is not None or self.chain.cut:
-            return
-        hopeless = self.keeper.provider.why_hopeless
-        with looking_at(self.context.source):
-            why = self.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
-            if why is None or self._decline_data():
-                return
-        if self._explicit:
-            raise RehearsalError(why)
-        self._decline(why)
-
-    def _decline_data(self) -> bool:
-        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
-        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
-            self._decline(f"{why}.")
-        return why is not None
+        """Before the first step; see `before_steps.rehearse`."""
+        before_steps.rehearse(self, epochs)
 
     def check_data(self, loader: Any) -> None:
-        """Before the first step: rows of batches are samples, and reach the training as they are.
-
-        Args:
-            loader: that the training iterates over.
-
-        Raises:
-            ValueError: under `cache="always"`, if they are or do not.
-        """
-        shared, self.shared = self.shared, ()
-        if self.keeper.why_not_cached is not None:
-            return
-        augmentation = self.group.broadcast(self.keeper.provider.spec_maker.augmentation)
-        why = None if augmentation is None else augmentation.declined
-        if why is None:
-            found = self.group.gather(self._why_not_through(loader, shared))
-            why = next((reason for reason in found if reason is not None), None)
-        if why is None:
-            return
-        if self.config.cache == "always":
-            raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
-        self._decline(f"{why}.")
-
-    def _why_not_through(self, loader: Any, shared: Sequence[Any]) -> str | None:
-        if loader is self.loader:
-            return None
-        source = self.context.source
-        with looking_at(source):
-            probe = split_batch(source.probe(), self.chain.main_input)
-        rows = trial_rows(probe, source.batch_size)
-        return why_not_through(loader, self.loader, self.switch, rows, shared)
+        """Before the first step; see `before_steps.check_data`."""
+        before_steps.check_data(self, loader)
 
     def _check_prefix(self, cut: int) -> None:
         source = self.source
         stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
-        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self._decline_data():
+        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self.decline_data():
             self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:
@@ -422,7 +371,7 @@ class FreezeSession:
         if alone:
             self._mismatch = why
         if self.keeper.mismatch is None:
-            self._decline(why)
+            self.decline(why)
         if isinstance(self.source, FromStore):
             self._turn_to_images(FromImages(self.chain.cut, why))
 
@@ -435,7 +384,13 @@ class FreezeSession:
             self.ledger.end()
             self.ledger.begin(self.chain.cut, images.mode)
 
-    def _decline(self, why: str) -> None:
+    def decline_data(self) -> bool:
+        """Looks at the samples, if nobody has; whether they are such that nothing can be cached."""
+        if (why := self.keeper.provider.spec_maker.look().declined) is not None:
+            self.decline(f"{why}.")
+        return why is not None
+
+    def decline(self, why: str) -> None:
         self.keeper.mismatch = why
         self.announcer.warning(f"No features are stored or replayed any more, training goes on from images: {why}")
 

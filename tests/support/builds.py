@@ -32,6 +32,18 @@ class Rows(torch.utils.data.Dataset):
         return {"pixel_values": torch.randn(3, self.size, self.size, generator=generator), "labels": self.label(row)}
 
 
+class SlowRows(Rows):
+    """Rows that take time to load: every one moves the clock of the fixture `clock` on."""
+
+    def __init__(self, clock, seconds=0.05, rows=22):
+        super().__init__(rows)
+        self.clock, self.seconds = clock, seconds
+
+    def __getitem__(self, row):
+        self.clock(self.seconds)
+        return super().__getitem__(row)
+
+
 class NoItems(Rows):
     """A data set that must not be read."""
 

@@ -1,7 +1,7 @@
 """How fast live epochs run, as a training shows it without being measured."""
 
 import pytest
-from support.builds import Rows
+from support.builds import SlowRows
 from support.helpers import manual, run, tiny_vit
 from support.sessions import session_of
 
@@ -45,21 +45,9 @@ def test_first_batch_shows_what_loader_processes_take_to_start():
     assert lap.load(workers=0) == 2.5 / 4 and lap.start(workers=0) == 0.0
 
 
-class SlowRows(Rows):
-    """Every row moves the clock on by 10 ms."""
-
-    def __init__(self, clock):
-        super().__init__()
-        self.clock = clock
-
-    def __getitem__(self, row):
-        self.clock(0.01)
-        return super().__getitem__(row)
-
-
 def test_a_training_knows_the_pace_of_its_last_live_epoch(tmp_path, clock):
     settings = dict(per_device_train_batch_size=4, num_train_epochs=2)
-    trainer = run(tiny_vit(), SlowRows(clock), tmp_path, manual("1:2", cache="never"), **settings)
+    trainer = run(tiny_vit(), SlowRows(clock, 0.01), tmp_path, manual("1:2", cache="never"), **settings)
     accounts = session_of(trainer).accounts
     assert accounts.clock.last.cut == 2
     pace = accounts.pace(cut=3, workers=0)

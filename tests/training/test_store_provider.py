@@ -215,6 +215,7 @@ def test_measurement_that_fails_declines(tmp_path, monkeypatch, caplog):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("hf_freezecache.estimate.probing.Prober.refuse", fail)
+    monkeypatch.setattr("hf_freezecache.training.worth.StoreWorth.why_hopeless", lambda *_: None)
     trainer = train(tmp_path, cache="auto")
     assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
     assert "could not be measured: out of memory" in caplog.text

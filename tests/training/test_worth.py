@@ -1,7 +1,7 @@
 """What `cache="auto"` does before it measures: nothing that a short training would have to pay for."""
 
 import pytest
-from support.builds import Rows
+from support.builds import SlowRows
 from support.helpers import manual, messages, run, tiny_vit
 from support.keepers import freeze, make_keeper
 from support.sessions import session_of
@@ -13,18 +13,6 @@ from hf_freezecache.training.rehearsal import Rehearsal
 
 #: 6 ranges of 4 rows: epochs of 6 ms.
 SHORT, LONG = (Pace(step=step, load=0.0, start=0.0, prefix_share=0.5) for step in (0.001, 10.0))
-
-
-class SlowRows(Rows):
-    """Every row moves the clock on."""
-
-    def __init__(self, clock, seconds):
-        super().__init__()
-        self.clock, self.seconds = clock, seconds
-
-    def __getitem__(self, row):
-        self.clock(self.seconds)
-        return super().__getitem__(row)
 
 
 @pytest.fixture

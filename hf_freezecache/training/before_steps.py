@@ -1,0 +1,71 @@
+"""What is proved before the first step of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..cache.rows import split_batch
+from ..replay.passage import trial_rows, why_not_through
+from .data_state import looking_at
+from .rehearsal import RehearsalError
+
+if TYPE_CHECKING:
+    from .session import FreezeSession
+
+
+def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
+    """Runs the trainer's own step on features of the cuts that are planned.
+
+    Args:
+        session: the training.
+        epochs: by cut, how many remain from its first one to the end of the training.
+
+    Raises:
+        RehearsalError: under explicit settings, if it is not the step on images.
+    """
+    if session.keeper.why_not_cached is not None or session.chain.cut:
+        return
+    hopeless = session.keeper.provider.why_hopeless
+    with looking_at(session.context.source):
+        why = session.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+        if why is None or session.decline_data():
+            return
+    if session.explicit:
+        raise RehearsalError(why)
+    session.decline(why)
+
+
+def check_data(session: FreezeSession, loader: Any) -> None:
+    """Checks that rows of batches are samples, and reach the training as they are.
+
+    Args:
+        session: the training.
+        loader: that it iterates over.
+
+    Raises:
+        ValueError: under `cache="always"`, if they are or do not.
+    """
+    shared, session.shared = session.shared, ()
+    if session.keeper.why_not_cached is not None:
+        return
+    augmentation = session.group.broadcast(session.keeper.provider.spec_maker.augmentation)
+    why = None if augmentation is None else augmentation.declined
+    if why is None:
+        found = session.group.gather(_why_not_through(session, loader, shared))
+        why = next((reason for reason in found if reason is not None), None)
+    if why is None:
+        return
+    if session.config.cache == "always":
+        raise ValueError(f"cache='always', but features cannot be cached: {why}. Use cache='auto' or 'never'.")
+    session.decline(f"{why}.")
+
+
+def _why_not_through(session: FreezeSession, loader: Any, shared: Sequence[Any]) -> str | None:
+    if loader is session.loader:
+        return None
+    source = session.context.source
+    with looking_at(source):
+        probe = split_batch(source.probe(), session.chain.main_input)
+    rows = trial_rows(probe, source.batch_size)
+    return why_not_through(loader, session.loader, session.switch, rows, shared)
