@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import helpers, images, zoo
+from support import helpers, images
 from support.helpers import make_args, pixel_dataset, tiny_vit
 from support.packed_stores import DATA, stores_of, train_on_rows
 from support.trainer_data import image_dataset, to_pixels
@@ -159,6 +159,14 @@ def test_budget_says_what_does_not_fit(tmp_path):
         assert row.fits == fits and row.verdict.startswith("does not fit") != fits
 
 
+class OneLayer(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(8, 3)
+
+    def forward(self, x, labels=None):
+        return {"loss": None, "logits": super().forward(x)}
+
+
 def test_bad_input_is_named(tmp_path):
     args = helpers.make_args(tmp_path)
     model, dataset = helpers.tiny_vit(), helpers.pixel_dataset(16)
@@ -172,7 +180,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="batches=0"):
         plan(model, dataset, args=args, batches=0)
     with pytest.raises(ChainError, match="cannot be cut anywhere"):
-        plan(zoo.SkipNet(), [{"x": torch.zeros(3, 8, 8), "labels": 0}], args=args)
+        plan(OneLayer(), [{"x": torch.zeros(8), "labels": 0}] * 2, args=args)
 
 
 # Packed rows

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import CLASSES, make_args, manual, messages, pixel_dataset, run, tiny_vit
+from support.helpers import CLASSES, losses, make_args, manual, messages, pixel_dataset, run, tiny_vit
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
@@ -37,15 +37,17 @@ class Unknown(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def test_fallback_draws_runs_and_leaves_nothing(tmp_path):
+def test_fallback_leaves_nothing_and_draws_nothing_that_is_seen(tmp_path):
+    """A model that nobody declared is run thrice before the training, to find its blocks."""
     plain, fallen = Counted(), Counted()
     torch.manual_seed(0)
     trainer = run(Unknown(), plain, tmp_path / "plain", trainer_class=Trainer)
     torch.manual_seed(0)
     ours = run(Unknown(), fallen, tmp_path / "ours")
-    assert (fallen.draws, ours.model.runs) == (plain.draws, trainer.model.runs)
+    assert fallen.draws == plain.draws and ours.model.runs <= trainer.model.runs + 3
+    assert losses(ours) == losses(trainer)
     assert not (tmp_path / "ours" / "_freeze_cache").exists()
-    assert "plain training: the blocks of Unknown" in str(ours.freeze_cache_report())
+    assert "plain training: Unknown cannot be cut anywhere" in str(ours.freeze_cache_report())
 
 
 @pytest.mark.parametrize(

@@ -131,17 +131,19 @@ class Flow:
         self._open: dict[int, list[nn.Module]] = {}
 
     def behind(self, call: Call, following: Call | None = None) -> Boundary:
-        """The boundary behind a call at which a single tensor crosses: what the next call gets, or this one gives.
+        """The boundary behind a call at which a single tensor crosses.
 
         Args:
             call: the call.
-            following: one that runs later, before which is behind it as well.
+            following: one that runs later: what it gets is preferred to what the call gives.
         """
-        after = self._single(self.after(call))
-        for other in (following, self._next(call)):
-            if other is not None and (before := self._single(self.before(other))).why_not is None:
-                return before
-        return after
+        if following is not None and (before := self._single(self.before(following))).why_not is None:
+            return before
+        after, other = self._single(self.after(call)), self._next(call)
+        if after.why_not is None or other is None:
+            return after
+        before = self._single(self.before(other))
+        return before if before.why_not is None else after
 
     def _next(self, call: Call) -> Call | None:
         """The first call behind another one that depends on the samples."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from ..rng import RngState, preserve_rng
 from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
 from .capture import capture, frozen_modes
@@ -21,6 +23,8 @@ from .proving import prove_cut
 from .record import number_of_samples
 from .stand_ins import stays_real
 from .trace import Trace
+
+logger = logging.get_logger(__name__)
 
 #: Most rows on which a cut is proved.
 _PROOF_ROWS = 4
@@ -52,6 +56,7 @@ class BlockChain:
         self.cut = 0
         self._trace: Trace | None = None
         self._proved: set[int] = set()
+        self._needs_modes: dict[int, bool] = {}
         # Those of the cut; None: to be found.
         self._frozen_modules: list[nn.Module] | None = None
         self._replaying = False
@@ -127,6 +132,7 @@ class BlockChain:
         self._trace = trace = Trace(self.model, self.blocks, _first_rows(self.model, inputs))
         self._frozen_modules = None
         self._proved.clear()
+        self._needs_modes.clear()
         if self.cut:
             self.freeze(self.cut)  # only a trace tells which parameters outside the blocks belong to the prefix
         return trace
@@ -167,9 +173,11 @@ class BlockChain:
         if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
         samples = number_of_samples(inputs)
-        # Not the rows of the trace, if there are others.
-        probe = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
-        prove_cut(self, probe, cut)
+        # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
+        last = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
+        main = last[self.main_input]
+        is_proof = not main.is_floating_point() or bool(main.isfinite().all())
+        prove_cut(self, last if is_proof else take_rows(inputs, slice(2), samples), cut)
         self._proved.add(cut)
 
     @property
@@ -261,7 +269,7 @@ class BlockChain:
         `eval_prefix` cannot reach these: a dropout function in the model's own `forward`, a dropout module
         that several blocks share.
         """
-        if not self.cut or self._trace is None:
+        if not self.cut or self._trace is None or not self.needs_modes(self.cut):
             yield
             return
         skipped = self._trace.cut(self.cut).boundary.skipped if self._replaying else ()
@@ -290,7 +298,7 @@ class BlockChain:
             The feature, `(B, T, C)` or `(B, C, H, W)`; at cut 0 the main input itself.
 
         Raises:
-            ChainError: if this cut has not been proved yet and the proof on these inputs fails.
+            ChainError: if this cut has not been proved yet and the proof on the recorded inputs fails.
 
         Shapes: B samples, T tokens, C channels, H height, W width.
         """
@@ -300,7 +308,7 @@ class BlockChain:
         if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
         if cut not in self._proved:
-            self.prove(inputs, cut)
+            self.prove(self._own_trace().probe, cut)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
 
@@ -441,15 +449,45 @@ class BlockChain:
         trace = self._own_trace()
         return capture(self.model, trace, cut, inputs, trace.cut(since).boundary.skipped if since else ())
 
-    def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
+    def needs_modes(self, cut: int) -> bool:
+        """Whether the feature at a cut is only fixed where modules that run on behind it are in eval mode before it.
+
+        So it is if what they do before the cut draws random numbers, or depends on the batch, when they train. A model
+        that cannot train on the recorded inputs alone (without labels) is left as it is; its cuts are never proved.
+        """
+        if cut not in self._needs_modes:
+            self._needs_modes[cut] = self._is_moving(cut)
+        return self._needs_modes[cut]
+
+    def _is_moving(self, cut: int) -> bool:
+        probe = self._own_trace().probe
+        with preserve_rng(), torch.no_grad():
+            with eval_mode(self.model):
+                expected = self.capture(probe, cut)
+            generators = RngState()
+            try:
+                found = self.captured_in_training(probe, cut, as_they_are=True)
+            except Exception as error:  # the model's own code may raise anything
+                logger.info(f"{type(self.model).__name__} does not train on a probe batch: {error!r}")
+                return False
+            return not generators.is_current() or not torch.equal(found, expected)
+
+    def captured_in_training(self, inputs: Mapping[str, Any], cut: int, as_they_are: bool = False) -> torch.Tensor:
+        """The feature as a training with a frozen prefix computes it; restores buffers and modes.
+
+        Args:
+            inputs: as for `prefix`.
+            cut: from 1 on.
+            as_they_are: leave modules that run on behind the cut in train mode in any case.
+        """
+        eval_before = not as_they_are and self.needs_modes(cut)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with eval_mode(self.model):
+        with torch.no_grad(), eval_mode(self.model):
             self.model.train()
             for module in self.prefix_modules(cut):
                 module.training = False
             try:
-                with frozen_modes(self.model, self._own_trace(), cut):
+                with frozen_modes(self.model, self._own_trace(), cut) if eval_before else contextlib.nullcontext():
                     return self.capture(inputs, cut)
             finally:
                 for buffer, value in buffers:

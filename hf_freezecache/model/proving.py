@@ -39,7 +39,12 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
                 "learning rate?), or the samples are NaN."
             )
         generators = RngState()
-        in_training = chain.captured_in_training(inputs, cut)
+        try:
+            in_training = chain.captured_in_training(inputs, cut)
+        except Exception as error:  # the model's own code may raise anything
+            raise ChainError(
+                f"{cannot} in train mode the model fails on a probe batch with {type(error).__name__}: {error}"
+            ) from error
         if not generators.is_current():
             raise ChainError(
                 f"{cannot} what runs before it draws random numbers in eval mode too, so that what comes behind it "

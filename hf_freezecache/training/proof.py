@@ -10,6 +10,7 @@ from ..build.context import BuildContext
 from ..build.survey import Augmentation
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
+from ..model.errors import ChainError
 from ..rng import preserve_rng
 from .rehearsal import Rehearsal, RehearsalError
 from .sentinels import check_sentinels
@@ -77,7 +78,7 @@ class Proof:
         try:
             with preserve_rng():
                 self.rehearsal.check(cut)
-        except RehearsalError as error:
+        except (RehearsalError, ChainError) as error:
             return str(error)
         self._rehearsed.add(cut)
         return None
