@@ -60,7 +60,9 @@ class FreezeCacheConfig:
     )
     blocks: list[str] | None = field(
         default=None,
-        metadata={"help": "Module names of the blocks, stem first, for a model whose family is not declared."},
+        metadata={
+            "help": "Module names of the blocks, stem first; if not given, they are found in a run of the model."
+        },
     )
     cache: CacheMode = field(
         default="auto",

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from ..rng import RngState, preserve_rng
 from .errors import ChainError
-from .modes import override_forward
+from .modes import eval_mode, override_forward
 from .record import Call
 from .routing import Action, replacing
 from .structure import leaves
 from .trace import Trace
+
+logger = logging.get_logger(__name__)
 
 
 def capture(
@@ -103,6 +107,54 @@ def frozen_modes(model: nn.Module, trace: Trace, cut: int, skipped: Sequence[Cal
     action: Action = leave if boundary.entry is None else enter
     with override_forward(model, begin), replacing(model, trace.record, {last: action}, skipped):
         yield
+
+
+def capture_in_training(
+    model: nn.Module, trace: Trace, cut: int, inputs: Mapping[str, Any], eval_before: bool
+) -> torch.Tensor:
+    """The feature as a training with a frozen prefix computes it; restores buffers and modes.
+
+    Args:
+        model: the model.
+        trace: its record.
+        cut: from 1 on.
+        inputs: model inputs by name.
+        eval_before: whether modules that run on behind the cut are in eval mode before it.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad(), eval_mode(model):
+        model.train()
+        for module in trace.flow.closed_modules(trace.cut(cut).boundary.clock):
+            module.training = False
+        try:
+            with frozen_modes(model, trace, cut) if eval_before else contextlib.nullcontext():
+                return capture(model, trace, cut, inputs)
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def is_moving(model: nn.Module, trace: Trace, cut: int) -> bool:
+    """Whether a feature draws random numbers, or depends on the batch, by modules that run on behind its cut.
+
+    A model that cannot train on the recorded inputs alone (without labels) is taken for fixed; its cuts are never
+    proved.
+
+    Args:
+        model: the model.
+        trace: its record.
+        cut: from 1 on.
+    """
+    with preserve_rng(), torch.no_grad():
+        with eval_mode(model):
+            expected = capture(model, trace, cut, trace.probe)
+        generators = RngState()
+        try:
+            found = capture_in_training(model, trace, cut, trace.probe, eval_before=False)
+        except Exception as error:  # the model's own code may raise anything
+            logger.info(f"{type(model).__name__} does not train on a probe batch: {error!r}")
+            return False
+        return not generators.is_current() or not torch.equal(found, expected)
 
 
 class _Captured(Exception):

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
-from ..rng import RngState, preserve_rng
 from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
-from .capture import capture, frozen_modes
+from .capture import capture, capture_in_training, frozen_modes, is_moving
 from .errors import ChainError
 from .inputs import main_input_name
 from .layout import FeatureLayout
@@ -23,8 +21,6 @@ from .proving import prove_cut
 from .record import number_of_samples
 from .stand_ins import stays_real
 from .trace import Trace
-
-logger = logging.get_logger(__name__)
 
 #: Most rows on which a cut is proved.
 _PROOF_ROWS = 4
@@ -56,7 +52,6 @@ class BlockChain:
         self.cut = 0
         self._trace: Trace | None = None
         self._proved: set[int] = set()
-        self._needs_modes: dict[int, bool] = {}
         # Those of the cut; None: to be found.
         self._frozen_modules: list[nn.Module] | None = None
         self._replaying = False
@@ -132,7 +127,6 @@ class BlockChain:
         self._trace = trace = Trace(self.model, self.blocks, _first_rows(self.model, inputs))
         self._frozen_modules = None
         self._proved.clear()
-        self._needs_modes.clear()
         if self.cut:
             self.freeze(self.cut)  # only a trace tells which parameters outside the blocks belong to the prefix
         return trace
@@ -150,7 +144,7 @@ class BlockChain:
         Raises:
             ChainError: as `trace`.
         """
-        own_trace, own_proofs = self._trace, self._proved
+        own = self._trace, self._proved
         self._proved = set()
         try:
             if isinstance(record, Trace):
@@ -159,7 +153,7 @@ class BlockChain:
                 trace = self.trace(record)
             yield trace
         finally:
-            self._trace, self._proved = own_trace, own_proofs
+            self._trace, self._proved = own
 
     def prove(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Checks on rows of `inputs` that prefix and suffix reproduce the model's loss and logits, bit for bit.
@@ -412,6 +406,8 @@ class BlockChain:
         if cut == 0:
             yield
             return
+        if self.cut and self.model.training and self._trace is not None:
+            self.needs_modes(self.cut)  # not to be found out while the model is bypassed
         self._replaying = True
         try:
             trace = self._own_trace()
@@ -455,43 +451,14 @@ class BlockChain:
         So it is if what they do before the cut draws random numbers, or depends on the batch, when they train. A model
         that cannot train on the recorded inputs alone (without labels) is left as it is; its cuts are never proved.
         """
-        if cut not in self._needs_modes:
-            self._needs_modes[cut] = self._is_moving(cut)
-        return self._needs_modes[cut]
+        trace = self._own_trace()
+        if cut not in trace.moving:
+            trace.moving[cut] = is_moving(self.model, trace, cut)
+        return trace.moving[cut]
 
-    def _is_moving(self, cut: int) -> bool:
-        probe = self._own_trace().probe
-        with preserve_rng(), torch.no_grad():
-            with eval_mode(self.model):
-                expected = self.capture(probe, cut)
-            generators = RngState()
-            try:
-                found = self.captured_in_training(probe, cut, as_they_are=True)
-            except Exception as error:  # the model's own code may raise anything
-                logger.info(f"{type(self.model).__name__} does not train on a probe batch: {error!r}")
-                return False
-            return not generators.is_current() or not torch.equal(found, expected)
-
-    def captured_in_training(self, inputs: Mapping[str, Any], cut: int, as_they_are: bool = False) -> torch.Tensor:
-        """The feature as a training with a frozen prefix computes it; restores buffers and modes.
-
-        Args:
-            inputs: as for `prefix`.
-            cut: from 1 on.
-            as_they_are: leave modules that run on behind the cut in train mode in any case.
-        """
-        eval_before = not as_they_are and self.needs_modes(cut)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.no_grad(), eval_mode(self.model):
-            self.model.train()
-            for module in self.prefix_modules(cut):
-                module.training = False
-            try:
-                with frozen_modes(self.model, self._own_trace(), cut) if eval_before else contextlib.nullcontext():
-                    return self.capture(inputs, cut)
-            finally:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+    def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+        """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
+        return capture_in_training(self.model, self._own_trace(), cut, inputs, self.needs_modes(cut))
 
     def _was_trainable(self, parameter: nn.Parameter) -> bool:
         return self._requires_grad.get(parameter, parameter.requires_grad)

@@ -87,6 +87,8 @@ class Trace:
         self._calls = self._find_calls()
         self._grid = _patch_grid(model, probe[self.main_input])
         self._cuts: dict[int, Cut] = {}
+        #: See `BlockChain.needs_modes`; filled there.
+        self.moving: dict[int, bool] = {}
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the main input has the shape (without the batch), dtype and device of the recorded one."""
