@@ -1,7 +1,7 @@
 """The trainings that Transformers tests its `Trainer` with, in our words, with the class switched.
 
-Each scenario is run by two trainers and returns what they must agree on: `Trainer` against the defaults and against
-`policy="none"`, where nothing is frozen; and cached features in full precision against the same freezing without them.
+Each scenario is run by two trainers and returns what they must agree on: `Trainer` against `policy="none"`, where
+nothing is frozen; the defaults against the same freezing without a cache; cached features in full precision likewise.
 """
 
 import pickle
@@ -443,11 +443,6 @@ def dynamic_shapes(side):
 REFUSED = {stream: ("iterable", 0), dynamic_shapes: ("collat|size|shape", 8)}
 
 
-@pytest.fixture(params=["defaults", "policy none"])
-def plain(request):
-    return {} if request.param == "defaults" else {"freeze_cache": FreezeCacheConfig(policy="none")}
-
-
 def cached(cache):
     return {
         "freeze_cache": FreezeCacheConfig(
@@ -457,9 +452,18 @@ def cached(cache):
 
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, *REFUSED], ids=lambda scenario: scenario.__name__)
-def test_switched_class_trains_as_trainer(scenario, plain, tmp_path):
+def test_switched_class_trains_as_trainer(scenario, tmp_path):
     expected = scenario(Side(Trainer, tmp_path / "trainer"))
-    assert_same(expected, scenario(Side(FreezeCacheTrainer, tmp_path / "switched", plain)))
+    config = {"freeze_cache": FreezeCacheConfig(policy="none")}
+    assert_same(expected, scenario(Side(FreezeCacheTrainer, tmp_path / "switched", config)))
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, dynamic_shapes], ids=lambda scenario: scenario.__name__)
+def test_defaults_train_as_freezing_alone(scenario, tmp_path):
+    """What the defaults freeze of a model that nobody declared, they train as without a cache."""
+    never = {"freeze_cache": FreezeCacheConfig(cache="never")}
+    expected = scenario(Side(FreezeCacheTrainer, tmp_path / "never", never))
+    assert_same(expected, scenario(Side(FreezeCacheTrainer, tmp_path / "defaults")))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

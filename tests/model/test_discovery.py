@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.proofs import assert_outputs_equal, assert_steps_equal, spread_cuts
+from support.proofs import UnrepeatableError, assert_outputs_equal, assert_steps_equal, spread_cuts
 from torch import nn
 
 from hf_freezecache import BlockChain
@@ -22,7 +22,7 @@ from tests.support.model_zoo import ENTRIES, QUICK, Entry
 
 #: Models that cannot be cut at one tensor, and a part of the reason.
 REFUSED = {
-    "text/reformer/ReformerForSequenceClassification": "draws random numbers in eval mode",
+    "text/reformer/ReformerForSequenceClassification": "does not repeat itself",
     "timm/crossvit": "2 tensors cross",
 }
 #: Layers that run several times with the same weights: only what comes before them can be frozen.
@@ -48,9 +48,9 @@ def look(entry: Entry, most_cuts: int) -> Found:
         chain = BlockChain.from_model(model, probe=entry.inputs(rows=4, seed=1))
         batch, cuts = entry.inputs(rows=3, seed=2), spread_cuts(chain, most_cuts)
         assert_outputs_equal(chain, batch, cuts)
-    except ChainError as error:
+        assert_steps_equal(chain, batch, cuts)
+    except (ChainError, UnrepeatableError) as error:
         return Found(refused=str(error))
-    assert_steps_equal(chain, batch, cuts)
     assert list(model.state_dict()) == keys
     return Found(tuple(chain.names), chain.share(len(chain)))
 
