@@ -1,0 +1,54 @@
+"""The record of a run: values that views share, writes in place, what grows with the samples."""
+
+import torch
+from torch import nn
+
+from hf_freezecache.model.record import answers_of, record_run
+
+
+class Writes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 6), nn.Identity()
+
+    def forward(self, x, labels=None):
+        hidden = self.layer(x)
+        turned = self.norm(hidden.transpose(0, 1))
+        hidden += 1
+        return {"loss": hidden.sum(), "logits": hidden, "seen": turned.shape[1]}
+
+
+def record():
+    torch.manual_seed(0)
+    return record_run(Writes().eval(), {"x": torch.randn(2, 3, 4)})
+
+
+def test_views_share_a_value_and_a_write_makes_another():
+    whole, layer, norm = record().calls
+    assert [call.name for call in (whole, layer, norm)] == ["", "layer", "norm"]
+    (made,), (turned,) = layer.results.values(), norm.arguments.values()
+    assert made.value == turned.value and made.place != turned.place
+    after = whole.results[("logits",)]
+    assert after.value[0] == made.value[0] and after.value[1] > made.value[1]
+
+
+def test_dimensions_that_grow_with_the_samples_are_found():
+    _, layer, norm = record().calls
+    (made,), (turned,) = layer.results.values(), norm.results.values()
+    assert (made.sample_dim, turned.sample_dim) == (0, 1)
+    assert turned.shape_for(5) == (3, 5, 6) and made.is_feature
+
+
+def test_answers_are_loss_and_logits_where_a_model_names_them():
+    tensor = torch.zeros(2)
+    named = {"loss": tensor, "start_logits": tensor, "hidden_states": (tensor, tensor)}
+    assert set(answers_of(named)) == {("loss",), ("start_logits",)}
+    assert set(answers_of((tensor, [tensor]))) == {(0,), (1, 0)}
+
+
+def test_the_model_is_left_as_it_was():
+    model = Writes().train()
+    state = torch.get_rng_state()
+    record_run(model, {"x": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))})
+    assert model.training and "forward" not in model.layer.__dict__
+    assert torch.equal(state, torch.get_rng_state())
