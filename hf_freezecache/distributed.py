@@ -178,6 +178,20 @@ class Announcer:
         self.warning(f"{message}: {describe_error(error)}")
 
     @classmethod
+    def survived(cls, logger: Any, message: str, error: Exception) -> None:
+        """Logs an error of the user's own code for which another way is tried: its type and message, at info level.
+
+        Its traceback follows at debug level.
+
+        Args:
+            logger: of the module that tries another way.
+            message: what does not work, without a full stop.
+            error: why.
+        """
+        logger.info(f"{message}: {describe_error(error)}")
+        logger.debug(message, exc_info=error)
+
+    @classmethod
     def trace(cls, logger: Any, message: str, error: Exception) -> None:
         """Logs the traceback of an error that the training survives, at debug level and on the process that has it.
 

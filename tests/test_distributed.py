@@ -137,3 +137,14 @@ def test_failure_that_is_survived_names_its_type_and_keeps_its_traceback_for_deb
     traced, warning = caplog.records
     assert (warning.levelname, warning.getMessage()) == ("WARNING", "There is no store: the disk is full (OSError)")
     assert traced.levelname == "DEBUG" and traced.exc_info[1].__traceback__ is not None
+
+
+def test_error_for_which_another_way_is_tried_is_told_with_its_type_and_traceback(caplog):
+    caplog.set_level("DEBUG", logger="hf_freezecache")
+    try:
+        raise KeyError("column")
+    except KeyError as error:
+        Announcer.survived(logging.getLogger("hf_freezecache.tests"), "Rows cannot be read", error)
+    told, traced = caplog.records
+    assert told.levelname == "INFO" and told.getMessage().startswith("Rows cannot be read: ")
+    assert "KeyError" in told.getMessage() and traced.levelname == "DEBUG" and traced.exc_info[0] is KeyError

@@ -31,7 +31,7 @@ class Rows(Dataset):
         return {name: value[row] for name, value in self.batch.items()}
 
 
-def train(entry: Entry, folder, config: FreezeCacheConfig):
+def train(entry: Entry, folder, config: FreezeCacheConfig, **settings):
     return run(
         entry.make(),
         Rows(entry),
@@ -41,6 +41,7 @@ def train(entry: Entry, folder, config: FreezeCacheConfig):
         num_train_epochs=3,
         remove_unused_columns=False,
         label_names=["labels"],
+        **settings,
     )
 
 
@@ -57,6 +58,17 @@ def assert_cached_equals_frozen(entry: Entry, folder) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_on_features_is_the_frozen_training_on_samples(name, tmp_path):
     assert_cached_equals_frozen(ENTRIES[name], tmp_path)
+
+
+def test_checkpoint_of_other_blocks_is_refused(tmp_path):
+    """Blocks are found in a run: a cut of a checkpoint must mean what it meant."""
+    entry, settings = ENTRIES["torchvision/densenet"], {"save_strategy": "epoch"}
+    names = train(entry, tmp_path, manual("1:2"), **settings).freeze_status().frozen_blocks
+    settings["resume"] = str(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=rf"has frozen 2 of .* up to '{names[1]}'.*other blocks now.*blocks=\["):
+        other = manual("1:2", blocks=["model.features.denseblock1", "model.features.denseblock2"])
+        train(entry, tmp_path, other, **settings)
+    assert train(entry, tmp_path, manual("1:2"), **settings).freeze_status().frozen_blocks == names
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache.rows import BatchSplit, RowSource, fetch, is_same, split_batch
-from ..distributed import describe_error
+from ..distributed import Announcer, describe_error
 from ..rng import seeded_rng
 from .spread_rows import in_batches
 
@@ -141,6 +141,7 @@ class _Company:
         try:
             self.source.collate(rows)
         except Exception as error:  # whatever a collator raises
+            Announcer.survived(logger, "The collator fails for the last samples", error)
             return (
                 f"the collator fails for the last {len(rows)} samples, which are fewer than a batch "
                 f"({describe_error(error)})"
@@ -158,7 +159,7 @@ def _compare_exact(company: _Company, reference: Sequence[_Collated], size: int)
         try:
             batch = company.collate(chosen)
         except _Refused as refusal:
-            logger.info(f"The collator fails for {len(chosen)} samples: {refusal}")
+            Announcer.survived(logger, f"The collator fails for {len(chosen)} samples", refusal)
             refuses = True
             continue
         if batch.split.constants != reference[0].split.constants:

@@ -182,7 +182,7 @@ class StoreReuse:
         try:
             return self._compare(chosen, store, range(source.num_ranges), changed)
         except Exception as error:  # in the build's ranges it is raised again, if it is the rows' own
-            logger.info(f"Rows of several ranges could not be computed together: {describe_error(error)}")
+            Announcer.survived(logger, "Rows of several ranges could not be computed together", error)
             return RuntimeError(describe_error(error))
 
     def _compare(

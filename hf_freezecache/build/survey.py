@@ -17,7 +17,7 @@ from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
 from ..cache.rows import RowSource, is_same
 from ..cache.view_columns import ViewSpec
-from ..distributed import describe_error
+from ..distributed import Announcer
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.modes import eval_mode
@@ -84,7 +84,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     try:
         declined = why_not_by_row(source, groups[0], main_input)
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
-        logger.info(f"Samples from all over the data set cannot be collated together: {describe_error(error)}")
+        Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
         reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
         declined = next((reason for reason in reasons if reason is not None), None)

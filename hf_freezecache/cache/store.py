@@ -200,13 +200,18 @@ class FeatureStore:
         """
         self.check_unchanged()
         rows = np.asarray(indices, dtype=np.int64)
-        codes = {
-            name: self._columns[name].take(rows, _pinned_memory(len(rows), length, dtype) if pinned else None)
+        # A tensor that torch has pinned must itself go into the batch: torch reuses its memory once no copy to a GPU
+        # is under way, and knows of copies by the tensor.
+        memory = {
+            name: torch.empty(len(rows), length, dtype=dtype, pin_memory=pinned)
             for name, (dtype, length) in self.codec.columns.items()
         }
+        codes = {name: self._columns[name].take(rows, tensor.numpy()) for name, tensor in memory.items()}
         if views is not None and self.manifest.views:
             codes = self.views.pick(codes, views, lambda name, positions: self._columns[name].take(rows[positions]))
-        batch = {name: torch.from_numpy(value) for name, value in codes.items()}
+        batch: dict[str, Any] = {
+            name: memory[name] if name in memory else torch.from_numpy(value) for name, value in codes.items()
+        }
         for name, column in self.manifest.inputs.items():
             batch[name] = self._read_input(name, column, rows, views)
         batch.update(self.manifest.constants)
@@ -358,11 +363,6 @@ class StoreHandle:
         if opened.files[MANIFEST].sha256 != self.manifest:
             raise StoreError(f"{self.path} is another store by now: it was built again while it was in use.")
         return FeatureStore(self.path, *opened)
-
-
-def _pinned_memory(rows: int, length: int, dtype: torch.dtype) -> np.ndarray:
-    """Memory that torch keeps for the next batch once no copy from it is under way any more."""
-    return torch.empty(rows, length, dtype=dtype, pin_memory=True).numpy()
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:

@@ -197,7 +197,7 @@ class ValueDigest:
             reducer = copyreg.dispatch_table.get(kind)
             reduced = value.__reduce_ex__(4) if reducer is None else reducer(value)
         except Exception as error:  # the object's own code, which may raise anything
-            raise Undigestible(f"{kind.__qualname__} ({error})") from error
+            raise Undigestible(f"{kind.__qualname__} ({type(error).__name__}: {error})") from error
         if isinstance(reduced, str):
             return self.parts("global", (kind, reduced))
         function, arguments, *rest = reduced
@@ -253,7 +253,9 @@ class ValueDigest:
         try:
             memory = tensor_memory(value)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise Undigestible(f"a tensor of the class {type(value).__qualname__} ({error})") from error
+            raise Undigestible(
+                f"a tensor of the class {type(value).__qualname__} ({type(error).__name__}: {error})"
+            ) from error
         described = f"{tuple(value.shape)}|{value.dtype}".encode()
         return _join(b"tensor", [described, _bulk(memory), self(extras) if extras else b""])
 

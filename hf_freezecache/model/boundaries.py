@@ -219,8 +219,7 @@ class Flow:
 
     def _cross(self, moment: int, operation: int) -> _Crossing:
         known = _Crossing([], {}, set(self._withheld))
-        open_calls = [self.record.calls[0]]
-        work = [child for parent in open_calls for child in parent.children]
+        work = list(self.record.calls[0].children)
         while work:
             call = work.pop(0)
             if call.begin >= moment:

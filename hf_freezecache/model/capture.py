@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..distributed import Announcer
 from ..rng import RngState, preserve_rng
 from .errors import ChainError
 from .modes import eval_mode, override_forward
@@ -154,7 +155,7 @@ def is_moving(model: nn.Module, trace: Trace, cut: int) -> bool:
         except ChainError:  # it did not come by: layers are left out at random
             return True
         except Exception as error:  # the model's own code may raise anything
-            logger.info(f"{type(model).__name__} does not train on a probe batch: {error!r}")
+            Announcer.survived(logger, f"{type(model).__name__} does not train on a probe batch", error)
             return False
         return not generators.is_current() or not torch.equal(found, expected)
 

@@ -18,7 +18,6 @@ from .layout import FeatureLayout
 from .modes import eval_mode
 from .probes import synthetic_probe, take_rows
 from .proving import prove_cut
-from .record import number_of_samples
 from .stand_ins import stays_real
 from .trace import Trace
 
@@ -159,14 +158,14 @@ class BlockChain:
         """Checks on rows of `inputs` that prefix and suffix reproduce the model's loss and logits, bit for bit.
 
         Raises:
-            ChainError: if they do not: then something besides the feature crosses the cut. Also if in training the
-                feature depends on random numbers or on the batch.
+            ChainError: if they do not: then something besides the feature crosses the cut. Also if the feature of a
+                sample depends on the samples beside it, or in training on random numbers.
         """
         self._check_cut(cut)
         _check_inputs(self.model, inputs)
         if self._trace is None or not self._trace.fits(inputs):
             self.trace(inputs)
-        samples = number_of_samples(inputs)
+        samples = len(inputs[self.main_input])
         # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
         last = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
         main = last[self.main_input]
@@ -478,7 +477,7 @@ class BlockChain:
 def _first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Two rows to record a run on."""
     _check_inputs(model, inputs)
-    return take_rows(inputs, slice(2), number_of_samples(inputs))
+    return take_rows(inputs, slice(2), len(inputs[main_input_name(model)]))
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from .errors import ChainError
 from .inputs import main_input_name
 
 
-def take_rows(inputs: Mapping[str, Any], rows: slice, batch_size: int) -> dict[str, Any]:
+def take_rows(inputs: Mapping[str, Any], rows: slice | list[int], batch_size: int) -> dict[str, Any]:
     """Some rows of every entry of a batch that has one row per sample; other entries as they are.
 
     Args:

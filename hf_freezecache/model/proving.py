@@ -10,12 +10,17 @@ import torch
 from ..rng import RngState, preserve_rng
 from .errors import ChainError
 from .modes import eval_mode
+from .probes import take_rows
 from .record import answers_of
 from .stand_ins import StandIn
 from .structure import Path
 
 if TYPE_CHECKING:
     from .chain import BlockChain
+
+#: By how much the row of a sample may differ without other samples, relative to its size: what kernels for batches of
+#: other sizes round otherwise, in single precision and below it.
+_FINE, _COARSE = 1e-2, 5e-2
 
 
 def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
@@ -38,6 +43,7 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
                 f"{cannot} features or logits are NaN, which proves nothing: the weights have diverged (lower the "
                 "learning rate?), or the samples are NaN."
             )
+        _check_company(chain, inputs, cut, features)
         generators = RngState()
         try:
             in_training = chain.captured_in_training(inputs, cut)
@@ -75,6 +81,23 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
         raise ChainError(
             f"{cannot} the logits differ by up to {_largest_difference(expected, replayed):.3g}: something besides "
             "the feature crosses it (a skip connection, an input-dependent side channel)."
+        )
+
+
+def _check_company(chain: BlockChain, inputs: Mapping[str, Any], cut: int, features: torch.Tensor) -> None:
+    """Checks that the feature of a sample is its own: that it is what a batch of this sample alone, twice, gives."""
+    samples = len(features)
+    difference = 0.0
+    for row in {0, samples - 1}:
+        own = chain.capture(take_rows(inputs, [row, row], samples), cut)[0].double()
+        error = (features[row].double() - own).norm() / own.norm().clamp_min(1e-12)
+        difference = max(difference, error.item())
+    is_coarse = features.dtype != torch.float32 or torch.is_autocast_enabled(features.device.type)
+    if difference > (_COARSE if is_coarse else _FINE):
+        raise ChainError(
+            f"{chain.cannot_cut(cut)} what crosses it is not one row for each sample: the row of a sample differs by "
+            f"{100 * difference:.2g} % from what the sample gives without others, so that a store would mix samples "
+            "up (the model reorders its batch, or computes over it)."
         )
 
 

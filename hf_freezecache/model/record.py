@@ -13,11 +13,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers.utils import logging
 
+from ..distributed import Announcer
 from ..rng import preserve_rng
 from .errors import ChainError
 from .modes import eval_mode, override_forward
 from .structure import Path, leaves, map_leaves
+
+logger = logging.get_logger(__name__)
 
 #: A state of a tensor's memory: which storage, and how often it was written to before. Views share it.
 Value = tuple[int, int]
@@ -38,7 +42,7 @@ class TensorSpec:
     """What is known of a tensor in the arguments or the output of a call.
 
     Args:
-        value: its value at the end of the call; None in a record without values.
+        value: its value at the end of the call.
         shape: of the tensor.
         dtype: of the tensor.
         device: of the tensor.
@@ -46,7 +50,7 @@ class TensorSpec:
         per_sample: for every dimension, its size for each sample; None if it does not depend on their number.
     """
 
-    value: Value | None
+    value: Value
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -167,17 +171,19 @@ class _Recorder(TorchDispatchMode):
         self._clock = 0
         self._versions: dict[int, int] = defaultdict(int)
         self._times_called: dict[nn.Module, int] = defaultdict(int)
-        #: Weak references keep an address from being given to another storage.
-        self._storages: dict[int, StorageWeakRef] = {}
+        #: What keeps an address from being given to another storage, or to another tensor that has none.
+        self._kept: dict[int, StorageWeakRef | torch.Tensor] = {}
 
     def value(self, tensor: torch.Tensor) -> Value:
         """The value that a tensor has now."""
         try:
             reference = StorageWeakRef(tensor.untyped_storage())
-        except NotImplementedError:  # sparse tensors and the like have no storage
-            return id(tensor), 0
-        self._storages.setdefault(reference.cdata, reference)
-        return reference.cdata, self._versions[reference.cdata]
+            address = reference.cdata
+            self._kept.setdefault(address, reference)
+        except NotImplementedError:  # a sparse tensor has no storage: it is its own
+            address = id(tensor)
+            self._kept.setdefault(address, tensor)
+        return address, self._versions[address]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -233,19 +239,19 @@ class _Recorder(TorchDispatchMode):
         return TensorSpec(self.value(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, place)
 
 
-def record_run(model: nn.Module, inputs: Mapping[str, Any]) -> Record:
+def record_run(model: nn.Module, inputs: Mapping[str, Any], samples: int) -> Record:
     """Runs a model in eval mode and records the run, and runs it once more with one sample more.
 
     The second run tells which dimensions of the tensors grow with the number of samples.
 
     Args:
         model: the model; left as it is.
-        inputs: its inputs by name, with two samples or more.
+        inputs: its inputs by name.
+        samples: rows of them.
 
     Raises:
         ChainError: if the model does not run.
     """
-    samples = number_of_samples(inputs)
     recorder, larger = _Recorder(model), _Recorder(model)
     values = {name: recorder.value(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with _recording(model, recorder) as run:
@@ -274,18 +280,6 @@ def answers_of(output: Any) -> dict[Path, torch.Tensor]:
         }
         output = named or output
     return dict(leaves(output))
-
-
-def number_of_samples(inputs: Mapping[str, Any]) -> int:
-    """Rows of the first tensor among the inputs.
-
-    Raises:
-        ChainError: if there is none.
-    """
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return len(value)
-    raise ChainError(f"a batch needs a tensor with one row a sample; this one has {sorted(inputs)}.")
 
 
 def with_one_more_sample(inputs: Mapping[str, Any], samples: int) -> dict[str, Any]:
@@ -332,7 +326,8 @@ def _scaled(
         if other is None or len(other.shape) != len(spec.shape):
             return spec
         sizes = zip(spec.shape, other.shape, strict=True)
-        grows = tuple(a // samples if a != b and a % samples == 0 else None for a, b in sizes)
+        # One sample more adds what each of the others has; a size that grows otherwise is not made of samples.
+        grows = tuple(b - a if b > a and a == (b - a) * samples else None for a, b in sizes)
         return replace(spec, per_sample=grows)
 
     return {path: scale(path, spec) for path, spec in specs.items()}
@@ -350,8 +345,10 @@ def _written(function: Any, args: tuple, kwargs: dict) -> list[Any]:
 def _flops(function: Any, args: tuple, kwargs: dict, output: Any) -> float:
     formula = flop_registry.get(function._overloadpacket)
     if formula is not None:
-        with contextlib.suppress(Exception):  # a formula that does not know these arguments
+        try:
             return float(formula(*args, **kwargs, out_val=output))
+        except Exception as error:  # a formula that does not know these arguments; FLOPs only say what a block is
+            Announcer.trace(logger, f"The FLOPs of {function} are estimated by the size of its result", error)
     if any(returned.alias_info is not None for returned in function._schema.returns):
         return 0.0  # a view
     return _FLOPS_OF_A_NUMBER * sum(tensor.numel() for _, tensor in leaves(output))

@@ -92,13 +92,3 @@ def first_tensor(output: Any) -> torch.Tensor:
     if tensor is None:
         raise ChainError(f"a tensor was expected in an output, but {type(output).__name__} holds none.")
     return tensor
-
-
-def accept_feature(output: Any, feature: torch.Tensor) -> Any:
-    """The same output with the feature in place of its first tensor.
-
-    Raises:
-        ChainError: if the output holds no tensor.
-    """
-    target = first_tensor(output)
-    return map_structure(lambda value: feature if value is target else value, output)

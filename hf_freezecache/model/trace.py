@@ -80,7 +80,7 @@ class Trace:
         check_checkpointing(model)
         self.model_name, self.probe = type(model).__name__, probe
         self.main_input, self.positional = main_input_name(model), argument_names(model)
-        self.record = record_run(model, probe)
+        self.record = record_run(model, probe, len(probe[self.main_input]))
         withheld = () if stays_real(probe[self.main_input]) else (self.main_input,)
         self.flow = Flow(model, self.record, (self.main_input,), withheld)
         self.blocks = tuple(discover_blocks(self.flow) if blocks is None else blocks)

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from accelerate.state import GradientState, PartialState
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from ..cache.rows import BatchSplit, is_same
-from ..distributed import describe_error
+from ..distributed import Announcer, describe_error
 from ..rng import preserve_rng
 from .dataset import BatchRows, CachedRows
 from .requests import RequestedRow, RowOrigin, SourceSwitch, Trial, find_switch
+
+logger = logging.get_logger(__name__)
 
 #: Values of the only code of a trial batch.
 _CODES = 4
@@ -66,12 +69,14 @@ def why_not_through(
     try:
         copied = copy.deepcopy(outer, {id(one): one for one in (inner, switch, inner.dataset, *shared)})
     except Exception as error:  # of whatever the user's object holds
+        Announcer.survived(logger, "The train loader cannot be copied", error)
         return f"what `get_train_dataloader` returns cannot be tried out on a copy: {describe_error(error)}"
     with preserve_rng(), _trying(inner, switch, rows):
         expected = next(iter(inner))
         try:
             passed = [batch for batch, _ in zip(copied, range(_PATIENCE), strict=False)]
         except Exception as error:  # of the user's code
+            Announcer.survived(logger, "The train loader fails on features", error)
             return (
                 "what `get_train_dataloader` returns fails on a batch of features in the place of images: "
                 f"{describe_error(error)}"

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..build.context import BuildContext
 from ..build.materialize import spread
-from ..distributed import count_operations, describe_error
+from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..replay.collator import CODE_PREFIX
@@ -128,7 +128,7 @@ class Rehearsal:
             try:
                 return source.collate(spread(len(source), count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
-                logger.info(f"Rows from all over the data set cannot be collated together: {describe_error(error)}")
+                Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
                 return self._neighbours(count)
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:

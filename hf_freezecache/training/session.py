@@ -173,6 +173,7 @@ class FreezeSession:
     def state_dict(self) -> dict[str, Any]:
         self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
         return {
+            "blocks": self.chain.names,
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
             "phases": self.ledger.state_dict(),
@@ -182,7 +183,18 @@ class FreezeSession:
     # The training: what the trainer calls
 
     def load_state_dict(self, cut: int, state: Mapping[str, Any]) -> None:
-        """Continues a training from a checkpoint: freezes what was frozen there. Called on a resume only."""
+        """Continues a training from a checkpoint: freezes what was frozen there. Called on a resume only.
+
+        Raises:
+            ValueError: if the model has other blocks now, so that cuts mean something else.
+        """
+        before = state.get("blocks")  # checkpoints of declared families alone did not have them
+        if cut and before is not None and before != self.chain.names:
+            raise ValueError(
+                f"the checkpoint has frozen {cut} of {len(before)} blocks, up to '{before[cut - 1]}'; the model has "
+                f"other blocks now, {len(self.chain)} from '{self.chain.names[0]}' to '{self.chain.names[-1]}'. Go on "
+                f"with the model, the data and the versions of before, or name the blocks of before: blocks={before}."
+            )
         self.source = load_source(state["source"])
         self.keeper.load_state_dict(state["stores"], cut)
         self.ledger.load_state_dict(state["phases"])

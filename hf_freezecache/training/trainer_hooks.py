@@ -216,6 +216,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         try:
             with undisturbed(dataset, collator):
                 session = self._group.on_all(lambda: self._make_session(dataset, collator))
+            found = self._group.gather(session.chain.names)
+            if any(names != found[0] for names in found):
+                raise ValueError(f"the processes have found different blocks: {found}. Name them with blocks=[...].")
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None

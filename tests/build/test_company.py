@@ -102,10 +102,13 @@ def test_reason_is_named(collator, why):
     assert found is not None and any(part in found for part in why.split("|")), found
 
 
-def test_collator_that_refuses_the_last_range_is_told():
+def test_collator_that_refuses_the_last_range_is_told(caplog):
+    caplog.set_level("DEBUG", logger="hf_freezecache")
     assert "fails for the last 3 samples" in reason(refuse_odd, Rows(67))
     assert reason(refuse_odd, Rows(66)) is None
     assert "fails for the last 1 samples" in reason(refuse_one, Rows(65))
+    traced = [record for record in caplog.records if record.getMessage() == "The collator fails for the last samples"]
+    assert traced and all(record.exc_info for record in traced)
 
 
 def test_only_the_collator_itself_may_refuse_a_batch_of_another_size(caplog):

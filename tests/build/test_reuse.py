@@ -18,10 +18,10 @@ from support.keepers import make_context
 from torch.utils.data import ConcatDataset, Subset
 
 from hf_freezecache.build.materialize import materialize
-from hf_freezecache.build.reuse import EDITION
+from hf_freezecache.build.reuse import EDITION, StoreReuse
 from hf_freezecache.build.spec_maker import SpecMaker
 from hf_freezecache.cache.row_files import ROW_FILES
-from hf_freezecache.cache.rows import RowSource
+from hf_freezecache.cache.rows import ChosenRows, RowSource
 from hf_freezecache.distributed import Group
 
 
@@ -261,3 +261,22 @@ def test_renewed_store_has_the_same_bytes_from_several_processes(files, tmp_path
     assert not [result for result in results if isinstance(result, Exception)]
     fresh, _ = run_again(tmp_path / "fresh", files)
     assert torch.equal(features(results[0][0]), features(fresh))
+
+
+def test_rows_that_cannot_be_computed_together_are_compared_in_their_ranges(tmp_path, monkeypatch, gain, caplog):
+    """Rows far apart may fail together, for lack of memory for instance: their own ranges are the proof then."""
+    store, _ = run_again(tmp_path, Gained())
+    original, tried = StoreReuse._compare, []
+
+    def fails_together(self, features, *args):
+        tried.append(isinstance(features.source, ChosenRows))
+        if tried[-1]:
+            raise RuntimeError("no room for these rows")
+        return original(self, features, *args)
+
+    monkeypatch.setattr(StoreReuse, "_compare", fails_together)
+    caplog.set_level("DEBUG", logger="hf_freezecache")
+    again, reused = run_again(tmp_path, Gained())
+    assert again.path == store.path and tried == [True, False]
+    told = [record for record in caplog.records if "could not be computed together" in record.getMessage()]
+    assert "no room for these rows (RuntimeError)" in told[0].getMessage() and told[1].exc_info[0] is RuntimeError

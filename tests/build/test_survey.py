@@ -228,3 +228,21 @@ def test_number_of_ranges_to_look_at_is_what_is_drawn():
     Counted.drawn = 0
     look_closer(source)
     assert ranges_drawn(source, closer=True) == Counted.drawn / 8
+
+
+class Grows(Rows):
+    """Images of two sizes, each in a half of its own."""
+
+    def __getitem__(self, row):
+        sample = super().__getitem__(row)
+        return (
+            sample if row < 32 else {**sample, "pixel_values": torch.nn.functional.pad(sample["pixel_values"], (0, 4))}
+        )
+
+
+def test_samples_that_cannot_be_collated_together_are_looked_at_range_by_range(caplog):
+    caplog.set_level("DEBUG", logger="hf_freezecache")
+    survey(source(Grows(64)), "pixel_values")
+    told = [record for record in caplog.records if "cannot be collated together" in record.getMessage()]
+    assert [record.levelname for record in told[:2]] == ["INFO", "DEBUG"]
+    assert "Error)" in told[0].getMessage() and told[1].exc_info is not None

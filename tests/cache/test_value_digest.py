@@ -247,3 +247,15 @@ def test_unhashable_value_is_named_and_has_the_stand_in():
     first, again, other = (digest(Rows(k), unknown="one", on_unknown=named.append) for k in (1, 1, 2))
     assert first == again != other and "generator" in str(named[0])
     assert digest(Rows(1), unknown="two") != first
+
+
+def test_object_that_cannot_be_taken_apart_is_told_with_the_type_of_its_error():
+    class Locked:
+        __slots__ = ()
+
+        def __reduce_ex__(self, protocol):
+            raise KeyError("no")
+
+    with pytest.raises(Undigestible, match=r"Locked \(KeyError: 'no'\)") as told:
+        ValueDigest()(Locked())
+    assert isinstance(told.value.__cause__, KeyError)

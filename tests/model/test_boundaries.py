@@ -33,7 +33,7 @@ class First(nn.Module):
 def flow():
     torch.manual_seed(0)
     model = Parts().eval()
-    found = Flow(model, record_run(model, {"x": torch.randn(2, 4)}), ("x",), ("x",))
+    found = Flow(model, record_run(model, {"x": torch.randn(2, 4)}, samples=2), ("x",), ("x",))
     return found, {call.name: call for call in found.record.calls}
 
 

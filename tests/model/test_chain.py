@@ -298,6 +298,56 @@ def test_batch_without_the_main_input_is_refused():
         chain.model(labels=torch.zeros(2))
 
 
+class Reorders(zoo.ConvNet):
+    """Between stem and head, rows are in another order."""
+
+    def forward(self, x):
+        return self.head(self.second(self.first(self.stem(x).flip(0))).flip(0).mean((2, 3)))
+
+
+class LooksAround(zoo.ConvNet):
+    """A sample's feature depends on the samples beside it."""
+
+    def forward(self, x):
+        stem = self.stem(x)
+        return self.head(self.second(self.first(stem - stem.mean(0))).mean((2, 3)))
+
+
+class Halves(zoo.ConvNet):
+    """Two rows for each sample; the first rows of all samples come before the second ones."""
+
+    def forward(self, x):
+        both = self.second(self.first(self.stem(torch.cat([x, x + 1]))))
+        return self.head(both.mean((2, 3))).unflatten(0, (2, -1)).mean(0)
+
+
+@pytest.mark.parametrize("build", [Reorders, LooksAround, Halves])
+def test_feature_that_is_not_the_samples_own_is_refused(build):
+    """A store would give samples the rows of others; on the batch itself, prefix and suffix are the model."""
+    x = torch.randn(4, 3, 8, 8)
+    chain = BlockChain.from_model(build().eval(), blocks=zoo.CONVNET_BLOCKS, probe={"x": x})
+    with pytest.raises(ChainError, match="not one row for each sample.*mix samples up"):
+        chain.prove({"x": x}, 2)
+    with pytest.raises(ChainError, match="not one row for each sample"):
+        chain.prefix({"x": x}, 2)
+
+
+def test_rows_of_a_batch_are_those_of_its_main_input():
+    """Whatever stands before it in the batch, a constant for example."""
+
+    class Shifted(zoo.ConvNet):
+        main_input_name = "x"
+
+        def forward(self, table, x):
+            return super().forward(x + table.mean())
+
+    batch = {"table": torch.randn(7), "x": torch.randn(4, 3, 8, 8)}
+    chain = BlockChain.from_model(Shifted().eval(), blocks=zoo.CONVNET_BLOCKS, probe=batch)
+    chain.prove(batch, 2)
+    with torch.no_grad():
+        assert torch.equal(chain.suffix(chain.prefix(batch, 2), batch, 2), chain.model(**batch))
+
+
 # From cut to cut
 
 

@@ -19,7 +19,7 @@ class Twice(nn.Module):
 def test_one_call_of_two_is_replaced_in_every_run():
     model = Twice().eval()
     x = torch.randn(2, 4)
-    record = record_run(model, {"x": x})
+    record = record_run(model, {"x": x}, samples=2)
     second = [call for call in record.calls if call.name == "layer"][1]
     with torch.no_grad():
         expected = model.once(model.layer(x))
@@ -30,7 +30,7 @@ def test_one_call_of_two_is_replaced_in_every_run():
 
 def test_calls_within_a_skipped_one_do_not_count():
     model = nn.Sequential(Twice(), nn.ReLU()).eval()
-    record = record_run(Wrapper(model), {"x": torch.randn(2, 4)})
+    record = record_run(Wrapper(model), {"x": torch.randn(2, 4)}, samples=2)
     twice = next(call for call in record.calls if call.name == "inner.0")
     live = record.live_calls((twice,))
     assert live[model[0]] == [twice] and model[0].layer not in live and model[1] in live

@@ -72,27 +72,37 @@ def test_users_data_set_gets_the_numbers_that_the_sampler_yields():
     assert seen == [(int, 3), (np.int64, 4), (torch.Tensor, 5)]
 
 
+class PinningTorch:
+    """torch as a module sees it, with memory that pretends to be page-locked."""
+
+    def __init__(self):
+        self.pinned = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *size, pin_memory=False, **settings):
+        made = torch.empty(*size, **settings)
+        if pin_memory:
+            self.pinned.append(made)
+        return made
+
+
 def test_codes_are_read_into_page_locked_memory_where_the_loader_asks_for_it(store, monkeypatch):
-    """Only in the process of the training: loader processes cannot use the GPU's memory."""
-    places = []
-
-    def pinned(rows, length, dtype):
-        places.append(np.zeros((rows, length), str(dtype).removeprefix("torch.")))
-        return places[-1]
-
+    """Only in the training's process; and the pinned tensors themselves are handed on: torch knows copies by them."""
+    pinning = PinningTorch()
+    monkeypatch.setattr("hf_freezecache.cache.store.torch", pinning)
     dataset = wrap(Rows())
     dataset.switch.set(store.path)
+    ask(dataset, [3, 0])
+    assert not pinning.pinned
     dataset.pinned = True
-    with monkeypatch.context() as patches:
-        patches.setattr("hf_freezecache.cache.store._pinned_memory", pinned)
-        rows = ask(dataset, [3, 0])
-        in_workers = next(
-            iter(TrainingLoader(dataset, batch_size=2, num_workers=1, collate_fn=ReplayCollator(collate)))
-        )
-    assert len(places) == len(rows.codes) and take_codes(in_workers) is not None
-    for place, name in zip(places, rows.codes, strict=True):
-        assert rows.rows[name].data_ptr() == place.ctypes.data
+    rows = ask(dataset, [3, 0])
+    places = list(pinning.pinned)
+    assert [rows.rows[name] is place for name, place in zip(rows.codes, places, strict=True)] == [True] * len(places)
     assert torch.equal(store.codec.decode({name: rows.rows[name] for name in rows.codes}), store.read([3, 0]))
+    in_workers = next(iter(TrainingLoader(dataset, batch_size=2, num_workers=1, collate_fn=ReplayCollator(collate))))
+    assert take_codes(in_workers) is not None and len(pinning.pinned) == len(places)
 
 
 def test_numbers_that_are_no_rows_are_the_users_own(store):
