@@ -5,12 +5,10 @@ import torch
 from support import zoo
 from support.chains import assert_replays
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from hf_freezecache import BlockChain
 from hf_freezecache.model.errors import ChainError
 from hf_freezecache.model.layout import token_grid
-from hf_freezecache.model.structure import accept_feature, find_tensor, first_tensor
 
 # The grid of tokens and maps
 
@@ -102,26 +100,3 @@ def test_block_that_does_not_run_is_refused():
     model.spare = nn.Conv2d(4, 4, 1)
     with pytest.raises(ChainError, match="'spare'.*runs 0 times"):
         BlockChain.from_model(model, blocks=[*zoo.CONVNET_BLOCKS, "spare"], probe={"x": torch.randn(2, 3, 8, 8)})
-
-
-# Tensors in the outputs of modules
-
-FIRST, SECOND = torch.zeros(2, 3), torch.ones(2, 3)
-
-
-@pytest.mark.parametrize(
-    "output",
-    [FIRST, (None, FIRST, SECOND), [[], FIRST], {"a": None, "b": (FIRST, SECOND)}, BaseModelOutput(FIRST, (SECOND,))],
-)
-def test_first_tensor_is_found_in_nested_outputs_and_replaced(output):
-    assert find_tensor(output) is FIRST and first_tensor(output) is FIRST
-    feature = torch.full((2, 3), 2.0)
-    replaced = accept_feature(output, feature)
-    assert type(replaced) is type(output) and find_tensor(replaced) is feature
-
-
-@pytest.mark.parametrize("output", [None, (), {"loss": None}, (None, ["text", 3])])
-def test_output_without_a_tensor_is_none_or_refused(output):
-    assert find_tensor(output) is None
-    with pytest.raises(ChainError, match=f"{type(output).__name__} holds none"):
-        first_tensor(output)
