@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.helpers import assert_same_weights, losses, manual, messages, run, weights
+from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
 from support.token_rows import Pad, Texts, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
 
-from hf_freezecache import FeatureStore, FreezeCacheConfig
+from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
 from hf_freezecache.cache.names import CHECKSUM, TOKENS
 
 
@@ -194,3 +194,22 @@ def test_a_store_of_texts_keeps_to_its_budget(tmp_path, caplog):
     trained = train(bert, Texts(), tmp_path, config)
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.arrow")]
     assert sum(sizes) < 20_000 and (sizes or not trained.freeze_status().replaying)
+
+
+def test_plans_of_texts_leave_out_cuts_that_include_padding(tmp_path):
+    """The pooler's output is one vector for each text, not for each token."""
+    model = bert(num_hidden_layers=2)
+    found = plan(model, Texts(), args=make_args(tmp_path, remove_unused_columns=False), data_collator=Pad(), batches=1)
+    blocks = BlockChain.from_model(model, probe=Pad()([*Texts(4)])).names
+    assert 1 < len(found.rows) and {row.block for row in found.rows} <= set(blocks)
+    if any("pooler" in name for name in blocks):
+        assert "Not planned: texts have no common width" in found.probed
+
+
+def test_planned_bytes_of_texts_are_those_of_the_store(tmp_path):
+    texts = Texts(64)
+    args = make_args(tmp_path / "plan", remove_unused_columns=False)
+    config = manual("1:3", codec="int8")
+    [row] = plan(bert(), texts, config, args=args, data_collator=Pad(), batches=1, cuts=[3]).rows
+    train(bert, texts, tmp_path / "cached", config)
+    assert row.bytes == pytest.approx(store_of(tmp_path / "cached").bytes, rel=0.02)

@@ -152,13 +152,12 @@ def tells_geometry(source: RowSource) -> bool:
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Augmentation | None:
+def look_closer(source: RowSource, padded: str | None = None) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
-        main_input: name of the model's main input in a batch.
-        padded: whether samples are texts that the collator pads to the longest of a batch.
+        padded: name of the tokens in a batch, of texts that the collator pads to the longest of a batch; else None.
 
     Returns:
         What was found; None if nothing was.
@@ -166,8 +165,8 @@ def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Aug
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
-        if padded:
-            one, other = (split_texts(drawn.batch, main_input).columns for drawn in (first, second))
+        if padded is not None:
+            one, other = (split_texts(drawn.batch, padded).columns for drawn in (first, second))
             if not is_same(one, other):
                 raise RowError(f"the tokens of some text from sample {source.rows(number)[0]} on are drawn at random.")
         elif not is_same(first.batch, second.batch):
