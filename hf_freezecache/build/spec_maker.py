@@ -200,7 +200,7 @@ class SpecMaker:
             cut: frozen blocks; the chain is traced.
             codec: name of the codec.
         """
-        views = self._view_spec(self.context.chain.layout(cut), codec)
+        views = self._view_spec(self.context.chain.stored_layout(cut), codec)
         return self._draft(self.context.source, cut, codec, views)
 
     def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
@@ -256,7 +256,7 @@ class SpecMaker:
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
         self._settle_padding(cut)
-        layout = context.chain.layout(cut)
+        layout = context.chain.stored_layout(cut)
         return StoreSpec(
             chain=context.chain,
             cut=cut,
