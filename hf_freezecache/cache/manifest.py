@@ -175,7 +175,7 @@ class Manifest:
         if sum(shard.rows for shard in self.shards) != self.rows:
             return f"its shards do not have {self.rows} rows"
         # A value of a row takes a bit at least, a view a byte; zstd packs at most so much better.
-        bits = 8 * sum(shard.bytes for shard in self.shards) * (_BEST_PACKED if self.lossless else 1)
+        bits = 8 * sum(shard.bytes for shard in self.shards) * (BEST_PACKED if self.lossless else 1)
         if layout.is_token and (self.views or not {TOKENS, CHECKSUM} <= self.inputs.keys() or self.constants):
             return "it holds texts, but not what is held of texts"
         if self.rows * max(1 if layout.is_token else layout.values, 8 * self.views) > bits:
@@ -184,7 +184,7 @@ class Manifest:
 
 
 #: No input is packed by zstd to a smaller share than this.
-_BEST_PACKED = 2**16
+BEST_PACKED = 2**16
 #: Most bytes of a file, rows, or values that anything on a disk may have.
 _MOST = 2**60
 

@@ -144,24 +144,24 @@ class Rehearsal:
         count = min(_ROWS, len(source))
         with preserve_rng():
             try:
-                return source.collate(self._rows(count))
+                batch = source.collate(spread(len(source), count))
+                if token_mask(batch, self.context.chain.main_input) is None:
+                    return batch
+                return source.collate(self._rows_by_length(count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
                 Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
                 return self._neighbours(count)
 
-    def _rows(self, count: int) -> Sequence[int]:
-        """Rows from all over the data set; of texts, the shortest and the longest of some more."""
+    def _rows_by_length(self, count: int) -> Sequence[int]:
+        """The shortest and the longest of some texts from all over the data set, and others between these."""
         source, main_input = self.context.source, self.context.chain.main_input
         rows = spread(len(source), min(_TEXTS, len(source)))
-        mask = token_mask(source.collate(rows[:1]), main_input)
-        if mask is None:
-            return spread(len(source), count)
         lengths: dict[int, int] = {}
         for first in range(0, len(rows), source.batch_size):
             chosen = rows[first : first + source.batch_size]
             mask = token_mask(source.collate(chosen), main_input)
             if mask is None:
-                return spread(len(source), count)
+                return rows[:count]
             lengths |= dict(zip(chosen, mask.sum(1).tolist(), strict=True))
         by_length = sorted(rows, key=lengths.__getitem__)
         return [by_length[place] for place in spread(len(by_length), count)]
