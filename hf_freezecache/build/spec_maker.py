@@ -161,11 +161,9 @@ class SpecMaker:
         if self._looked_closer or self._augmentation.random or not self.context.config.views:
             return
 
-        main_input = self.context.chain.main_input
-
         def look() -> Augmentation | None:
             with preserve_rng():
-                return look_closer(self.context.source, main_input if self._augmentation.padded else None)
+                return look_closer(self.context.source, self._augmentation.padded)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True
@@ -277,7 +275,7 @@ class SpecMaker:
         if id(source) not in self._tokens:
             with preserve_rng():
                 batches = [source.collate(source.rows(number)) for number in spread(source.num_ranges, _TOKEN_RANGES)]
-            lengths = [split_texts(batch, self.context.chain.main_input).columns[TOKENS] for batch in batches]
+            lengths = [split_texts(batch, source.texts).columns[TOKENS] for batch in batches]
             self._tokens[id(source)] = source, float(torch.cat(lengths).double().mean())
         return self._tokens[id(source)][1]
 

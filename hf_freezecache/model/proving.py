@@ -119,10 +119,11 @@ def _check_company(
     samples = len(features)
     difference = 0.0
     for row in {0, samples - 1}:
-        alone, feature = take_rows(inputs, [row, row], samples), features[row]
-        if mask is not None:
-            alone, feature = take_columns(alone, mask.shape[1], mask[row]), feature[mask[row]]
-        difference = max(difference, relative_difference(feature, chain.capture(alone, cut)[0]))
+        alone, feature = take_rows(inputs, [row, row], samples), features[row : row + 1]
+        if mask is not None:  # each token by itself
+            alone, feature = take_columns(alone, mask.shape[1], mask[row]), features[row][mask[row]]
+        own = chain.capture(alone, cut)[0]
+        difference = max(difference, relative_difference(feature, own[None] if mask is None else own))
     if difference > tolerance_of(features.dtype, features.device):
         if mask is not None and not mask.all():
             raise PaddingError("padding changes the features of the tokens beside it")
