@@ -15,11 +15,12 @@ from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
 from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
-from ..cache.rows import RowSource
+from ..cache.rows import RowError, RowSource
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..model.layout import FeatureLayout
+from ..model.proving import answers_by_position
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
@@ -182,9 +183,15 @@ class SpecMaker:
 
         Raises:
             ChainError: if the cut fails the proof on these samples.
+            RowError: if metrics may read what no store holds.
         """
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
+        if context.chain.ignored_padding(cut) and answers_by_position(context.chain, probe):
+            raise RowError(
+                "the model answers for each position of a text, padding included, which no store holds: a metric may "
+                "read it"
+            )
         draws = _DRAWS if random else ()
         made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
         spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())

@@ -87,6 +87,15 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
         )
 
 
+def answers_by_position(chain: BlockChain, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model answers with something for each position of the texts of a batch."""
+    mask = token_mask(inputs, chain.main_input)
+    if mask is None:
+        return False
+    with preserve_rng(), torch.no_grad(), eval_mode(chain.model):
+        return any(tensor.shape[:2] == mask.shape for tensor in answers_of(chain.model(**inputs)).values())
+
+
 def _mask_of(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> torch.Tensor | None:
     """Where the tokens are, if a store leaves out what is none."""
     ignored = chain.ignored_padding(cut)
