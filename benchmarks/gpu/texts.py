@@ -11,7 +11,9 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,7 @@ def train(
             "data_collator": collate,
             "callbacks": [clock],
         }
-        settings = ARMS[arm]
+        settings = ("always", "fp32") if arm == "exact" else ARMS[arm]
         if settings is None:
             trainer = Trainer(**kwargs)
         else:
@@ -207,34 +209,47 @@ def main(argv: list[str] | None = None) -> int:
     def publish() -> None:
         write_json(folder / "texts.json", content)
 
-    train("bert", "freeze_only", argparse.Namespace(**{**vars(options), "rows": 256, "epochs": 1}), 0)  # warms up
+    def attempt(part: str, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception:  # the other parts still run; a later call may have no GPU to try again on
+            content.setdefault("failed", {})[part] = traceback.format_exc()
+        publish()
+
+    few = argparse.Namespace(**{**vars(options), "rows": min(options.rows, 512), "epochs": 2})
+    attempt("warm-up", lambda: train("bert", "freeze_only", few, 0) and None)
     for name in ("bert", "gpt2"):
-        few = argparse.Namespace(**{**vars(options), "rows": min(options.rows, 512), "epochs": 2})
-        for kind, collate in (("one width", lambda rows: pad(rows, options.longest)), ("longest of a batch", pad)):
-            ARMS["exact"] = ("always", "fp32")
-            (_, frozen), (_, again), (_, cached) = (
-                train(name, arm, few, 0, bf16=False, collate=collate)
-                for arm in ("freeze_only", "freeze_only", "exact")
-            )
-            content["equality"][f"{name}, {kind}"] = {
-                "steps": len(frozen),
-                "cached_against_freeze_only": max(abs(a - b) for a, b in zip(frozen, cached, strict=True)),
-                "freeze_only_against_itself": max(abs(a - b) for a, b in zip(frozen, again, strict=True)),
-            }
-            publish()
+        attempt(f"equality of {name}", partial(compare_exactly, name, few, content["equality"]))
     for seed in range(options.rounds):
         for name in ("bert", "gpt2"):
-            arms = [arm for arm in ARMS if arm != "exact"]
+            arms = list(ARMS)
             for arm in arms[seed % len(arms) :] + arms[: seed % len(arms)]:
                 if time.perf_counter() - start > options.seconds:
                     content["cut_off"] = True
-                    continue
-                result, losses = train(name, arm, options, seed)
-                entry = content["trainings"].setdefault(name, {}).setdefault(arm, [])
-                entry.append({**result, "last_losses": statistics.mean(losses[-10:])})
-                publish()
-                print(name, arm, seed, f"{result['run_seconds']:.2f} s", flush=True)
-    return 0
+                else:
+                    attempt(f"{name} {arm}", partial(measure, name, arm, seed, options, content["trainings"]))
+    return 1 if "failed" in content else 0
+
+
+def compare_exactly(name: str, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Largest difference of a step's loss in fp32, cached against freeze-only; and of two equal freeze-only runs."""
+    for kind, width in (("one width", options.longest), ("longest of a batch", None)):
+        collate = partial(pad, width=width)
+        losses = [train(name, arm, options, 0, bf16=False, collate=collate)[1] for arm in ("freeze_only",) * 2]
+        cached = train(name, "exact", options, 0, bf16=False, collate=collate)[1]
+        results[f"{name}, {kind}"] = {
+            "steps": len(cached),
+            "cached_against_freeze_only": max(abs(a - b) for a, b in zip(losses[0], cached, strict=True)),
+            "freeze_only_against_itself": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        }
+
+
+def measure(name: str, arm: str, seed: int, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """One training of an arm."""
+    result, losses = train(name, arm, options, seed)
+    entry = results.setdefault(name, {}).setdefault(arm, [])
+    entry.append({**result, "mean_of_last_losses": statistics.mean(losses[-10:])})
+    print(name, arm, seed, f"{result['run_seconds']:.2f} s", flush=True)
 
 
 if __name__ == "__main__":
