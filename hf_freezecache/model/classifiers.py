@@ -113,13 +113,18 @@ class ImageClassifier(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """The name of `activation_checkpointing_enable` in Transformers before 5.23."""
+        """The name of `activation_checkpointing_enable` in earlier releases of Transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Switches timm's activation checkpointing off."""
         set_checkpointing: Any = self.model.set_grad_checkpointing
         set_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether timm's activation checkpointing is on, in the module or in a part of it."""
+        return any(bool(getattr(module, "grad_checkpointing", False)) for module in self.model.modules())
 
     @property
     def num_classes(self) -> int | None:
