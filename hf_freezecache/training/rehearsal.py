@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..build.context import BuildContext
 from ..build.materialize import spread
+from ..build.text_lengths import rows_by_length
 from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
@@ -24,8 +25,6 @@ logger = logging.get_logger(__name__)
 
 #: Rows of a rehearsal, spread over the data set.
 _ROWS = 4
-#: Texts among which those that differ most in length are chosen.
-_TEXTS = 64
 #: Deviation relative to the largest value that is accepted where the same step twice is not the same bit for bit.
 _TOLERANCE = 1e-2
 #: Name of the only code of a rehearsed batch.
@@ -147,24 +146,11 @@ class Rehearsal:
                 batch = source.collate(spread(len(source), count))
                 if token_mask(batch, self.context.chain.main_input) is None:
                     return batch
-                return source.collate(self._rows_by_length(count))
+                by_length = rows_by_length(source, self.context.chain.main_input) or list(range(count))
+                return source.collate([by_length[place] for place in spread(len(by_length), count)])
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
                 Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
                 return self._neighbours(count)
-
-    def _rows_by_length(self, count: int) -> Sequence[int]:
-        """The shortest and the longest of some texts from all over the data set, and others between these."""
-        source, main_input = self.context.source, self.context.chain.main_input
-        rows = spread(len(source), min(_TEXTS, len(source)))
-        lengths: dict[int, int] = {}
-        for first in range(0, len(rows), source.batch_size):
-            chosen = rows[first : first + source.batch_size]
-            mask = token_mask(source.collate(chosen), main_input)
-            if mask is None:
-                return rows[:count]
-            lengths |= dict(zip(chosen, mask.sum(1).tolist(), strict=True))
-        by_length = sorted(rows, key=lengths.__getitem__)
-        return [by_length[place] for place in spread(len(by_length), count)]
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:
         try:
