@@ -164,7 +164,7 @@ def split_samples(
         RowError: if it cannot be stored per row.
     """
     if layout.is_token:
-        return split_texts(batch, source.texts, chain.ignored_padding(cut))
+        return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.ignored_padding(cut))
     return split_batch(batch, chain.main_input)
 
 

@@ -144,9 +144,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             elif self._freeze_config.cache != "never":
                 split_batch(probe, main_input)  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
-            source.texts = model_inputs.texts
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             check_own_checkpoints(self._own_model, model_inputs(probe))
+            source.texts = model_inputs.texts.of(chain.inputs_of(1))
             for sentence in check_sharing(chain):
                 Announcer(self._group, logger).warning(sentence)
         return BuildContext(
