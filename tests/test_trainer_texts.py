@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
-from support.token_rows import Pad, Texts, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
+from support.token_rows import Pad, Texts, bart, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
 
-from hf_freezecache import FeatureStore, FreezeCacheConfig, plan
+from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
 from hf_freezecache.cache.names import CHECKSUM, TOKENS
 
 
@@ -109,6 +109,88 @@ def test_where_padding_counts_and_widths_differ_the_training_is_refused_before_i
     config = FreezeCacheConfig(policy="manual", freeze_points="1:3", cache="never")
     frozen = train(make, Texts(label=label), tmp_path / "frozen", config, Pad(side))
     assert losses(frozen)
+
+
+def test_encoders_of_sequence_to_sequence_models_whose_labels_have_a_width_of_their_own(tmp_path):
+    texts = Texts(label="summary")
+    frozen = train(bart, texts, tmp_path / "frozen", manual("1:2", cache="never"))
+    trained = train(bart, texts, tmp_path / "cached", cached("1:2"))
+    assert trained.freeze_status().replaying and store_of(tmp_path / "cached").codec.layout.is_token
+    assert losses(trained) == pytest.approx(losses(frozen), abs=2e-4)
+
+
+def test_frozen_blocks_that_read_the_labels_are_refused_before_the_first_step(tmp_path):
+    """Here most labels are the text, which the decoder gets where there are none."""
+    texts = Texts(label="next")
+    texts.rows[5]["labels"] = [*texts.rows[5]["labels"][:-2], 7, 2]
+    blocks = len(BlockChain.from_model(bart(), probe=Pad()([*Texts(4, label="next")])))
+    with pytest.raises(ValueError, match="read the labels"):
+        train(bart, texts, tmp_path, cached(f"1:{blocks}"))
+
+
+class Positions(Pad):
+    """Returns positions for all rows at once, and an entry that no block reads."""
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        width = batch["input_ids"].shape[1]
+        return {**batch, "position_ids": torch.arange(width)[None]}
+
+
+def test_positions_of_all_rows_at_once(tmp_path):
+    frozen = train(bert, Texts(), tmp_path / "frozen", manual("1:3", cache="never"), Positions())
+    trained = train(bert, Texts(), tmp_path / "cached", cached(), Positions())
+    assert trained.freeze_status().replaying
+    assert losses(trained) == pytest.approx(losses(frozen), abs=2e-4)
+
+
+class TypedTexts(Texts):
+    """Token types that are drawn for one text in eight."""
+
+    def __getitem__(self, row):
+        sample = super().__getitem__(row)
+        length = len(sample["input_ids"])
+        drawn = int(torch.randint(2, ())) if row % 8 == 3 else 0
+        return {**sample, "token_type_ids": [drawn] * length}
+
+
+class PadTypes(Pad):
+    def __call__(self, samples):
+        types = [{"input_ids": sample.pop("token_type_ids")} for sample in samples]
+        return {**super().__call__(samples), "token_type_ids": super().__call__(types)["input_ids"]}
+
+
+def test_what_the_frozen_blocks_read_beside_tokens_must_not_be_random_either(tmp_path):
+    with pytest.raises(ValueError, match="or what the frozen blocks read beside them, are drawn at random"):
+        train(bert, TypedTexts(), tmp_path, cached(), PadTypes())
+
+
+class TurnsLeft(Pad):
+    """Pads on the left from some time on, as a tokenizer does that was used to generate text meanwhile."""
+
+    def __call__(self, samples):
+        self.side = "left" if self.is_turned else "right"
+        return super().__call__(samples)
+
+    is_turned = False
+
+
+def test_padding_that_changes_its_side_within_an_epoch_is_seen(tmp_path, caplog):
+    from transformers import TrainerCallback
+
+    def trained(name, config):
+        collator = TurnsLeft()
+
+        class Turn(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                collator.is_turned |= state.global_step == 5
+
+        return train(bert, Texts(), tmp_path / name, config, collator, callbacks=[Turn()])
+
+    frozen = trained("frozen", manual("1:3", cache="never"))
+    found = trained("cached", manual("1:3", codec="fp32"))
+    assert losses(found) == pytest.approx(losses(frozen), abs=2e-4)
+    assert "texts are padded on the left" in messages(caplog)
 
 
 class Masks(Pad):

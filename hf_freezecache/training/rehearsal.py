@@ -157,7 +157,7 @@ class Rehearsal:
         ):
             raise RehearsalError(
                 f"the frozen blocks of cut {cut} read the labels (a decoder that gets them shifted), and features "
-                "are made without them: freeze fewer blocks, or use cache='never'"
+                "are made without them: freeze fewer blocks, or use cache='never'."
             )
 
     def _batch(self) -> Mapping[str, Any]:

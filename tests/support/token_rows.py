@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -22,6 +24,7 @@ from transformers import (
 
 VOCABULARY, LABELS = 64, 3
 _TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_BART = dict(layers=2, attention_heads=4, ffn_dim=64)
 _BERT = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -66,13 +69,22 @@ def xlnet():
     return XLNetForSequenceClassification(config)
 
 
+def bart():
+    """Its decoder gets the labels, shifted; without them it gets the text."""
+    torch.manual_seed(0)
+    layers = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _BART.items()}
+    config = BartConfig(d_model=32, max_position_embeddings=64, decoder_start_token_id=2, **layers, **_TOKENS)
+    return BartForConditionalGeneration(config)
+
+
 class Texts(Dataset):
     """Tokens of texts; the first of each is 1 and the last is 2.
 
     Args:
         rows: number of texts.
         shortest, longest: numbers of tokens.
-        label: of a text: `class`, `tokens` (one each), `span` (where an answer begins and ends), `next` (the tokens).
+        label: of a text: `class`, `tokens` (one each), `span` (where an answer begins and ends), `next` (the tokens),
+            `summary` (some of the tokens).
     """
 
     def __init__(self, rows: int = 32, shortest: int = 4, longest: int = 13, label: str = "class"):
@@ -87,6 +99,7 @@ class Texts(Dataset):
                 "tokens": {"labels": [token % LABELS for token in tokens]},
                 "span": {"start_positions": 1, "end_positions": length - 2},
                 "next": {"labels": tokens},
+                "summary": {"labels": tokens[: 2 + length // 3]},
             }
             self.rows.append({"input_ids": tokens, **labels[label]})
 
@@ -111,7 +124,10 @@ class Pad:
         }
         for name in samples[0].keys() - {"input_ids"}:
             values = [sample[name] for sample in samples]
-            batch[name] = self._pad(values, -100, width) if isinstance(values[0], list) else torch.tensor(values)
+            if isinstance(values[0], list):
+                batch[name] = self._pad(values, -100, self.width or max(map(len, values)))
+            else:
+                batch[name] = torch.tensor(values)
         return batch
 
     def _pad(self, rows: Sequence[list[int]], value: int, width: int) -> torch.Tensor:
