@@ -1,0 +1,107 @@
+"""Ways to store the vectors of tokens: a codec for all, or some tokens or channels kept in more bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_freezecache import make_codec
+from hf_freezecache.model.layout import FeatureLayout
+
+from .hidden_states import END, FIRST, STOP, Case
+
+_FP16_BITS = 16
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What stores a token.
+
+    Args:
+        codec: of every token and channel that nothing below names.
+        kinds: kinds of tokens that are kept apart.
+        kept_as: the codec of these tokens.
+        channels: number of channels kept in fp16, those of the largest magnitude.
+        outliers: share of the tokens kept in fp16, those that the codec spoils most; a bit a token says which.
+        normed: tokens are divided by their root mean square, which is kept in fp16.
+    """
+
+    codec: str
+    kinds: tuple[int, ...] = ()
+    kept_as: str = "fp16"
+    channels: int = 0
+    outliers: float = 0.0
+    normed: bool = False
+
+    def run(self, case: Case) -> tuple[torch.Tensor, float]:
+        """Fits on the case's fitting texts, then encodes and decodes its test texts.
+
+        Returns:
+            The decoded vectors, `(N, C)`, and the bits a value, of all that is stored.
+        """
+        fit, test, channels = case.fit_vectors, case.test_vectors, case.layout.channels
+        apart_fit, apart = (torch.isin(v.kinds, torch.tensor(self.kinds, dtype=torch.long)) for v in (fit, test))
+        decode = self._body(case, fit.values[~apart_fit])
+        decoded = torch.empty_like(test.values)
+        decoded[~apart], bits = decode(test.values[~apart])
+        total = bits * float((~apart).sum())
+        if apart.any():
+            codec = make_codec(self.kept_as, case.layout).fit(fit.values[apart_fit])
+            decoded[apart] = codec.decode(codec.encode(test.values[apart]))
+            total += codec.bits_per_value * channels * float(apart.sum())
+        return decoded, total / test.values.numel()
+
+    def _body(self, case: Case, fit: torch.Tensor) -> Callable[[torch.Tensor], tuple[torch.Tensor, float]]:
+        """A function that encodes and decodes vectors, and says how many bits one of them takes."""
+        channels = fit.shape[1]
+        norms = fit.square().mean(1, keepdim=True).sqrt() if self.normed else torch.ones(len(fit), 1)
+        scaled = fit / norms
+        large = scaled.abs().amax(0).argsort(descending=True)[: self.channels]
+        rest = torch.ones(channels, dtype=torch.bool)
+        rest[large] = False
+        codec = make_codec(self.codec, FeatureLayout((int(rest.sum()),), None, 0, torch.float32))
+        codec.fit(scaled[:, rest].contiguous(), weights=case.weights[rest] if codec.uses_weights else None)
+
+        def code(values: torch.Tensor) -> torch.Tensor:
+            scale = values.square().mean(1, keepdim=True).sqrt().half().float() if self.normed else 1.0
+            part = (values / scale)[:, rest].contiguous()
+            decoded = values.half().float()
+            decoded[:, rest] = codec.decode(codec.encode(part)) * scale
+            return decoded
+
+        limit = (code(fit) - fit).square().sum(1).quantile(1 - self.outliers) if self.outliers else torch.inf
+
+        def decode(values: torch.Tensor) -> tuple[torch.Tensor, float]:
+            decoded = code(values)
+            spoilt = (decoded - values).square().sum(1) > limit
+            decoded[spoilt] = values[spoilt].half().float()
+            bits = 8.0 * codec.row_bytes + _FP16_BITS * (self.channels + self.normed)
+            share = float(spoilt.float().mean())
+            return decoded, (1 - share) * bits + share * _FP16_BITS * channels + (self.outliers > 0)
+
+        return decode
+
+
+PLAIN = "fp32 fp16 int8 int4 int3 int2 mixed@8 mixed@6 mixed@5 mixed@4 mixed@3 mixed@2.5 mixed@2".split()
+_VARIED = "int4 int3 int2 mixed@3".split()
+
+
+def make_schemes() -> dict[str, Scheme]:
+    """All ways that are measured, by name."""
+    schemes = {codec: Scheme(codec) for codec in PLAIN}
+    for codec in _VARIED:
+        schemes[f"{codec}, first fp16"] = Scheme(codec, (FIRST,))
+        schemes[f"{codec}, first int8"] = Scheme(codec, (FIRST,), "int8")
+        schemes[f"{codec}, first and end fp16"] = Scheme(codec, (FIRST, END))
+        schemes[f"{codec}, first and end int8"] = Scheme(codec, (FIRST, END), "int8")
+        for count in (1, 4):
+            schemes[f"{codec}, {count} channels fp16"] = Scheme(codec, channels=count)
+        for share in (0.01, 0.03):
+            schemes[f"{codec}, {share:.0%} of tokens fp16"] = Scheme(codec, outliers=share)
+        schemes[f"{codec}, normed"] = Scheme(codec, normed=True)
+    for codec in ("int4", "int3"):
+        schemes[f"{codec}, first, end and stops int8"] = Scheme(codec, (FIRST, END, STOP), "int8")
+        schemes[f"{codec}, first int8, normed"] = Scheme(codec, (FIRST,), "int8", normed=True)
+    return schemes
