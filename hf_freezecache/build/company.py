@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache.rows import BatchSplit, RowSource, fetch, is_same, split_batch
+from ..cache.texts import split_texts
 from ..distributed import Announcer, describe_error
 from ..rng import seeded_rng
 from .spread_rows import in_batches
@@ -34,7 +35,10 @@ class _Collated:
     split: BatchSplit
 
     def row(self, position: int) -> dict[str, Any]:
-        return {name: value[position] for name, value in {"": self.split.main, **self.split.columns}.items()}
+        main = self.split.main[position]
+        if self.split.mask is not None:
+            main = main[self.split.mask[position]]
+        return {"": main, **{name: value[position] for name, value in self.split.columns.items()}}
 
 
 class _Dependent(Exception):
@@ -45,7 +49,7 @@ class _Refused(Exception):
     """The collator itself fails on a batch of another size than the training's, which a build need not collate."""
 
 
-def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> str | None:
+def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_texts: bool = False) -> str | None:
     """Why rows of a collated batch are not the samples one by one; None if they are.
 
     The same samples are collated again in other company: in another order, beside others, in batches of other sizes.
@@ -55,19 +59,20 @@ def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> s
         source: the samples and the collator.
         rows: different rows that stand for the data set, in random order.
         main_input: name of the model's main input in a batch.
+        are_texts: whether samples are texts that are padded to the longest of a batch: their tokens are compared.
 
     Returns:
         The reason, as the end of a sentence.
     """
     try:
-        return _why_not_by_row(source, rows, main_input)
+        return _why_not_by_row(source, rows, main_input, are_texts)
     except _Dependent as reason:
         return str(reason)
 
 
-def _why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str) -> str | None:
+def _why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_texts: bool) -> str | None:
     size = min(_SIZE, source.batch_size)
-    company = _Company(source, rows, main_input, min(size, len(rows)))
+    company = _Company(source, rows, split_texts if are_texts else split_batch, main_input, min(size, len(rows)))
     reference = []
     for chosen in in_batches(rows, size):
         first, again = company.collate(chosen), company.collate(chosen, 1)
@@ -85,12 +90,20 @@ class _Company:
     Args:
         source: the samples and the collator.
         rows: numbers of the samples.
+        split: splits a batch.
         main_input: name of the model's main input in a batch.
         usual: size of a batch that the collator must take.
     """
 
-    def __init__(self, source: RowSource, rows: Sequence[int], main_input: str, usual: int):
-        self.source, self.main_input, self._usual = source, main_input, usual
+    def __init__(
+        self,
+        source: RowSource,
+        rows: Sequence[int],
+        split: Callable[[Any, str], BatchSplit],
+        main_input: str,
+        usual: int,
+    ):
+        self.source, self._split, self.main_input, self._usual = source, split, main_input, usual
         self.samples: dict[int, Any] = {}
         for row in rows:
             with seeded_rng(source.seed, "company", row):
@@ -128,7 +141,7 @@ class _Company:
                     f"samples from all over the data set cannot be collated: {describe_error(error)}. A store needs "
                     "inputs of one size: pad texts to one length (padding='max_length'), resize images."
                 ) from error
-        split = split_batch(batch, self.main_input)
+        split = self._split(batch, self.main_input)
         if len(split.main) != len(rows):
             raise _Dependent(
                 f"the collator returns {len(split.main)} rows for {len(rows)} samples: it drops or adds some"

@@ -174,9 +174,10 @@ def _compare_view(
 def _compare_features(
     store: FeatureStore, samples: list[int], view: int, view_run: ViewRun, rounding: float | None
 ) -> Difference | None:
-    features = view_run.features
-    if features is None or (view and not store.views.spec.needs_features(store.codec.layout)):
+    if view_run.features is None or (view and not store.views.spec.needs_features(store.codec.layout)):
         return None
+    rows, features = samples, view_run.need_features()
+    samples = list(view_run.samples_of(rows))  # of texts, that of each token
     if tuple(features.shape[1:]) != store.codec.layout.shape or features.dtype != store.codec.layout.dtype:
         detail = f"they are {features.dtype} {tuple(features.shape[1:])} now"
         return Difference(samples[0], view, "features", detail)
@@ -184,7 +185,7 @@ def _compare_features(
         codes = store.views.encode_features(view, features, samples) if view else store.codec.encode(features, samples)
     except ValueError as error:  # not finite, or beyond the codec's range
         return Difference(samples[0], view, "features", str(error))
-    stored = {name: value.to(features.device) for name, value in store.read_codes(list(codes), samples).items()}
+    stored = {name: value.to(features.device) for name, value in store.read_codes(list(codes), rows).items()}
     if all(torch.equal(codes[name], stored[name]) for name in codes):
         return None
     rounding = rounding_of(store, features.device) if rounding is None else rounding

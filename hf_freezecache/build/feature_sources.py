@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ..augment.maps import check_grid
-from ..cache.rows import RowError, RowSource, split_batch
+from ..cache.rows import BatchSplit, RowError, RowSource, split_batch
+from ..cache.texts import split_texts
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
+from ..model.tokens import why_not_padded
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,9 @@ class ViewRun:
         features: `(B, *layout.shape)`; None if they were not asked for.
         geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
         refused: why it could not be told.
+        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
 
-    Shapes: B samples, G values of geometry.
+    Shapes: B samples, G values of geometry, W positions of a text.
     """
 
     columns: dict[str, Any]
@@ -33,16 +37,27 @@ class ViewRun:
     features: torch.Tensor | None
     geometry: torch.Tensor | None = None
     refused: str | None = None
+    mask: torch.Tensor | None = None
 
     def need_features(self) -> torch.Tensor:
-        """The features, where they were asked for.
+        """The features that are stored, where they were asked for: of texts those of all tokens, `(N, C)`.
 
         Raises:
             ValueError: if they were not.
         """
         if self.features is None:
             raise ValueError("the features of this view were not asked for")
-        return self.features
+        return self.features if self.mask is None else self.features[self.mask.to(self.features.device)]
+
+    def samples_of(self, rows: Sequence[int]) -> Sequence[int]:
+        """The sample of each of these features.
+
+        Args:
+            rows: numbers of the samples.
+        """
+        if self.mask is None:
+            return rows
+        return np.repeat(np.asarray(rows), self.mask.sum(1).cpu().numpy()).tolist()
 
     def need_geometry(self) -> torch.Tensor:
         """The geometry, where it was asked for and could be told.
@@ -111,18 +126,48 @@ class ImageFeatures:
         for number, batches in self.source.loader(numbers, views, kind_and_grid):
             view_runs = []
             for view, drawn in enumerate(batches):
-                split = split_batch(drawn.batch, self.chain.main_input)
+                split = split_samples(drawn.batch, self.chain.main_input, self.layout)
                 check_rows(len(split.main), self.source.rows(number))
-                features = self._features(drawn.batch, number) if view == 0 or own_features else None
-                view_runs.append(ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused))
+                features = self._features(drawn.batch, split, number) if view == 0 or own_features else None
+                view_runs.append(
+                    ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused, split.mask)
+                )
             yield number, view_runs
 
-    def _features(self, batch: Mapping[str, Any], number: int) -> torch.Tensor:
+    def _features(self, batch: Mapping[str, Any], split: BatchSplit, number: int) -> torch.Tensor:
+        rows = self.source.rows(number)
+        if split.mask is not None:
+            why_not = why_not_padded(split.mask, self.chain.ignored_padding(self.cut))
+            if why_not is not None:
+                raise RowError(f"among the samples from {rows[0]} on, {why_not}.")
         features = self.chain.prefix(self.model_inputs(batch), self.cut)
-        check_shape(features, self.layout, self.source.rows(number))
+        check_shape(features, self.layout, rows)
         if self.count_run is not None:
             self.count_run(0, self.cut, len(features))
         return features
+
+
+def split_samples(batch: Mapping[str, Any], main_input: str, layout: FeatureLayout) -> BatchSplit:
+    """Splits a collated batch as a store of a layout holds it.
+
+    Args:
+        batch: as the collator returned it.
+        main_input: name of the main input.
+        layout: of the features.
+
+    Raises:
+        RowError: if it cannot be stored per row.
+    """
+    return split_texts(batch, main_input) if layout.is_token else split_batch(batch, main_input)
+
+
+def one_width_only(chain: BlockChain, cut: int) -> str:
+    """Why texts that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
+    why = chain.why_padding_is_kept(cut) or "the features there are not one vector for each token of a text"
+    return (
+        f"texts have no common width, but the features at cut {cut} include padding ({why}): pad texts to one length "
+        "(padding='max_length'), or use cache='never'."
+    )
 
 
 def check_rows(count: int, rows: Sequence[int]) -> None:
@@ -152,7 +197,7 @@ def check_shape(features: torch.Tensor, layout: FeatureLayout, rows: Sequence[in
     Raises:
         ValueError: if they are not.
     """
-    if tuple(features.shape[1:]) != layout.shape:
+    if tuple(features.shape[2 if layout.is_token else 1 :]) != layout.shape:
         raise ValueError(
             f"the feature of sample {rows[0]} and those after it has shape {tuple(features.shape[1:])} instead of "
             f"{layout.shape}: a store needs inputs of one size. {_remedy(layout)}, or use cache='never'."

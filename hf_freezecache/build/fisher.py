@@ -11,6 +11,7 @@ from ..cache.codec.haar import to_bands
 from ..model.chain import BlockChain
 from ..model.modes import eval_mode
 from ..model.structure import first_tensor
+from ..model.tokens import token_mask
 from ..rng import preserve_rng
 
 
@@ -49,9 +50,12 @@ def fisher_weights(
             layout = chain.layout(cut)
             gradient = _gradient(chain, cut, inputs, features, generator)
             # The transform is orthonormal: a channel's mean square is that of its bands.
+            if layout.is_token:
+                mask = token_mask(inputs, chain.main_input)
+                gradient = gradient if mask is None else gradient[mask]
             squares = to_bands(layout.body(gradient), layout).double().square().mean(3)
             total = total + (squares if bands else squares.mean(1, keepdim=True)).sum(0).cpu()
-            samples += len(features)
+            samples += len(gradient)
     if not samples:
         raise ValueError("the Fisher information needs at least one batch")
     weights = (total / samples).float()

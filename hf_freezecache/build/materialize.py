@@ -18,7 +18,7 @@ from ..cache.fingerprint import digest
 from ..cache.holdings import note_owner
 from ..cache.manifest import FORMAT_VERSION, Manifest, Shard, StoreError
 from ..cache.names import own_input, shard_name
-from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batch
+from ..cache.rows import BatchSplit, DrawnBatch, RowError
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore
 from ..cache.view_columns import ViewColumns
@@ -77,7 +77,7 @@ def _check_is_of(found: Manifest, spec: StoreSpec) -> None:
     Raises:
         StoreError: if it describes another store.
     """
-    probe = split_batch(spec.source.probe(), spec.chain.main_input)
+    probe = spec.split(spec.source.probe())
     expected = make_manifest(spec, probe, [])
     for name in ("cut", "codec", "layout", "rows", "views", "own_inputs", "inputs", "constants", "lossless"):
         if repr(getattr(found, name)) != repr(getattr(expected, name)):  # as text: NaN is not equal to itself
@@ -194,23 +194,27 @@ def fit_stride(rows: int, layout: FeatureLayout) -> int:
     return max(1, min(values_per_channel // _FIT_VALUES_PER_CHANNEL, rows // _FIT_ROWS))
 
 
-def fit_ranges(source: RowSource, layout: FeatureLayout) -> list[int]:
+def fit_ranges(spec: StoreSpec) -> list[int]:
     """The ranges whose features a codec is fitted on."""
-    batch_bytes = source.batch_size * layout.values * 4
-    return spread(source.num_ranges, max(1, min(_FIT_BATCHES, source.num_ranges, _FIT_BYTES // batch_bytes)))
+    ranges = spec.source.num_ranges
+    return spread(ranges, max(1, min(_FIT_BATCHES, ranges, _FIT_BYTES // _range_bytes(spec))))
+
+
+def _range_bytes(spec: StoreSpec) -> int:
+    """Memory that the features of a range take, without those of views."""
+    return max(1, round(spec.source.batch_size * spec.layout.values * 4 * spec.tokens))
 
 
 def fit_rows(spec: StoreSpec) -> int:
-    """Features that there are in these ranges, those of views included."""
+    """Features that there are in these ranges, those of views included; of texts, of tokens."""
     views_run = spec.views.count if spec.views.needs_features(spec.layout) else 0
-    rows = sum(len(spec.source.rows(number)) for number in fit_ranges(spec.source, spec.layout))
-    return rows * (1 + views_run)
+    rows = sum(len(spec.source.rows(number)) for number in fit_ranges(spec))
+    return round(rows * spec.tokens) * (1 + views_run)
 
 
 def ranges_run_twice(spec: StoreSpec) -> int:
     """Ranges that a build runs for the codec and again for the shard, as memory does not hold their features."""
-    batch_bytes = spec.source.batch_size * spec.layout.values * 4 * (1 + spec.views.count)
-    return max(0, len(fit_ranges(spec.source, spec.layout)) - _FIT_BYTES // batch_bytes)
+    return max(0, len(fit_ranges(spec)) - _FIT_BYTES // (_range_bytes(spec) * (1 + spec.views.count)))
 
 
 class _Build:
@@ -222,7 +226,7 @@ class _Build:
     def run(self) -> FeatureStore:
         spec, group = self.spec, self.group
         codec = make_codec(spec.codec, spec.layout)
-        probe = split_batch(spec.source.probe(), spec.chain.main_input)
+        probe = spec.split(spec.source.probe())
         codec.load_tensors(group.on_main(lambda: self._fit(codec)))
         if spec.limit is not None:
             check_limit(spec, group.on_main(lambda: store_bytes(spec, codec, probe, group.size)))
@@ -257,6 +261,8 @@ class _Build:
                 rows = spec.source.rows(number)
                 codes, inputs = encode_range(spec, codec, views, probe, view_runs, rows)
                 writer.write(rows[0], codes, inputs)
+                if spec.layout.is_token:  # how many tokens there are is seen only now
+                    check_limit(spec, writer.bytes)
                 bar.update()
         return writer.shard()
 
@@ -287,7 +293,7 @@ def encode_range(
     if not spec.views.whole:
         check_geometry(others, rows)
     check_inputs(base, probe, rows[0])
-    codes, inputs = codec.encode(base.need_features(), sample_ids=rows), dict(base.columns)
+    codes, inputs = codec.encode(base.need_features(), sample_ids=base.samples_of(rows)), dict(base.columns)
     for view, view_run in enumerate(others, start=1):
         check_inputs(view_run, probe, rows[0])
         codes |= views.encode(view, view_run.features, view_run.geometry, rows)
@@ -305,12 +311,10 @@ def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
     in_memory: dict[int, list[ViewRun]] = {}
     if codec.fitted:
         return in_memory
-    source, layout = spec.source, spec.layout
-    batch_bytes = source.batch_size * layout.values * 4
-    sample, every = [], fit_stride(fit_rows(spec), layout)
-    for number, views in run_views(spec, fit_ranges(source, layout)):
-        sample += [view.features[::every].clone() for view in views if view.features is not None]
-        if (len(in_memory) + 1) * len(views) * batch_bytes <= _FIT_BYTES:
+    sample, every = [], fit_stride(fit_rows(spec), spec.layout)
+    for number, views in run_views(spec, fit_ranges(spec)):
+        sample += [view.need_features()[::every].clone() for view in views if view.features is not None]
+        if (len(in_memory) + 1) * len(views) * _range_bytes(spec) <= _FIT_BYTES:
             in_memory[number] = views
     codec.fit(torch.cat(sample), weights=spec.weights)
     return in_memory

@@ -9,7 +9,7 @@ from typing import Any
 from ..cache.directories import discard_aside
 from ..cache.manifest import Shard, StoreError
 from ..cache.names import shard_name
-from ..cache.rows import BatchSplit, split_batch
+from ..cache.rows import BatchSplit
 from ..cache.shards import ShardWriter, input_columns
 from ..cache.store import FeatureStore
 from ..distributed import Group
@@ -39,7 +39,7 @@ def renew(spec: StoreSpec, store: FeatureStore, changed: Sequence[int], group: G
     """
     try:
         with preserve_rng():
-            probe = split_batch(spec.source.probe(), spec.chain.main_input)
+            probe = spec.split(spec.source.probe())
             aside = claim(spec, group)
             if isinstance(aside, FeatureStore):
                 return aside

@@ -81,7 +81,8 @@ def pick_rows(view_run: ViewRun, positions: np.ndarray) -> ViewRun:
         return value if value is None else [value[position] for position in positions]
 
     columns = {name: pick(value) for name, value in view_run.columns.items()}
-    return replace(view_run, columns=columns, features=pick(view_run.features), geometry=pick(view_run.geometry))
+    features, geometry, mask = pick(view_run.features), pick(view_run.geometry), pick(view_run.mask)
+    return replace(view_run, columns=columns, features=features, geometry=geometry, mask=mask)
 
 
 def _batch_rows(view_run: ViewRun) -> int | None:

@@ -11,8 +11,8 @@ import torch
 
 from ..cache.codec import Codec, make_codec
 from ..cache.lossless import blank_frames, largest_frame
-from ..cache.names import own_input
-from ..cache.rows import BatchSplit, split_batch
+from ..cache.names import TOKENS, own_input
+from ..cache.rows import BatchSplit
 from ..cache.shards import ShardStream
 from ..cache.view_columns import ViewColumns, ViewSpec
 from .store_spec import StoreSpec
@@ -27,7 +27,7 @@ def estimate_bytes(spec: StoreSpec, processes: int = 1) -> int:
         spec: what would be built.
         processes: that would each write a shard.
     """
-    split = split_batch(spec.source.probe(), spec.chain.main_input)
+    split = spec.split(spec.source.probe())
     return spec_bytes(spec, make_codec(spec.codec, spec.layout), split, processes)
 
 
@@ -51,7 +51,8 @@ def spec_bytes(
     """
     views = spec.views if views is None else views
     rows, batch_size = len(spec.source), spec.source.batch_size
-    return arrow_bytes(codec, views, split, rows, batch_size, processes, spec.lossless, frame_bytes)
+    tokens = spec.tokens if spec.layout.is_token else None
+    return arrow_bytes(codec, views, split, rows, batch_size, processes, spec.lossless, frame_bytes, tokens)
 
 
 def arrow_bytes(
@@ -63,6 +64,7 @@ def arrow_bytes(
     processes: int = 1,
     lossless: bool = False,
     frame_bytes: Mapping[str, float] | None = None,
+    tokens: float | None = None,
 ) -> int:
     """Bytes of Arrow files.
 
@@ -75,6 +77,7 @@ def arrow_bytes(
         processes: that each write a file.
         lossless: whether every row's codes are packed.
         frame_bytes: mean size of a packed row, by column; the largest possible ones if None.
+        tokens: mean number of tokens of a sample, for texts that are stored without padding.
     """
     columns, described = ViewColumns(views, codec), split.describe()
 
@@ -82,11 +85,15 @@ def arrow_bytes(
         sink = pa.MockOutputStream()
         stream = _BlankStream(sink, codec, columns, described, lossless, frame_bytes)
         for size in sizes:
+            inputs, features = _repeated_inputs(split, views, size), size
+            if tokens is not None:
+                ends = (torch.arange(size + 1) * tokens).round().to(torch.int64)
+                inputs, features = {**inputs, TOKENS: ends.diff()}, int(ends[-1])
             codes = {
-                name: torch.zeros(size, length, dtype=dtype)
+                name: torch.zeros(features, length, dtype=dtype)
                 for name, (dtype, length) in {**codec.columns, **columns.columns}.items()
             }
-            stream.write(0, codes, _repeated_inputs(split, views, size))
+            stream.write(0, codes, inputs)
         stream.close()
         return sink.size()
 
@@ -110,10 +117,17 @@ class _BlankStream(ShardStream):
     ):
         super().__init__(sink, codec, views, inputs, lossless)
         largest = {name: largest_frame(width) for name, width in self.packed.items()}
-        self._frame_bytes = largest if frame_bytes is None else frame_bytes
+        self._frame_bytes, self._is_measured = largest if frame_bytes is None else frame_bytes, frame_bytes is not None
 
     def _pack(self, name: str, rows: np.ndarray) -> pa.Array:
         return blank_frames(len(rows), self._frame_bytes[name])
+
+    def _join(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> pa.Array:
+        if name not in self.packed:
+            return super()._join(name, tokens, lengths)
+        if self._is_measured:
+            return blank_frames(len(lengths), self._frame_bytes[name])
+        return blank_frames(len(lengths), largest_frame(-(-tokens.nbytes // max(1, len(lengths)))))
 
 
 def _repeated_inputs(split: BatchSplit, views: ViewSpec, rows: int) -> Mapping[str, Any]:

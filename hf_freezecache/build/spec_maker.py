@@ -13,16 +13,18 @@ from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
+from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
-from ..cache.rows import RowSource
+from ..cache.rows import RowError, RowSource
 from ..cache.store import FeatureStore
+from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
 from .deepening import DEEPENED_FROM, StoreFeatures, deepened
-from .feature_sources import ImageFeatures
+from .feature_sources import ImageFeatures, one_width_only
 from .fisher import fisher_weights
 from .materialize import spread
 from .reuse import StoreReuse, file_notes
@@ -41,6 +43,8 @@ from .survey import (
 
 #: Batches from all over the data on which the loss's sensitivity to each channel is measured.
 _WEIGHT_BATCHES = 8
+#: Ranges in which the tokens of texts are counted, to tell the size of a store.
+_TOKEN_RANGES = 16
 #: Entry of a fingerprint's inputs: live epochs wrote the store, not a build.
 WRITTEN = "materialize"
 #: Entry of a fingerprint's inputs: the only training whose store it is.
@@ -86,6 +90,8 @@ class SpecMaker:
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
         self.reuse = StoreReuse(context, self._draws_once)
         self._notes: Mapping[str, Any] = {}
+        #: By data set.
+        self._tokens: dict[int, tuple[RowSource, float]] = {}
 
     def look(self) -> Augmentation:
         """What is random in the samples, on all processes.
@@ -135,6 +141,20 @@ class SpecMaker:
         )
         return self.with_codec(replace(self.draft(cut, codec), made_from=made_from), codec)
 
+    def _settle_padding(self, cut: int) -> None:
+        """Features include padding where samples are random: views of them are stored whole.
+
+        Raises:
+            RowError: if texts are not of one width, and padding counts.
+        """
+        chain, augmentation = self.context.chain, self.augmentation
+        if augmentation is None or not cut:
+            return
+        if augmentation.random and chain.ignored_padding(cut):
+            chain.keep_padding(cut, "samples are random")
+        if augmentation.padded and not chain.ignored_padding(cut):
+            raise RowError(one_width_only(chain, cut))
+
     def _look_closer(self) -> None:
         """Looks for rare randomness, once, before anything is stored as if there were none."""
         if self._looked_closer or self._augmentation.random or not self.context.config.views:
@@ -142,7 +162,7 @@ class SpecMaker:
 
         def look() -> Augmentation | None:
             with preserve_rng():
-                return look_closer(self.context.source)
+                return look_closer(self.context.source, self.context.chain.main_input, self._augmentation.padded)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True
@@ -232,6 +252,7 @@ class SpecMaker:
 
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
+        self._settle_padding(cut)
         layout = context.chain.layout(cut)
         return StoreSpec(
             chain=context.chain,
@@ -245,7 +266,17 @@ class SpecMaker:
             feature_source=ImageFeatures(context.chain, cut, source, layout, context.model_inputs, context.count_run),
             disable_tqdm=context.disable_tqdm,
             lossless=context.config.lossless,
+            tokens=self._mean_tokens(source) if layout.is_token else 1.0,
         )
+
+    def _mean_tokens(self, source: RowSource) -> float:
+        """Mean number of tokens of a sample, of ranges from all over the data; the same on all processes."""
+        if id(source) not in self._tokens:
+            with preserve_rng():
+                batches = [source.collate(source.rows(number)) for number in spread(source.num_ranges, _TOKEN_RANGES)]
+            lengths = [split_texts(batch, self.context.chain.main_input).columns[TOKENS] for batch in batches]
+            self._tokens[id(source)] = source, float(torch.cat(lengths).double().mean())
+        return self._tokens[id(source)][1]
 
     def _made_from(
         self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any], draws: Collection[str]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..cache.fingerprint import digest
-from ..cache.rows import RowSource
+from ..cache.rows import BatchSplit, RowSource
 from ..cache.view_columns import ViewSpec
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
-from .feature_sources import FeatureSource
+from .feature_sources import FeatureSource, split_samples
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class StoreSpec:
         weights: float32 `(C,)`, the loss's sensitivity to an error in each channel, for codecs that use it.
         limit: most bytes that the store's files may take, all together; None: whatever the disk holds.
         lossless: whether every row's codes are packed with zstd; `made_from` tells it too.
+        tokens: mean number of tokens of a sample, of texts that are stored without padding; 1 for all others.
         owner: the training that may delete the store, see `Holdings`; None: nobody may.
 
     Shapes: C channels.
@@ -56,6 +57,11 @@ class StoreSpec:
     limit: int | None = None
     lossless: bool = False
     owner: str | None = None
+    tokens: float = 1.0
+
+    def split(self, batch: Mapping[str, Any]) -> BatchSplit:
+        """A collated batch as this store holds it; see `split_batch` and `split_texts`."""
+        return split_samples(batch, self.chain.main_input, self.layout)
 
     @property
     def path(self) -> Path:

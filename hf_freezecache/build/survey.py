@@ -15,12 +15,14 @@ from ..augment.geometry import PROJECTIVE, decode_geometry
 from ..augment.maps import check_grid
 from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
-from ..cache.rows import RowSource, is_same
+from ..cache.rows import RowError, RowSource, is_same
+from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.modes import eval_mode
+from ..model.tokens import token_mask
 from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit
@@ -57,6 +59,7 @@ class Augmentation:
         why_not: why it cannot.
         own_inputs: whether model inputs besides the main one (labels) may be drawn too.
         declined: why nothing can be cached at all, as the end of a sentence; None if it can.
+        padded: whether samples are texts that the collator pads to the longest of a batch.
     """
 
     random: bool = False
@@ -64,6 +67,7 @@ class Augmentation:
     why_not: str | None = None
     own_inputs: bool = False
     declined: str | None = None
+    padded: bool = False
 
 
 #: What a random transform is that is not a `ReplayableTransform`.
@@ -81,15 +85,18 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
+    padded = are_padded(source, groups[0], main_input)
     try:
-        declined = why_not_by_row(source, groups[0], main_input)
+        declined = why_not_by_row(source, groups[0], main_input, padded)
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
-        reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
+        reasons = (why_not_by_row(source, rows, main_input, padded) for rows in groups)
         declined = next((reason for reason in reasons if reason is not None), None)
     if declined is not None:
         return Augmentation(declined=declined)
+    if padded:
+        return _survey_texts(source, [batch for rows in groups for batch in in_batches(rows, _TOGETHER)], main_input)
     batches = [batch for rows in groups for batch in in_batches(rows, min(_TOGETHER, len(rows)))]
     looks = [_Look(source, batch, _DRAWS if place else _MORE_DRAWS) for place, batch in enumerate(batches)]
     base, view = looks[0].base.batch, looks[0].views[0].batch
@@ -108,25 +115,63 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     return Augmentation(True, refused is None, refused)
 
 
+def _survey_texts(source: RowSource, batches: Sequence[Sequence[int]], main_input: str) -> Augmentation:
+    """As `survey`, of texts that the collator pads: it collates in every epoch, so that only tokens count."""
+    for rows in batches:
+        draws = [split_texts(source.draw(rows, view).batch, main_input) for view in range(_MORE_DRAWS)]
+        if any(not is_same(draws[0].columns, draw.columns) for draw in draws[1:]):
+            return Augmentation(
+                declined="the tokens of a text are drawn at random (by the transform or the collator), so that their "
+                "features are others in every epoch"
+            )
+    return Augmentation(padded=True)
+
+
+def are_padded(source: RowSource, rows: Sequence[int], main_input: str) -> bool:
+    """Whether samples are texts that the collator pads to the longest of a batch, not to one width.
+
+    Args:
+        source: the samples.
+        rows: some of them.
+        main_input: name of the model's main input in a batch.
+    """
+    try:
+        chosen = list(rows[: source.batch_size])
+        mask = token_mask(source.collate(chosen), main_input)
+        if mask is None:
+            return False
+        alone = token_mask(source.collate([chosen[int(mask.sum(1).argmin())]]), main_input)
+    except Exception as error:  # whatever a collator raises; what comes next says so in words
+        Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
+        return False
+    return alone is not None and alone.shape[1] != mask.shape[1]
+
+
 def tells_geometry(source: RowSource) -> bool:
     """Whether a `ReplayableTransform` draws the first samples."""
     drawn = source.draw(range(min(2, len(source))), 1, (PROJECTIVE, (1, 1)))
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource) -> Augmentation | None:
+def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
+        main_input: name of the model's main input in a batch.
+        padded: whether samples are texts that the collator pads to the longest of a batch.
 
     Returns:
         What was found; None if nothing was.
     """
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
-    for _, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
-        if not is_same(first.batch, second.batch):
+    for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
+        if padded:
+            one, other = (split_texts(drawn.batch, main_input).columns for drawn in (first, second))
+            if not is_same(one, other):
+                raise RowError(f"the tokens of some text from sample {source.rows(number)[0]} on are drawn at random.")
+        elif not is_same(first.batch, second.batch):
             return _OPAQUE
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,27 @@ def packed_columns(columns: Mapping[str, tuple[torch.dtype, int]], lossless: boo
     return {name: length for name, (dtype, length) in columns.items() if dtype == torch.uint8 and is_packable(name)}
 
 
-def pack_rows(rows: np.ndarray) -> pa.LargeBinaryArray:
+def join_rows(tokens: np.ndarray, lengths: np.ndarray) -> pa.LargeBinaryArray:
+    """Rows of several tokens each.
+
+    Args:
+        tokens: `(N, width)`, the codes of all tokens.
+        lengths: int64 `(B,)`, how many of them each row has.
+
+    Returns:
+        B rows of bytes.
+
+    Shapes: B rows, N tokens.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)]) * (tokens.shape[1] * tokens.itemsize)
+    return _frames(ends.astype(np.int64), pa.py_buffer(np.ascontiguousarray(tokens)))
+
+
+def pack_rows(rows: np.ndarray | Sequence[np.ndarray]) -> pa.LargeBinaryArray:
     """Compresses each row to a zstd frame of its own, so that rows can still be read in any order.
 
     Args:
-        rows: uint8 `(B, width)`.
+        rows: uint8 `(B, width)`, or B arrays.
 
     Returns:
         B zstd frames.
@@ -43,7 +59,7 @@ def pack_rows(rows: np.ndarray) -> pa.LargeBinaryArray:
     Shapes: B rows, width bytes of an unpacked row.
     """
     codec = pa.Codec("zstd", compression_level=LEVEL)
-    frames = [codec.compress(pa.py_buffer(row)) for row in np.ascontiguousarray(rows)]
+    frames = [codec.compress(pa.py_buffer(np.ascontiguousarray(row))) for row in rows]
     content = b"".join(memoryview(frame) for frame in frames)
     return _frames(np.cumsum([0, *(frame.size for frame in frames)]), pa.py_buffer(content))
 

@@ -16,7 +16,16 @@ from ..augment.geometry import GEOMETRY_KINDS
 from ..model.layout import FeatureLayout
 from .codec import check_codec_name
 from .fingerprint import digest
-from .names import CODEC_FILE, DATASET_INFO_FILE, DATASET_STATE_FILE, MANIFEST, is_reserved, shard_name
+from .names import (
+    CHECKSUM,
+    CODEC_FILE,
+    DATASET_INFO_FILE,
+    DATASET_STATE_FILE,
+    MANIFEST,
+    TOKENS,
+    is_reserved,
+    shard_name,
+)
 from .rows import LIST_KINDS, TENSOR_KINDS, InputColumn
 
 FORMAT_VERSION = 2
@@ -167,7 +176,9 @@ class Manifest:
             return f"its shards do not have {self.rows} rows"
         # A value of a row takes a bit at least, a view a byte; zstd packs at most so much better.
         bits = 8 * sum(shard.bytes for shard in self.shards) * (_BEST_PACKED if self.lossless else 1)
-        if self.rows * max(layout.values, 8 * self.views) > bits:
+        if layout.is_token and (self.views or not {TOKENS, CHECKSUM} <= self.inputs.keys() or self.constants):
+            return "it holds texts, but not what is held of texts"
+        if self.rows * max(1 if layout.is_token else layout.values, 8 * self.views) > bits:
             return f"its shards are too small for {self.rows} rows of shape {layout.shape} and {self.views} views"
         return None
 
@@ -205,7 +216,9 @@ def _is_codec(value: Any) -> bool:
 
 
 def _is_layout(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"shape", "grid", "special_tokens", "dtype"}:
+    if not isinstance(value, dict) or value.keys() - {"is_token"} != {"shape", "grid", "special_tokens", "dtype"}:
+        return False
+    if value.get("is_token", True) is not True:  # written of texts alone
         return False
     grid = value["grid"]
     if not (grid is None or (_is_shape(grid) and len(grid) == 2)) or not _is_shape(value["shape"]):

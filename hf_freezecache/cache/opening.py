@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
@@ -19,9 +20,9 @@ from .codec import Codec, make_codec
 from .held_files import FileState, HeldFile, Readable, read_all
 from .lossless import packed_columns
 from .manifest import REBUILD, Manifest, StoreError, translated
-from .names import CODEC_FILE, MANIFEST, view_tensor
+from .names import CODEC_FILE, MANIFEST, TOKENS, view_tensor
 from .shards import input_columns, shard_features
-from .stored_columns import BitColumn, FixedColumn, PackedColumn, StoredColumn, TextColumn
+from .stored_columns import BitColumn, FixedColumn, PackedColumn, StoredColumn, TextColumn, TokenColumn
 from .view_columns import VIEW_TENSORS, ViewColumns, ViewSpec
 
 #: A manifest with more bytes than this is none.
@@ -139,7 +140,15 @@ def open_columns(
             batches += own
         packed = packed_columns({**codec.columns, **views.columns}, manifest.lossless)
         names = [*codec.columns, *views.columns, *input_columns(manifest.inputs, views.spec)]
-        columns = {name: _make_column(batches, schema, name, path, packed.get(name)) for name in names}
+        columns: dict[str, StoredColumn] = {}
+        for name in reversed(names):  # the numbers of tokens before the tokens
+            if codec.layout.is_token and name in codec.columns:
+                dtype, length = codec.columns[name]
+                kind, lengths = (np.dtype(str(dtype).removeprefix("torch.")), length), columns[TOKENS]
+                assert isinstance(lengths, FixedColumn)  # by the schema
+                columns[name] = TokenColumn(batches, schema, name, path, kind, lengths, name in packed)
+            else:
+                columns[name] = _make_column(batches, schema, name, path, packed.get(name))
         if any(len(column) != manifest.rows for column in columns.values()):
             raise StoreError(f"{path} does not have {manifest.rows} rows: {REBUILD}.")
         return columns

@@ -81,11 +81,15 @@ class BatchSplit:
         main: the main input, `(B, ...)`.
         columns: entries with one value per sample, by name; the main input too if it holds tokens.
         constants: entries that are the same for every batch, by name.
+        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
+
+    Shapes: B samples, W positions of a text.
     """
 
     main: torch.Tensor
     columns: dict[str, Any]
     constants: dict[str, Any]
+    mask: torch.Tensor | None = None
 
     def describe(self) -> dict[str, InputColumn]:
         """Shape and dtype of every entry that has one value per sample."""

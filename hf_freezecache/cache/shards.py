@@ -15,9 +15,9 @@ import pyarrow as pa
 import torch
 
 from .codec import Codec
-from .lossless import pack_rows, packed_columns
+from .lossless import join_rows, pack_rows, packed_columns
 from .manifest import Shard
-from .names import SAMPLE_ID, own_input
+from .names import SAMPLE_ID, TOKENS, own_input
 from .rows import InputColumn, RowError
 from .view_columns import ViewColumns, ViewSpec
 
@@ -43,6 +43,7 @@ class ShardStream:
     ):
         self.inputs, self.rows = input_columns(inputs, views.spec), 0
         self.packed = packed_columns({**codec.columns, **views.columns}, lossless)
+        self.is_text = codec.layout.is_token
         self._schema = shard_features(codec, views, inputs, lossless).arrow_schema
         self._writer = pa.ipc.new_stream(sink, self._schema)
 
@@ -51,19 +52,22 @@ class ShardStream:
 
         Args:
             first_row: number of the first one.
-            codes: codes by column, `(B, length)` each.
+            codes: codes by column, `(B, length)` each; of texts `(N, length)`, those of all tokens.
             inputs: model inputs by column, those of `inputs`.
 
         Raises:
             RowError: if a model input has another shape or dtype than its column.
 
-        Shapes: B rows.
+        Shapes: B rows, N tokens of texts.
         """
         arrays = {}
         for name, value in codes.items():
             array = value.cpu().contiguous().numpy()
-            arrays[name] = self._pack(name, array) if name in self.packed else _fixed_size_list(array)
-            rows = len(value)
+            if self.is_text:
+                arrays[name] = self._join(name, array, inputs[TOKENS].cpu().numpy())
+            else:
+                arrays[name] = self._pack(name, array) if name in self.packed else _fixed_size_list(array)
+            rows = len(arrays[name])
         for name, column in self.inputs.items():
             value = inputs[name]
             if column.is_list:
@@ -78,6 +82,12 @@ class ShardStream:
 
     def _pack(self, name: str, rows: np.ndarray) -> pa.Array:
         return pack_rows(rows)
+
+    def _join(self, name: str, tokens: np.ndarray, lengths: np.ndarray) -> pa.Array:
+        """Rows of the codes of a text's tokens, one after the other."""
+        if name in self.packed:
+            return pack_rows(np.split(tokens, np.cumsum(lengths)[:-1]))
+        return join_rows(tokens, lengths)
 
     def close(self) -> None:
         """Ends the stream; nothing can be appended any more."""
@@ -115,6 +125,11 @@ class ShardWriter(ShardStream, contextlib.AbstractContextManager):
             self.close()
         else:
             self._file.close()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that were written so far."""
+        return self._file.tell()
 
     def shard(self) -> Shard:
         """Name, rows, size and checksum of the closed file."""
@@ -181,7 +196,7 @@ def shard_features(
     codes = {**codec.columns, **views.columns}
     packed = packed_columns(codes, lossless)
     for name, (dtype, length) in codes.items():
-        if name in packed:
+        if name in packed or codec.layout.is_token:
             features[name] = datasets.Value("large_binary")
             continue
         features[name] = datasets.List(datasets.Value(str(dtype).removeprefix("torch.")), length=length)

@@ -32,6 +32,7 @@ from .names import (
 from .opening import check_state, open_columns, open_files
 from .rows import InputColumn
 from .stored_columns import PackedColumn
+from .texts import decode_rows, split_rows
 from .view_columns import ViewColumns
 
 
@@ -167,16 +168,17 @@ class FeatureStore:
             device: where the features are decoded.
 
         Returns:
-            Features `(B, *layout.shape)`.
+            Features `(B, *layout.shape)`; of texts `(B, W, C)`, with 0 behind the last token.
 
         Raises:
             IndexError: if a row does not exist.
             StoreError: if a row is damaged, or a file changed or cannot be read.
 
-        Shapes: B samples.
+        Shapes: B samples, W tokens of the longest text.
         """
         rows = self.read_rows(indices)
-        return self.codec.decode({name: rows[name].to(device) for name in self.codec.columns})
+        codes = split_rows(rows) if self.codec.layout.is_token else {name: rows[name] for name in self.codec.columns}
+        return decode_rows(self.codec, {name: value.to(device) for name, value in codes.items()})
 
     def read_rows(
         self, indices: Sequence[int], views: np.ndarray | None = None, pinned: bool = False
@@ -190,7 +192,8 @@ class FeatureStore:
 
         Returns:
             Entries of a batch by name: first the codes, i.e. the codec's columns and, for stores that hold only the
-            sensitive channels of views, the entries of `ViewColumns.pick`; then the model inputs.
+            sensitive channels of views, the entries of `ViewColumns.pick`; then the model inputs. Of texts the codes
+            of all tokens, one after the other, and what `split_texts` tells of them.
 
         Raises:
             IndexError: if a row does not exist.
@@ -202,11 +205,14 @@ class FeatureStore:
         rows = np.asarray(indices, dtype=np.int64)
         # A tensor that torch has pinned must itself go into the batch: torch reuses its memory once no copy to a GPU
         # is under way, and knows of copies by the tensor.
+        lengths = {} if self.codec.layout.is_token else self.codec.columns
         memory = {
             name: torch.empty(len(rows), length, dtype=dtype, pin_memory=pinned)
-            for name, (dtype, length) in self.codec.columns.items()
+            for name, (dtype, length) in lengths.items()
         }
         codes = {name: self._columns[name].take(rows, tensor.numpy()) for name, tensor in memory.items()}
+        if self.codec.layout.is_token:
+            codes = {name: self._columns[name].take(rows) for name in self.codec.columns}
         if views is not None and self.manifest.views:
             codes = self.views.pick(codes, views, lambda name, positions: self._columns[name].take(rows[positions]))
         batch: dict[str, Any] = {
@@ -225,7 +231,7 @@ class FeatureStore:
             indices: row numbers `(B,)`.
 
         Returns:
-            Name -> `(B, length)`.
+            Name -> `(B, length)`; codes of texts `(N, length)`, those of all tokens.
 
         Raises:
             IndexError: if a row does not exist.

@@ -189,6 +189,52 @@ class TextColumn(_ContentColumn):
         return texts
 
 
+class TokenColumn(_ContentColumn):
+    """Rows of as many entries of one width as a text has tokens; each row may be a zstd frame.
+
+    Args:
+        batches, schema, name, where: see `StoredColumn`.
+        kind: type and number of the values of a token.
+        lengths: the column that holds the numbers of tokens.
+        packed: whether each row is a zstd frame.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[PlacedBatch],
+        schema: pa.Schema,
+        name: str,
+        where: object,
+        kind: tuple[np.dtype, int],
+        lengths: FixedColumn,
+        packed: bool,
+    ):
+        super().__init__(batches, schema, name, where)
+        (self.dtype, self.width), self._lengths = kind, lengths
+        self._codec = pa.Codec("zstd") if packed else None
+
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """The tokens of the rows one after the other, `(N, width)`; see `StoredColumn.take`."""
+        lengths = self._lengths.take(rows)[:, 0]
+        if (lengths < 0).any() or (lengths > self._most()).any():
+            raise self._damaged(int(rows[0]), "impossible numbers of tokens")
+        parts = []
+        for (row, content), length in zip(self._contents(rows), lengths.tolist(), strict=True):
+            size = length * self.width * self.dtype.itemsize
+            try:
+                part = content if self._codec is None or not size else self._codec.decompress(content, size)
+            except (OSError, ValueError) as error:
+                raise self._damaged(row, error) from error
+            if len(part) != size:
+                raise self._damaged(row, f"{len(part)} bytes for {length} tokens")
+            parts.append(part)
+        return np.frombuffer(bytearray().join(parts), self.dtype).reshape(-1, self.width)
+
+    def _most(self) -> int:
+        """More tokens than a row can have."""
+        return (1 << 40) // max(1, self.width * self.dtype.itemsize)
+
+
 class PackedColumn(_ContentColumn):
     """Rows that are zstd frames, each of which is read and unpacked by itself.
 

@@ -19,16 +19,18 @@ from ..augment.geometry import PROJECTIVE, cell_centres, decode_geometry, encode
 from ..augment.maps import check_grid
 from ..augment.sensitivity import CHUNK, SensitivityMeter
 from ..build.context import BuildContext
-from ..build.feature_sources import ImageFeatures, check_shape
+from ..build.feature_sources import ImageFeatures, ViewRun, check_shape
 from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
 from ..cache.codec import Codec, make_codec
 from ..cache.names import own_input
-from ..cache.rows import BatchSplit, DrawnBatch, split_batch
+from ..cache.rows import BatchSplit, DrawnBatch
 from ..cache.shards import ShardStream
 from ..cache.store import FeatureStore
+from ..cache.texts import split_rows
 from ..cache.view_columns import ViewColumns, ViewSpec
+from ..model.tokens import blank_padding
 from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
 from ..rng import preserve_rng
@@ -227,7 +229,7 @@ class Prober:
     def _row(self, spec: StoreSpec, costs: Costs, limit: int | None) -> PlanRow:
         codec = make_codec(spec.codec, spec.layout)
         if self._split is None:
-            self._split = split_batch(self.source.probe(), self.chain.main_input)
+            self._split = spec.split(self.source.probe())
         both, base = (
             spec_bytes(spec, codec, self._split, self.processes, views, costs.frame_bytes)
             for views in (spec.views, ViewSpec())
@@ -279,6 +281,8 @@ class Prober:
         fitting, fitted_here = self._fit(spec, codec, [*features, *of_views]) if fits else (0.0, 0.0)
         store, encode = self._encode(spec, codec, loaded, features, of_views)
         read, decode = self._time_replay(store)
+        if spec.layout.is_token:  # the samples are collated in a replay, too
+            read += costs.load
         packed = store.frame_bytes() if spec.lossless else None
         costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting, frame_bytes=packed)
         yield costs
@@ -330,7 +334,8 @@ class Prober:
         """
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
-            return self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
+            features, mask = self.chain.prefix(self.model_inputs(drawn.batch), spec.cut), spec.split(drawn.batch).mask
+            return features if mask is None else blank_padding(features, mask)
 
         run(loaded.base[0])
         base: list[torch.Tensor] = []
@@ -365,7 +370,8 @@ class Prober:
         """Fits the codec; seconds that it takes on as many rows as a build fits it on, and on these."""
         rows = fit_rows(spec)
         stride = fit_stride(rows, spec.layout)
-        fitted_rows, pooled = -(-rows // stride), torch.cat(features)
+        # Of texts, padding takes as long as tokens.
+        fitted_rows, pooled = -(-rows // stride), torch.cat([_rows_of(each, spec) for each in features])
         pooled = pooled[:: max(1, len(pooled) // fitted_rows)]
         _, seconds = timed(lambda: codec.fit(pooled))
         return seconds * max(1.0, fitted_rows / len(pooled)), seconds
@@ -380,7 +386,7 @@ class Prober:
     ) -> tuple[FeatureStore, float]:
         """A store of these ranges in memory, and the seconds that one range took."""
         views = ViewColumns(self._standing_for(spec, loaded), codec)
-        splits = [split_batch(drawn.batch, self.chain.main_input) for drawn in loaded.base]
+        splits = [spec.split(drawn.batch) for drawn in loaded.base]
         sink, seconds = pa.BufferOutputStream(), []
         stream = ShardStream(sink, codec, views, splits[0].describe(), spec.lossless)
         for place, (rows, split) in enumerate(zip(loaded.rows, splits, strict=True)):
@@ -388,7 +394,9 @@ class Prober:
             view_features = of_views[place] if of_views else None
 
             def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
-                codes, inputs = codec.encode(base, sample_ids=rows), dict(split.columns)
+                run = ViewRun(split.columns, split.constants, base, mask=split.mask)
+                codes = codec.encode(run.need_features(), sample_ids=run.samples_of(rows))
+                inputs = dict(split.columns)
                 for view in range(1, spec.views.count + 1):
                     codes |= views.encode(view, view_features, geometry, rows)
                     if spec.views.own_inputs:
@@ -442,7 +450,8 @@ class Prober:
 
             batch, seconds = timed(read)
             reading.append(seconds)
-            codes = {name: batch[name] for name in store.code_names(batch)}
+            is_text = store.codec.layout.is_token
+            codes = split_rows(batch) if is_text else {name: batch[name] for name in store.code_names(batch)}
 
             def decode(codes=codes):
                 return replay_features(store, on_device(codes, device))
@@ -469,6 +478,11 @@ class Prober:
 
 
 _NOTHING = Costs(load=0.0, prefix=0.0, load_base=0.0)
+
+
+def _rows_of(features: torch.Tensor, spec: StoreSpec) -> torch.Tensor:
+    """Features as a codec takes them."""
+    return features.flatten(0, 1) if spec.layout.is_token else features
 
 
 def _passes(spec: StoreSpec) -> int:

@@ -74,7 +74,8 @@ class Bypass:
             if is_first and not self._inside_model:
                 # A user has called a part of the model by itself.
                 self._check(find_tensor((args, kwargs)))
-            samples, given = len(self._feature), dict(leaves((args, kwargs)))
+            samples, wider = len(self._feature), self.cut.wider(self._feature)
+            given = dict(leaves((args, kwargs)))
 
             def answer(path: tuple, leaf: Any) -> Any:
                 if not isinstance(leaf, TensorSpec):
@@ -84,7 +85,7 @@ class Bypass:
                 handed_through = next((place for place, spec in call.arguments.items() if _is_same(spec, leaf)), None)
                 if handed_through in given:
                     return given[handed_through]
-                return StandIn(leaf.shape_for(samples), leaf.dtype, leaf.device, stands_for)
+                return StandIn(leaf.shape_for(samples, wider), leaf.dtype, leaf.device, stands_for)
 
             return map_leaves(answer, call.output)
 

@@ -12,10 +12,11 @@ from torch import nn
 from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
 from .capture import capture, capture_in_training, frozen_modes, is_moving
-from .errors import ChainError
+from .errors import ChainError, PaddingError
 from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode
+from .padding import ignored_padding
 from .probes import synthetic_probe, take_rows
 from .proving import prove_cut
 from .stand_ins import stays_real
@@ -53,6 +54,8 @@ class BlockChain:
         self._proved: set[int] = set()
         # Those of the cut; None: to be found.
         self._frozen_modules: list[nn.Module] | None = None
+        #: By cut, why padding of texts counts there.
+        self._kept_padding: dict[int, str] = {}
         self._replaying = False
         self._requires_grad: dict[nn.Parameter, bool] = {}
 
@@ -163,14 +166,21 @@ class BlockChain:
         """
         self._check_cut(cut)
         _check_inputs(self.model, inputs)
-        if self._trace is None or not self._trace.fits(inputs):
-            self.trace(inputs)
+        self._trace_if_new(inputs, cut)
         samples = len(inputs[self.main_input])
         # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
         last = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
         main = last[self.main_input]
         is_proof = not main.is_floating_point() or bool(main.isfinite().all())
-        prove_cut(self, last if is_proof else take_rows(inputs, slice(2), samples), cut)
+        rows = last if is_proof else take_rows(inputs, slice(2), samples)
+        if self.ignored_padding(cut):
+            try:
+                prove_cut(self, rows, cut)
+            except PaddingError as error:
+                self.keep_padding(cut, str(error))
+                self._trace_if_new(inputs, cut)
+        if not self.ignored_padding(cut):
+            prove_cut(self, rows, cut)
         self._proved.add(cut)
 
     @property
@@ -179,13 +189,42 @@ class BlockChain:
         return tuple(self._own_trace().probe[self.main_input].shape[1:])
 
     def layout(self, cut: int) -> FeatureLayout:
-        """Shape, grid, special tokens and dtype of the feature at `cut`.
+        """Shape, grid, special tokens and dtype of the feature at `cut`; of a token of it where padding is left out.
 
         Raises:
             ChainError: if the model was not run yet and its configuration does not name the size of its input.
         """
         self._check_cut(cut)
-        return self._own_trace().layout(cut)
+        layout = self._own_trace().layout(cut)
+        if not self.ignored_padding(cut):
+            return layout
+        return FeatureLayout(layout.shape[1:], None, 0, layout.dtype, is_token=True)
+
+    def ignored_padding(self, cut: int) -> frozenset[str]:
+        """Sides on which padding of texts changes no feature at `cut`: stores leave it out.
+
+        Empty where the feature of a sample is not a vector for each position of its text, the model's inputs have no
+        `attention_mask`, or what comes behind the cut reads what is at padding.
+        """
+        if not cut or cut in self._kept_padding:
+            return frozenset()
+        trace = self._own_trace()
+        if cut not in trace.ignored_padding:
+            trace.ignored_padding[cut] = ignored_padding(self.model, trace, cut)
+        return trace.ignored_padding[cut]
+
+    def keep_padding(self, cut: int, why: str) -> None:
+        """From now on, features at a cut include padding: texts must have one width there.
+
+        Args:
+            cut: from 1 on.
+            why: as a clause.
+        """
+        self._kept_padding[cut] = why
+
+    def why_padding_is_kept(self, cut: int) -> str | None:
+        """Why features at a cut include padding, as `keep_padding` was told; None if it was not."""
+        return self._kept_padding.get(cut)
 
     def share(self, cut: int) -> float:
         """FLOPs that a replay at `cut` leaves out, relative to a forward pass of the model."""
@@ -288,7 +327,7 @@ class BlockChain:
             cut: number of blocks to run.
 
         Returns:
-            The feature, `(B, T, C)` or `(B, C, H, W)`; at cut 0 the main input itself.
+            The feature, `(B, T, C)` or `(B, C, H, W)`; at cut 0 the main input itself. Of texts, padding included.
 
         Raises:
             ChainError: if this cut has not been proved yet and the proof on the recorded inputs fails.
@@ -298,10 +337,10 @@ class BlockChain:
         self._check_cut(cut)
         if cut == 0:
             return inputs[self.main_input]
-        if self._trace is None or not self._trace.fits(inputs):
-            self.trace(inputs)
+        self._trace_if_new(inputs, cut)
         if cut not in self._proved:
             self.prove(self._own_trace().probe, cut)
+            self._trace_if_new(inputs, cut)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
 
@@ -416,6 +455,11 @@ class BlockChain:
             self._replaying = False
 
     # Helpers
+
+    def _trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
+        """Traces the model unless it was traced on inputs of this size, or its features have none."""
+        if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.ignored_padding(cut))):
+            self.trace(inputs)
 
     def _own_trace(self) -> Trace:
         """The trace; if the model was not run yet, that of random inputs of the size in its configuration.

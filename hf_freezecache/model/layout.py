@@ -19,6 +19,7 @@ class FeatureLayout:
         special_tokens: number of leading tokens that are no positions of an image (CLS, distillation, registers); 0
             for feature maps and vectors.
         dtype: float32, float16 or bfloat16.
+        is_token: whether this is the layout `(C,)` of a token of a text, of which a sample has as many as it has.
 
     Raises:
         ValueError: if the fields contradict each other.
@@ -30,6 +31,7 @@ class FeatureLayout:
     grid: tuple[int, int] | None
     special_tokens: int
     dtype: torch.dtype
+    is_token: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.shape) <= 3 or min(self.shape) < 1:
@@ -44,6 +46,8 @@ class FeatureLayout:
             )
         if self.grid is not None and prod(self.grid) != self.positions:
             raise ValueError(f"grid {self.grid} does not cover the {self.positions} positions of shape {self.shape}")
+        if self.is_token and len(self.shape) != 1:
+            raise ValueError(f"the feature of a token is (C,), got shape {self.shape}")
 
     @property
     def channel_dim(self) -> int:
@@ -83,12 +87,13 @@ class FeatureLayout:
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON values, for a manifest."""
-        return {
+        layout = {
             "shape": list(self.shape),
             "grid": None if self.grid is None else list(self.grid),
             "special_tokens": self.special_tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        return {**layout, "is_token": True} if self.is_token else layout
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureLayout":
@@ -104,6 +109,7 @@ class FeatureLayout:
             grid=None if data["grid"] is None else tuple(data["grid"]),
             special_tokens=data["special_tokens"],
             dtype=_DTYPES[data["dtype"]],
+            is_token=data.get("is_token", False),
         )
 
 

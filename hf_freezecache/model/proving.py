@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..rng import RngState, preserve_rng
-from .errors import ChainError
+from .errors import ChainError, PaddingError
 from .modes import eval_mode
+from .padding import relative_difference, tolerance_of
 from .probes import take_rows
 from .record import answers_of
 from .stand_ins import StandIn
 from .structure import Path
+from .tokens import blank_padding, take_columns, token_mask, why_not_padded
 
 if TYPE_CHECKING:
     from .chain import BlockChain
-
-#: By how much the row of a sample may differ without other samples, relative to its size: what kernels for batches of
-#: other sizes round otherwise, in single precision and below it.
-_FINE, _COARSE = 1e-2, 5e-2
 
 
 def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
@@ -32,18 +30,21 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
         cut: from 1 on.
 
     Raises:
+        PaddingError: if they do not where the features of texts lack padding.
         ChainError: if they do not, or if in training the feature depends on random numbers or on the batch.
     """
     model, cannot = chain.model, chain.cannot_cut(cut)
+    mask = _mask_of(chain, inputs, cut)
     with preserve_rng(), torch.no_grad(), eval_mode(model):
-        expected = answers_of(model(**inputs))
-        features = chain.capture(inputs, cut)
+        expected = _blank(answers_of(model(**inputs)), mask)
+        captured = chain.capture(inputs, cut)
+        features = captured if mask is None else blank_padding(captured, mask)
         if features.isnan().any() or any(tensor.isnan().any() for tensor in expected.values()):
             raise ChainError(
                 f"{cannot} features or logits are NaN, which proves nothing: the weights have diverged (lower the "
                 "learning rate?), or the samples are NaN."
             )
-        _check_company(chain, inputs, cut, features)
+        _check_company(chain, inputs, cut, features, mask)
         generators = RngState()
         try:
             in_training = chain.captured_in_training(inputs, cut)
@@ -56,13 +57,13 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
                 f"{cannot} what runs before it draws random numbers in eval mode too, so that what comes behind it "
                 "would get others when it is left out."
             )
-        if not torch.equal(features, in_training):
+        if not torch.equal(features, in_training if mask is None else blank_padding(in_training, mask)):
             raise ChainError(
                 f"{cannot} in training the feature is random or depends on the batch, though everything before the "
                 "cut is in eval mode."
             )
         try:
-            replayed = answers_of(chain.suffix(features, inputs, cut))
+            replayed = _blank(answers_of(chain.suffix(features, inputs, cut)), mask)
         except Exception as error:  # the model's own code may raise anything
             raise ChainError(
                 f"{cannot} running the rest on the feature failed with {type(error).__name__}: {error}"
@@ -76,24 +77,55 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
         if _are_equal(expected, replayed):
             return
         # An accelerator's kernels may differ from run to run. Only then are close answers accepted.
-        reproducible = _are_equal(expected, answers_of(model(**inputs)))
+        reproducible = _are_equal(expected, _blank(answers_of(model(**inputs)), mask))
     if reproducible or not _are_close(expected, replayed):
+        if mask is not None and not mask.all():
+            raise PaddingError(f"{type(model).__name__} reads what is at padding behind the cut")
         raise ChainError(
             f"{cannot} the logits differ by up to {_largest_difference(expected, replayed):.3g}: something besides "
             "the feature crosses it (a skip connection, an input-dependent side channel)."
         )
 
 
-def _check_company(chain: BlockChain, inputs: Mapping[str, Any], cut: int, features: torch.Tensor) -> None:
-    """Checks that the feature of a sample is its own: that it is what a batch of this sample alone, twice, gives."""
+def _mask_of(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> torch.Tensor | None:
+    """Where the tokens are, if a store leaves out what is none."""
+    ignored = chain.ignored_padding(cut)
+    mask = token_mask(inputs, chain.main_input) if ignored else None
+    if mask is None:
+        return None
+    why_not = why_not_padded(mask, ignored)
+    if why_not is not None:
+        raise PaddingError(why_not)
+    return mask
+
+
+def _blank(answers: dict[Path, torch.Tensor], mask: torch.Tensor | None) -> dict[Path, torch.Tensor]:
+    """Answers without what they are at padding, where nothing is stored."""
+    if mask is None:
+        return answers
+    return {
+        path: tensor if isinstance(tensor, StandIn) else blank_padding(tensor, mask)
+        for path, tensor in answers.items()
+    }
+
+
+def _check_company(
+    chain: BlockChain, inputs: Mapping[str, Any], cut: int, features: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    """Checks that the feature of a sample is its own: that it is what a batch of this sample alone, twice, gives.
+
+    That of a text is what it gives without padding.
+    """
     samples = len(features)
     difference = 0.0
     for row in {0, samples - 1}:
-        own = chain.capture(take_rows(inputs, [row, row], samples), cut)[0].double()
-        error = (features[row].double() - own).norm() / own.norm().clamp_min(1e-12)
-        difference = max(difference, error.item())
-    is_coarse = features.dtype != torch.float32 or torch.is_autocast_enabled(features.device.type)
-    if difference > (_COARSE if is_coarse else _FINE):
+        alone, feature = take_rows(inputs, [row, row], samples), features[row]
+        if mask is not None:
+            alone, feature = take_columns(alone, mask.shape[1], mask[row]), feature[mask[row]]
+        difference = max(difference, relative_difference(feature, chain.capture(alone, cut)[0]))
+    if difference > tolerance_of(features.dtype, features.device):
+        if mask is not None and not mask.all():
+            raise PaddingError("padding changes the features of the tokens beside it")
         raise ChainError(
             f"{chain.cannot_cut(cut)} what crosses it is not one row for each sample: the row of a sample differs by "
             f"{100 * difference:.2g} % from what the sample gives without others, so that a store would mix samples "

@@ -48,6 +48,7 @@ class TensorSpec:
         device: of the tensor.
         place: offset and strides within its storage: two of the same value and place are one tensor.
         per_sample: for every dimension, its size for each sample; None if it does not depend on their number.
+        per_token: for every dimension, by how much it grows (for each sample) with the width of the texts.
     """
 
     value: Value
@@ -56,6 +57,7 @@ class TensorSpec:
     device: torch.device
     place: tuple[Any, ...] = ()
     per_sample: tuple[int | None, ...] = ()
+    per_token: tuple[int, ...] = ()
 
     @property
     def sample_dim(self) -> int | None:
@@ -69,10 +71,19 @@ class TensorSpec:
         floats = self.dtype in (torch.float32, torch.float16, torch.bfloat16)
         return floats and self.sample_dim is not None and len(self.shape) > 1
 
-    def shape_for(self, samples: int) -> tuple[int, ...]:
-        """Its shape in a batch of some samples."""
-        sizes = zip(self.shape, self.per_sample or (None,) * len(self.shape), strict=True)
-        return tuple(size if per_sample is None else per_sample * samples for size, per_sample in sizes)
+    def shape_for(self, samples: int, wider: int = 0) -> tuple[int, ...]:
+        """Its shape in another batch.
+
+        Args:
+            samples: of the batch.
+            wider: by how many positions its texts are wider than those of the recorded run.
+        """
+        per_sample = self.per_sample or (None,) * len(self.shape)
+        growths = self.per_token or (0,) * len(self.shape)
+        return tuple(
+            size + growth * wider if own is None else (own + growth * wider) * samples
+            for size, own, growth in zip(self.shape, per_sample, growths, strict=True)
+        )
 
 
 @dataclass(eq=False)
@@ -239,15 +250,19 @@ class _Recorder(TorchDispatchMode):
         return TensorSpec(self.value(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, place)
 
 
-def record_run(model: nn.Module, inputs: Mapping[str, Any], samples: int) -> Record:
+def record_run(
+    model: nn.Module, inputs: Mapping[str, Any], samples: int, narrower: Mapping[str, Any] | None = None
+) -> Record:
     """Runs a model in eval mode and records the run, and runs it once more with one sample more.
 
-    The second run tells which dimensions of the tensors grow with the number of samples.
+    The second run tells which dimensions of the tensors grow with the number of samples; a third one, on texts of one
+    position less, which grow with their width.
 
     Args:
         model: the model; left as it is.
         inputs: its inputs by name.
         samples: rows of them.
+        narrower: the same inputs with one position less; None: they are no texts, or of a single width.
 
     Raises:
         ChainError: if the model does not run.
@@ -259,15 +274,34 @@ def record_run(model: nn.Module, inputs: Mapping[str, Any], samples: int) -> Rec
     answers = frozenset(recorder.value(tensor) for tensor in answers_of(output).values())
     with _recording(model, larger, operations=False) as run:
         run(with_one_more_sample(inputs, samples))
-    of_larger = {(call.module, call.nth): call for call in larger.calls}
+    _relate(recorder, larger, lambda specs, others: _scaled(specs, others, samples))
+    if narrower is not None:
+        _relate(recorder, _record_narrower(model, narrower), _widened)
     for call in recorder.calls:
-        other = of_larger.get((call.module, call.nth))
-        if other is not None:
-            call.arguments = _scaled(call.arguments, other.arguments, samples)
-            call.results = _scaled(call.results, other.results, samples)
         call.output = _with_specs(call.output, call.results)
     parameters = {recorder.value(parameter)[0]: name for name, parameter in model.named_parameters()}
     return Record(samples, values, recorder.calls, recorder.operations, answers, parameters)
+
+
+def _record_narrower(model: nn.Module, inputs: Mapping[str, Any]) -> _Recorder:
+    recorder = _Recorder(model)
+    try:
+        with _recording(model, recorder, operations=False) as run:
+            run(inputs)
+    except ChainError as error:
+        Announcer.survived(logger, f"{type(model).__name__} does not run on texts of another width", error)
+        return _Recorder(model)
+    return recorder
+
+
+def _relate(recorder: _Recorder, other: _Recorder, relate: Callable) -> None:
+    """Compares the tensors of every call with those of the same call in another run."""
+    others = {(call.module, call.nth): call for call in other.calls}
+    for call in recorder.calls:
+        found = others.get((call.module, call.nth))
+        if found is not None:
+            call.arguments = relate(call.arguments, found.arguments)
+            call.results = relate(call.results, found.results)
 
 
 def answers_of(output: Any) -> dict[Path, torch.Tensor]:
@@ -331,6 +365,23 @@ def _scaled(
         return replace(spec, per_sample=grows)
 
     return {path: scale(path, spec) for path, spec in specs.items()}
+
+
+def _widened(specs: Mapping[Path, TensorSpec], narrower: Mapping[Path, TensorSpec]) -> dict[Path, TensorSpec]:
+    """The specifications with what grows with the width of the texts; `narrower` are those of one position less."""
+
+    def widen(path: Path, spec: TensorSpec) -> TensorSpec:
+        other = narrower.get(path)
+        if other is None or len(other.shape) != len(spec.shape):
+            return spec
+        per_sample = spec.per_sample or (None,) * len(spec.shape)
+        growths = [
+            a - b if own is None or not own else (a - b) * own // a
+            for a, b, own in zip(spec.shape, other.shape, per_sample, strict=True)
+        ]
+        return replace(spec, per_token=tuple(growths))
+
+    return {path: widen(path, spec) for path, spec in specs.items()}
 
 
 def _written(function: Any, args: tuple, kwargs: dict) -> list[Any]:

@@ -19,6 +19,7 @@ from .layout import FeatureLayout, token_grid
 from .probes import check_checkpointing
 from .record import Call, record_run
 from .stand_ins import StandIn, stays_real
+from .tokens import take_columns, token_mask
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Cut:
         rows: of the crossing tensor for each sample (the choices of a question).
         memory_order: its dimensions in the order in which its memory has them: a dropout draws in this order.
         block_names: names of the blocks before it, the longest first.
+        has_tokens: whether the feature of a sample is a row of vectors, one for each position of its text.
     """
 
     boundary: Boundary
@@ -42,6 +44,7 @@ class Cut:
     rows: int
     memory_order: tuple[int, ...]
     block_names: tuple[str, ...]
+    has_tokens: bool = False
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -49,15 +52,20 @@ class Cut:
         return self.boundary.places[0]
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The crossing tensor as a feature: `(B, *layout.shape)`."""
+        """The crossing tensor as a feature: `(B, *layout.shape)`, or `(B, W, C)` of texts of another width."""
         rows = tensor.movedim(self.sample_dim, 0)
-        return rows.reshape(len(rows) // self.rows, *self.layout.shape)
+        return rows.reshape(len(rows) // self.rows, *(rows.shape[1:] if self.has_tokens else self.layout.shape))
 
     def unpack(self, feature: torch.Tensor) -> torch.Tensor:
         """The feature as the tensor that crosses."""
-        rows = feature.reshape(len(feature) * self.rows, *self.traced_shape)
+        shape = feature.shape[1:] if self.has_tokens else self.traced_shape
+        rows = feature.reshape(len(feature) * self.rows, *shape)
         inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
         return rows.movedim(0, self.sample_dim).permute(self.memory_order).contiguous().permute(inverse)
+
+    def wider(self, feature: torch.Tensor) -> int:
+        """By how many positions the texts of a feature are wider than those of the recorded run."""
+        return feature.shape[1] - self.layout.shape[0] if self.has_tokens else 0
 
     def name_of(self, call: Call) -> str:
         """The block that a call belongs to; the call's own name outside blocks."""
@@ -80,20 +88,32 @@ class Trace:
         check_checkpointing(model)
         self.model_name, self.probe = type(model).__name__, probe
         self.main_input, self.positional = main_input_name(model), argument_names(model)
-        self.record = record_run(model, probe, len(probe[self.main_input]))
+        mask = token_mask(probe, self.main_input)
+        #: Positions of the texts; 0 where the batch does not tell which of them are tokens.
+        self.width = 0 if mask is None else mask.shape[1]
+        narrower = take_columns(probe, self.width, slice(1, None)) if self.width > 1 else None
+        self.record = record_run(model, probe, len(probe[self.main_input]), narrower)
         withheld = () if stays_real(probe[self.main_input]) else (self.main_input,)
         self.flow = Flow(model, self.record, (self.main_input,), withheld)
         self.blocks = tuple(discover_blocks(self.flow) if blocks is None else blocks)
         self._calls = self._find_calls()
         self._grid = _patch_grid(model, probe[self.main_input])
         self._cuts: dict[int, Cut] = {}
-        #: See `BlockChain.needs_modes`; filled there.
+        #: See `BlockChain.needs_modes` and `ignored_padding`; filled there.
         self.moving: dict[int, bool] = {}
+        self.ignored_padding: dict[int, frozenset[str]] = {}
 
-    def fits(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the main input has the shape (without the batch), dtype and device of the recorded one."""
+    def fits(self, inputs: Mapping[str, Any], any_width: bool = False) -> bool:
+        """Whether the main input has the shape (without the batch), dtype and device of the recorded one.
+
+        Args:
+            inputs: model inputs by name.
+            any_width: texts of other widths fit, too.
+        """
         probe, new = self.probe[self.main_input], inputs[self.main_input]
-        return (probe.shape[1:], probe.dtype, probe.device) == (new.shape[1:], new.dtype, new.device)
+        if (probe.dtype, probe.device) != (new.dtype, new.device):
+            return False
+        return probe.shape[1:] == new.shape[1:] or (any_width and token_mask(inputs, self.main_input) is not None)
 
     def cut(self, number: int) -> Cut:
         """What is known of a cut, from 1 on.
@@ -183,7 +203,9 @@ class Trace:
         layout = self._layout((rows * shape[0], *shape[1:]) if rows > 1 else shape, spec.dtype)
         _, strides = spec.place
         order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
-        return Cut(boundary, layout, shape, dim, rows, order, names)
+        growths = spec.per_token[:dim] + spec.per_token[dim + 1 :]
+        has_tokens = rows == 1 and len(shape) == 2 and shape[0] == self.width and growths == (1, 0)
+        return Cut(boundary, layout, shape, dim, rows, order, names, has_tokens)
 
     def _layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureLayout:
         image = self.probe[self.main_input]

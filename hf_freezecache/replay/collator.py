@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..cache.texts import place_tokens, why_other_texts
+from ..model.tokens import MASK, token_mask
 from ..rng import seeded_rng
 from .dataset import BatchRows, CachedRows, DrawnRows, LostRows
 
@@ -15,7 +17,7 @@ from .dataset import BatchRows, CachedRows, DrawnRows, LostRows
 CODE_PREFIX = "freezecache."
 #: Prefix of a batch entry that describes live samples which are stored while they train the model.
 DRAWN_PREFIX = "freezecache-drawn."
-#: Entry of a batch whose rows could not be read from the store: why.
+#: Entry of a batch whose rows could not be read from the store, or are others by now: why.
 LOST = "freezecache-lost"
 #: Prefix of a batch entry that says which rows the batch holds.
 ROW_PREFIX = "freezecache-row."
@@ -26,7 +28,8 @@ class ReplayCollator:
 
     Live samples go to the user's collator unchanged. Cached rows become a dict of codes, named `freezecache.<column>`,
     and of the model inputs as the user's collator returned them when the store was built; the codes are decoded on the
-    model's device after the transfer. Live samples that are stored while they train the model go to the user's
+    model's device after the transfer. Of texts, the samples themselves go to the user's collator, and codes are padded
+    as it pads. Live samples that are stored while they train the model go to the user's
     collator, and the batch gets further entries: view and geometry of each sample. Both kinds of batches say which
     rows they hold.
 
@@ -43,14 +46,26 @@ class ReplayCollator:
         if lost is not None:
             return {LOST: lost.why, **_name_rows(BatchRows.merge([row.requested for row in rows]))}
         if isinstance(features, CachedRows):
-            return _name_codes(features)
+            return self._collate_cached(features)
         if isinstance(features, list) and features and isinstance(features[0], CachedRows):
-            return _name_codes(_merge(features))
+            return self._collate_cached(_merge(features))
         if isinstance(features, DrawnRows):
             return self._collate_views(features)
         if isinstance(features, list) and features and isinstance(features[0], DrawnRows):
             return self._collate_views(_merge_views(features))
         return self.collator(features)
+
+    def _collate_cached(self, rows: CachedRows) -> dict[str, Any]:
+        if rows.samples is None:
+            return _name_codes(rows)
+        batch = self.collator(rows.samples)
+        why = why_other_texts(rows.rows, batch, rows.main_input)
+        if why is not None:
+            return {LOST: why, **_name_rows(rows.requested)}
+        mask = token_mask(batch, rows.main_input)
+        assert mask is not None  # the batch is one of texts
+        codes = {name: place_tokens(rows.rows[name], mask) for name in rows.codes} | {MASK: mask}
+        return {**batch, **{CODE_PREFIX + name: value for name, value in codes.items()}, **_name_rows(rows.requested)}
 
     def _collate_views(self, rows: DrawnRows) -> dict[str, Any]:
         with seeded_rng(*rows.key):
@@ -169,7 +184,9 @@ def _merge(rows: list[CachedRows]) -> CachedRows:
             merged[name] = [item for row in rows for item in row.rows[name]]
         else:
             merged[name] = value
-    return CachedRows(merged, rows[0].codes, BatchRows.merge([row.requested for row in rows]))
+    samples = None if rows[0].samples is None else [row.samples[0] for row in rows]
+    requested = BatchRows.merge([row.requested for row in rows])
+    return CachedRows(merged, rows[0].codes, requested, samples, rows[0].main_input)
 
 
 def _merge_views(rows: list[DrawnRows]) -> DrawnRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,15 @@ class CachedRows:
         rows: codes and model inputs by name, as `FeatureStore.read_rows` returned them.
         codes: names of the codes among them.
         requested: which rows they are.
+        samples: of texts, the samples for the user's collator, which pads them; else None.
+        main_input: of texts, name of the tokens in a batch.
     """
 
     rows: dict[str, Any]
     codes: tuple[str, ...]
     requested: BatchRows
+    samples: Any = None
+    main_input: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,13 +180,14 @@ class ReplayDataset(Dataset):
         switch: what stamps the rows that the training asks for; loader processes have no use for it.
         seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch,
             the sample and its occurrence in the epoch.
+        main_input: name of the model's main input in a batch; stores of texts alone need it.
 
     Attributes:
         pinned: whether this process reads codes into page-locked memory; see `FeatureStore.read_rows`.
     """
 
-    def __init__(self, inner: Any, switch: SourceSwitch, seed: int):
-        self.inner, self.seed, self.pinned = inner, seed, False
+    def __init__(self, inner: Any, switch: SourceSwitch, seed: int, main_input: str = ""):
+        self.inner, self.seed, self.main_input, self.pinned = inner, seed, main_input, False
         self.switch: SourceSwitch | None = switch
         self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
@@ -222,10 +227,14 @@ class ReplayDataset(Dataset):
             return self.switch.trial.rows
         origin = rows[0].origin
         if origin.store is not None:
-            return self._read(origin, rows)
+            return self._read(origin, rows, fetch_samples)
         if origin.round is not None:
             return self._draw(origin.round, rows, fetch_samples)
-        draw = Draw(self.seed, [int(row) for row in rows], epoch=origin.epoch, occurrences=_occurrences(rows))
+        return self._draw_live(rows, fetch_samples)
+
+    def _draw_live(self, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]) -> Any:
+        epoch = rows[0].origin.epoch
+        draw = Draw(self.seed, [int(row) for row in rows], epoch=epoch, occurrences=_occurrences(rows))
         with use_draw(draw):
             return fetch_samples()
 
@@ -259,7 +268,9 @@ class ReplayDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def _read(self, origin: RowOrigin, rows: Sequence[RequestedRow]) -> CachedRows | LostRows:
+    def _read(
+        self, origin: RowOrigin, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]
+    ) -> CachedRows | LostRows:
         assert origin.store is not None  # the caller has asked
         numbers = [int(row) for row in rows]
         try:
@@ -272,7 +283,10 @@ class ReplayDataset(Dataset):
             entries = store.read_rows(numbers, views, self.pinned and get_worker_info() is None)
         except (StoreError, OSError) as error:  # the training goes on from images
             return LostRows(BatchRows.of(rows), f"{error} ({type(error).__name__})")
-        return CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
+        cached = CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
+        if not store.codec.layout.is_token:
+            return cached
+        return replace(cached, samples=self._draw_live(rows, fetch_samples), main_input=self.main_input)
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the store itself.

@@ -11,6 +11,7 @@ from ..augment.geometry import decode_geometry, is_mirrored, is_shown, warp
 from ..augment.maps import check_grid, put_maps, to_maps
 from ..cache.names import GEOMETRY, VIEW, VIEW_INDEX, VIEW_SPECIAL
 from ..cache.store import FeatureStore
+from ..cache.texts import decode_rows
 
 
 def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -26,14 +27,14 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
         codes: the batch's codes by entry, as `FeatureStore.read_rows` returns them, on the device of the model.
 
     Returns:
-        Features `(B, *layout.shape)`.
+        Features `(B, *layout.shape)`; of texts `(B, W, C)`, with 0 at padding.
 
     Raises:
         ValueError: if an entry is missing or has another shape or dtype than the store's.
 
-    Shapes: B samples.
+    Shapes: B samples, W positions of a text.
     """
-    features = store.codec.decode(codes)
+    features = decode_rows(store.codec, codes)
     if VIEW_INDEX not in codes:
         return features
     rows = codes[VIEW_INDEX].nonzero().squeeze(1)

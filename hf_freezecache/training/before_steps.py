@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cache.rows import split_batch
+from ..cache.texts import split_texts
+from ..model.tokens import token_mask
 from ..replay.passage import trial_rows, why_not_through
 from .data_state import looking_at
 from .rehearsal import RehearsalError
@@ -66,6 +68,8 @@ def _why_not_through(session: FreezeSession, loader: Any, shared: Sequence[Any])
         return None
     source = session.context.source
     with looking_at(source):
-        probe = split_batch(source.probe(), session.chain.main_input)
+        batch, main_input = source.probe(), session.chain.main_input
+        is_text = token_mask(batch, main_input) is not None
+        probe = split_texts(batch, main_input) if is_text else split_batch(batch, main_input)
     rows = trial_rows(probe, source.batch_size)
     return why_not_through(loader, session.loader, session.switch, rows, shared)

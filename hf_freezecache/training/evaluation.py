@@ -224,7 +224,7 @@ class EvaluationCache:
             if len(foreign) == _MOST_FOREIGN_SETS:
                 self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed)
+        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed, self.chain.main_input)
 
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.

@@ -15,6 +15,7 @@ from ..build.materialize import spread
 from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import untouched
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
+from ..model.tokens import blank_padding, token_mask
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng
 from .epoch_source import StepInputs
@@ -23,6 +24,8 @@ logger = logging.get_logger(__name__)
 
 #: Rows of a rehearsal, spread over the data set.
 _ROWS = 4
+#: Texts among which those that differ most in length are chosen.
+_TEXTS = 64
 #: Deviation relative to the largest value that is accepted where the same step twice is not the same bit for bit.
 _TOLERANCE = 1e-2
 #: Name of the only code of a rehearsed batch.
@@ -81,14 +84,20 @@ class Rehearsal:
         Raises:
             RehearsalError: if the two differ, or the step fails on features.
         """
-        group = self.context.group
-        batch, on_features = group.on_all(lambda: self._batches(cut))
+        group, chain = self.context.group, self.context.chain
+        batch, on_features, mask = group.on_all(lambda: self._batches(cut))
         with self._running(cut):
             whole = group.on_all(lambda: self._run(batch, "a batch of images"))
             replayed = group.on_all(lambda: self._replay(on_features, batch))
-            difference = find_difference(whole, replayed)
+            difference = find_difference(whole, replayed, mask=mask)
             if not any(group.gather(difference is not None)):
                 return
+        if chain.ignored_padding(cut):
+            found = next(reason for reason in group.gather(difference) if reason is not None)
+            chain.keep_padding(cut, f"a training step reads what is at padding: without it, {found}")
+            self.check(cut)
+            return
+        with self._running(cut):
             # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
             again = group.on_all(lambda: self._run(batch, "a batch of images"))
         is_reproducible = find_difference(whole, again) is None
@@ -113,23 +122,49 @@ class Rehearsal:
         others = {name: value for name, value in batch.items() if name != _REHEARSED}
         return StepInputs.on_features(chain, self._cut, features, others, "replay")
 
-    def _batches(self, cut: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """A few rows as a batch of images, and as one of features."""
+    def _batches(self, cut: int) -> tuple[Mapping[str, Any], Mapping[str, Any], torch.Tensor | None]:
+        """A few rows as a batch of images, and as one of features; and where their tokens are, if padding is not kept.
+
+        Where no row has padding, nothing would show whether something reads what is there: then it is kept.
+        """
         batch, chain = self._batch(), self.context.chain
         with preserve_rng():
             features = chain.prefix(self.context.model_inputs(batch), cut)
+        mask = token_mask(batch, chain.main_input) if chain.ignored_padding(cut) else None
+        if mask is not None and mask.all():
+            chain.keep_padding(cut, "none of the samples that were looked at is padded")
+            mask = None
+        if mask is not None:
+            features = blank_padding(features, mask)
         kept = {name: value for name, value in batch.items() if name != chain.main_input or stays_real(value)}
-        return batch, {_REHEARSED: features, **kept}
+        return batch, {_REHEARSED: features, **kept}, mask
 
     def _batch(self) -> Mapping[str, Any]:
         source = self.context.source
         count = min(_ROWS, len(source))
         with preserve_rng():
             try:
-                return source.collate(spread(len(source), count))
+                return source.collate(self._rows(count))
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
                 Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
                 return self._neighbours(count)
+
+    def _rows(self, count: int) -> Sequence[int]:
+        """Rows from all over the data set; of texts, the shortest and the longest of some more."""
+        source, main_input = self.context.source, self.context.chain.main_input
+        rows = spread(len(source), min(_TEXTS, len(source)))
+        mask = token_mask(source.collate(rows[:1]), main_input)
+        if mask is None:
+            return spread(len(source), count)
+        lengths: dict[int, int] = {}
+        for first in range(0, len(rows), source.batch_size):
+            chosen = rows[first : first + source.batch_size]
+            mask = token_mask(source.collate(chosen), main_input)
+            if mask is None:
+                return spread(len(source), count)
+            lengths |= dict(zip(chosen, mask.sum(1).tolist(), strict=True))
+        by_length = sorted(rows, key=lengths.__getitem__)
+        return [by_length[place] for place in spread(len(by_length), count)]
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:
         try:
@@ -174,7 +209,9 @@ class Rehearsal:
             self._cut = None
 
 
-def find_difference(whole: Outcome, replayed: Outcome, tolerance: float = 0.0) -> str | None:
+def find_difference(
+    whole: Outcome, replayed: Outcome, tolerance: float = 0.0, mask: torch.Tensor | None = None
+) -> str | None:
     """Where two outcomes of a step part, as a clause; None if they agree.
 
     Outputs that are stand-ins on features are left out: who reads them gets an error.
@@ -183,11 +220,16 @@ def find_difference(whole: Outcome, replayed: Outcome, tolerance: float = 0.0) -
         whole: of the step on images.
         replayed: of the step on features.
         tolerance: accepted deviation, relative to the largest value of a tensor.
+        mask: bool `(B, W)`, where the tokens of texts are; outputs at padding are not compared. None: all are.
+
+    Shapes: B rows, W positions of a text.
     """
     if not _agree(whole.loss, replayed.loss, tolerance):
         return f"the loss is {_show(whole.loss)} on images and {_show(replayed.loss)} on features"
     for name, value in whole.outputs.items():
         other = replayed.outputs.get(name)
+        if mask is not None and other is not None and not isinstance(other, StandIn):
+            value, other = blank_padding(value, mask), blank_padding(other, mask)
         if other is None or not (isinstance(other, StandIn) or _agree(value, other, tolerance)):
             return f"the model's output '{name}' differs"
     if whole.gradients.keys() != replayed.gradients.keys():

@@ -31,6 +31,7 @@ from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs, main_input_name
 from ..model.sharing import check_sharing
+from ..model.tokens import token_mask
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
@@ -131,8 +132,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         model_inputs = ModelInputs(self._own_model, lambda batch: trainer._inputs_by_name(batch), self.label_names)
         with preserve_rng():
             probe = self._draw_probe(source)
-            if self._freeze_config.cache != "never":
-                split_batch(probe, main_input_name(self._own_model))  # a clear error before the model sees the batch
+            main_input = main_input_name(self._own_model)
+            if self._freeze_config.cache != "never" and token_mask(probe, main_input) is None:
+                split_batch(probe, main_input)  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             for sentence in check_sharing(chain):
@@ -295,7 +297,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self._evaluation is not None:
             # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
             self.__dict__.pop("_eval_dataloaders", None)
-        wrapped = ReplayDataset(inner, self._session.switch, self._session.context.source.seed)
+        session = self._session
+        wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.chain.main_input)
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
         self._session.loader = loader
         self._session.shared = (self, self.model, self.accelerator, dataset, inner)
