@@ -37,7 +37,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_bert(folder: Path, layers: int = 2) -> Path:
+def tiny_bert(folder: Path, layers: int = 4) -> Path:
     """Saves a BERT of a few layers, and its tokenizer."""
     set_seed(0)
     config = BertConfig(
@@ -54,7 +54,7 @@ def tiny_bert(folder: Path, layers: int = 2) -> Path:
     return folder
 
 
-def tiny_llama(folder: Path, layers: int = 2) -> Path:
+def tiny_llama(folder: Path, layers: int = 4) -> Path:
     """Saves a Llama of a few layers, and its tokenizer."""
     set_seed(0)
     config = LlamaConfig(
