@@ -110,7 +110,8 @@ def test_sft_of_a_causal_language_model_trains_on_completions_alone(cache, promp
 
     output = tmp_path / "run"
     arguments = f"--model_name_or_path {tiny_llama(tmp_path / 'model')} --train_files {prompted}"
-    arguments += f" --validation_files {prompted} --output_dir {output} {TRAINING} {FREEZING} --freeze_points 0:2 --cache {cache}"
+    arguments += f" --validation_files {prompted} --output_dir {output} {TRAINING} {FREEZING}"
+    arguments += f" --freeze_points 0:2 --cache {cache}"
     report = causal_lm_sft.main(arguments.split())
     assert ("replay" in modes(report)) == (cache == "always")
     before = LlamaForCausalLM.from_pretrained(tmp_path / "model").state_dict()

@@ -24,7 +24,7 @@ class Scheme:
         kinds: kinds of tokens that are kept apart.
         kept_as: the codec of these tokens.
         channels: number of channels kept in fp16, those of the largest magnitude.
-        outliers: share of the tokens kept in fp16, those that the codec spoils most; a bit a token says which.
+        outliers: share of the tokens kept in fp16, those farthest from the median; a bit a token says which.
         normed: tokens are divided by their root mean square, which is kept in fp16.
     """
 
@@ -61,27 +61,32 @@ class Scheme:
         large = scaled.abs().amax(0).argsort(descending=True)[: self.channels]
         rest = torch.ones(channels, dtype=torch.bool)
         rest[large] = False
+        far, limit = _distance(scaled), torch.inf
+        if self.outliers:
+            limit = float(far(scaled).quantile(1 - self.outliers))
         codec = make_codec(self.codec, FeatureLayout((int(rest.sum()),), None, 0, torch.float32))
-        codec.fit(scaled[:, rest].contiguous(), weights=case.weights[rest] if codec.uses_weights else None)
-
-        def code(values: torch.Tensor) -> torch.Tensor:
-            scale = values.square().mean(1, keepdim=True).sqrt().half().float() if self.normed else 1.0
-            part = (values / scale)[:, rest].contiguous()
-            decoded = values.half().float()
-            decoded[:, rest] = codec.decode(codec.encode(part)) * scale
-            return decoded
-
-        limit = (code(fit) - fit).square().sum(1).quantile(1 - self.outliers) if self.outliers else torch.inf
+        codec.fit(scaled[far(scaled) <= limit][:, rest], weights=case.weights[rest] if codec.uses_weights else None)
 
         def decode(values: torch.Tensor) -> tuple[torch.Tensor, float]:
-            decoded = code(values)
-            spoilt = (decoded - values).square().sum(1) > limit
-            decoded[spoilt] = values[spoilt].half().float()
+            scale = values.square().mean(1, keepdim=True).sqrt().half().float() if self.normed else 1.0
+            part = values / scale
+            apart = far(part) > limit
+            decoded = values.half().float()
+            whole = decoded[apart]
+            decoded[:, rest] = codec.decode(codec.encode(part[:, rest])) * scale
+            decoded[apart] = whole
             bits = 8.0 * codec.row_bytes + _FP16_BITS * (self.channels + self.normed)
-            share = float(spoilt.float().mean())
+            share = float(apart.float().mean())
             return decoded, (1 - share) * bits + share * _FP16_BITS * channels + (self.outliers > 0)
 
         return decode
+
+
+def _distance(fit: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How far tokens are from the median, in the channels' median deviations: a function of `(N, C)` to `(N,)`."""
+    centre = fit.median(0).values
+    deviation = (fit - centre).abs().median(0).values.clamp(min=1e-12)
+    return lambda values: ((values - centre) / deviation).square().mean(1).sqrt()
 
 
 PLAIN = "fp32 fp16 int8 int4 int3 int2 mixed@8 mixed@6 mixed@5 mixed@4 mixed@3 mixed@2.5 mixed@2".split()
