@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .augment.geometry import DENSE, PROJECTIVE
 from .build.context import BuildContext
+from .build.errors import OneWidthError
 from .build.materialize import find_misfit
 from .build.spec_maker import SpecMaker
 from .build.store_spec import StoreSpec
@@ -92,8 +93,10 @@ def plan(
         budget = None if config.cache_budget is None else parse_bytes(config.cache_budget)
         limit = disk_limit(_store_directory(config, args), budget)
         bar = tqdm(numbers, desc="Planning", disable=trainer.args.disable_tqdm, leave=False)
-        rows = [planner.row(cut, limit) for cut in bar]
-        step, epoch = planner.plain()
+        rows = [row for cut in bar if (row := planner.row(cut, limit)) is not None]
+        if not rows:
+            raise ValueError(next(iter(planner.left_out.values())))
+        step, epoch = planner.plain(rows[0].cut)
         return Plan(tuple(rows), step, epoch, planner.describe_measurement())
 
 
@@ -105,6 +108,9 @@ class _Planner:
         steps: how a training step is made.
         step_inputs: moves a collated batch to where the model is.
         batches: to measure.
+
+    Attributes:
+        left_out: by cut, why its features cannot be stored.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class _Planner:
         batches: int,
     ):
         self.context, self.batches = context, batches
+        self.left_out: dict[int, str] = {}
         self.chain, self.source, self.config = context.chain, context.source, context.config
         with preserve_rng():
             self.augmentation = survey(self.source, self.chain.main_input)
@@ -125,17 +132,25 @@ class _Planner:
         self.spec_maker = SpecMaker(context, self.augmentation)
         self.prober = Prober(context, steps, step_inputs)
 
-    def row(self, cut: int, limit: int) -> PlanRow:
-        """What a store at a cut would cost and save."""
+    def row(self, cut: int, limit: int) -> PlanRow | None:
+        """What a store at a cut would cost and save; None if its features cannot be stored."""
         # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
         _, fixed = timed(partial(self._prove_again, cut))
-        spec = self._settle_geometry(self._draft(cut))
+        try:
+            spec = self._settle_geometry(self._draft(cut))
+        except OneWidthError as error:
+            self.left_out[cut] = str(error)
+            return None
         costs = self.prober.measure(spec, self.batches, with_suffix=True)
         return self.prober.row(spec, replace(costs, fixed=costs.fixed + fixed), limit)
 
-    def plain(self) -> tuple[float, float]:
-        """Seconds of a step and of an epoch with nothing frozen."""
-        spec = self._settle_geometry(self._draft(len(self.chain)))
+    def plain(self, cut: int) -> tuple[float, float]:
+        """Seconds of a step and of an epoch with nothing frozen.
+
+        Args:
+            cut: any that can be stored.
+        """
+        spec = self._settle_geometry(self._draft(cut))
         return self.prober.plain(spec, self.batches)
 
     def describe_measurement(self) -> str:
@@ -151,10 +166,11 @@ class _Planner:
             augmentation = f"{views} whole view{'s' if views > 1 else ''} ({self.augmentation.why_not})"
         packed = "Rows are packed; their bytes are estimated from these batches. " if self.config.lossless else ""
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        left_out = "".join(f" Not planned: {reason}" for reason in dict.fromkeys(self.left_out.values()))
         return (
             f"Measured on {self.context.device.type}: {batches} of {min(size, len(self.source))} of "
             f"{len(self.source):,} samples at every cut, {workers} loader processes; {augmentation}. {packed}"
-            "The speed of the disk was not measured."
+            f"The speed of the disk was not measured.{left_out}"
         )
 
     def _prove_again(self, cut: int) -> None:

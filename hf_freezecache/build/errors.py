@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..cache.rows import RowError
+
 
 class BuildFailed(OSError):
     """A store could not be written (full disk, missing permission). Training can go on without it."""
@@ -40,3 +42,7 @@ class GeometryMisfit(ValueError):
     def __init__(self, reason: str, for_all_kinds: bool = False):
         super().__init__(reason)
         self.for_all_kinds = for_all_kinds
+
+
+class OneWidthError(RowError):
+    """Texts are padded to the longest of a batch, and features at a cut include padding: they have no common size."""

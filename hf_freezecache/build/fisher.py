@@ -47,7 +47,7 @@ def fisher_weights(
     with preserve_rng(), eval_mode(chain.model):
         for inputs in batches:
             features = chain.prefix(inputs, cut)
-            layout = chain.layout(cut)
+            layout = chain.stored_layout(cut)
             gradient = _gradient(chain, cut, inputs, features, generator)
             # The transform is orthonormal: a channel's mean square is that of its bands.
             if layout.is_token:

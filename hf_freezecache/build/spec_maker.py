@@ -15,7 +15,7 @@ from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
 from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
-from ..cache.rows import RowError, RowSource
+from ..cache.rows import RowSource
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
@@ -24,6 +24,7 @@ from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
 from .deepening import DEEPENED_FROM, StoreFeatures, deepened
+from .errors import OneWidthError
 from .feature_sources import ImageFeatures, one_width_only
 from .fisher import fisher_weights
 from .materialize import spread
@@ -145,7 +146,7 @@ class SpecMaker:
         """Features include padding where samples are random: views of them are stored whole.
 
         Raises:
-            RowError: if texts are not of one width, and padding counts.
+            OneWidthError: if texts are not of one width, and padding counts.
         """
         chain, augmentation = self.context.chain, self.augmentation
         if augmentation is None or not cut:
@@ -153,16 +154,18 @@ class SpecMaker:
         if augmentation.random and chain.ignored_padding(cut):
             chain.keep_padding(cut, "samples are random")
         if augmentation.padded and not chain.ignored_padding(cut):
-            raise RowError(one_width_only(chain, cut))
+            raise OneWidthError(one_width_only(chain, cut))
 
     def _look_closer(self) -> None:
         """Looks for rare randomness, once, before anything is stored as if there were none."""
         if self._looked_closer or self._augmentation.random or not self.context.config.views:
             return
 
+        main_input = self.context.chain.main_input
+
         def look() -> Augmentation | None:
             with preserve_rng():
-                return look_closer(self.context.source, self.context.chain.main_input, self._augmentation.padded)
+                return look_closer(self.context.source, main_input if self._augmentation.padded else None)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True
@@ -197,7 +200,7 @@ class SpecMaker:
             cut: frozen blocks; the chain is traced.
             codec: name of the codec.
         """
-        views = self._view_spec(self.context.chain.layout(cut), codec)
+        views = self._view_spec(self.context.chain.stored_layout(cut), codec)
         return self._draft(self.context.source, cut, codec, views)
 
     def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
@@ -253,7 +256,7 @@ class SpecMaker:
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
         self._settle_padding(cut)
-        layout = context.chain.layout(cut)
+        layout = context.chain.stored_layout(cut)
         return StoreSpec(
             chain=context.chain,
             cut=cut,

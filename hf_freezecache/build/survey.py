@@ -85,18 +85,24 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
-    padded = are_padded(source, groups[0], main_input)
+    padded = collator_pads(source, main_input)
+    if padded:
+        groups = [batch for rows in groups for batch in in_batches(rows, _TOGETHER)]
+        if any(_draws_tokens(source, rows, main_input) for rows in groups):
+            return Augmentation(
+                declined="the tokens of a text are drawn at random (by the transform or the collator), so that their "
+                "features are others in every epoch"
+            )
+        return Augmentation(declined=why_not_by_row(source, groups[0], main_input, padded), padded=True)
     try:
-        declined = why_not_by_row(source, groups[0], main_input, padded)
+        declined = why_not_by_row(source, groups[0], main_input)
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
-        reasons = (why_not_by_row(source, rows, main_input, padded) for rows in groups)
+        reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
         declined = next((reason for reason in reasons if reason is not None), None)
     if declined is not None:
         return Augmentation(declined=declined)
-    if padded:
-        return _survey_texts(source, [batch for rows in groups for batch in in_batches(rows, _TOGETHER)], main_input)
     batches = [batch for rows in groups for batch in in_batches(rows, min(_TOGETHER, len(rows)))]
     looks = [_Look(source, batch, _DRAWS if place else _MORE_DRAWS) for place, batch in enumerate(batches)]
     base, view = looks[0].base.batch, looks[0].views[0].batch
@@ -115,28 +121,21 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     return Augmentation(True, refused is None, refused)
 
 
-def _survey_texts(source: RowSource, batches: Sequence[Sequence[int]], main_input: str) -> Augmentation:
-    """As `survey`, of texts that the collator pads: it collates in every epoch, so that only tokens count."""
-    for rows in batches:
-        draws = [split_texts(source.draw(rows, view).batch, main_input) for view in range(_MORE_DRAWS)]
-        if any(not is_same(draws[0].columns, draw.columns) for draw in draws[1:]):
-            return Augmentation(
-                declined="the tokens of a text are drawn at random (by the transform or the collator), so that their "
-                "features are others in every epoch"
-            )
-    return Augmentation(padded=True)
+def _draws_tokens(source: RowSource, rows: Sequence[int], main_input: str) -> bool:
+    """Whether the tokens of texts that the collator pads are random. It collates in every epoch: others may be."""
+    draws = [split_texts(source.draw(rows, view).batch, main_input).columns for view in range(_MORE_DRAWS)]
+    return any(not is_same(draws[0], draw) for draw in draws[1:])
 
 
-def are_padded(source: RowSource, rows: Sequence[int], main_input: str) -> bool:
+def collator_pads(source: RowSource, main_input: str) -> bool:
     """Whether samples are texts that the collator pads to the longest of a batch, not to one width.
 
     Args:
         source: the samples.
-        rows: some of them.
         main_input: name of the model's main input in a batch.
     """
     try:
-        chosen = list(rows[: source.batch_size])
+        chosen = list(spread_rows(source.dataset, _ROWS, source.seed))[: source.batch_size]
         mask = token_mask(source.collate(chosen), main_input)
         if mask is None:
             return False
@@ -153,13 +152,12 @@ def tells_geometry(source: RowSource) -> bool:
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Augmentation | None:
+def look_closer(source: RowSource, padded: str | None = None) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
-        main_input: name of the model's main input in a batch.
-        padded: whether samples are texts that the collator pads to the longest of a batch.
+        padded: name of the tokens in a batch, of texts that the collator pads to the longest of a batch; else None.
 
     Returns:
         What was found; None if nothing was.
@@ -167,8 +165,8 @@ def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Aug
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
-        if padded:
-            one, other = (split_texts(drawn.batch, main_input).columns for drawn in (first, second))
+        if padded is not None:
+            one, other = (split_texts(drawn.batch, padded).columns for drawn in (first, second))
             if not is_same(one, other):
                 raise RowError(f"the tokens of some text from sample {source.rows(number)[0]} on are drawn at random.")
         elif not is_same(first.batch, second.batch):

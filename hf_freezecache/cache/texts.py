@@ -31,7 +31,7 @@ def split_texts(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
     Raises:
         RowError: if the batch does not tell which positions are tokens.
     """
-    mask = token_mask(batch, main_input) if isinstance(batch, Mapping) else None
+    mask = token_mask(batch, main_input)
     if mask is None:
         raise RowError(
             f"the collator returned no '{MASK}' of the shape of '{main_input}', as it did before: which positions "

@@ -189,13 +189,21 @@ class BlockChain:
         return tuple(self._own_trace().probe[self.main_input].shape[1:])
 
     def layout(self, cut: int) -> FeatureLayout:
-        """Shape, grid, special tokens and dtype of the feature at `cut`; of a token of it where padding is left out.
+        """Shape, grid, special tokens and dtype of the feature at `cut`; of texts as wide as those of the trace.
 
         Raises:
             ChainError: if the model was not run yet and its configuration does not name the size of its input.
         """
         self._check_cut(cut)
-        layout = self._own_trace().layout(cut)
+        return self._own_trace().layout(cut)
+
+    def stored_layout(self, cut: int) -> FeatureLayout:
+        """The layout in which stores hold the feature at `cut`: that of a token, where they leave out padding.
+
+        Raises:
+            ChainError: as `layout`.
+        """
+        layout = self.layout(cut)
         if not self.ignored_padding(cut):
             return layout
         return FeatureLayout(layout.shape[1:], None, 0, layout.dtype, is_token=True)

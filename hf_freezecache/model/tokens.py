@@ -13,15 +13,17 @@ MASK = "attention_mask"
 SIDES = ("right", "left")
 
 
-def token_mask(inputs: Mapping[str, Any], main_input: str) -> torch.Tensor | None:
+def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
     """Where the tokens of a batch of texts are, bool `(B, W)`; None if the batch does not tell, or holds no texts.
 
     Args:
-        inputs: a collated batch.
+        inputs: a collated batch, or whatever a collator has returned.
         main_input: name of the model's main input in it.
 
     Shapes: B samples, W positions, padding included.
     """
+    if not isinstance(inputs, Mapping):
+        return None
     main, mask = inputs.get(main_input), inputs.get(MASK)
     if not isinstance(main, torch.Tensor) or not isinstance(mask, torch.Tensor):
         return None

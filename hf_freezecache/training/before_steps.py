@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..build.feature_sources import one_width_only
+from ..build.survey import collator_pads
 from ..cache.rows import split_batch
 from ..cache.texts import split_texts
 from ..model.tokens import token_mask
@@ -30,12 +32,24 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
         return
     hopeless = session.keeper.provider.why_hopeless
     with looking_at(session.context.source):
-        why = session.proof.rehearse([cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None])
+        cuts = [cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None]
+        why = session.proof.rehearse(cuts)
+        if why is None:
+            why = _why_of_one_width(session, cuts)
         if why is None or session.decline_data():
             return
     if session.explicit:
         raise RehearsalError(why)
     session.decline(why)
+
+
+def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
+    """Why texts that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
+    source, chain = session.context.source, session.chain
+    kept = [cut for cut in cuts if chain.why_padding_is_kept(cut) is not None]
+    if not kept or not session.group.on_main(lambda: collator_pads(source, chain.main_input)):
+        return None
+    return one_width_only(chain, kept[0])
 
 
 def check_data(session: FreezeSession, loader: Any) -> None:

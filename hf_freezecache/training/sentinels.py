@@ -49,7 +49,7 @@ def check_sentinels(
         count = min(source.batch_size, len(source), max(_FEWEST, len(source) // _ONE_IN))
         rows = sorted(generator.choice(len(source), count, replace=False).tolist())
         chosen, numbers = _Again(source, rows, 0 if augmentation.random else epoch + 1), [0]
-    layout = chain.layout(cut)
+    layout = chain.stored_layout(cut)
     features = ImageFeatures(chain, cut, chosen, layout, context.model_inputs)
     drawn_once = is_opaque and WRITTEN in store.manifest.made_from  # in a batch that does not come again
     views = 1 if drawn_once or (store.manifest.views and augmentation.replayable) else 0

@@ -26,9 +26,7 @@ def done(monkeypatch):
 
     note(Rehearsal, "check")
     note(Prober, "_load")
-    monkeypatch.setattr(
-        "hf_freezecache.build.spec_maker.look_closer", lambda source: calls.append("look_closer") and None
-    )
+    monkeypatch.setattr("hf_freezecache.build.spec_maker.look_closer", lambda *_: calls.append("look_closer") and None)
     monkeypatch.setattr(
         "hf_freezecache.build.spec_maker.fingerprint_inputs",
         lambda **_: calls.append("fingerprint") or {"some": "inputs"},

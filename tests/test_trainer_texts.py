@@ -1,0 +1,215 @@
+"""Texts of differing length: stored without padding, and padded at replay by the user's own collator."""
+
+import pytest
+import torch
+from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
+from support.token_rows import Pad, Texts, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
+
+from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
+from hf_freezecache.cache.names import CHECKSUM, TOKENS
+
+
+def train(make, texts, folder, config, collator=None, **settings):
+    settings = {"remove_unused_columns": False, "num_train_epochs": 3, **settings}
+    return run(make(), texts, folder, config, data_collator=collator or Pad(), **settings)
+
+
+def cached(points="1:3", **settings):
+    return manual(points, codec="fp32", on_mismatch="error", **settings)
+
+
+def store_of(folder) -> FeatureStore:
+    (path,) = [path.parent for path in folder.rglob("manifest.json")]
+    return FeatureStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "label"),
+    [(bert, "class"), (bert_of_tokens, "tokens"), (gpt2, "class"), (llama, "next")],
+)
+def test_training_on_features_is_the_frozen_one_where_batches_have_one_width(make, label, tmp_path):
+    """Some rows are padded, to the width of all batches: then it is the same bit for bit."""
+    texts, collator = Texts(label=label), Pad(width=13)
+    frozen = train(make, texts, tmp_path / "frozen", manual("1:3", cache="never"), collator)
+    trained = train(make, texts, tmp_path / "cached", cached(), collator)
+    assert trained.freeze_status().replaying
+    assert losses(trained) == losses(frozen)
+    assert_same_weights(weights(trained), weights(frozen))
+    store = store_of(tmp_path / "cached")
+    lengths = [len(row["input_ids"]) for row in texts.rows]
+    assert store.codec.layout.is_token and store.manifest.inputs.keys() == {TOKENS, CHECKSUM}
+    assert store.read_rows(range(len(texts)))["base"].shape == (sum(lengths), 32 * 4)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dataloader_num_workers": 2},
+        {"train_sampling_strategy": "group_by_length"},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=["alone", "workers", "by length", "accumulated"],
+)
+def test_training_on_features_is_close_to_the_frozen_one_where_batches_are_padded_to_their_longest(
+    make, settings, tmp_path
+):
+    """A build runs in other company: kernels for batches of other widths round otherwise."""
+    texts = Texts(label="next" if make is llama else "class")
+    frozen = train(make, texts, tmp_path / "frozen", manual("1:3", cache="never"), **settings)
+    trained = train(make, texts, tmp_path / "cached", cached(), **settings)
+    assert trained.freeze_status().replaying
+    assert losses(trained) == pytest.approx(losses(frozen), abs=2e-4)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8", "int4", "mixed"])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_codecs_of_tokens(codec, lossless, tmp_path):
+    frozen = train(bert, Texts(), tmp_path / "frozen", manual("1:3", cache="never"))
+    config = manual("1:3", codec=codec, lossless=lossless, on_mismatch="error")
+    trained = train(bert, Texts(), tmp_path / "cached", config)
+    assert trained.freeze_status().replaying
+    assert losses(trained) == pytest.approx(losses(frozen), abs=0.03)
+
+
+def test_texts_padded_on_the_left_are_replayed_where_padding_there_changes_nothing(tmp_path):
+    texts = Texts(label="next")
+    frozen = train(llama, texts, tmp_path / "frozen", manual("1:3", cache="never"), Pad("left"))
+    trained = train(llama, texts, tmp_path / "cached", cached(), Pad("left"))
+    assert trained.freeze_status().replaying and store_of(tmp_path / "cached").codec.layout.is_token
+    assert losses(trained) == pytest.approx(losses(frozen), abs=2e-4)
+
+
+#: Model, label, side of the padding, and what padding is needed for.
+KEEPS = [
+    (gpt2, "class", "left", "padded on the left"),
+    (xlnet, "class", "right", "reads what is at padding"),
+    (bert_of_questions, "span", "right", "a training step reads what is at padding"),
+]
+
+
+@pytest.mark.parametrize(("make", "label", "side", "why"), KEEPS)
+def test_where_padding_counts_it_is_stored_too(make, label, side, why, tmp_path):
+    texts, collator = Texts(label=label), Pad(side, width=13)
+    frozen = train(make, texts, tmp_path / "frozen", manual("1:3", cache="never"), collator)
+    trained = train(make, texts, tmp_path / "cached", cached(), collator)
+    assert trained.freeze_status().replaying
+    assert losses(trained) == losses(frozen)
+    assert store_of(tmp_path / "cached").codec.layout.shape == (13, 32)
+
+
+@pytest.mark.parametrize(("make", "label", "side", "why"), KEEPS)
+def test_where_padding_counts_and_widths_differ_the_training_is_refused_before_its_first_step(
+    make, label, side, why, tmp_path, caplog
+):
+    with pytest.raises(ValueError, match=rf"(?s){why}.*padding='max_length'"):
+        train(make, Texts(label=label), tmp_path / "cached", cached(), Pad(side))
+    caplog.set_level("WARNING")
+    config = FreezeCacheConfig(policy="manual", freeze_points="1:3", cache="never")
+    frozen = train(make, Texts(label=label), tmp_path / "frozen", config, Pad(side))
+    assert losses(frozen)
+
+
+class Masks(Pad):
+    """Replaces tokens at random, as for masked language models."""
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        batch["input_ids"][torch.rand(batch["input_ids"].shape) < 0.3] = 3
+        return batch
+
+
+@pytest.mark.parametrize("width", [None, 13])
+def test_tokens_drawn_at_random_are_refused_or_stored_as_they_are_drawn(width, tmp_path):
+    if width is None:
+        with pytest.raises(ValueError, match="tokens of a text are drawn at random"):
+            train(bert, Texts(), tmp_path, cached(), Masks())
+        return
+    trained = train(bert, Texts(), tmp_path, cached("1:3", views=1), Masks(width=width))
+    assert trained.freeze_status().replaying and not store_of(tmp_path).codec.layout.is_token
+
+
+class Changing(Texts):
+    """One text is another one from some time on."""
+
+    is_changed = False
+
+    def __getitem__(self, row):
+        sample = super().__getitem__(row)
+        if self.is_changed and row == 5:
+            sample["input_ids"] = [1, 9, 9, 2]
+        return sample
+
+
+def test_a_text_that_changes_in_a_training_is_seen_and_runs_as_it_is(tmp_path, caplog):
+    from transformers import TrainerCallback
+
+    texts = Changing()
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            texts.is_changed |= state.global_step == 5
+
+    def trained(name, config):
+        texts.is_changed = False
+        return train(bert, texts, tmp_path / name, config, callbacks=[Change()])
+
+    frozen = trained("frozen", manual("1:3", cache="never"))
+    found = trained("cached", manual("1:3", codec="fp32"))
+    assert losses(found) == pytest.approx(losses(frozen), abs=2e-4)
+    assert "other tokens than when the feature store was built" in messages(caplog)
+
+
+def test_stores_of_texts_are_reused_and_those_of_other_texts_are_not(tmp_path, caplog):
+    texts, folder = Changing(), str(tmp_path / "stores")
+    for name, is_changed in (("first", False), ("second", False), ("third", True)):
+        texts.is_changed = is_changed
+        caplog.clear()
+        train(bert, texts, tmp_path / name, cached(points="0:3", feature_cache_dir=folder))
+        assert ("Reusing the feature store" in messages(caplog)) == (name == "second")
+
+
+def test_resumed_training_on_texts_is_the_uninterrupted_one(tmp_path):
+    whole = train(bert, Texts(), tmp_path / "whole", cached(), save_strategy="epoch")
+    resumed = train(bert, Texts(), tmp_path / "whole", cached(), resume=str(tmp_path / "whole" / "checkpoint-8"))
+    assert losses(resumed)[-4:] == losses(whole)[-4:]
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_evaluations_of_texts_from_a_store(tmp_path):
+    settings = dict(eval_dataset=Texts(12), eval_strategy="epoch")
+    frozen = train(bert, Texts(), tmp_path / "frozen", manual("1:3", cache="never"), **settings)
+    trained = train(bert, Texts(), tmp_path / "cached", cached(cache_eval=True), **settings)
+    found, expected = (
+        [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        for trainer in (trained, frozen)
+    )
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert any("_cached_" in name for entry in trained.state.log_history for name in entry)
+
+
+def test_a_store_of_texts_keeps_to_its_budget(tmp_path, caplog):
+    config = manual("1:3", codec="fp32", cache_budget="20 kB")
+    trained = train(bert, Texts(), tmp_path, config)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.arrow")]
+    assert sum(sizes) < 20_000 and (sizes or not trained.freeze_status().replaying)
+
+
+def test_plans_of_texts_leave_out_cuts_that_include_padding(tmp_path):
+    """The pooler's output is one vector for each text, not for each token."""
+    model = bert(num_hidden_layers=2)
+    found = plan(model, Texts(), args=make_args(tmp_path, remove_unused_columns=False), data_collator=Pad(), batches=1)
+    blocks = BlockChain.from_model(model, probe=Pad()([*Texts(4)])).names
+    assert 1 < len(found.rows) and {row.block for row in found.rows} <= set(blocks)
+    if any("pooler" in name for name in blocks):
+        assert "Not planned: texts have no common width" in found.probed
+
+
+def test_planned_bytes_of_texts_are_those_of_the_store(tmp_path):
+    texts = Texts(64)
+    args = make_args(tmp_path / "plan", remove_unused_columns=False)
+    config = manual("1:3", codec="int8")
+    [row] = plan(bert(), texts, config, args=args, data_collator=Pad(), batches=1, cuts=[3]).rows
+    train(bert, texts, tmp_path / "cached", config)
+    assert row.bytes == pytest.approx(store_of(tmp_path / "cached").bytes, rel=0.02)
