@@ -298,7 +298,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_options(parser)
     add_text_options(parser)
     parser.set_defaults(seeds=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=1540)
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--test_rows", type=int, default=1540)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3])

@@ -21,7 +21,6 @@ from .language_model import SETTINGS, add_language_model_options, language_model
 from .schemes import PLAIN, make_schemes
 from .sources import add_text_options
 
-FILE = "codecs.json"
 #: Less is noise: answers that are the same to so many nats are the same.
 _NOTHING = 1e-9
 
@@ -158,6 +157,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fine_tuning_rows", type=int, default=4000)
     parser.add_argument("--fine_tuning_epochs", type=float, default=3)
     parser.add_argument("--fine_tuning_rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--planted",
+        type=float,
+        default=0.0,
+        help="plant activations of so many medians at the language model's first tokens, at its middle cut alone",
+    )
     parser.add_argument("--tables_only", action="store_true", help="write the tables of the present result again")
     options = parser.parse_args(argv)
     if options.smoke:
@@ -175,21 +180,26 @@ def main() -> None:
     options = parse_options()
     prepare(options)
     folder = result_folder("text", options.smoke)
+    name = "planted" if options.planted else "codecs"
     if options.tables_only:
-        cases = json.loads((folder / FILE).read_text())["results"]["cases"]
+        cases = json.loads((folder / f"{name}.json").read_text())["results"]["cases"]
     else:
         cases = {}
         for case in make_cases(options):
             cases[case.name] = measure_case(case)
-            write_json(folder / "codecs_part.json", cases)
+            write_json(folder / f"{name}_part.json", cases)
             print(f"{case.name} is measured", flush=True)
-        (folder / "codecs_part.json").unlink(missing_ok=True)
-        names = f"{SETTINGS} batch_size fit_texts test_texts width_of_questions fisher_batches fine_tuning_rows"
+        (folder / f"{name}_part.json").unlink(missing_ok=True)
+        names = (
+            f"planted {SETTINGS} batch_size fit_texts test_texts width_of_questions fisher_batches fine_tuning_rows"
+        )
         settings = pick(options, f"{names} fine_tuning_epochs fine_tuning_rate")
         trained = json.loads((language_model_folder(options) / "trained.json").read_text())
         content = {"cases": cases, "gains": {name: gains(case["schemes"]) for name, case in cases.items()}}
-        write_result("text", options, settings, {**content, "language_model": trained}, make_claims(cases), FILE)
-    (folder / "codecs.md").write_text(tables(cases))
+        write_result(
+            "text", options, settings, {**content, "language_model": trained}, make_claims(cases), f"{name}.json"
+        )
+    (folder / f"{name}.md").write_text(tables(cases))
     print(tables(cases))
 
 

@@ -65,6 +65,8 @@ class Case:
         test: batches of other texts, labels included.
         kinds: kind of every token id, int64 `(vocabulary,)`.
         options: with `fisher_batches` and `seed`.
+        planted: what the first tokens get more in two channels, in medians of all absolute values; taken off again
+            behind the codec. Large language models have such activations by themselves.
     """
 
     model: str
@@ -74,10 +76,11 @@ class Case:
     test: list[dict[str, torch.Tensor]]
     kinds: torch.Tensor
     options: argparse.Namespace
+    planted: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.model} cut {self.cut}"
+        return f"{self.model} cut {self.cut}" + (f", {self.planted:g} planted" if self.planted else "")
 
     @cached_property
     def fit_vectors(self) -> Vectors:
@@ -114,10 +117,21 @@ class Case:
         """The vectors of real tokens, and their kinds."""
         real = [batch["attention_mask"].bool() for batch in batches]
         kinds = torch.cat([self.kinds[batch["input_ids"]][mask] for batch, mask in zip(batches, real, strict=True)])
-        return Vectors(torch.cat([part[mask] for part, mask in zip(features, real, strict=True)]), kinds)
+        values = torch.cat([part[mask] for part, mask in zip(features, real, strict=True)])
+        return Vectors(values + self._plants(kinds, values.abs().median()), kinds)
+
+    def _plants(self, kinds: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        plants = torch.zeros(len(kinds), self.chain.layout(self.cut).channels)
+        plants[kinds == FIRST, :2] = self.planted * unit
+        return plants
 
     def with_vectors(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The test features with other vectors of the real tokens, `(N, C)`."""
+        if self.planted:
+            own = torch.cat(
+                [f[b["attention_mask"].bool()] for b, f in zip(self.test, self.test_features, strict=True)]
+            )
+            values = values - self._plants(self.test_vectors.kinds, own.abs().median())
         replaced, start = [], 0
         for batch, feature in zip(self.test, self.test_features, strict=True):
             real = batch["attention_mask"].bool()
@@ -153,11 +167,15 @@ def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def make_cases(options: argparse.Namespace) -> Iterator[Case]:
     """Both models at every cut, one after the other."""
     for name, load in (("minilm", _load_minilm), ("lm", _load_lm)):
+        if options.planted and name != "lm":
+            continue
         model, kinds, fit, test = load(options)
         chain = BlockChain.from_model(model.eval(), probe=without_labels(fit[0]))
         for cut in range(1, len(chain) + 1):
-            if not options.cuts or cut in options.cuts:
+            if not options.planted and (not options.cuts or cut in options.cuts):
                 yield Case(name, cut, chain, fit, test, kinds, options)
+        if name == "lm" and options.planted:
+            yield Case(name, (len(chain) + 1) // 2, chain, fit, test, kinds, options, options.planted)
 
 
 def _load_minilm(options: argparse.Namespace) -> tuple[PreTrainedModel, torch.Tensor, list, list]:
