@@ -160,7 +160,8 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
     if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks, modules):
         return f"the model's configuration is not what the store at cut {cut} was made with"
     if store.codec.layout != chain.stored_layout(cut):
-        return f"the features at cut {cut} have another layout by now: {chain.stored_layout(cut)}, not {store.codec.layout}"
+        layout = chain.stored_layout(cut)
+        return f"the features at cut {cut} have another layout by now: {layout}, not {store.codec.layout}"
     if store.codec.layout.is_token:
         return "texts are stored without padding, and run again from their tokens"
     if made_from.get("prefix") != tensors_digest(chain.prefix_state(cut)):

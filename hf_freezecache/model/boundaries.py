@@ -130,13 +130,21 @@ class Flow:
         self._found: dict[tuple[int, bool], Boundary] = {}
         self._open: dict[int, list[nn.Module]] = {}
 
-    def behind(self, call: Call, following: Call | None = None) -> Boundary:
-        """The boundary behind a call at which a single tensor crosses.
+    def behind(self, call: Call, following: Call | None = None, most: int = 1) -> Boundary:
+        """The boundary behind a call at which a single tensor crosses, or as few as can be stored.
 
         Args:
             call: the call.
             following: one that runs later: what it gets is preferred to what the call gives.
+            most: tensors that may cross.
         """
+        single = self._behind(call, following)
+        if single.why_not is None or most == 1:
+            return single
+        several = self._storable(self.after(call), most)
+        return several if several.why_not is None else single
+
+    def _behind(self, call: Call, following: Call | None) -> Boundary:
         if following is not None and (before := self._single(self.before(following))).why_not is None:
             return before
         after, other = self._single(self.after(call)), self._next(call)
@@ -357,25 +365,27 @@ class Flow:
         return Boundary(moment, why_not=why)
 
     def _single(self, boundary: Boundary) -> Boundary:
-        """The boundary; with a reason why not if something else crosses it than one tensor that can be stored."""
+        return self._storable(boundary, 1)
+
+    def _storable(self, boundary: Boundary, most: int) -> Boundary:
+        """The boundary; with a reason why not if something else crosses it than so many tensors that can be stored."""
         if boundary.why_not is not None:
             return boundary
         if not boundary.places:
             return self._no(boundary.clock, "nothing that comes behind it depends on the samples")
-        if len(boundary.places) > 1:
+        if len(boundary.places) > most:
             return self._no(
                 boundary.clock,
-                f"{len(boundary.places)} tensors cross it, not one (a skip connection, an input-dependent side "
-                f"channel): {', '.join(crossing_names(boundary))}",
+                f"{len(boundary.places)} tensors cross it, not {'one' if most == 1 else f'up to {most}'} (skip "
+                f"connections, input-dependent side channels): {', '.join(crossing_names(boundary))}",
             )
-        spec = boundary.places[0][0].spec
-        if not spec.is_feature:
-            return self._no(
-                boundary.clock,
-                f"what crosses it ({spec.shape}, {spec.dtype}) does not have one row of floating-point numbers per "
-                "sample",
-            )
-        return boundary
+        spec = next((first.spec for first, *_ in boundary.places if not first.spec.is_feature), None)
+        if spec is None:
+            return boundary
+        return self._no(
+            boundary.clock,
+            f"what crosses it ({spec.shape}, {spec.dtype}) does not have one row of floating-point numbers per sample",
+        )
 
 
 def crossing_names(boundary: Boundary) -> Sequence[str]:

@@ -13,7 +13,7 @@ from .modes import override_forward
 from .record import Call, TensorSpec
 from .routing import Action, replacing
 from .stand_ins import FrozenOutputError, StandIn
-from .structure import argument, find_tensor, leaves, map_leaves, with_argument
+from .structure import Path, argument, find_tensor, leaves, map_leaves, with_argument
 from .trace import Cut, Trace
 
 
@@ -67,7 +67,8 @@ class Bypass:
         return forward
 
     def _skip(self, call: Call, is_first: bool) -> Action:
-        places = {place.path for place in self.cut.places if place.call is call and self.cut.boundary.entry is None}
+        is_entered = self.cut.boundary.entry is not None
+        places = {} if is_entered else self._parts_in(call)
         stands_for = f"the output of the frozen block '{self.cut.name_of(call)}'"
 
         def skip(original: Callable, args: tuple, kwargs: dict) -> Any:
@@ -76,12 +77,13 @@ class Bypass:
                 self._check(find_tensor((args, kwargs)))
             samples, wider = len(self._feature), self.cut.wider(self._feature)
             given = dict(leaves((args, kwargs)))
+            tensors = self.cut.unpack(self._feature) if places else []
 
             def answer(path: tuple, leaf: Any) -> Any:
                 if not isinstance(leaf, TensorSpec):
                     return leaf
                 if path in places:
-                    return self.cut.unpack(self._feature)
+                    return tensors[places[path]]
                 handed_through = next((place for place, spec in call.arguments.items() if _is_same(spec, leaf)), None)
                 if handed_through in given:
                     return given[handed_through]
@@ -92,10 +94,18 @@ class Bypass:
         return skip
 
     def _enter(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        paths = {place.path for place in self.cut.places}
-        feature = self.cut.unpack(self._feature)
-        args, kwargs = map_leaves(lambda path, leaf: feature if path in paths else leaf, (args, kwargs))
+        places, tensors = self._parts_in(self.cut.boundary.entry), self.cut.unpack(self._feature)
+        args, kwargs = map_leaves(lambda path, leaf: tensors[places[path]] if path in places else leaf, (args, kwargs))
         return original(*args, **kwargs)
+
+    def _parts_in(self, call: Call | None) -> dict[Path, int]:
+        """Where crossing tensors are in a call: path -> number of the tensor."""
+        return {
+            place.path: number
+            for number, part in enumerate(self.cut.parts)
+            for place in part.places
+            if place.call is call
+        }
 
     @property
     def _feature(self) -> torch.Tensor:

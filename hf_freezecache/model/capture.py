@@ -43,21 +43,32 @@ def capture(
     Shapes: B samples.
     """
     found = trace.cut(cut)
-    place = found.places[0]
+    places = [part.places[0] for part in found.parts]
+    captured: dict[int, torch.Tensor] = {}
 
-    def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
-        raise _Captured(dict(leaves((args, kwargs)))[place.path])
+    def keep(call: Call, structure: Any) -> None:
+        tensors = dict(leaves(structure))
+        captured.update({number: tensors[place.path] for number, place in enumerate(places) if place.call is call})
+        if len(captured) == len(places):
+            raise _Captured
 
-    def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
-        output = original(*args, **kwargs)
-        raise _Captured(dict(leaves(output))[place.path])
+    def watch(call: Call) -> Action:
+        def enter(original: Callable, args: tuple, kwargs: dict) -> Any:
+            keep(call, (args, kwargs))
+            return original(*args, **kwargs)
 
-    action: Action = leave if found.boundary.entry is None else enter
-    with replacing(model, trace.record, {place.call: action}, skipped):
+        def leave(original: Callable, args: tuple, kwargs: dict) -> Any:
+            output = original(*args, **kwargs)
+            keep(call, output)
+            return output
+
+        return leave if found.boundary.entry is None else enter
+
+    with replacing(model, trace.record, {place.call: watch(place.call) for place in places}, skipped):
         try:
             model(**inputs)
-        except _Captured as captured:
-            feature = found.pack(captured.tensor)
+        except _Captured:
+            feature = found.pack([captured[number] for number in range(len(places))])
             # A view that was made without gradients cannot be written to where there are some.
             return feature.clone() if feature._is_view() else feature
     raise ChainError(f"{trace.cannot_cut(cut)} the model returned without running it.")
@@ -161,7 +172,4 @@ def is_moving(model: nn.Module, trace: Trace, cut: int) -> bool:
 
 
 class _Captured(Exception):
-    """Stops a run of the model and carries the crossing tensor out of it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    """Stops a run of the model: all crossing tensors are known."""

@@ -239,6 +239,11 @@ class BlockChain:
         self._check_cut(cut)
         return self._own_trace().cut(cut).boundary.flops if cut else 0.0
 
+    def crossing(self, cut: int) -> int:
+        """Number of tensors that cross a cut; the feature holds them side by side."""
+        self._check_cut(cut)
+        return len(self._own_trace().cut(cut).parts) if cut else 1
+
     # Freezing
 
     def freeze(self, cut: int) -> list[nn.Parameter]:

@@ -14,12 +14,17 @@ from .record import Call
 
 #: What takes a smaller share of a run's FLOPs is no block of its own.
 _SMALL = 0.005
+#: Tensors that may pass between elements of a series.
+MOST_TENSORS = 3
 #: What takes a larger share is looked into even if what it calls is not a series of the same kind.
 _LARGE = 0.25
 
 
 def discover_blocks(flow: Flow) -> list[Block]:
     """Finds parts of a model that run one after the other, between which a single tensor passes.
+
+    Several tensors may pass between the elements of a series that is a large part of the model and cannot be cut
+    otherwise: the layers of a decoder, which get what the encoder has made as well.
 
     The parts are elements of series (a stack of layers, the blocks of a stage), as far down as the model can be cut
     between them, and what runs before and between these. What takes next to nothing (normalization, activation,
@@ -35,9 +40,9 @@ def discover_blocks(flow: Flow) -> list[Block]:
     blocks: list[list[Call]] = []
     gathered: list[Call] = []
     done = 0.0
-    for unit in units:
+    for unit, most in units:
         gathered.append(unit)
-        boundary = flow.behind(unit)
+        boundary = flow.behind(unit, most=most)
         if boundary.why_not is not None or boundary.shared or not boundary.has_parameters_behind:
             continue
         if not flow.runs_once(unit.module):
@@ -50,18 +55,22 @@ def discover_blocks(flow: Flow) -> list[Block]:
             continue
         gathered, done = [], boundary.flops
     if not blocks:
-        raise ChainError(_explain(flow, units))
+        raise ChainError(_explain(flow, [unit for unit, _ in units]))
     return [_make(flow, block) for block in blocks]
 
 
-def _units(flow: Flow, call: Call) -> Iterator[Call]:
-    """The calls within a call, those that can be cut inside replaced by what is within them."""
+def _units(flow: Flow, call: Call) -> Iterator[tuple[Call, int]]:
+    """The calls within a call, those that can be cut inside replaced by what is within them.
+
+    Each comes with the number of tensors that may pass behind it.
+    """
+    series = _series_of_several(flow, call)
     for child in call.children:
         if flow.is_changing(child):
-            if _is_divided(flow, child):
+            if child not in series and (_is_divided(flow, child) or _holds_series(flow, child)):
                 yield from _units(flow, child)
             else:
-                yield child
+                yield child, MOST_TENSORS if child in series else 1
 
 
 def _is_divided(flow: Flow, call: Call) -> bool:
@@ -76,6 +85,29 @@ def _is_divided(flow: Flow, call: Call) -> bool:
     if flow.share(call) < _LARGE:
         return False
     return bool(ends) or any(_is_divided(flow, child) for child in changing)
+
+
+def _series_of_several(flow: Flow, call: Call) -> set[Call]:
+    """The elements of a large series within a call between which several tensors pass, but few."""
+    changing = [child for child in call.children if flow.is_changing(child)]
+    elements: set[Call] = set()
+    for kind, count in Counter(type(child.module) for child in changing).items():
+        series = [child for child in changing if type(child.module) is kind]
+        is_own = not kind.__module__.startswith("torch.nn")
+        if count < 2 or not is_own or sum(map(flow.share, series)) < _LARGE:
+            continue
+        if any(flow.behind(element).why_not is not None for element in series[:-1]) and all(
+            flow.runs_once(element.module) and flow.behind(element, most=MOST_TENSORS).why_not is None
+            for element in series[:-1]
+        ):
+            elements |= set(series)
+    return elements
+
+
+def _holds_series(flow: Flow, call: Call) -> bool:
+    if flow.share(call) < _LARGE:
+        return False
+    return bool(_series_of_several(flow, call)) or any(_holds_series(flow, child) for child in call.children)
 
 
 def _has_parameters(call: Call) -> bool:

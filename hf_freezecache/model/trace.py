@@ -12,7 +12,7 @@ from torch import nn
 
 from .blocks import Block
 from .boundaries import Boundary, Flow, Place
-from .discovery import discover_blocks
+from .discovery import MOST_TENSORS, discover_blocks
 from .errors import ChainError
 from .inputs import argument_names, main_input_name
 from .layout import FeatureLayout, token_grid
@@ -23,45 +23,114 @@ from .tokens import take_columns, token_mask
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor that crosses a cut.
+
+    Args:
+        places: where it is in the run; all of them hold the same.
+        shape: of the tensor for one sample, the samples' own dimension left out.
+        dtype: of the tensor.
+        sample_dim: which dimension of the tensor the samples are.
+        rows: of the tensor for each sample (the choices of a question).
+        memory_order: its dimensions in the order in which its memory has them: a dropout draws in this order.
+        has_tokens: whether it has a vector for each position of a text.
+    """
+
+    places: tuple[Place, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sample_dim: int
+    rows: int
+    memory_order: tuple[int, ...]
+    has_tokens: bool
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Its shape as a feature of one sample, of at most three dimensions."""
+        shape = (self.rows * self.shape[0], *self.shape[1:]) if self.rows > 1 else self.shape
+        return shape if len(shape) <= 3 else (prod(shape[:-1]), shape[-1])
+
+    @classmethod
+    def of(cls, places: tuple[Place, ...], width: int) -> Part:
+        """Describes a tensor that can be stored.
+
+        Args:
+            places: of the tensor.
+            width: of the texts of the run; 0: there are none.
+        """
+        spec = places[0].spec
+        dim = spec.sample_dim
+        assert dim is not None  # it can be stored
+        rows = spec.per_sample[dim]
+        assert rows is not None
+        shape = spec.shape[:dim] + spec.shape[dim + 1 :]
+        _, strides = spec.place
+        order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
+        growths = spec.per_token[:dim] + spec.per_token[dim + 1 :]
+        has_tokens = rows == 1 and len(shape) == 2 and shape[0] == width and growths == (1, 0)
+        return cls(places, shape, spec.dtype, dim, rows, order, has_tokens)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as a feature: `(B, *feature_shape)`, or `(B, W, C)` of texts of another width."""
+        rows = tensor.movedim(self.sample_dim, 0)
+        return rows.reshape(len(rows) // self.rows, *(rows.shape[1:] if self.has_tokens else self.feature_shape))
+
+    def unpack(self, feature: torch.Tensor) -> torch.Tensor:
+        """The feature as the tensor that crosses."""
+        rows = feature.reshape(len(feature) * self.rows, *(feature.shape[1:] if self.has_tokens else self.shape))
+        inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
+        return rows.movedim(0, self.sample_dim).permute(self.memory_order).contiguous().permute(inverse)
+
+
+@dataclass(frozen=True)
 class Cut:
     """A place at which the chain is cut.
+
+    Where several tensors cross it, they stand side by side in the feature: each with channels of its own where all
+    have the same positions; else as the values of one vector.
 
     Args:
         boundary: the moment of the run.
         layout: of the feature.
-        traced_shape: of the crossing tensor for one sample, the samples' own dimension left out.
-        sample_dim: which dimension of the crossing tensor the samples are.
-        rows: of the crossing tensor for each sample (the choices of a question).
-        memory_order: its dimensions in the order in which its memory has them: a dropout draws in this order.
+        parts: the tensors that cross.
         block_names: names of the blocks before it, the longest first.
-        has_tokens: whether the feature of a sample is a row of vectors, one for each position of its text.
     """
 
     boundary: Boundary
     layout: FeatureLayout
-    traced_shape: tuple[int, ...]
-    sample_dim: int
-    rows: int
-    memory_order: tuple[int, ...]
+    parts: tuple[Part, ...]
     block_names: tuple[str, ...]
-    has_tokens: bool = False
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """Where the crossing tensor is in the run; all of them hold the same."""
-        return self.boundary.places[0]
+    def has_tokens(self) -> bool:
+        """Whether the feature of a sample is a row of vectors, one for each position of its text."""
+        return all(part.has_tokens for part in self.parts)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The crossing tensor as a feature: `(B, *layout.shape)`, or `(B, W, C)` of texts of another width."""
-        rows = tensor.movedim(self.sample_dim, 0)
-        return rows.reshape(len(rows) // self.rows, *(rows.shape[1:] if self.has_tokens else self.layout.shape))
+    @property
+    def _joins_channels(self) -> bool:
+        return joins_channels(self.parts)
 
-    def unpack(self, feature: torch.Tensor) -> torch.Tensor:
-        """The feature as the tensor that crosses."""
-        shape = feature.shape[1:] if self.has_tokens else self.traced_shape
-        rows = feature.reshape(len(feature) * self.rows, *shape)
-        inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
-        return rows.movedim(0, self.sample_dim).permute(self.memory_order).contiguous().permute(inverse)
+    @property
+    def _dim(self) -> int:
+        """The dimension of a batch of features along which parts stand side by side."""
+        return 1 + (self.layout.channel_dim if self._joins_channels else 0)
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The crossing tensors as a feature: `(B, *layout.shape)`, or `(B, W, C)` of texts of another width."""
+        packed = [part.pack(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        if len(packed) == 1:
+            return packed[0]
+        packed = [each.to(self.layout.dtype) for each in packed]
+        return torch.cat(packed if self._joins_channels else [each.flatten(1) for each in packed], dim=self._dim)
+
+    def unpack(self, feature: torch.Tensor) -> list[torch.Tensor]:
+        """The feature as the tensors that cross."""
+        if len(self.parts) == 1:
+            return [self.parts[0].unpack(feature)]
+        dim = self.layout.channel_dim
+        sizes = [part.feature_shape[dim] if self._joins_channels else prod(part.feature_shape) for part in self.parts]
+        split = feature.split(sizes, dim=self._dim)
+        return [part.unpack(each.to(part.dtype)) for part, each in zip(self.parts, split, strict=True)]
 
     def wider(self, feature: torch.Tensor) -> int:
         """By how many positions the texts of a feature are wider than those of the recorded run."""
@@ -70,6 +139,14 @@ class Cut:
     def name_of(self, call: Call) -> str:
         """The block that a call belongs to; the call's own name outside blocks."""
         return next((name for name in self.block_names if f"{call.name}.".startswith(f"{name}.")), call.name)
+
+
+def joins_channels(parts: Sequence[Part]) -> bool:
+    """Whether tensors have the same positions, so that a feature can hold them as channels of these."""
+    shapes = [part.feature_shape for part in parts]
+    channel_dim = 0 if len(shapes[0]) == 3 else len(shapes[0]) - 1
+    positions = {(len(shape), shape[:channel_dim], shape[channel_dim + 1 :]) for shape in shapes}
+    return len(positions) == 1 and len({part.has_tokens for part in parts}) == 1
 
 
 class Trace:
@@ -188,24 +265,23 @@ class Trace:
 
     def _boundary(self, number: int) -> Boundary:
         following = self._calls[number][0] if number < len(self.blocks) else None
-        boundary = self.flow.behind(self._calls[number - 1][1], following)
+        boundary = self.flow.behind(self._calls[number - 1][1], following, MOST_TENSORS)
         if boundary.why_not is not None:
             raise ChainError(f"{self.cannot_cut(number)} {boundary.why_not}.")
         return boundary
 
     def _describe(self, boundary: Boundary, names: tuple[str, ...]) -> Cut:
-        spec = boundary.places[0][0].spec
-        dim = spec.sample_dim
-        assert dim is not None  # it can be stored
-        rows = spec.per_sample[dim]
-        assert rows is not None
-        shape = spec.shape[:dim] + spec.shape[dim + 1 :]
-        layout = self._layout((rows * shape[0], *shape[1:]) if rows > 1 else shape, spec.dtype)
-        _, strides = spec.place
-        order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
-        growths = spec.per_token[:dim] + spec.per_token[dim + 1 :]
-        has_tokens = rows == 1 and len(shape) == 2 and shape[0] == self.width and growths == (1, 0)
-        return Cut(boundary, layout, shape, dim, rows, order, names, has_tokens)
+        parts = tuple(Part.of(places, self.width) for places in boundary.places)
+        dtypes = {part.dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds each of them exactly
+        shape = parts[0].feature_shape
+        if len(parts) > 1:
+            if joins_channels(parts):
+                dim = 0 if len(shape) == 3 else len(shape) - 1
+                shape = (*shape[:dim], sum(part.feature_shape[dim] for part in parts), *shape[dim + 1 :])
+            else:
+                shape = (sum(prod(part.feature_shape) for part in parts),)
+        return Cut(boundary, self._layout(shape, dtype), parts, names)
 
     def _layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureLayout:
         image = self.probe[self.main_input]

@@ -249,17 +249,39 @@ def test_finding_proving_and_running_leave_generators_alone(name):
 # What cannot be cut
 
 
-def test_skip_connection_over_the_cut_names_the_block():
-    model = zoo.SkipNet().eval()
-    with pytest.raises(ChainError, match=r"'(first|second)' \(cut [12]\).*skip connection"):
-        BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS, probe={"x": torch.randn(2, 3, 8, 8)})
+class Collects(torch.nn.Module):
+    """What every layer gives is added at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+        self.head = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        collected = []
+        for layer in self.layers:
+            x = layer(x).relu()
+            collected.append(x)
+        return self.head(sum(collected).mean((2, 3)))
+
+
+def test_many_skip_connections_over_the_cut_name_the_block():
+    model, blocks = Collects().eval(), [f"layers.{number}" for number in range(5)]
+    with pytest.raises(ChainError, match=r"'layers.4' \(cut 4\): 4 tensors cross it.*skip connection"):
+        BlockChain.from_model(model, blocks=blocks, probe={"x": torch.randn(2, 3, 8, 8)})
     # Without a probe the proof comes with the first inputs, and never lets the wrong cut pass.
-    chain = BlockChain.from_model(model, blocks=zoo.CONVNET_BLOCKS)
+    chain = BlockChain.from_model(model, blocks=blocks)
     x = torch.randn(2, 3, 8, 8)
-    with pytest.raises(ChainError, match=r"'second' \(cut 2\).*skip connection"):
-        chain.prefix({"x": x}, 2)
+    with pytest.raises(ChainError, match=r"\(cut 4\).*skip connection"):
+        chain.prefix({"x": x}, 4)
     assert own_forwards(model) == {}
-    assert_replays(chain, x, cuts=[0, 3])  # the head gets the sum: one tensor
+    assert_replays(chain, x, cuts=[0, 1, 2, 3])
+
+
+def test_a_skip_connection_over_the_cut_crosses_it_too():
+    chain = BlockChain.from_model(zoo.SkipNet().eval(), blocks=zoo.CONVNET_BLOCKS)
+    assert_replays(chain, torch.randn(2, 3, 8, 8), cuts=[0, 1, 2, 3])  # the head gets the sum: one tensor
+    assert [chain.crossing(cut) for cut in (1, 2, 3)] == [1, 2, 1]
 
 
 @pytest.mark.parametrize(
