@@ -118,20 +118,22 @@ class Case:
         real = [batch["attention_mask"].bool() for batch in batches]
         kinds = torch.cat([self.kinds[batch["input_ids"]][mask] for batch, mask in zip(batches, real, strict=True)])
         values = torch.cat([part[mask] for part, mask in zip(features, real, strict=True)])
-        return Vectors(values + self._plants(kinds, values.abs().median()), kinds)
+        return Vectors(values + self._plants(kinds), kinds)
 
-    def _plants(self, kinds: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    def _plants(self, kinds: torch.Tensor) -> torch.Tensor:
+        """What is planted in the tokens of some kinds, `(N, C)`."""
         plants = torch.zeros(len(kinds), self.chain.layout(self.cut).channels)
-        plants[kinds == FIRST, :2] = self.planted * unit
+        if self.planted:
+            plants[kinds == FIRST, :2] = self.planted * self._unit
         return plants
+
+    @cached_property
+    def _unit(self) -> float:
+        return float(torch.cat([part.flatten() for part in self.features(self.fit[:1])]).abs().median())
 
     def with_vectors(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The test features with other vectors of the real tokens, `(N, C)`."""
-        if self.planted:
-            own = torch.cat(
-                [f[b["attention_mask"].bool()] for b, f in zip(self.test, self.test_features, strict=True)]
-            )
-            values = values - self._plants(self.test_vectors.kinds, own.abs().median())
+        values = values - self._plants(self.test_vectors.kinds)
         replaced, start = [], 0
         for batch, feature in zip(self.test, self.test_features, strict=True):
             real = batch["attention_mask"].bool()

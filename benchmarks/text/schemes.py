@@ -24,6 +24,8 @@ class Scheme:
         kinds: kinds of tokens that are kept apart.
         kept_as: the codec of these tokens.
         channels: number of channels kept in fp16, those of the largest magnitude.
+        massive: channels are kept in fp16 whose values beside the largest the codec could not tell apart: where a
+            step of 8 bits over all values is wider than the bulk of the values is spread.
         outliers: share of the tokens kept in fp16, those farthest from the median; a bit a token says which.
         normed: tokens are divided by their root mean square, which is kept in fp16.
     """
@@ -32,6 +34,7 @@ class Scheme:
     kinds: tuple[int, ...] = ()
     kept_as: str = "fp16"
     channels: int = 0
+    massive: bool = False
     outliers: float = 0.0
     normed: bool = False
 
@@ -58,9 +61,10 @@ class Scheme:
         channels = fit.shape[1]
         norms = fit.square().mean(1, keepdim=True).sqrt() if self.normed else torch.ones(len(fit), 1)
         scaled = fit / norms
-        large = scaled.abs().amax(0).argsort(descending=True)[: self.channels]
         rest = torch.ones(channels, dtype=torch.bool)
-        rest[large] = False
+        rest[scaled.abs().amax(0).argsort(descending=True)[: self.channels]] = False
+        if self.massive:
+            rest &= ~massive_channels(scaled)
         far, limit = _distance(scaled), torch.inf
         if self.outliers:
             limit = float(far(scaled).quantile(1 - self.outliers))
@@ -75,11 +79,17 @@ class Scheme:
             whole = decoded[apart]
             decoded[:, rest] = codec.decode(codec.encode(part[:, rest])) * scale
             decoded[apart] = whole
-            bits = 8.0 * codec.row_bytes + _FP16_BITS * (self.channels + self.normed)
+            bits = 8.0 * codec.row_bytes + _FP16_BITS * (int((~rest).sum()) + self.normed)
             share = float(apart.float().mean())
             return decoded, (1 - share) * bits + share * _FP16_BITS * channels + (self.outliers > 0)
 
         return decode
+
+
+def massive_channels(values: torch.Tensor) -> torch.Tensor:
+    """Channels whose largest values make a step of 8 bits wider than the bulk of their values is spread, bool `(C,)`."""
+    spread = values.quantile(0.84, dim=0) - values.quantile(0.16, dim=0)  # two standard deviations of a Gaussian
+    return (values.amax(0) - values.amin(0)) / 255 > spread / 2
 
 
 def _distance(fit: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,6 +113,7 @@ def make_schemes() -> dict[str, Scheme]:
         schemes[f"{codec}, first and end int8"] = Scheme(codec, (FIRST, END), "int8")
         for count in (1, 4):
             schemes[f"{codec}, {count} channels fp16"] = Scheme(codec, channels=count)
+        schemes[f"{codec}, massive channels fp16"] = Scheme(codec, massive=True)
         for share in (0.01, 0.03):
             schemes[f"{codec}, {share:.0%} of tokens fp16"] = Scheme(codec, outliers=share)
         schemes[f"{codec}, normed"] = Scheme(codec, normed=True)
