@@ -18,7 +18,7 @@ from .._common import Claim, make_parser, pick, prepare, result_folder, write_js
 from .._statistics import markdown_table
 from .hidden_states import KINDS, Case, Vectors, make_cases
 from .language_model import SETTINGS, add_language_model_options, language_model_folder
-from .schemes import PLAIN, make_schemes
+from .schemes import PLAIN, make_schemes, massive_channels
 from .sources import add_text_options
 
 #: Less is noise: answers that are the same to so many nats are the same.
@@ -78,6 +78,7 @@ def magnitudes(vectors: Vectors) -> dict[str, Any]:
         "median_channel_largest_value": float(largest_of_channel.median()),
         "share_of_squares_in_4_channels": float(channels.topk(4).values.sum() / channels.sum()),
         "norm_of_tokens_largest_over_median": float(norms.max() / norms.median()),
+        "massive_channels": int(massive_channels(values).sum()),
         "share_of_values_beyond_6_sigma": float((z.abs() > 6).double().mean()),
     }
 

@@ -87,7 +87,7 @@ class Scheme:
 
 
 def massive_channels(values: torch.Tensor) -> torch.Tensor:
-    """Channels whose largest values make a step of 8 bits wider than the bulk of their values is spread, bool `(C,)`."""
+    """Channels in which a step of 8 bits is wider than the bulk of the values is spread, bool `(C,)`."""
     spread = values.quantile(0.84, dim=0) - values.quantile(0.16, dim=0)  # two standard deviations of a Gaussian
     return (values.amax(0) - values.amin(0)) / 255 > spread / 2
 
