@@ -64,7 +64,8 @@ class Scheme:
         rest = torch.ones(channels, dtype=torch.bool)
         rest[scaled.abs().amax(0).argsort(descending=True)[: self.channels]] = False
         if self.massive:
-            rest &= ~massive_channels(scaled)
+            massive = massive_channels(scaled)
+            rest &= ~massive | massive.all()  # some channel must be left for the codec
         far, limit = _distance(scaled), torch.inf
         if self.outliers:
             limit = float(far(scaled).quantile(1 - self.outliers))
