@@ -5,7 +5,7 @@ import torch
 from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
 from support.token_rows import Pad, Texts, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
 
-from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
+from hf_freezecache import FeatureStore, FreezeCacheConfig, plan
 from hf_freezecache.cache.names import CHECKSUM, TOKENS
 
 
@@ -123,7 +123,7 @@ class Masks(Pad):
 @pytest.mark.parametrize("width", [None, 13])
 def test_tokens_drawn_at_random_are_refused_or_stored_as_they_are_drawn(width, tmp_path):
     if width is None:
-        with pytest.raises(ValueError, match="tokens of a text are drawn at random"):
+        with pytest.raises(ValueError, match="tokens of a text, or what .* are drawn at random"):
             train(bert, Texts(), tmp_path, cached(), Masks())
         return
     trained = train(bert, Texts(), tmp_path, cached("1:3", views=1), Masks(width=width))
@@ -158,7 +158,7 @@ def test_a_text_that_changes_in_a_training_is_seen_and_runs_as_it_is(tmp_path, c
     frozen = trained("frozen", manual("1:3", cache="never"))
     found = trained("cached", manual("1:3", codec="fp32"))
     assert losses(found) == pytest.approx(losses(frozen), abs=2e-4)
-    assert "other tokens than when the feature store was built" in messages(caplog)
+    assert "other tokens, or other inputs beside them, than when the feature store was built" in messages(caplog)
 
 
 def test_stores_of_texts_are_reused_and_those_of_other_texts_are_not(tmp_path, caplog):
@@ -175,6 +175,14 @@ def test_resumed_training_on_texts_is_the_uninterrupted_one(tmp_path):
     resumed = train(bert, Texts(), tmp_path / "whole", cached(), resume=str(tmp_path / "whole" / "checkpoint-8"))
     assert losses(resumed)[-4:] == losses(whole)[-4:]
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_evaluations_of_answers_for_each_position_run_on_texts(tmp_path, caplog):
+    """A metric may read what is at padding, which no store holds."""
+    caplog.set_level("WARNING")
+    settings = dict(eval_dataset=Texts(12, label="tokens"), eval_strategy="epoch")
+    train(bert_of_tokens, Texts(label="tokens"), tmp_path, cached(cache_eval=True), **settings)
+    assert "the model answers for each position of a text, padding included" in messages(caplog)
 
 
 def test_evaluations_of_texts_from_a_store(tmp_path):
@@ -198,12 +206,11 @@ def test_a_store_of_texts_keeps_to_its_budget(tmp_path, caplog):
 
 def test_plans_of_texts_leave_out_cuts_that_include_padding(tmp_path):
     """The pooler's output is one vector for each text, not for each token."""
-    model = bert(num_hidden_layers=2)
-    found = plan(model, Texts(), args=make_args(tmp_path, remove_unused_columns=False), data_collator=Pad(), batches=1)
-    blocks = BlockChain.from_model(model, probe=Pad()([*Texts(4)])).names
-    assert 1 < len(found.rows) and {row.block for row in found.rows} <= set(blocks)
-    if any("pooler" in name for name in blocks):
-        assert "Not planned: texts have no common width" in found.probed
+    config = FreezeCacheConfig(blocks=["bert.embeddings", "bert.encoder.layer.0", "bert.pooler"])
+    args = make_args(tmp_path, remove_unused_columns=False)
+    found = plan(bert(num_hidden_layers=1), Texts(), config, args=args, data_collator=Pad(), batches=1)
+    assert [row.cut for row in found.rows] == [1, 2]
+    assert "Not planned: texts have no common width, but the features at cut 3 include padding" in found.probed
 
 
 def test_planned_bytes_of_texts_are_those_of_the_store(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_
 
 def _why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_texts: bool) -> str | None:
     size = min(_SIZE, source.batch_size)
-    company = _Company(source, rows, split_texts if are_texts else split_batch, main_input, min(size, len(rows)))
+    split = partial(split_texts, texts=source.texts) if are_texts else partial(split_batch, main_input=main_input)
+    company = _Company(source, rows, split, min(size, len(rows)))
     reference = []
     for chosen in in_batches(rows, size):
         first, again = company.collate(chosen), company.collate(chosen, 1)
@@ -91,7 +93,6 @@ class _Company:
         source: the samples and the collator.
         rows: numbers of the samples.
         split: splits a batch.
-        main_input: name of the model's main input in a batch.
         usual: size of a batch that the collator must take.
     """
 
@@ -99,11 +100,10 @@ class _Company:
         self,
         source: RowSource,
         rows: Sequence[int],
-        split: Callable[[Any, str], BatchSplit],
-        main_input: str,
+        split: Callable[[Any], BatchSplit],
         usual: int,
     ):
-        self.source, self._split, self.main_input, self._usual = source, split, main_input, usual
+        self.source, self._split, self._usual = source, split, usual
         self.samples: dict[int, Any] = {}
         for row in rows:
             with seeded_rng(source.seed, "company", row):
@@ -141,7 +141,7 @@ class _Company:
                     f"samples from all over the data set cannot be collated: {describe_error(error)}. A store needs "
                     "inputs of one size: pad texts to one length (padding='max_length'), resize images."
                 ) from error
-        split = self._split(batch, self.main_input)
+        split = self._split(batch)
         if len(split.main) != len(rows):
             raise _Dependent(
                 f"the collator returns {len(split.main)} rows for {len(rows)} samples: it drops or adds some"

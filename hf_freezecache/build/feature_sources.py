@@ -126,7 +126,7 @@ class ImageFeatures:
         for number, batches in self.source.loader(numbers, views, kind_and_grid):
             view_runs = []
             for view, drawn in enumerate(batches):
-                split = split_samples(drawn.batch, self.chain.main_input, self.layout)
+                split = split_samples(drawn.batch, self.chain, self.cut, self.source, self.layout)
                 check_rows(len(split.main), self.source.rows(number))
                 features = self._features(drawn.batch, split, number) if view == 0 or own_features else None
                 view_runs.append(
@@ -147,23 +147,29 @@ class ImageFeatures:
         return features
 
 
-def split_samples(batch: Mapping[str, Any], main_input: str, layout: FeatureLayout) -> BatchSplit:
+def split_samples(
+    batch: Mapping[str, Any], chain: BlockChain, cut: int, source: RowSource, layout: FeatureLayout
+) -> BatchSplit:
     """Splits a collated batch as a store of a layout holds it.
 
     Args:
         batch: as the collator returned it.
-        main_input: name of the main input.
+        chain: the model.
+        cut: frozen blocks of the store.
+        source: of the samples.
         layout: of the features.
 
     Raises:
         RowError: if it cannot be stored per row.
     """
-    return split_texts(batch, main_input) if layout.is_token else split_batch(batch, main_input)
+    if layout.is_token:
+        return split_texts(batch, source.texts, chain.ignored_padding(cut))
+    return split_batch(batch, chain.main_input)
 
 
 def one_width_only(chain: BlockChain, cut: int) -> str:
     """Why texts that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
-    why = chain.why_padding_is_kept(cut) or "the features there are not one vector for each token of a text"
+    why = chain.why_padding_is_kept(cut) or chain.why_padding_counts(cut)
     return (
         f"texts have no common width, but the features at cut {cut} include padding ({why}): pad texts to one length "
         "(padding='max_length'), or use cache='never'."

@@ -15,11 +15,12 @@ from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
 from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
-from ..cache.rows import RowSource
+from ..cache.rows import RowError, RowSource
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..model.layout import FeatureLayout
+from ..model.proving import answers_by_position
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
@@ -161,11 +162,9 @@ class SpecMaker:
         if self._looked_closer or self._augmentation.random or not self.context.config.views:
             return
 
-        main_input = self.context.chain.main_input
-
         def look() -> Augmentation | None:
             with preserve_rng():
-                return look_closer(self.context.source, main_input if self._augmentation.padded else None)
+                return look_closer(self.context.source, self._augmentation.padded)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True
@@ -184,9 +183,15 @@ class SpecMaker:
 
         Raises:
             ChainError: if the cut fails the proof on these samples.
+            RowError: if metrics may read what no store holds.
         """
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
+        if context.chain.ignored_padding(cut) and answers_by_position(context.chain, probe):
+            raise RowError(
+                "the model answers for each position of a text, padding included, which no store holds: a metric may "
+                "read it"
+            )
         draws = _DRAWS if random else ()
         made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
         spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())
@@ -277,7 +282,7 @@ class SpecMaker:
         if id(source) not in self._tokens:
             with preserve_rng():
                 batches = [source.collate(source.rows(number)) for number in spread(source.num_ranges, _TOKEN_RANGES)]
-            lengths = [split_texts(batch, self.context.chain.main_input).columns[TOKENS] for batch in batches]
+            lengths = [split_texts(batch, source.texts).columns[TOKENS] for batch in batches]
             self._tokens[id(source)] = source, float(torch.cat(lengths).double().mean())
         return self._tokens[id(source)][1]
 

@@ -61,7 +61,7 @@ class StoreSpec:
 
     def split(self, batch: Mapping[str, Any]) -> BatchSplit:
         """A collated batch as this store holds it; see `split_batch` and `split_texts`."""
-        return split_samples(batch, self.chain.main_input, self.layout)
+        return split_samples(batch, self.chain, self.cut, self.source, self.layout)
 
     @property
     def path(self) -> Path:

@@ -88,10 +88,10 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     padded = collator_pads(source, main_input)
     if padded:
         groups = [batch for rows in groups for batch in in_batches(rows, _TOGETHER)]
-        if any(_draws_tokens(source, rows, main_input) for rows in groups):
+        if any(_draws_tokens(source, rows) for rows in groups):
             return Augmentation(
-                declined="the tokens of a text are drawn at random (by the transform or the collator), so that their "
-                "features are others in every epoch"
+                declined="the tokens of a text, or what the frozen blocks read beside them, are drawn at random (by "
+                "the transform or the collator), so that their features are others in every epoch"
             )
         return Augmentation(declined=why_not_by_row(source, groups[0], main_input, padded), padded=True)
     try:
@@ -121,9 +121,9 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     return Augmentation(True, refused is None, refused)
 
 
-def _draws_tokens(source: RowSource, rows: Sequence[int], main_input: str) -> bool:
-    """Whether the tokens of texts that the collator pads are random. It collates in every epoch: others may be."""
-    draws = [split_texts(source.draw(rows, view).batch, main_input).columns for view in range(_MORE_DRAWS)]
+def _draws_tokens(source: RowSource, rows: Sequence[int]) -> bool:
+    """Whether what the frozen blocks read of texts is random. The collator pads them in every epoch: labels may be."""
+    draws = [split_texts(source.draw(rows, view).batch, source.texts).columns for view in range(_MORE_DRAWS)]
     return any(not is_same(draws[0], draw) for draw in draws[1:])
 
 
@@ -152,12 +152,12 @@ def tells_geometry(source: RowSource) -> bool:
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource, padded: str | None = None) -> Augmentation | None:
+def look_closer(source: RowSource, padded: bool = False) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
-        padded: name of the tokens in a batch, of texts that the collator pads to the longest of a batch; else None.
+        padded: whether samples are texts that the collator pads to the longest of a batch.
 
     Returns:
         What was found; None if nothing was.
@@ -165,8 +165,8 @@ def look_closer(source: RowSource, padded: str | None = None) -> Augmentation | 
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
-        if padded is not None:
-            one, other = (split_texts(drawn.batch, padded).columns for drawn in (first, second))
+        if padded:
+            one, other = (split_texts(drawn.batch, source.texts).columns for drawn in (first, second))
             if not is_same(one, other):
                 raise RowError(f"the tokens of some text from sample {source.rows(number)[0]} on are drawn at random.")
         elif not is_same(first.batch, second.batch):

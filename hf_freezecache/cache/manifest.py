@@ -22,6 +22,7 @@ from .names import (
     DATASET_INFO_FILE,
     DATASET_STATE_FILE,
     MANIFEST,
+    PADDING,
     TOKENS,
     is_reserved,
     shard_name,
@@ -152,6 +153,12 @@ class Manifest:
         if problem is not None:
             raise StoreError(f"the manifest contradicts itself, because {problem}: {REBUILD}.")
 
+    @property
+    def _are_texts(self) -> bool:
+        number = InputColumn("int64")
+        is_padded = isinstance(self.constants.get(PADDING), str) and len(self.constants) == 1
+        return not self.views and is_padded and self.inputs == {TOKENS: number, CHECKSUM: number}
+
     def _problem(self, begun: bool) -> str | None:
         if digest(self.made_from) != self.fingerprint:
             return "its fingerprint is not that of `made_from`"
@@ -175,8 +182,8 @@ class Manifest:
         if sum(shard.rows for shard in self.shards) != self.rows:
             return f"its shards do not have {self.rows} rows"
         # A value of a row takes a bit at least, a view a byte; zstd packs at most so much better.
-        bits = 8 * sum(shard.bytes for shard in self.shards) * (_BEST_PACKED if self.lossless else 1)
-        if layout.is_token and (self.views or not {TOKENS, CHECKSUM} <= self.inputs.keys() or self.constants):
+        bits = 8 * sum(shard.bytes for shard in self.shards) * (BEST_PACKED if self.lossless else 1)
+        if layout.is_token and not self._are_texts:
             return "it holds texts, but not what is held of texts"
         if self.rows * max(1 if layout.is_token else layout.values, 8 * self.views) > bits:
             return f"its shards are too small for {self.rows} rows of shape {layout.shape} and {self.views} views"
@@ -184,7 +191,7 @@ class Manifest:
 
 
 #: No input is packed by zstd to a smaller share than this.
-_BEST_PACKED = 2**16
+BEST_PACKED = 2**16
 #: Most bytes of a file, rows, or values that anything on a disk may have.
 _MOST = 2**60
 

@@ -18,7 +18,7 @@ A store has these columns; views count from 1:
 | `view_<v>` | codes of view v: all channels, or the sensitive ones |
 | `view_special_<v>` | special tokens of view v |
 | `geometry_<v>` | geometry of view v |
-| `tokens`, `checksum` | of a text: number of its tokens, which have codes each, and a checksum of them |
+| `tokens`, `checksum` | of a text: number of its tokens, each of which has codes; a checksum of what was read |
 | `<input>` | a model input as the user's collator returned it |
 | `view_<v>.<input>` | a model input that view v has for itself |
 """
@@ -157,8 +157,10 @@ BASE, SPECIAL = "base", "special"
 VIEW, VIEW_SPECIAL, GEOMETRY = "view", "view_special", "geometry"
 #: Entry of a batch, not a column: which view a row has.
 VIEW_INDEX = "view_index"
-#: Number of tokens of a text, and a checksum of them.
+#: Number of tokens of a text, and a checksum of what was read of it.
 TOKENS, CHECKSUM = "tokens", "checksum"
+#: Constant of a store of texts: the sides on which padding may be at replay.
+PADDING = "padding"
 
 _VIEW_COLUMN = re.compile(rf"(?P<entry>{VIEW}|{VIEW_SPECIAL}|{GEOMETRY})_(?P<view>[1-9][0-9]*)")
 _OWN_INPUT = re.compile(r"view_(?P<view>[1-9][0-9]*)\.(?P<input>.*)", re.DOTALL)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..augment.draws import Draw, use_draw
 from ..model.stand_ins import stays_real
+from ..model.tokens import TextInputs
 from ..rng import seeded_rng
 from .names import is_reserved
 
@@ -192,6 +193,10 @@ class RowSource:
         seed: of the training.
         num_workers: number of processes that load ahead.
         multiprocessing_context: how they are started, as for a `DataLoader`.
+        texts: what the frozen blocks read, where samples are texts.
+
+    Attributes:
+        probe_rows: rows that stand for all; None: the first ones.
     """
 
     def __init__(
@@ -202,7 +207,10 @@ class RowSource:
         seed: int,
         num_workers: int = 0,
         multiprocessing_context: Any = None,
+        texts: TextInputs | None = None,
     ):
+        self.texts = TextInputs("input_ids") if texts is None else texts
+        self.probe_rows: Sequence[int] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
@@ -251,8 +259,8 @@ class RowSource:
         return self.draw(indices, view).batch
 
     def probe(self, rows: int = 2) -> Mapping[str, Any]:
-        """The base view of the first rows as a batch."""
-        return self.collate(range(min(rows, len(self))))
+        """The base view of a few rows as a batch."""
+        return self.collate(range(min(rows, len(self))) if self.probe_rows is None else self.probe_rows[:rows])
 
     def loader(
         self, numbers: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None
@@ -294,6 +302,7 @@ class ChosenRows(RowSource):
             source.seed,
             source.num_workers,
             source.multiprocessing_context,
+            source.texts,
         )
         self._row_numbers = list(row_numbers)
 

@@ -31,7 +31,7 @@ from .names import (
 )
 from .opening import check_state, open_columns, open_files
 from .rows import InputColumn
-from .stored_columns import PackedColumn
+from .stored_columns import PackedColumn, TokenColumn
 from .texts import decode_rows, split_rows
 from .view_columns import ViewColumns
 
@@ -282,7 +282,11 @@ class FeatureStore:
 
     def frame_bytes(self) -> dict[str, float]:
         """Mean size of a packed row in bytes, by column; empty if rows are not packed."""
-        return {name: column.frame_bytes for name, column in self._columns.items() if isinstance(column, PackedColumn)}
+        return {
+            name: column.frame_bytes
+            for name, column in self._columns.items()
+            if isinstance(column, PackedColumn) or (isinstance(column, TokenColumn) and column.is_packed)
+        }
 
     def code_names(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the codes among the entries that `read_rows` returned."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from .arrow_stream import PlacedBatch, buffer_places
 from .held_files import Readable
-from .manifest import REBUILD, StoreError
+from .manifest import BEST_PACKED, REBUILD, StoreError
 
 #: Bytes of a row, and of all rows of a column, up to which the column is read once and kept: labels, geometry.
 _SMALL_ROW, _SMALL_COLUMN = 64, 1 << 24
@@ -158,6 +158,17 @@ class _ContentColumn(StoredColumn):
         self._offset = np.dtype(np.int32 if pa.types.is_string(schema.field(name).type) else np.int64)
         super().__init__(batches, schema, name, where)
 
+    @property
+    def frame_bytes(self) -> float:
+        """Mean size of a row, in bytes."""
+        total, size = 0, self._offset.itemsize
+        for batch, rows in enumerate(self._rows.tolist()):
+            start = int(self._starts[batch, 1])
+            ends = self._file(batch).read(size, start) + self._file(batch).read(size, start + rows * size)
+            first, last = np.frombuffer(ends, self._offset).tolist()
+            total += last - first
+        return total / len(self)
+
     def _contents(self, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
         """Row numbers and contents."""
         size = self._offset.itemsize
@@ -216,23 +227,24 @@ class TokenColumn(_ContentColumn):
     def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """The tokens of the rows one after the other, `(N, width)`; see `StoredColumn.take`."""
         lengths = self._lengths.take(rows)[:, 0]
-        if (lengths < 0).any() or (lengths > self._most()).any():
-            raise self._damaged(int(rows[0]), "impossible numbers of tokens")
         parts = []
         for (row, content), length in zip(self._contents(rows), lengths.tolist(), strict=True):
             size = length * self.width * self.dtype.itemsize
+            if not 0 <= size <= len(content) * (1 if self._codec is None else BEST_PACKED):
+                raise self._damaged(row, f"{length} tokens in {len(content)} bytes")
             try:
                 part = content if self._codec is None or not size else self._codec.decompress(content, size)
             except (OSError, ValueError) as error:
                 raise self._damaged(row, error) from error
             if len(part) != size:
-                raise self._damaged(row, f"{len(part)} bytes for {length} tokens")
+                raise self._damaged(row, f"{length} tokens in {len(part)} bytes")
             parts.append(part)
         return np.frombuffer(bytearray().join(parts), self.dtype).reshape(-1, self.width)
 
-    def _most(self) -> int:
-        """More tokens than a row can have."""
-        return (1 << 40) // max(1, self.width * self.dtype.itemsize)
+    @property
+    def is_packed(self) -> bool:
+        """Whether each row is a zstd frame."""
+        return self._codec is not None
 
 
 class PackedColumn(_ContentColumn):
@@ -248,17 +260,6 @@ class PackedColumn(_ContentColumn):
     def __init__(self, batches: Sequence[PlacedBatch], schema: pa.Schema, name: str, where: object, width: int):
         super().__init__(batches, schema, name, where)
         self.width, self._codec = width, pa.Codec("zstd")
-
-    @property
-    def frame_bytes(self) -> float:
-        """Mean size of a packed row, in bytes."""
-        total, size = 0, self._offset.itemsize
-        for batch, rows in enumerate(self._rows.tolist()):
-            start = int(self._starts[batch, 1])
-            ends = self._file(batch).read(size, start) + self._file(batch).read(size, start + rows * size)
-            first, last = np.frombuffer(ends, self._offset).tolist()
-            total += last - first
-        return total / len(self)
 
     def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         unpacked = np.empty((len(rows), self.width), self.dtype) if into is None else into

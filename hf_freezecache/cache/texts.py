@@ -1,84 +1,118 @@
 """Texts as rows of a store: features of their tokens alone, without padding.
 
 The user's own collator makes the model inputs of every replayed batch, from the samples, and pads them; a store of
-texts holds none. It holds how many tokens a text has, and a checksum of them, by which a sample that has changed since
-is seen.
+texts holds none. It holds how many tokens a text has, and a checksum of them and of whatever else the frozen blocks
+read, by which a sample that has changed since is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from ..model.tokens import MASK, blank_padding, token_mask
+from ..model.tokens import MASK, TextInputs, blank_padding, token_mask, why_not_padded
 from .codec import Codec
-from .names import BASE, CHECKSUM, TOKENS
+from .names import BASE, CHECKSUM, PADDING, TOKENS
 from .rows import BatchSplit, RowError
 
 #: Odd numbers with bits all over, to mix tokens with their positions; as signed numbers of 64 bits.
 _OF_TOKEN, _OF_POSITION, _OF_BOTH = -7046029254386353131, -4417276706812531889, 1609587929392839161
 
 
-def split_texts(batch: Mapping[str, Any], main_input: str) -> BatchSplit:
+def split_texts(batch: Any, texts: TextInputs, padding: Collection[str] | None = None) -> BatchSplit:
     """Splits a collated batch of texts into its tokens and what a store holds of them besides features.
 
     Args:
         batch: as the collator returned it.
-        main_input: name of the tokens in it.
+        texts: what the frozen blocks read of it.
+        padding: sides on which padding is left out, which the store tells replays; None: it is not for a store.
 
     Raises:
         RowError: if the batch does not tell which positions are tokens.
     """
-    mask = token_mask(batch, main_input)
+    mask = token_mask(batch, texts.main_input)
     if mask is None:
         raise RowError(
-            f"the collator returned no '{MASK}' of the shape of '{main_input}', as it did before: which positions "
-            "are tokens must be known for all samples."
+            f"the collator returned no '{MASK}' of the shape of '{texts.main_input}', as it did before: which "
+            "positions are tokens must be known for all samples."
         )
-    main = batch[main_input]
-    columns = {TOKENS: mask.sum(1), CHECKSUM: checksums(main, mask)}
-    return BatchSplit(main, columns, {}, mask)
+    columns = {TOKENS: mask.sum(1), CHECKSUM: checksums(batch, mask, texts)}
+    constants = {} if padding is None else {PADDING: ",".join(sorted(padding))}
+    return BatchSplit(batch[texts.main_input], columns, constants, mask)
 
 
-def checksums(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A number for the tokens of each text in their order, int64 `(B,)`, whatever padding is beside them.
+def checksums(batch: Mapping[str, Any], mask: torch.Tensor, texts: TextInputs) -> torch.Tensor:
+    """A number for all that the frozen blocks read of each text, int64 `(B,)`, whatever padding is beside it.
 
     Args:
-        tokens: integers `(B, W)`.
+        batch: of texts.
         mask: bool `(B, W)`, where the tokens are.
+        texts: what the frozen blocks read.
 
     Shapes: B texts, W positions, padding included.
     """
-    mixed = (tokens.to(torch.int64) + 1) * _OF_TOKEN + mask.cumsum(1) * _OF_POSITION
+    total = torch.zeros(len(mask), dtype=torch.int64)
+    for name in sorted(name for name in batch if name != MASK and texts.reads(name)):
+        own = _checksums(batch[name], mask.cpu())
+        total = (total ^ own ^ zlib.crc32(name.encode())) * _OF_BOTH
+    return total
+
+
+def _checksums(value: Any, mask: torch.Tensor) -> torch.Tensor:
+    """Numbers for the rows of an entry, or one for all of them."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != len(mask):
+        if isinstance(value, (list, tuple)) and len(value) == len(mask):
+            return torch.tensor([_text_checksum(row) for row in value])
+        return torch.tensor(_text_checksum(value))
+    bits = value.detach().cpu().contiguous()
+    if bits.is_floating_point():
+        bits = bits.double().view(torch.int64)
+    if bits.is_complex():
+        bits = torch.view_as_real(bits).double().view(torch.int64)
+    numbers, counted = bits.to(torch.int64).reshape(len(mask), -1), torch.ones(1, 1, dtype=torch.int64)
+    positions = torch.arange(1, numbers.shape[1] + 1)[None]
+    if value.ndim > 1 and value.shape[1] == mask.shape[1]:  # a value, or several, for each position
+        each = numbers.shape[1] // max(1, mask.shape[1])
+        counted = mask.to(torch.int64).repeat_interleave(each, 1)
+        positions = counted.cumsum(1)
+    mixed = (numbers + 1) * _OF_TOKEN + positions * _OF_POSITION
     mixed = (mixed ^ (mixed >> 29)) * _OF_BOTH
-    return ((mixed ^ (mixed >> 32)) * mask).sum(1)
+    return ((mixed ^ (mixed >> 32)) * counted).sum(1)
 
 
-def why_other_texts(codes: Mapping[str, Any], batch: Mapping[str, Any], main_input: str) -> str | None:
+def _text_checksum(value: Any) -> int:
+    content = value.tolist() if isinstance(value, torch.Tensor) else value
+    return zlib.crc32(repr(content).encode())
+
+
+def why_other_texts(codes: Mapping[str, Any], batch: Any, texts: TextInputs) -> str | None:
     """Why codes of a store are not those of the texts of a batch; None if they are.
 
     Args:
         codes: rows of a store of texts.
         batch: of the samples of these rows, as the collator returned it.
-        main_input: name of the tokens in it.
+        texts: what the frozen blocks read of it.
 
     Returns:
         The reason, as a sentence.
     """
     try:
-        split = split_texts(batch, main_input)
+        split = split_texts(batch, texts)
     except RowError as error:
         return str(error)
+    assert split.mask is not None  # of texts
     if len(split.main) != len(codes[TOKENS]):
         return f"The collator returned {len(split.main)} rows for {len(codes[TOKENS])} samples."
-    if all(torch.equal(codes[name], split.columns[name].cpu()) for name in (TOKENS, CHECKSUM)):
-        return None
-    return (
-        "Samples have other tokens than when the feature store was built: the data set, its transform or the collator "
-        "has changed, or is random."
-    )
+    if any(not torch.equal(codes[name], split.columns[name].cpu()) for name in (TOKENS, CHECKSUM)):
+        return (
+            "Samples have other tokens, or other inputs beside them, than when the feature store was built: the data "
+            "set, its transform or the collator has changed, or is random."
+        )
+    why_not = why_not_padded(split.mask, codes[PADDING].split(","))
+    return None if why_not is None else f"Now {why_not}."
 
 
 def place_tokens(codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -221,6 +221,12 @@ class BlockChain:
             trace.ignored_padding[cut] = ignored_padding(self.model, trace, cut)
         return trace.ignored_padding[cut]
 
+    def why_padding_counts(self, cut: int) -> str:
+        """Why `ignored_padding` is empty at a cut, as far as the features themselves are the reason; a clause."""
+        if self._own_trace().cut(cut).has_tokens:
+            return "padding changes the features of the tokens beside it"
+        return "the features there are not one vector for each token of a text"
+
     def keep_padding(self, cut: int, why: str) -> None:
         """From now on, features at a cut include padding: texts must have one width there.
 

@@ -87,6 +87,15 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
         )
 
 
+def answers_by_position(chain: BlockChain, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model answers with something for each position of the texts of a batch."""
+    mask = token_mask(inputs, chain.main_input)
+    if mask is None:
+        return False
+    with preserve_rng(), torch.no_grad(), eval_mode(chain.model):
+        return any(tensor.shape[:2] == mask.shape for tensor in answers_of(chain.model(**inputs)).values())
+
+
 def _mask_of(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> torch.Tensor | None:
     """Where the tokens are, if a store leaves out what is none."""
     ignored = chain.ignored_padding(cut)
@@ -119,10 +128,11 @@ def _check_company(
     samples = len(features)
     difference = 0.0
     for row in {0, samples - 1}:
-        alone, feature = take_rows(inputs, [row, row], samples), features[row]
-        if mask is not None:
-            alone, feature = take_columns(alone, mask.shape[1], mask[row]), feature[mask[row]]
-        difference = max(difference, relative_difference(feature, chain.capture(alone, cut)[0]))
+        alone, feature = take_rows(inputs, [row, row], samples), features[row : row + 1]
+        if mask is not None:  # each token by itself
+            alone, feature = take_columns(alone, mask.shape[1], mask[row]), features[row][mask[row]]
+        own = chain.capture(alone, cut)[0]
+        difference = max(difference, relative_difference(feature, own[None] if mask is None else own))
     if difference > tolerance_of(features.dtype, features.device):
         if mask is not None and not mask.all():
             raise PaddingError("padding changes the features of the tokens beside it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,27 @@ import torch
 MASK = "attention_mask"
 #: Where padding may be, beside the tokens of a sample.
 SIDES = ("right", "left")
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """What of a batch of texts the frozen blocks read.
+
+    Args:
+        main_input: name of the tokens.
+        accepted: names of the arguments of the model.
+        accepts_all: whether the model takes arguments of other names, too.
+        labels: names of what only the loss takes.
+    """
+
+    main_input: str
+    accepted: frozenset[str] = frozenset()
+    accepts_all: bool = True
+    labels: frozenset[str] = frozenset({"labels"})
+
+    def reads(self, name: str) -> bool:
+        """Whether the frozen blocks may read an entry of a batch."""
+        return name not in self.labels and (self.accepts_all or name in self.accepted)
 
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
@@ -92,7 +114,7 @@ def take_columns(inputs: Mapping[str, Any], width: int, columns: slice | torch.T
 def padded_pair(
     inputs: Mapping[str, Any], main_input: str, padding_token: int, side: str
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The same texts twice: padded on one side, and without the padding; None if the batch's texts are too short.
+    """Its longest text twice: padded on one side, and without the padding; None if it is too short.
 
     Args:
         inputs: a batch whose `token_mask` is known.
@@ -102,12 +124,17 @@ def padded_pair(
     """
     mask = token_mask(inputs, main_input)
     assert mask is not None  # the caller knows
-    columns = mask.all(0).nonzero().squeeze(1)
+    samples, width = mask.shape
+    longest = int(mask.sum(1).argmax())
+    columns = mask[longest].nonzero().squeeze(1)
     padding = max(1, len(columns) // 3)
     if len(columns) <= padding:
         return None
-    width = mask.shape[1]
-    whole = take_columns(inputs, width, columns)
+    twice = {
+        name: value[[longest, longest]] if isinstance(value, torch.Tensor) and value.shape[:1] == (samples,) else value
+        for name, value in inputs.items()
+    }
+    whole = take_columns(twice, width, columns)
     kept = slice(0, len(columns) - padding) if side == "right" else slice(padding, len(columns))
     outside = slice(len(columns) - padding, len(columns)) if side == "right" else slice(0, padding)
     padded = {**whole, main_input: whole[main_input].clone(), MASK: whole[MASK].clone()}

@@ -17,7 +17,7 @@ from .errors import ChainError
 from .inputs import argument_names, main_input_name
 from .layout import FeatureLayout, token_grid
 from .probes import check_checkpointing
-from .record import Call, record_run
+from .record import Call, TensorSpec, record_run
 from .stand_ins import StandIn, stays_real
 from .tokens import take_columns, token_mask
 
@@ -34,6 +34,8 @@ class Part:
         rows: of the tensor for each sample (the choices of a question).
         memory_order: its dimensions in the order in which its memory has them: a dropout draws in this order.
         has_tokens: whether it has a vector for each position of a text.
+        extents: how far apart in memory neighbours of each dimension but the first are, in the order of memory, in
+            units of the next one: more than its size where the tensor is a part of another. None: it is whole.
     """
 
     places: tuple[Place, ...]
@@ -43,6 +45,7 @@ class Part:
     rows: int
     memory_order: tuple[int, ...]
     has_tokens: bool
+    extents: tuple[int, ...] | None = None
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -68,7 +71,8 @@ class Part:
         order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
         growths = spec.per_token[:dim] + spec.per_token[dim + 1 :]
         has_tokens = rows == 1 and len(shape) == 2 and shape[0] == width and growths == (1, 0)
-        return cls(places, shape, spec.dtype, dim, rows, order, has_tokens)
+        extents = None if has_tokens else _extents(spec, order, dim)
+        return cls(places, shape, spec.dtype, dim, rows, order, has_tokens, extents)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as a feature: `(B, *feature_shape)`, or `(B, W, C)` of texts of another width."""
@@ -79,7 +83,13 @@ class Part:
         """The feature as the tensor that crosses."""
         rows = feature.reshape(len(feature) * self.rows, *(feature.shape[1:] if self.has_tokens else self.shape))
         inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
-        return rows.movedim(0, self.sample_dim).permute(self.memory_order).contiguous().permute(inverse)
+        ordered = rows.movedim(0, self.sample_dim).permute(self.memory_order)
+        if self.extents is None:
+            return ordered.contiguous().permute(inverse)
+        # Kernels choose their order of operations by strides.
+        whole = ordered.new_zeros(ordered.shape[0], *self.extents)
+        part = whole[tuple(slice(size) for size in ordered.shape)]
+        return part.copy_(ordered).permute(inverse)
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,22 @@ class Cut:
     def name_of(self, call: Call) -> str:
         """The block that a call belongs to; the call's own name outside blocks."""
         return next((name for name in self.block_names if f"{call.name}.".startswith(f"{name}.")), call.name)
+
+
+def _extents(spec: TensorSpec, order: Sequence[int], sample_dim: int) -> tuple[int, ...] | None:
+    """See `Part`; None too where the samples have something between them."""
+    _, strides = spec.place
+    sizes = [spec.shape[dim] for dim in order]
+    steps = [strides[dim] for dim in order]
+    if order[0] != sample_dim or steps[-1] != 1:
+        return None
+    extents = []
+    for number in range(1, len(order)):
+        extent, rest = divmod(steps[number - 1], steps[number]) if steps[number] else (0, 1)
+        # The stride of a dimension of size 1 says nothing.
+        is_known = not rest and extent >= sizes[number] and sizes[number - 1] > 1
+        extents.append(extent if is_known else sizes[number])
+    return tuple(extents) if extents != sizes[1:] else None
 
 
 def joins_channels(parts: Sequence[Part]) -> bool:

@@ -56,13 +56,13 @@ class ReplayCollator:
         return self.collator(features)
 
     def _collate_cached(self, rows: CachedRows) -> dict[str, Any]:
-        if rows.samples is None:
+        if rows.samples is None or rows.texts is None:
             return _name_codes(rows)
         batch = self.collator(rows.samples)
-        why = why_other_texts(rows.rows, batch, rows.main_input)
+        why = why_other_texts(rows.rows, batch, rows.texts)
         if why is not None:
             return {LOST: why, **_name_rows(rows.requested)}
-        mask = token_mask(batch, rows.main_input)
+        mask = token_mask(batch, rows.texts.main_input)
         assert mask is not None  # the batch is one of texts
         codes = {name: place_tokens(rows.rows[name], mask) for name in rows.codes} | {MASK: mask}
         return {**batch, **{CODE_PREFIX + name: value for name, value in codes.items()}, **_name_rows(rows.requested)}
@@ -186,7 +186,7 @@ def _merge(rows: list[CachedRows]) -> CachedRows:
             merged[name] = value
     samples = None if rows[0].samples is None else [row.samples[0] for row in rows]
     requested = BatchRows.merge([row.requested for row in rows])
-    return CachedRows(merged, rows[0].codes, requested, samples, rows[0].main_input)
+    return CachedRows(merged, rows[0].codes, requested, samples, rows[0].texts)
 
 
 def _merge_views(rows: list[DrawnRows]) -> DrawnRows:

@@ -16,6 +16,7 @@ from ..augment.geometry import geometry_column
 from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, fetch
 from ..cache.store import FeatureStore, StoreHandle
+from ..model.tokens import TextInputs
 from ..rng import hash_key, seeded_rng
 from .requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound, requested
 
@@ -73,14 +74,14 @@ class CachedRows:
         codes: names of the codes among them.
         requested: which rows they are.
         samples: of texts, the samples for the user's collator, which pads them; else None.
-        main_input: of texts, name of the tokens in a batch.
+        texts: what the frozen blocks read of texts; else None.
     """
 
     rows: dict[str, Any]
     codes: tuple[str, ...]
     requested: BatchRows
     samples: Any = None
-    main_input: str = ""
+    texts: TextInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,14 @@ class ReplayDataset(Dataset):
         switch: what stamps the rows that the training asks for; loader processes have no use for it.
         seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch,
             the sample and its occurrence in the epoch.
-        main_input: name of the model's main input in a batch; stores of texts alone need it.
+        texts: what the frozen blocks read of texts; stores of these alone need it.
 
     Attributes:
         pinned: whether this process reads codes into page-locked memory; see `FeatureStore.read_rows`.
     """
 
-    def __init__(self, inner: Any, switch: SourceSwitch, seed: int, main_input: str = ""):
-        self.inner, self.seed, self.main_input, self.pinned = inner, seed, main_input, False
+    def __init__(self, inner: Any, switch: SourceSwitch, seed: int, texts: TextInputs | None = None):
+        self.inner, self.seed, self.texts, self.pinned = inner, seed, texts, False
         self.switch: SourceSwitch | None = switch
         self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
@@ -286,7 +287,7 @@ class ReplayDataset(Dataset):
         cached = CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
         if not store.codec.layout.is_token:
             return cached
-        return replace(cached, samples=self._draw_live(rows, fetch_samples), main_input=self.main_input)
+        return replace(cached, samples=self._draw_live(rows, fetch_samples), texts=self.texts)
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the store itself.

@@ -46,7 +46,7 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
     """Why texts that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
     source, chain = session.context.source, session.chain
-    kept = [cut for cut in cuts if chain.why_padding_is_kept(cut) is not None]
+    kept = [cut for cut in cuts if not chain.ignored_padding(cut)]
     if not kept or not session.group.on_main(lambda: collator_pads(source, chain.main_input)):
         return None
     return one_width_only(chain, kept[0])
@@ -84,6 +84,6 @@ def _why_not_through(session: FreezeSession, loader: Any, shared: Sequence[Any])
     with looking_at(source):
         batch, main_input = source.probe(), session.chain.main_input
         is_text = token_mask(batch, main_input) is not None
-        probe = split_texts(batch, main_input) if is_text else split_batch(batch, main_input)
+        probe = split_texts(batch, source.texts) if is_text else split_batch(batch, main_input)
     rows = trial_rows(probe, source.batch_size)
     return why_not_through(loader, session.loader, session.switch, rows, shared)

@@ -218,13 +218,14 @@ class EvaluationCache:
                 train.seed,
                 train.num_workers,
                 train.multiprocessing_context,
+                train.texts,
             )
             entry = _CachedSet(loader, rows)
             foreign = [entry for entry in self._sets if not entry.loader.is_trainers and entry.source is None]
             if len(foreign) == _MOST_FOREIGN_SETS:
                 self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed, self.chain.main_input)
+        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed, entry.rows.texts)
 
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.

@@ -216,7 +216,7 @@ class StoreKeeper:
         try:
             return make()
         except (Declined, RowError) as reason:
-            why = str(reason)
+            why = str(reason).rstrip(".")
             self._announce_none(cut, why)
         except survivable as error:
             if self.explicit and isinstance(error, NotWritable):

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
+from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
@@ -133,9 +134,15 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         with preserve_rng():
             probe = self._draw_probe(source)
             main_input = main_input_name(self._own_model)
-            if self._freeze_config.cache != "never" and token_mask(probe, main_input) is None:
+            if token_mask(probe, main_input) is not None:
+                by_length = rows_by_length(source, main_input)
+                if by_length is not None:  # the longest stands for all, and beside the shortest there is padding
+                    source.probe_rows = [by_length[-1], by_length[0]][: len(source)]
+                    probe = source.probe()
+            elif self._freeze_config.cache != "never":
                 split_batch(probe, main_input)  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
+            source.texts = model_inputs.texts
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             for sentence in check_sharing(chain):
                 Announcer(self._group, logger).warning(sentence)
@@ -298,7 +305,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
             self.__dict__.pop("_eval_dataloaders", None)
         session = self._session
-        wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.chain.main_input)
+        wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.context.source.texts)
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
         self._session.loader = loader
         self._session.shared = (self, self.model, self.accelerator, dataset, inner)

@@ -14,12 +14,12 @@ from hf_freezecache import FeatureStore
 from hf_freezecache.cache.arrow_stream import read_stream
 from hf_freezecache.cache.codec import make_codec
 from hf_freezecache.cache.held_files import HeldFile, open_file
-from hf_freezecache.cache.lossless import pack_rows
+from hf_freezecache.cache.lossless import join_rows, pack_rows
 from hf_freezecache.cache.manifest import StoreError
 from hf_freezecache.cache.names import shard_name
 from hf_freezecache.cache.rows import InputColumn
 from hf_freezecache.cache.shards import ShardWriter
-from hf_freezecache.cache.stored_columns import BitColumn, FixedColumn, PackedColumn, TextColumn
+from hf_freezecache.cache.stored_columns import BitColumn, FixedColumn, PackedColumn, TextColumn, TokenColumn
 from hf_freezecache.cache.view_columns import ViewColumns, ViewSpec
 from hf_freezecache.model.layout import FeatureLayout
 
@@ -42,6 +42,26 @@ def test_damaged_offsets_are_a_damaged_row(offset):
     for row in (1, 2):
         with pytest.raises(StoreError, match=f"row {row} of column 'base' of a store is damaged"):
             column.take(np.array([row]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [-1, 0, 3, 2**50])
+def test_damaged_numbers_of_tokens_are_a_damaged_row(packed, length):
+    tokens, lengths = np.arange(30, dtype=np.uint8).reshape(6, 5), np.array([2, 1, 3])
+    rows = np.split(tokens, [2, 3])
+    codes = pack_rows(rows) if packed else join_rows(tokens, lengths)
+
+    def column(numbers):
+        read = stream({"base": codes, "tokens": pa.array(numbers)})
+        lengths_read = FixedColumn(*read, "tokens", "a store")
+        return TokenColumn(*read, "base", "a store", (np.dtype(np.uint8), 5), lengths_read, packed)
+
+    whole = column(lengths)
+    assert np.array_equal(whole.take(np.array([2, 0])), np.concatenate([rows[2], rows[0]]))
+    broken = column(np.array([2, length, 3]))
+    assert np.array_equal(broken.take(np.array([0])), rows[0])
+    with pytest.raises(StoreError, match="row 1 of column 'base' of a store is damaged"):
+        broken.take(np.array([0, 1]))
 
 
 def test_rows_are_read_into_the_memory_that_is_given():

@@ -8,8 +8,16 @@ from hf_freezecache.cache.codec import make_codec
 from hf_freezecache.cache.rows import RowError
 from hf_freezecache.cache.texts import checksums, decode_rows, place_tokens, split_rows, split_texts, why_other_texts
 from hf_freezecache.model.layout import FeatureLayout
+from hf_freezecache.model.tokens import TextInputs
 
 LAYOUT = FeatureLayout((4,), None, 0, torch.float32, is_token=True)
+
+
+TEXTS = TextInputs("input_ids")
+
+
+def split(rows):
+    return split_texts(rows, TEXTS)
 
 
 def batch(side="right", width=None):
@@ -18,32 +26,65 @@ def batch(side="right", width=None):
 
 @pytest.mark.parametrize("other", [batch("left"), batch(width=40)])
 def test_checksums_do_not_know_padding(other):
-    assert torch.equal(
-        split_texts(batch(), "input_ids").columns["checksum"], split_texts(other, "input_ids").columns["checksum"]
-    )
+    assert torch.equal(split(batch()).columns["checksum"], split(other).columns["checksum"])
 
 
 def test_checksums_know_tokens_and_their_order():
     mask = torch.ones(4, 3, dtype=torch.bool)
-    sums = checksums(torch.tensor([[5, 6, 7], [6, 5, 7], [5, 6, 8], [5, 6, 7]]), mask)
+    sums = checksums({"input_ids": torch.tensor([[5, 6, 7], [6, 5, 7], [5, 6, 8], [5, 6, 7]])}, mask, TEXTS)
     assert len(set(sums.tolist())) == 3 and sums[0] == sums[3]
-    assert checksums(torch.tensor([[0, 0]]), mask[:1, :2]) != checksums(torch.tensor([[0, 0, 0]]), mask[:1])
+    one, longer = ({"input_ids": torch.zeros(1, width, dtype=torch.int64)} for width in (2, 3))
+    assert checksums(one, mask[:1, :2], TEXTS) != checksums(longer, mask[:1], TEXTS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda rows: rows["token_type_ids"].__setitem__((3, 1), 1),
+        lambda rows: rows["bbox"].__setitem__((3, 0, 2), 9),
+        lambda rows: rows["pixel_values"].__setitem__((3, 0, 1, 1), -0.25),
+        lambda rows: rows["names"].__setitem__(3, "other"),
+    ],
+    ids=["of a position", "several of a position", "an image", "a string"],
+)
+def test_checksums_know_all_that_the_frozen_blocks_read(changed):
+    def rows():
+        made = batch()
+        beside = {"token_type_ids": torch.zeros_like(made["input_ids"]), "pixel_values": torch.zeros(5, 3, 2, 2)}
+        return {**made, **beside, "bbox": torch.zeros(*made["input_ids"].shape, 4), "names": [*"abcde"], "scale": 2}
+
+    other = rows()
+    changed(other)
+    differ = split(rows()).columns["checksum"] != split(other).columns["checksum"]
+    assert differ.tolist() == [False, False, False, True, False]
+    unread = TextInputs("input_ids", frozenset({"input_ids"}), accepts_all=False)
+    assert torch.equal(split_texts(rows(), unread).columns["checksum"], split_texts(other, unread).columns["checksum"])
+
+
+def test_checksums_do_not_know_labels_nor_what_is_at_padding():
+    one, other = batch(), batch()
+    other["labels"] += 1
+    other["input_ids"][~other["attention_mask"].bool()] = 7
+    assert torch.equal(split(one).columns["checksum"], split(other).columns["checksum"])
 
 
 def test_a_batch_without_a_mask_is_refused():
     tokens = batch()["input_ids"]
     with pytest.raises(RowError, match="attention_mask"):
-        split_texts({"input_ids": tokens}, "input_ids")
+        split({"input_ids": tokens})
 
 
 def test_other_texts_are_seen():
-    codes = split_texts(batch(), "input_ids").columns
-    assert why_other_texts(codes, batch("left"), "input_ids") is None
+    made = split_texts(batch(), TEXTS, {"right"})
+    codes = {**made.columns, **made.constants}
+    assert why_other_texts(codes, batch(width=20), TEXTS) is None
+    assert "padded on the left" in why_other_texts(codes, batch("left"), TEXTS)
+    assert why_other_texts({**codes, "padding": "left,right"}, batch("left"), TEXTS) is None
     changed = batch()
     changed["input_ids"][2, 1] += 1
-    assert "other tokens" in why_other_texts(codes, changed, "input_ids")
-    assert "3 rows for 5" in why_other_texts(codes, Pad()([*Texts(3)]), "input_ids")
-    assert "attention_mask" in why_other_texts(codes, {"input_ids": changed["input_ids"]}, "input_ids")
+    assert "other tokens" in why_other_texts(codes, changed, TEXTS)
+    assert "3 rows for 5" in why_other_texts(codes, Pad()([*Texts(3)]), TEXTS)
+    assert "attention_mask" in why_other_texts(codes, {"input_ids": changed["input_ids"]}, TEXTS)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
