@@ -301,7 +301,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--test_rows", type=int, default=1540)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--tuning_seed", type=int, default=100)
     parser.add_argument("--sampling", default="group_by_length", choices=["random", "group_by_length"])
     parser.add_argument("--padding", default="longest", choices=["longest", "max_length"])
