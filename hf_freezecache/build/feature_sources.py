@@ -12,6 +12,7 @@ import torch
 from ..augment.maps import check_grid
 from ..cache.rows import BatchSplit, RowError, RowSource, split_batch
 from ..cache.texts import split_texts
+from ..distributed import Group
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
 from ..model.tokens import why_not_padded
@@ -163,7 +164,7 @@ def split_samples(
         RowError: if it cannot be stored per row.
     """
     if layout.is_token:
-        return split_texts(batch, source.texts, chain.ignored_padding(cut))
+        return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.ignored_padding(cut))
     return split_batch(batch, chain.main_input)
 
 
@@ -174,6 +175,19 @@ def one_width_only(chain: BlockChain, cut: int) -> str:
         f"texts have no common width, but the features at cut {cut} include padding ({why}): pad texts to one length "
         "(padding='max_length'), or use cache='never'."
     )
+
+
+def agree_on_padding(chain: BlockChain, cut: int, group: Group) -> bool:
+    """Keeps padding at a cut on all processes where it is left out on some only: their collators may differ by now.
+
+    Returns:
+        Whether they had differed.
+    """
+    found = group.gather((sorted(chain.ignored_padding(cut)), chain.why_padding_is_kept(cut)))
+    if all(sides == found[0][0] for sides, _ in found):
+        return False
+    chain.keep_padding(cut, next((why for _, why in found if why is not None), "texts differ between processes"))
+    return True
 
 
 def check_rows(count: int, rows: Sequence[int]) -> None:

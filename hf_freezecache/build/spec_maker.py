@@ -26,7 +26,7 @@ from ..units import parse_bytes
 from .context import BuildContext
 from .deepening import DEEPENED_FROM, StoreFeatures, deepened
 from .errors import OneWidthError
-from .feature_sources import ImageFeatures, one_width_only
+from .feature_sources import ImageFeatures, agree_on_padding, one_width_only
 from .fisher import fisher_weights
 from .materialize import spread
 from .reuse import StoreReuse, file_notes
@@ -136,12 +136,14 @@ class SpecMaker:
             context.chain.prove(probe, cut)
 
         context.group.on_all(prove)
+        agree_on_padding(context.chain, cut, context.group)
         self.look()
         self._look_closer()
         made_from = context.group.on_main(
             lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
         )
-        return self.with_codec(replace(self.draft(cut, codec), made_from=made_from), codec)
+        draft = context.group.on_all(lambda: self.draft(cut, codec))
+        return self.with_codec(replace(draft, made_from=made_from), codec)
 
     def _settle_padding(self, cut: int) -> None:
         """Features include padding where samples are random: views of them are stored whole.
@@ -187,6 +189,7 @@ class SpecMaker:
         """
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
+        agree_on_padding(context.chain, cut, context.group)
         if context.chain.ignored_padding(cut) and answers_by_position(context.chain, probe):
             raise RowError(
                 "the model answers for each position of a text, padding included, which no store holds: a metric may "
@@ -194,7 +197,7 @@ class SpecMaker:
             )
         draws = _DRAWS if random else ()
         made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
-        spec = self._draft(source, cut, EVALUATION_CODEC, ViewSpec())
+        spec = context.group.on_all(lambda: self._draft(source, cut, EVALUATION_CODEC, ViewSpec()))
         notes = context.group.on_main(lambda: file_notes(source.dataset, context.config.reuse))
         return replace(spec, made_from=made_from, limit=limit, notes=notes)
 

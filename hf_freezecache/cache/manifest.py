@@ -21,6 +21,7 @@ from .names import (
     CODEC_FILE,
     DATASET_INFO_FILE,
     DATASET_STATE_FILE,
+    INPUTS,
     MANIFEST,
     PADDING,
     TOKENS,
@@ -156,8 +157,8 @@ class Manifest:
     @property
     def _are_texts(self) -> bool:
         number = InputColumn("int64")
-        is_padded = isinstance(self.constants.get(PADDING), str) and len(self.constants) == 1
-        return not self.views and is_padded and self.inputs == {TOKENS: number, CHECKSUM: number}
+        constants = self.constants.keys() == {PADDING, INPUTS} and all(map(_is_text, self.constants.values()))
+        return not self.views and constants and self.inputs == {TOKENS: number, CHECKSUM: number}
 
     def _problem(self, begun: bool) -> str | None:
         if digest(self.made_from) != self.fingerprint:

@@ -159,8 +159,8 @@ VIEW, VIEW_SPECIAL, GEOMETRY = "view", "view_special", "geometry"
 VIEW_INDEX = "view_index"
 #: Number of tokens of a text, and a checksum of what was read of it.
 TOKENS, CHECKSUM = "tokens", "checksum"
-#: Constant of a store of texts: the sides on which padding may be at replay.
-PADDING = "padding"
+#: Constants of a store of texts: the sides on which padding may be at replay, and the inputs that were read.
+PADDING, INPUTS = "padding", "inputs"
 
 _VIEW_COLUMN = re.compile(rf"(?P<entry>{VIEW}|{VIEW_SPECIAL}|{GEOMETRY})_(?P<view>[1-9][0-9]*)")
 _OWN_INPUT = re.compile(r"view_(?P<view>[1-9][0-9]*)\.(?P<input>.*)", re.DOTALL)

@@ -171,6 +171,11 @@ class _ContentColumn(StoredColumn):
 
     def _contents(self, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
         """Row numbers and contents."""
+        for row, file, start, length in self._places(rows):
+            yield row, file.read(length, start) if length else b""
+
+    def _places(self, rows: np.ndarray) -> Iterator[tuple[int, Readable, int, int]]:
+        """Row numbers, and file, offset and size of their contents."""
         size = self._offset.itemsize
         for row, batch, place in zip(rows.tolist(), *(part.tolist() for part in self._locate(rows)), strict=True):
             file, (_, offsets, content) = self._file(batch), self._starts[batch].tolist()
@@ -178,7 +183,7 @@ class _ContentColumn(StoredColumn):
             first, last = np.frombuffer(ends, self._offset).tolist()
             if not 0 <= first <= last <= self._sizes[batch, 2]:
                 raise self._damaged(row, f"bytes {first} to {last} of {self._sizes[batch, 2]}")
-            yield row, file.read(last - first, content + first) if first < last else b""
+            yield row, file, content + first, last - first
 
     def _damaged(self, row: int, why: object) -> StoreError:
         return StoreError(f"row {row} of {self.label} is damaged ({why}): {REBUILD}.")
@@ -226,20 +231,33 @@ class TokenColumn(_ContentColumn):
 
     def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """The tokens of the rows one after the other, `(N, width)`; see `StoredColumn.take`."""
-        lengths = self._lengths.take(rows)[:, 0]
-        parts = []
-        for (row, content), length in zip(self._contents(rows), lengths.tolist(), strict=True):
-            size = length * self.width * self.dtype.itemsize
-            if not 0 <= size <= len(content) * (1 if self._codec is None else BEST_PACKED):
-                raise self._damaged(row, f"{length} tokens in {len(content)} bytes")
-            try:
-                part = content if self._codec is None or not size else self._codec.decompress(content, size)
-            except (OSError, ValueError) as error:
-                raise self._damaged(row, error) from error
-            if len(part) != size:
-                raise self._damaged(row, f"{length} tokens in {len(part)} bytes")
-            parts.append(part)
-        return np.frombuffer(bytearray().join(parts), self.dtype).reshape(-1, self.width)
+        lengths, token = self._lengths.take(rows)[:, 0].tolist(), self.width * self.dtype.itemsize
+        places = list(self._places(rows))
+        for (row, _, _, held), length in zip(places, lengths, strict=True):
+            is_possible = held == length * token if self._codec is None else 0 <= length * token <= held * BEST_PACKED
+            if not is_possible:
+                raise self._damaged(row, f"{length} tokens in {held} bytes")
+        tokens = np.empty((sum(lengths), self.width), self.dtype)
+        memory, first = tokens.reshape(-1).view(np.uint8).data, 0
+        for (row, file, start, held), length in zip(places, lengths, strict=True):
+            last = first + length * token
+            if self._codec is None:
+                if held:
+                    file.read_rows(memory[first:last], [start])
+            else:
+                memory[first:last] = self._unpack(row, file.read(held, start), last - first)
+            first = last
+        return tokens
+
+    def _unpack(self, row: int, frame: bytes, size: int) -> memoryview:
+        assert self._codec is not None  # rows are packed
+        try:
+            content = memoryview(self._codec.decompress(frame, size)).cast("B")
+        except (OSError, ValueError) as error:
+            raise self._damaged(row, error) from error
+        if len(content) != size:
+            raise self._damaged(row, f"{len(content)} bytes where {size} were expected")
+        return content
 
     @property
     def is_packed(self) -> bool:

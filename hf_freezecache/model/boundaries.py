@@ -41,6 +41,7 @@ class Boundary:
         tied: names of those of `frozen` that are embedding tables, read behind it as well.
         has_parameters_behind: whether something is left to train: parameters that are not frozen are read behind it.
         flops: of what is skipped, relative to the whole run.
+        inputs: names of the inputs on which the tensors that cross it depend.
         why_not: why a replay cannot begin here; None if it can.
     """
 
@@ -53,6 +54,7 @@ class Boundary:
     tied: tuple[str, ...] = ()
     has_parameters_behind: bool = True
     flops: float = 0.0
+    inputs: frozenset[str] = frozenset()
     why_not: str | None = None
 
 
@@ -86,16 +88,24 @@ class Flow:
         self._bits = {storage: bits[name] for storage, name in record.parameters.items()}
         self._bit_of = {id(parameter): bits[name] for name, parameter in model.named_parameters()}
         self._tainted = set(self._changing)
-        #: Parameters on which a value depends, as bits.
+        #: Parameters on which a value depends, as bits; and inputs.
         self._depends: dict[Value, int] = {}
+        self._inputs_of = {value: frozenset({name}) for name, value in record.inputs.items()}
+        #: Inputs whose values Python has read: anything may depend on them.
+        self._read_by_python: frozenset[str] = frozenset()
         self._users: dict[Value, list[int]] = defaultdict(list)
         self._maker: dict[Value, int] = {}
         for number, operation in enumerate(record.operations):
             if operation.reads & self._tainted:
                 self._tainted |= operation.writes
             depends = self._depended(operation.reads)
+            inputs = self._depended_inputs(operation.reads)
+            if operation.read_by_python:
+                self._read_by_python |= inputs
             for value in operation.writes:
                 self._maker[value], self._depends[value] = number, depends
+                if inputs:
+                    self._inputs_of[value] = inputs
             for value in operation.reads:
                 self._users[value].append(number)
         self._needed_operations = self._find_needed()
@@ -212,6 +222,11 @@ class Flow:
         for value in values:
             bits |= self._depends.get(value, 0) | self._bits.get(value[0], 0)
         return bits
+
+    def _depended_inputs(self, values: Iterable[Value]) -> frozenset[str]:
+        """Inputs on which values depend."""
+        found = [self._inputs_of[value] for value in values if value in self._inputs_of]
+        return frozenset().union(*found) if found else frozenset()
 
     def _bits_within(self, module: nn.Module) -> int:
         bits = 0
@@ -334,6 +349,7 @@ class Flow:
             tuple(name for name in both if name in self._embeddings),
             bool(read & ~frozen),
             flops / max(1.0, self._flops[-1]),
+            self._depended_inputs(values) | self._read_by_python,
         )
 
     def _owned(self, moment: int) -> int:

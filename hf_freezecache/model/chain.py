@@ -16,7 +16,7 @@ from .errors import ChainError, PaddingError
 from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode
-from .padding import ignored_padding
+from .padding import ignored_padding, own_width
 from .probes import synthetic_probe, take_rows
 from .proving import prove_cut
 from .stand_ins import stays_real
@@ -223,7 +223,11 @@ class BlockChain:
 
     def why_padding_counts(self, cut: int) -> str:
         """Why `ignored_padding` is empty at a cut, as far as the features themselves are the reason; a clause."""
-        if self._own_trace().cut(cut).has_tokens:
+        trace = self._own_trace()
+        name = own_width(trace, cut)
+        if name is not None:
+            return f"they depend on '{name}', which has a width of its own"
+        if trace.cut(cut).has_tokens:
             return "padding changes the features of the tokens beside it"
         return "the features there are not one vector for each token of a text"
 
@@ -249,6 +253,11 @@ class BlockChain:
         """Number of tensors that cross a cut; the feature holds them side by side."""
         self._check_cut(cut)
         return len(self._own_trace().cut(cut).parts) if cut else 1
+
+    def inputs_of(self, cut: int) -> frozenset[str]:
+        """Names of the recorded inputs on which the feature at a cut depends."""
+        self._check_cut(cut)
+        return self._own_trace().cut(cut).boundary.inputs if cut else frozenset({self.main_input})
 
     # Freezing
 

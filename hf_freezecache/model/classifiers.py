@@ -19,6 +19,8 @@ class ImageClassifier(nn.Module):
     """
 
     main_input_name = "pixel_values"
+    #: `Trainer` passes it no number of items, under `torch.compile` either, where it does not see `forward`.
+    accepts_loss_kwargs = False
 
     def __init__(self, model: nn.Module, loss: nn.Module | None = None):
         super().__init__()
@@ -74,6 +76,55 @@ class ImageClassifier(nn.Module):
                 f"{tuple(logits.shape)}. For labels of another kind pass a loss: wrap_classifier(model, loss=…)"
             )
         return nn.functional.cross_entropy(logits, labels.to(logits.dtype) if soft else labels.long())
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Switches timm's activation checkpointing on, as `TrainingArguments(gradient_checkpointing=True)` asks for.
+
+        Args:
+            activation_checkpointing_kwargs: none, or `{"use_reentrant": False}`, which is what timm does.
+            every_n_layers: 1; timm knows no other.
+            offload: False; timm knows no other.
+
+        Raises:
+            ValueError: if the wrapped module has no `set_grad_checkpointing` (those of torchvision have none), or for
+                settings that timm does not know.
+        """
+        name = type(self.model).__name__
+        if not hasattr(self.model, "set_grad_checkpointing"):
+            raise ValueError(
+                f"{name} has no `set_grad_checkpointing`, which models of timm have: train it without activation "
+                "checkpointing, or checkpoint within its own forward with use_reentrant=False"
+            )
+        asked = {**(activation_checkpointing_kwargs or {}), "every_n_layers": every_n_layers, "offload": offload}
+        unknown = asked.items() - {"use_reentrant": False, "every_n_layers": 1, "offload": False}.items()
+        if unknown:
+            raise ValueError(f"{name} is checkpointed as timm does it, which does not know {dict(unknown)}")
+        set_checkpointing: Any = self.model.set_grad_checkpointing
+        set_checkpointing(True)
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The name of `activation_checkpointing_enable` in earlier releases of Transformers."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Switches timm's activation checkpointing off."""
+        set_checkpointing: Any = self.model.set_grad_checkpointing
+        set_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether timm's activation checkpointing is on, in the module or in a part of it."""
+        return any(bool(getattr(module, "grad_checkpointing", False)) for module in self.model.modules())
 
     @property
     def num_classes(self) -> int | None:

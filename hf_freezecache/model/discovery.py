@@ -56,7 +56,23 @@ def discover_blocks(flow: Flow) -> list[Block]:
         gathered, done = [], boundary.flops
     if not blocks:
         raise ChainError(_explain(flow, [unit for unit, _ in units]))
-    return [_make(flow, block) for block in blocks]
+    return [_make(flow, block) for block in _joined(flow, blocks)]
+
+
+def _joined(flow: Flow, blocks: list[list[Call]]) -> list[list[Call]]:
+    """The blocks, those joined between which a replay would begin with parameters that both sides read.
+
+    A replay begins at the first module of the next block if it can. What runs between the blocks is frozen then as
+    well, and it may use what a later block uses.
+    """
+    joined = blocks[:1]
+    for block in blocks[1:]:
+        first = next((unit for unit in block if flow.runs_once(unit.module)), block[-1])
+        if flow.behind(joined[-1][-1], first, MOST_TENSORS).shared:
+            joined[-1] = joined[-1] + block
+        else:
+            joined.append(block)
+    return joined
 
 
 def _units(flow: Flow, call: Call) -> Iterator[tuple[Call, int]]:

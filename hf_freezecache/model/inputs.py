@@ -51,6 +51,20 @@ class ModelInputs:
         prepared = self.prepare(dict(batch) if isinstance(batch, Mapping) else batch)
         return {name: value for name, value in prepared.items() if self._takes(name)}
 
+    def with_other_labels(self, batch: Any) -> Mapping[str, Any] | None:
+        """What the model takes of a batch, with each sample's labels at the next one; None if it takes none.
+
+        Args:
+            batch: of several samples, with one label or a row of labels for each.
+        """
+        prepared = self.prepare(dict(batch) if isinstance(batch, Mapping) else batch)
+        taken = {name: value for name, value in prepared.items() if self._accepts_all or name in self._accepted}
+        labels = {name: value for name, value in taken.items() if name in self.label_names}
+        rolled = {
+            name: value.roll(1, 0) for name, value in labels.items() if isinstance(value, torch.Tensor) and value.ndim
+        }
+        return {**taken, **rolled} if rolled else None
+
     def include_labels_if_needed(self, batch: Any) -> None:
         """Runs the model without labels; from then on the prefix gets them if that fails and running with them works.
 

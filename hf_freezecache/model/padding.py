@@ -30,11 +30,20 @@ def ignored_padding(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:
         cut: from 1 on.
     """
     found = trace.cut(cut)
-    if not found.has_tokens:
+    if not found.has_tokens or own_width(trace, cut) is not None:
         return frozenset()
     token = getattr(getattr(model, "config", None), "pad_token_id", None)
     with preserve_rng(), torch.no_grad(), eval_mode(model):
         return frozenset(side for side in SIDES if _is_ignored(model, trace, cut, side, token or 0))
+
+
+def own_width(trace: Trace, cut: int) -> str | None:
+    """The name of an input with a width of its own on which the feature at a cut depends; None if there is none."""
+    for name in sorted(trace.cut(cut).boundary.inputs):
+        value = trace.probe[name]
+        if not value.is_floating_point() and value.ndim > 1 and value.shape[1] not in (1, trace.width):
+            return name
+    return None
 
 
 def _is_ignored(model: nn.Module, trace: Trace, cut: int, side: str, padding_token: int) -> bool:

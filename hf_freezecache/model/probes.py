@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+from transformers.utils import logging
 
+from ..distributed import Announcer
 from .errors import ChainError
 from .inputs import main_input_name
+from .modes import untouched
+
+logger = logging.get_logger(__name__)
 
 
 def take_rows(inputs: Mapping[str, Any], rows: slice | list[int], batch_size: int) -> dict[str, Any]:
@@ -52,3 +59,47 @@ def check_checkpointing(model: nn.Module) -> None:
                 f"'{name}' of {type(model).__name__} is checkpointed with use_reentrant=True, under which the blocks "
                 "behind a frozen one get no gradient: use activation_checkpointing_kwargs={'use_reentrant': False}."
             )
+
+
+def check_own_checkpoints(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Checks in a run in train mode that no code of the model checkpoints with `use_reentrant=True`.
+
+    Such a checkpoint gives parameters a gradient only if its inputs have one, which those behind a frozen block have
+    not: torch warns, and what lies in it is not trained.
+
+    Args:
+        model: the model; left as it is.
+        inputs: its inputs, with labels if it needs them to train.
+
+    Raises:
+        ChainError: if it does.
+    """
+    with _seeing_reentrant() as seen, untouched(model), torch.no_grad():
+        model.train()
+        try:
+            model(**inputs)
+        except Exception as error:  # the model's own code may raise anything; the proof tells what bars a cut
+            Announcer.survived(logger, f"{type(model).__name__} does not train on a probe batch", error)
+    if seen:
+        raise ChainError(
+            f"{type(model).__name__} checkpoints activations with use_reentrant=True (torch.utils.checkpoint, or "
+            "timm.layers.set_reentrant_ckpt), under which the blocks behind a frozen one get no gradient: use "
+            "use_reentrant=False."
+        )
+
+
+@contextlib.contextmanager
+def _seeing_reentrant() -> Iterator[list[Any]]:
+    """Inside, functions that are run in a reentrant checkpoint are collected."""
+    seen: list[Any] = []
+    apply = CheckpointFunction.apply
+
+    def collect(function: Any, *args: Any) -> Any:
+        seen.append(function)
+        return apply(function, *args)
+
+    CheckpointFunction.apply = staticmethod(collect)
+    try:
+        yield seen
+    finally:
+        del CheckpointFunction.apply  # its base class has it

@@ -34,6 +34,10 @@ class TextInputs:
         """Whether the frozen blocks may read an entry of a batch."""
         return name not in self.labels and (self.accepts_all or name in self.accepted)
 
+    def of(self, names: Collection[str]) -> TextInputs:
+        """The same where the frozen blocks are known to read these entries alone."""
+        return TextInputs(self.main_input, frozenset(names), False, frozenset())
+
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
     """Where the tokens of a batch of texts are, bool `(B, W)`; None if the batch does not tell, or holds no texts.

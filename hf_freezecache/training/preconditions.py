@@ -33,6 +33,9 @@ def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> li
     reason = why_sharded(trainer)
     if reason is not None:
         raise ValueError(f"freezing and caching do not work with {reason}; use DDP (accelerate launch).")
+    reason = why_elsewhere(model)
+    if reason is not None:
+        raise ValueError(f"freezing and caching do not work with {reason}.")
     reason = why_quantized(model)
     if reason is not None:
         raise ValueError(
@@ -54,6 +57,19 @@ def check_trainable(chain: BlockChain, cut: int) -> None:
             f"cut {cut} freezes {cut} of {len(chain)} blocks, and all other parameters have requires_grad=False: "
             "nothing is left to train. Choose a smaller cut, or unfreeze the head."
         )
+
+
+def why_elsewhere(model: nn.Module) -> str | None:
+    """Says that a model is not all there on one device, and what to do; None if it is."""
+    kind = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return f"a model in {kind}: pass the module in it (model.module), `Trainer` wraps it itself"
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if "meta" in devices:
+        return f"weights of {kind} on the meta device, as accelerate leaves offloaded ones: load them onto one device"
+    if len(devices) > 1:
+        return f"{kind} on several devices ({', '.join(devices)}; device_map): load it onto one, or use policy='none'"
+    return None
 
 
 def why_quantized(model: nn.Module) -> str | None:

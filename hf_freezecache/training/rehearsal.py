@@ -11,10 +11,12 @@ import torch
 from transformers.utils import logging
 
 from ..build.context import BuildContext
+from ..build.feature_sources import agree_on_padding
 from ..build.materialize import spread
 from ..build.text_lengths import rows_by_length
 from ..distributed import Announcer, count_operations, describe_error
-from ..model.modes import untouched
+from ..model.modes import eval_mode, untouched
+from ..model.padding import relative_difference, tolerance_of
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..model.tokens import blank_padding, token_mask
 from ..replay.collator import CODE_PREFIX
@@ -87,6 +89,9 @@ class Rehearsal:
         """
         group, chain = self.context.group, self.context.chain
         batch, on_features, mask = group.on_all(lambda: self._batches(cut))
+        if agree_on_padding(chain, cut, group):
+            self.check(cut)
+            return
         with self._running(cut):
             whole = group.on_all(lambda: self._run(batch, "a batch of images"))
             replayed = group.on_all(lambda: self._replay(on_features, batch))
@@ -125,6 +130,7 @@ class Rehearsal:
         batch, chain = self._batch(), self.context.chain
         with preserve_rng():
             features = chain.prefix(self.context.model_inputs(batch), cut)
+            self._check_labels(batch, cut, features)
         mask = token_mask(batch, chain.main_input) if chain.ignored_padding(cut) else None
         if mask is not None and mask.all():
             chain.keep_padding(cut, "none of the samples that were looked at is padded")
@@ -133,6 +139,26 @@ class Rehearsal:
             features = blank_padding(features, mask)
         kept = {name: value for name, value in batch.items() if name != chain.main_input or stays_real(value)}
         return batch, {_REHEARSED: features, **kept}, mask
+
+    def _check_labels(self, batch: Mapping[str, Any], cut: int, features: torch.Tensor) -> None:
+        """Raises RehearsalError if frozen blocks read the labels, which features are made without."""
+        others = self.context.model_inputs.with_other_labels(batch)
+        if others is None:
+            return
+        chain = self.context.chain
+        try:
+            with torch.no_grad(), eval_mode(chain.model):
+                found = chain.capture(others, cut)
+        except Exception as error:  # the model's own code may raise anything; the step itself will tell
+            Announcer.survived(logger, "The frozen blocks do not run with other labels", error)
+            return
+        if found.shape != features.shape or relative_difference(found, features) > tolerance_of(
+            features.dtype, features.device
+        ):
+            raise RehearsalError(
+                f"the frozen blocks of cut {cut} read the labels (a decoder that gets them shifted), and features "
+                "are made without them: freeze fewer blocks, or use cache='never'"
+            )
 
     def _batch(self) -> Mapping[str, Any]:
         source = self.context.source

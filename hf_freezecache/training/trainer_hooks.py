@@ -30,7 +30,9 @@ from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
+from ..model.classifiers import ImageClassifier
 from ..model.inputs import ModelInputs, main_input_name
+from ..model.probes import check_own_checkpoints
 from ..model.sharing import check_sharing
 from ..model.tokens import token_mask
 from ..policies import FreezePolicy
@@ -142,8 +144,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             elif self._freeze_config.cache != "never":
                 split_batch(probe, main_input)  # a clear error before the model sees the batch
             model_inputs.include_labels_if_needed(probe)
-            source.texts = model_inputs.texts
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
+            check_own_checkpoints(self._own_model, model_inputs(probe))
+            source.texts = model_inputs.texts.of(chain.inputs_of(1))
             for sentence in check_sharing(chain):
                 Announcer(self._group, logger).warning(sentence)
         return BuildContext(
@@ -186,15 +189,20 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         config = self._freeze_config
         if not config.mixup_alpha and not config.cutmix_alpha:
             return None
-        classes = getattr(getattr(self.model, "config", None), "num_labels", None)
+        wrapped = self._own_model if isinstance(self._own_model, ImageClassifier) else None
+        config_of_model = getattr(self._own_model, "config", None)
+        classes = getattr(config_of_model, "num_labels", None) if wrapped is None else wrapped.num_classes
         if classes is None:
-            raise ValueError("mixup and cutmix make labels of probabilities: the model needs `config.num_labels`.")
+            raise ValueError(
+                "mixup and cutmix make labels of probabilities: the model needs `config.num_labels`, or, if it is of "
+                "timm or torchvision, `wrap_classifier`."
+            )
         if type(self).compute_loss is not Trainer.compute_loss:
             logger.warning(
                 f"Mixup and cutmix: `{type(self).__name__}.compute_loss` gets labels of probabilities (B, K). "
                 "Compute the loss from the logits; what models compute from such labels is another loss."
             )
-        if self.compute_loss_func is None:
+        if self.compute_loss_func is None and (wrapped is None or self.args.label_smoothing_factor):
             # The models' own losses take class numbers; a loss function of the user's gets the soft labels.
             self.compute_loss_func = partial(soft_cross_entropy, label_smoothing=self.args.label_smoothing_factor)
         return Mixer(config.mixup_alpha, config.cutmix_alpha, classes)

@@ -188,3 +188,16 @@ def test_timms_description_is_found_where_timm_looks_for_it():
 def test_wrap_classifier_is_exported():
     assert hf_freezecache.wrap_classifier is wrap_classifier
     assert "wrap_classifier" in hf_freezecache.__all__
+
+
+def test_activation_checkpointing_is_timms_own_and_knows_no_other():
+    model = wrap_classifier(timm_vit())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.model.grad_checkpointing and model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.model.grad_checkpointing and not model.is_gradient_checkpointing
+    for settings in ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, {"every_n_layers": 2}):
+        with pytest.raises(ValueError, match="checkpointed as timm does it, which does not know"):
+            model.activation_checkpointing_enable(**settings)
+    with pytest.raises(ValueError, match="ConvNet has no `set_grad_checkpointing`"):
+        wrap_classifier(ConvNet()).activation_checkpointing_enable()

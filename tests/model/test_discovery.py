@@ -150,6 +150,26 @@ def test_blocks_are_the_layers_whatever_passes_beside_them(wiring, blocks):
     assert_steps_equal(chain, batch, cuts)
 
 
+def test_no_cut_between_parts_that_read_one_parameter_on_both_sides():
+    """A replay begins at the third layer, in front of which a weight is used that the fourth uses as well."""
+
+    class Scaled(Stack):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.act = nn.Parameter(torch.ones(8)), nn.Identity()
+
+        def forward(self, x):
+            x = self.layers[1](self.layers[0](self.stem(x)))
+            x = self.layers[2](x * self.scale)
+            return self.head(self.norm(self.layers[3](x) * self.scale).mean(1))
+
+    torch.manual_seed(0)
+    chain = BlockChain.from_model(Scaled().eval(), probe={"x": torch.randn(2, 5, 4)})
+    assert chain.names == ["stem", "layers.0", "layers.1"]
+    assert not any(chain.shared_parameters(cut)[0] for cut in range(1, len(chain) + 1))
+    assert_steps_equal(chain, {"x": torch.randn(3, 5, 4)}, [1, 2, 3])
+
+
 def test_refusal_names_what_crosses():
     class Twins(nn.Module):
         def __init__(self):

@@ -103,7 +103,15 @@ def run(model, dataset, output_dir, config=None, resume=None, trainer_class=Free
     """Trains and returns the trainer; keyword arguments named as `Trainer`'s go there, the others to the arguments."""
     own = {
         name: settings.pop(name)
-        for name in ("callbacks", "data_collator", "compute_metrics", "eval_dataset", "optimizers", "policy")
+        for name in (
+            "callbacks",
+            "data_collator",
+            "compute_loss_func",
+            "compute_metrics",
+            "eval_dataset",
+            "optimizers",
+            "policy",
+        )
         if name in settings
     }
     if trainer_class is FreezeCacheTrainer:
