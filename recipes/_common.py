@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from datasets import DatasetDict, load_dataset
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 
 @contextmanager
@@ -38,6 +40,13 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         logging.getLogger(__name__).debug("The error of the line below", exc_info=True)
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint last` means the newest checkpoint in `output_dir`, or none if there is none."""
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
 class Stopwatch(TrainerCallback):
@@ -68,6 +77,49 @@ class Stopwatch(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds = self._elapsed()
         self._started = None
+
+
+def load_rows(
+    name: str | None,
+    config: str | None,
+    train_files: list[str] | None,
+    validation_files: list[str] | None,
+    validation_split: float,
+    seed: int,
+) -> DatasetDict:
+    """The splits `train` and `validation` of a data set on the hub, or of csv, json or parquet files.
+
+    Args:
+        name: hub id; None: the files are read.
+        config: of the data set on the hub.
+        train_files: of one kind.
+        validation_files: of the same kind; None: a part of the training rows is split off.
+        validation_split: how large a part, 0 to 1.
+        seed: of that split.
+
+    Raises:
+        ValueError: if there is not exactly one source, or the files are of another kind.
+        FileNotFoundError: if a file does not exist.
+    """
+    if (name is None) == (train_files is None):
+        raise ValueError("give exactly one of --dataset_name and --train_files")
+    if name is not None:
+        splits = load_dataset(name, config)
+    else:
+        files = {"train": train_files, **({"validation": validation_files} if validation_files else {})}
+        paths = [path for part in files.values() for path in part]
+        for path in paths:
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{path} does not exist.")
+        kinds = {Path(path).suffix.removeprefix(".").replace("jsonl", "json") for path in paths}
+        if len(kinds) != 1 or not kinds <= {"csv", "json", "parquet"}:
+            raise ValueError(f"texts come from csv, json or parquet files, all of one kind, not {', '.join(paths)}")
+        splits = load_dataset(kinds.pop(), data_files=files)
+    validation = splits.get("validation", splits.get("test"))
+    if validation is None:
+        parts = splits["train"].train_test_split(validation_split, seed=seed)
+        return DatasetDict(train=parts["train"], validation=parts["test"])
+    return DatasetDict(train=splits["train"], validation=validation)
 
 
 def peak_memory_bytes() -> int:

@@ -13,11 +13,10 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from _common import Stopwatch, one_line_errors, peak_memory_bytes, write_json
+from _common import Stopwatch, find_checkpoint, one_line_errors, peak_memory_bytes, write_json
 from datasets import DatasetDict, load_dataset
 from metrics import make_compute_metrics
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ReplayableTransform, plan
 from hf_freezecache.augment.processors import AUGMENTATIONS, base_pipeline, train_pipeline
@@ -103,13 +102,6 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
             {name: split.shuffle(seed).select(range(min(args.limit, len(split)))) for name, split in splits.items()}
         )
     return splits
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint last` means the newest checkpoint in `output_dir`, or none if there is none."""
-    if args.resume_from_checkpoint != "last":
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
 def main(argv: list[str] | None = None) -> dict:
