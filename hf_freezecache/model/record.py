@@ -69,7 +69,8 @@ class TensorSpec:
     def is_feature(self) -> bool:
         """Whether it can be stored sample by sample: floating-point numbers with one dimension for the samples."""
         floats = self.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        return floats and self.sample_dim is not None and len(self.shape) > 1
+        is_dense = bool(self.place)  # a sparse tensor has no strides
+        return floats and is_dense and self.sample_dim is not None and len(self.shape) > 1
 
     def shape_for(self, samples: int, wider: int = 0) -> tuple[int, ...]:
         """Its shape in another batch.
