@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -172,7 +172,7 @@ def joins_channels(parts: Sequence[Part]) -> bool:
     shapes = [part.feature_shape for part in parts]
     channel_dim = 0 if len(shapes[0]) == 3 else len(shapes[0]) - 1
     positions = {(len(shape), shape[:channel_dim], shape[channel_dim + 1 :]) for shape in shapes}
-    return len(positions) == 1 and len({part.has_tokens for part in parts}) == 1
+    return len(positions) == 1
 
 
 class Trace:
@@ -298,6 +298,8 @@ class Trace:
 
     def _describe(self, boundary: Boundary, names: tuple[str, ...]) -> Cut:
         parts = tuple(Part.of(places, self.width) for places in boundary.places)
+        if not all(part.has_tokens for part in parts) or not joins_channels(parts):
+            parts = tuple(replace(part, has_tokens=False) for part in parts)  # there is no token of the feature
         dtypes = {part.dtype for part in parts}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds each of them exactly
         shape = parts[0].feature_shape
