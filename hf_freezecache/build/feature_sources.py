@@ -138,7 +138,7 @@ class ImageFeatures:
     def _features(self, batch: Mapping[str, Any], split: BatchSplit, number: int) -> torch.Tensor:
         rows = self.source.rows(number)
         if split.mask is not None:
-            why_not = why_not_padded(split.mask, self.chain.ignored_padding(self.cut))
+            why_not = why_not_padded(split.mask, self.chain.padding.ignored(self.cut))
             if why_not is not None:
                 raise RowError(f"among the samples from {rows[0]} on, {why_not}.")
         features = self.chain.prefix(self.model_inputs(batch), self.cut)
@@ -164,13 +164,13 @@ def split_samples(
         RowError: if it cannot be stored per row.
     """
     if layout.is_token:
-        return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.ignored_padding(cut))
+        return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.padding.ignored(cut))
     return split_batch(batch, chain.main_input)
 
 
 def one_width_only(chain: BlockChain, cut: int) -> str:
     """Why texts that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
-    why = chain.why_padding_is_kept(cut) or chain.why_padding_counts(cut)
+    why = chain.padding.why_kept(cut) or chain.padding.why_counts(cut)
     return (
         f"texts have no common width, but the features at cut {cut} include padding ({why}): pad texts to one length "
         "(padding='max_length'), or use cache='never'."
@@ -183,10 +183,10 @@ def agree_on_padding(chain: BlockChain, cut: int, group: Group) -> bool:
     Returns:
         Whether they had differed.
     """
-    found = group.gather((sorted(chain.ignored_padding(cut)), chain.why_padding_is_kept(cut)))
+    found = group.gather((sorted(chain.padding.ignored(cut)), chain.padding.why_kept(cut)))
     if all(sides == found[0][0] for sides, _ in found):
         return False
-    chain.keep_padding(cut, next((why for _, why in found if why is not None), "texts differ between processes"))
+    chain.padding.keep(cut, next((why for _, why in found if why is not None), "texts differ between processes"))
     return True
 
 

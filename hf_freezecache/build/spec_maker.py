@@ -154,9 +154,9 @@ class SpecMaker:
         chain, augmentation = self.context.chain, self.augmentation
         if augmentation is None or not cut:
             return
-        if augmentation.random and chain.ignored_padding(cut):
-            chain.keep_padding(cut, "samples are random")
-        if augmentation.padded and not chain.ignored_padding(cut):
+        if augmentation.random and chain.padding.ignored(cut):
+            chain.padding.keep(cut, "samples are random")
+        if augmentation.padded and not chain.padding.ignored(cut):
             raise OneWidthError(one_width_only(chain, cut))
 
     def _look_closer(self) -> None:
@@ -190,7 +190,7 @@ class SpecMaker:
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
         agree_on_padding(context.chain, cut, context.group)
-        if context.chain.ignored_padding(cut) and answers_by_position(context.chain, probe):
+        if context.chain.padding.ignored(cut) and answers_by_position(context.chain, probe):
             raise RowError(
                 "the model answers for each position of a text, padding included, which no store holds: a metric may "
                 "read it"

@@ -16,8 +16,8 @@ from .errors import ChainError, PaddingError
 from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode
-from .padding import ignored_padding, own_width
-from .probes import synthetic_probe, take_rows
+from .padding import Padding
+from .probes import check_inputs, first_rows, synthetic_probe, take_rows
 from .proving import prove_cut
 from .stand_ins import stays_real
 from .trace import Trace
@@ -44,6 +44,7 @@ class BlockChain:
 
     Attributes:
         cut: number of blocks that `freeze` has frozen.
+        padding: of texts, whether it is part of their features.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]):
@@ -54,10 +55,9 @@ class BlockChain:
         self._proved: set[int] = set()
         # Those of the cut; None: to be found.
         self._frozen_modules: list[nn.Module] | None = None
-        #: By cut, why padding of texts counts there.
-        self._kept_padding: dict[int, str] = {}
         self._replaying = False
         self._requires_grad: dict[nn.Parameter, bool] = {}
+        self.padding = Padding(self)
 
     @classmethod
     def from_model(
@@ -91,7 +91,7 @@ class BlockChain:
                     f"the blocks of {type(model).__name__} are found in a run of it: pass `probe=`, a small batch of "
                     "its inputs, or name them: blocks=['stem', 'layer1.0', ...]."
                 )
-            trace = Trace(model, None, _first_rows(model, probe))
+            trace = Trace(model, None, first_rows(model, probe))
             chain = cls(model, trace.blocks)
             chain._trace = trace
             return chain
@@ -126,7 +126,7 @@ class BlockChain:
         Raises:
             ChainError: if a block does not run exactly once, or the blocks run in another order.
         """
-        self._trace = trace = Trace(self.model, self.blocks, _first_rows(self.model, inputs))
+        self._trace = trace = Trace(self.model, self.blocks, first_rows(self.model, inputs))
         self._frozen_modules = None
         self._proved.clear()
         if self.cut:
@@ -165,7 +165,7 @@ class BlockChain:
                 sample depends on the samples beside it, or in training on random numbers.
         """
         self._check_cut(cut)
-        _check_inputs(self.model, inputs)
+        check_inputs(self.model, inputs)
         self._trace_if_new(inputs, cut)
         samples = len(inputs[self.main_input])
         # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
@@ -173,20 +173,20 @@ class BlockChain:
         main = last[self.main_input]
         is_proof = not main.is_floating_point() or bool(main.isfinite().all())
         rows = last if is_proof else take_rows(inputs, slice(2), samples)
-        if self.ignored_padding(cut):
+        if self.padding.ignored(cut):
             try:
                 prove_cut(self, rows, cut)
             except PaddingError as error:
-                self.keep_padding(cut, str(error))
+                self.padding.keep(cut, str(error))
                 self._trace_if_new(inputs, cut)
-        if not self.ignored_padding(cut):
+        if not self.padding.ignored(cut):
             prove_cut(self, rows, cut)
         self._proved.add(cut)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of the main input of one sample, as it was traced: of any number of dimensions."""
-        return tuple(self._own_trace().probe[self.main_input].shape[1:])
+        return tuple(self.own_trace().probe[self.main_input].shape[1:])
 
     def layout(self, cut: int) -> FeatureLayout:
         """Shape, grid, special tokens and dtype of the feature at `cut`; of texts as wide as those of the trace.
@@ -195,7 +195,7 @@ class BlockChain:
             ChainError: if the model was not run yet and its configuration does not name the size of its input.
         """
         self._check_cut(cut)
-        return self._own_trace().layout(cut)
+        return self.own_trace().layout(cut)
 
     def stored_layout(self, cut: int) -> FeatureLayout:
         """The layout in which stores hold the feature at `cut`: that of a token, where they leave out padding.
@@ -204,60 +204,24 @@ class BlockChain:
             ChainError: as `layout`.
         """
         layout = self.layout(cut)
-        if not self.ignored_padding(cut):
+        if not self.padding.ignored(cut):
             return layout
         return FeatureLayout(layout.shape[1:], None, 0, layout.dtype, is_token=True)
-
-    def ignored_padding(self, cut: int) -> frozenset[str]:
-        """Sides on which padding of texts changes no feature at `cut`: stores leave it out.
-
-        Empty where the feature of a sample is not a vector for each position of its text, the model's inputs have no
-        `attention_mask`, or what comes behind the cut reads what is at padding.
-        """
-        if not cut or cut in self._kept_padding:
-            return frozenset()
-        trace = self._own_trace()
-        if cut not in trace.ignored_padding:
-            trace.ignored_padding[cut] = ignored_padding(self.model, trace, cut)
-        return trace.ignored_padding[cut]
-
-    def why_padding_counts(self, cut: int) -> str:
-        """Why `ignored_padding` is empty at a cut, as far as the features themselves are the reason; a clause."""
-        trace = self._own_trace()
-        name = own_width(trace, cut)
-        if name is not None:
-            return f"they depend on '{name}', which has a width of its own"
-        if trace.cut(cut).has_tokens:
-            return "padding changes the features of the tokens beside it"
-        return "the features there are not one vector for each token of a text"
-
-    def keep_padding(self, cut: int, why: str) -> None:
-        """From now on, features at a cut include padding: texts must have one width there.
-
-        Args:
-            cut: from 1 on.
-            why: as a clause.
-        """
-        self._kept_padding[cut] = why
-
-    def why_padding_is_kept(self, cut: int) -> str | None:
-        """Why features at a cut include padding, as `keep_padding` was told; None if it was not."""
-        return self._kept_padding.get(cut)
 
     def share(self, cut: int) -> float:
         """FLOPs that a replay at `cut` leaves out, relative to a forward pass of the model."""
         self._check_cut(cut)
-        return self._own_trace().cut(cut).boundary.flops if cut else 0.0
+        return self.own_trace().cut(cut).boundary.flops if cut else 0.0
 
     def crossing(self, cut: int) -> int:
         """Number of tensors that cross a cut; the feature holds them side by side."""
         self._check_cut(cut)
-        return len(self._own_trace().cut(cut).parts) if cut else 1
+        return len(self.own_trace().cut(cut).parts) if cut else 1
 
     def inputs_of(self, cut: int) -> frozenset[str]:
         """Names of the recorded inputs on which the feature at a cut depends."""
         self._check_cut(cut)
-        return self._own_trace().cut(cut).boundary.inputs if cut else frozenset({self.main_input})
+        return self.own_trace().cut(cut).boundary.inputs if cut else frozenset({self.main_input})
 
     # Freezing
 
@@ -317,7 +281,7 @@ class BlockChain:
         Returns:
             Those that bar the cut, and those of embedding tables, which do not.
         """
-        boundary = self._own_trace().cut(cut).boundary
+        boundary = self.own_trace().cut(cut).boundary
         trainable = {name for name, parameter in self.model.named_parameters() if self._was_trainable(parameter)}
         both = (boundary.shared, boundary.tied)
         return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
@@ -367,7 +331,7 @@ class BlockChain:
             return inputs[self.main_input]
         self._trace_if_new(inputs, cut)
         if cut not in self._proved:
-            self.prove(self._own_trace().probe, cut)
+            self.prove(self.own_trace().probe, cut)
             self._trace_if_new(inputs, cut)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
@@ -399,7 +363,7 @@ class BlockChain:
         feature = inputs[self.main_input]
         if from_cut == to_cut:
             return feature
-        trace = self._own_trace()
+        trace = self.own_trace()
         layout = trace.layout(from_cut)
         traced, given = (layout.shape, layout.dtype), (tuple(feature.shape[1:]), feature.dtype)
         if traced != given:
@@ -445,7 +409,7 @@ class BlockChain:
         main = inputs.get(self.main_input)
         if isinstance(main, torch.Tensor) and stays_real(main):
             return main
-        return self._own_trace().main_stand_in(len(features), features.device)
+        return self.own_trace().main_stand_in(len(features), features.device)
 
     @contextlib.contextmanager
     def replay(
@@ -476,7 +440,7 @@ class BlockChain:
             self.needs_modes(self.cut)  # not to be found out while the model is bypassed
         self._replaying = True
         try:
-            trace = self._own_trace()
+            trace = self.own_trace()
             with Bypass(trace, trace.cut(cut), features, main_input).active(self.model):
                 yield
         finally:
@@ -486,10 +450,10 @@ class BlockChain:
 
     def _trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.ignored_padding(cut))):
+        if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.padding.ignored(cut))):
             self.trace(inputs)
 
-    def _own_trace(self) -> Trace:
+    def own_trace(self) -> Trace:
         """The trace; if the model was not run yet, that of random inputs of the size in its configuration.
 
         Raises:
@@ -513,7 +477,7 @@ class BlockChain:
             cut: from 1 on.
             since: cut up to which a replay bypasses the model meanwhile.
         """
-        trace = self._own_trace()
+        trace = self.own_trace()
         return capture(self.model, trace, cut, inputs, trace.cut(since).boundary.skipped if since else ())
 
     def needs_modes(self, cut: int) -> bool:
@@ -522,21 +486,21 @@ class BlockChain:
         So it is if what they do before the cut draws random numbers, or depends on the batch, when they train. A model
         that cannot train on the recorded inputs alone (without labels) is left as it is; its cuts are never proved.
         """
-        trace = self._own_trace()
+        trace = self.own_trace()
         if cut not in trace.moving:
             trace.moving[cut] = is_moving(self.model, trace, cut)
         return trace.moving[cut]
 
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
-        return capture_in_training(self.model, self._own_trace(), cut, inputs, self.needs_modes(cut))
+        return capture_in_training(self.model, self.own_trace(), cut, inputs, self.needs_modes(cut))
 
     def _was_trainable(self, parameter: nn.Parameter) -> bool:
         return self._requires_grad.get(parameter, parameter.requires_grad)
 
     def cannot_cut(self, cut: int) -> str:
         """The beginning of a sentence that says why the model cannot be cut there."""
-        return self._own_trace().cannot_cut(cut)
+        return self.own_trace().cannot_cut(cut)
 
     def _check_cut(self, cut: int) -> None:
         if isinstance(cut, bool) or not isinstance(cut, int) or not 0 <= cut <= len(self):
@@ -544,16 +508,3 @@ class BlockChain:
                 f"cut {cut!r} is not possible: {type(self.model).__name__} has {len(self)} blocks (stem included), "
                 f"so a cut is an integer from 0 to {len(self)}."
             )
-
-
-def _first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Two rows to record a run on."""
-    _check_inputs(model, inputs)
-    return take_rows(inputs, slice(2), len(inputs[main_input_name(model)]))
-
-
-def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    if main_input_name(model) not in inputs:
-        raise ChainError(
-            f"{type(model).__name__} reads '{main_input_name(model)}', but the batch has only {sorted(inputs)}."
-        )

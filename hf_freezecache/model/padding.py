@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -14,6 +17,9 @@ from .modes import eval_mode
 from .tokens import SIDES, padded_pair, token_mask
 from .trace import Trace
 
+if TYPE_CHECKING:
+    from .chain import BlockChain
+
 logger = logging.get_logger(__name__)
 
 #: By how much a feature may differ in other company, relative to its size: what kernels for batches of other sizes
@@ -21,23 +27,64 @@ logger = logging.get_logger(__name__)
 _FINE, _TF32, _COARSE = 3e-4, 1e-2, 5e-2
 
 
-def ignored_padding(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:
-    """Sides on which padding changes no feature of a token; empty where features are no row of tokens.
+class Padding:
+    """Whether padding of texts is part of the features at the cuts of a chain.
 
     Args:
-        model: the model.
-        trace: its record.
-        cut: from 1 on.
+        chain: the model as a chain.
     """
+
+    def __init__(self, chain: BlockChain):
+        self._chain = weakref.proxy(chain)  # which holds this: both are freed at once
+        self._why_kept: dict[int, str] = {}
+
+    def ignored(self, cut: int) -> frozenset[str]:
+        """Sides on which padding changes no feature of a token at a cut: stores leave it out.
+
+        Empty where the feature of a sample is not a vector for each position of its text, the model's inputs have no
+        `attention_mask`, or what comes behind the cut reads what is at padding.
+        """
+        if not cut or cut in self._why_kept:
+            return frozenset()
+        trace = self._chain.own_trace()
+        if cut not in trace.ignored_padding:
+            trace.ignored_padding[cut] = _ignored_sides(self._chain.model, trace, cut)
+        return trace.ignored_padding[cut]
+
+    def why_counts(self, cut: int) -> str:
+        """Why `ignored` is empty at a cut, as far as the features themselves are the reason; a clause."""
+        trace = self._chain.own_trace()
+        name = _own_width(trace, cut)
+        if name is not None:
+            return f"they depend on '{name}', which has a width of its own"
+        if trace.cut(cut).has_tokens:
+            return "padding changes the features of the tokens beside it"
+        return "the features there are not one vector for each token of a text"
+
+    def keep(self, cut: int, why: str) -> None:
+        """From now on, features at a cut include padding: texts must have one width there.
+
+        Args:
+            cut: from 1 on.
+            why: as a clause.
+        """
+        self._why_kept[cut] = why
+
+    def why_kept(self, cut: int) -> str | None:
+        """Why features at a cut include padding, as `keep` was told; None if it was not."""
+        return self._why_kept.get(cut)
+
+
+def _ignored_sides(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:
     found = trace.cut(cut)
-    if not found.has_tokens or own_width(trace, cut) is not None:
+    if not found.has_tokens or _own_width(trace, cut) is not None:
         return frozenset()
     token = getattr(getattr(model, "config", None), "pad_token_id", None)
     with preserve_rng(), torch.no_grad(), eval_mode(model):
         return frozenset(side for side in SIDES if _is_ignored(model, trace, cut, side, token or 0))
 
 
-def own_width(trace: Trace, cut: int) -> str | None:
+def _own_width(trace: Trace, cut: int) -> str | None:
     """The name of an input with a width of its own on which the feature at a cut depends; None if there is none."""
     for name in sorted(trace.cut(cut).boundary.inputs):
         value = trace.probe[name]

@@ -103,3 +103,17 @@ def _seeing_reentrant() -> Iterator[list[Any]]:
         yield seen
     finally:
         del CheckpointFunction.apply  # its base class has it
+
+
+def first_rows(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rows to record a run on."""
+    check_inputs(model, inputs)
+    return take_rows(inputs, slice(2), len(inputs[main_input_name(model)]))
+
+
+def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raises ChainError if inputs lack the main one."""
+    if main_input_name(model) not in inputs:
+        raise ChainError(
+            f"{type(model).__name__} reads '{main_input_name(model)}', but the batch has only {sorted(inputs)}."
+        )

@@ -98,7 +98,7 @@ def answers_by_position(chain: BlockChain, inputs: Mapping[str, Any]) -> bool:
 
 def _mask_of(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> torch.Tensor | None:
     """Where the tokens are, if a store leaves out what is none."""
-    ignored = chain.ignored_padding(cut)
+    ignored = chain.padding.ignored(cut)
     mask = token_mask(inputs, chain.main_input) if ignored else None
     if mask is None:
         return None

@@ -202,7 +202,7 @@ class Trace:
         self._calls = self._find_calls()
         self._grid = _patch_grid(model, probe[self.main_input])
         self._cuts: dict[int, Cut] = {}
-        #: See `BlockChain.needs_modes` and `ignored_padding`; filled there.
+        #: See `BlockChain.needs_modes` and `Padding.ignored`; filled there.
         self.moving: dict[int, bool] = {}
         self.ignored_padding: dict[int, frozenset[str]] = {}
 

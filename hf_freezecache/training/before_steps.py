@@ -46,7 +46,7 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
     """Why texts that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
     source, chain = session.context.source, session.chain
-    kept = [cut for cut in cuts if not chain.ignored_padding(cut)]
+    kept = [cut for cut in cuts if not chain.padding.ignored(cut)]
     if not kept or not session.group.on_main(lambda: collator_pads(source, chain.main_input)):
         return None
     return one_width_only(chain, kept[0])

@@ -105,8 +105,8 @@ class Rehearsal:
         found = next((reason for reason in group.gather(difference) if reason is not None), None)
         if found is None:
             return
-        if chain.ignored_padding(cut):
-            chain.keep_padding(cut, f"a training step reads what is at padding: without it, {found}")
+        if chain.padding.ignored(cut):
+            chain.padding.keep(cut, f"a training step reads what is at padding: without it, {found}")
             self.check(cut)
             return
         raise RehearsalError(
@@ -131,9 +131,9 @@ class Rehearsal:
         with preserve_rng():
             features = chain.prefix(self.context.model_inputs(batch), cut)
             self._check_labels(batch, cut, features)
-        mask = token_mask(batch, chain.main_input) if chain.ignored_padding(cut) else None
+        mask = token_mask(batch, chain.main_input) if chain.padding.ignored(cut) else None
         if mask is not None and mask.all():
-            chain.keep_padding(cut, "none of the samples that were looked at is padded")
+            chain.padding.keep(cut, "none of the samples that were looked at is padded")
             mask = None
         if mask is not None:
             features = blank_padding(features, mask)

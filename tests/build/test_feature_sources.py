@@ -23,7 +23,7 @@ def test_padding_that_counts_on_one_process_is_kept_on_all():
     batch = Pad()([*Texts(8)])
     batch.pop("labels")
     chain = BlockChain.from_model(bert().eval(), probe=batch)
-    assert not agree_on_padding(chain, 2, TwoProcesses((["right"], None))) and chain.ignored_padding(2)
+    assert not agree_on_padding(chain, 2, TwoProcesses((["right"], None))) and chain.padding.ignored(2)
     assert agree_on_padding(chain, 2, TwoProcesses(([], "texts are padded on the left")))
-    assert not chain.ignored_padding(2) and chain.why_padding_is_kept(2) == "texts are padded on the left"
+    assert not chain.padding.ignored(2) and chain.padding.why_kept(2) == "texts are padded on the left"
     assert not agree_on_padding(chain, 2, TwoProcesses(([], "texts are padded on the left")))

@@ -63,7 +63,7 @@ def look(entry: Entry, most_cuts: int) -> Found:
     numbers = range(1, len(chain) + 1)
     tensors = max(chain.crossing(cut) for cut in numbers)
     has_mask = token_mask(batch, chain.main_input) is not None
-    padding = frozenset().union(*map(chain.ignored_padding, numbers)) if has_mask else None
+    padding = frozenset().union(*map(chain.padding.ignored, numbers)) if has_mask else None
     return Found(tuple(chain.names), chain.share(len(chain)), tensors, padding)
 
 

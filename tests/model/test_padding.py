@@ -20,7 +20,7 @@ def chain_and_batch(make, label="class", side="right", labels=False):
 def test_sides_on_which_padding_changes_nothing(make, sides):
     """Positions are counted from the left by tables; rotations, and distances, do not notice padding there."""
     chain, batch = chain_and_batch(make)
-    assert chain.ignored_padding(2) == sides
+    assert chain.padding.ignored(2) == sides
     layout = chain.stored_layout(2)
     assert layout.is_token and layout.shape == (32,)
     assert chain.layout(2).shape == (batch["input_ids"].shape[1], 32)
@@ -50,7 +50,7 @@ def test_a_head_that_reads_what_is_at_padding_keeps_it(make, label):
     """XLNet's summary is the last position; the scores of an answer's ends are compared over all positions."""
     chain, batch = chain_and_batch(make, label, labels=True)
     chain.prove(batch, 2)
-    assert chain.ignored_padding(2) == set() and "reads what is at padding" in chain.why_padding_is_kept(2)
+    assert chain.padding.ignored(2) == set() and "reads what is at padding" in chain.padding.why_kept(2)
     assert chain.stored_layout(2).shape == (batch["input_ids"].shape[1], 32)
     with torch.no_grad():
         assert torch.equal(chain.suffix(chain.prefix(batch, 2), batch, 2)[0], chain.model(**batch)[0])
@@ -59,4 +59,4 @@ def test_a_head_that_reads_what_is_at_padding_keeps_it(make, label):
 def test_padding_on_a_side_that_counts_is_kept():
     chain, batch = chain_and_batch(gpt2, side="left")
     chain.prove(batch, 2)
-    assert "padded on the left" in chain.why_padding_is_kept(2) and not chain.stored_layout(2).is_token
+    assert "padded on the left" in chain.padding.why_kept(2) and not chain.stored_layout(2).is_token
