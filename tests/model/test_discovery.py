@@ -199,7 +199,8 @@ def table() -> str:
             if found.padding is not None:
                 remarks.append(f"no padding ({', '.join(sorted(found.padding))})" if found.padding else "padding kept")
             share = f"{100 * found.share:.0f} %"
-            lines.append(f"| {name} | {len(found.blocks)} | {ends} | {share} | {'; '.join(remarks)} |")
+            remark = "; ".join(remarks)
+            lines.append(f"| {name} | {len(found.blocks)} | {ends} | {share} | {remark}{' ' if remark else ''}|")
     kinds = Counter(entry.kind for entry in ENTRIES.values())
     lines += ["", f"{len(ENTRIES)} models: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + "."]
     return "\n".join(lines) + "\n"
