@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median_low
 from typing import Any
@@ -36,6 +36,7 @@ from ..replay.decode import replay_features
 from ..rng import preserve_rng
 from .costs import Costs, PlanRow, Work, decide, make_row, overlapped
 from .fixed_costs import small_build_seconds, solving_seconds, worker_start_seconds
+from .loaded_ranges import LoadedRanges, load_ranges
 from .memory_store import store_in_memory
 from .pace import LEAST_BUILD_SECONDS, Pace, why_hopeless
 from .trial_steps import TrialSteps, timed
@@ -46,27 +47,6 @@ _COMPARED_ROWS = 8
 _CLEARLY = 1.25
 #: Replays that are timed.
 _REPLAYS = 3
-
-
-@dataclass(frozen=True)
-class _LoadedRanges:
-    """A few ranges in memory.
-
-    Args:
-        rows: their row numbers.
-        base: base views.
-        views: first augmented view of each; empty if none are kept.
-        live: seconds of a live epoch's draw.
-        base_seconds: of every base view.
-        view_seconds: of every augmented view, its geometry included.
-    """
-
-    rows: list[Sequence[int]]
-    base: list[DrawnBatch]
-    views: list[DrawnBatch]
-    live: float
-    base_seconds: list[float]
-    view_seconds: list[float]
 
 
 class Prober:
@@ -90,7 +70,7 @@ class Prober:
         self.steps = TrialSteps(self.chain) if steps is None else steps
         # Without labels a step takes as long, and a model's own loss need not be the training's.
         self.step_inputs = self.model_inputs if step_inputs is None else step_inputs
-        self._loaded: tuple[Any, _LoadedRanges] | None = None
+        self._loaded: tuple[Any, LoadedRanges] | None = None
         self._split: BatchSplit | None = None
         self._worker_start: float | None = None
         # The kind of store that was found to pay last, and its costs.
@@ -299,33 +279,20 @@ class Prober:
 
     # What a range costs, step by step
 
-    def _load(self, spec: StoreSpec, batches: int) -> _LoadedRanges:
+    def _load(self, spec: StoreSpec, batches: int) -> LoadedRanges:
         views = spec.views
         geometry = None if views.whole else (views.warped.geometry, check_grid(spec.layout))
         key = (batches, bool(views.count), geometry)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
-        whole = max(1, len(self.source) // self.source.batch_size)
-        rows = [self.source.rows(number) for number in spread(whole, batches)]
-        base, of_views, base_seconds, view_seconds = [], [], [], []
-        for each in rows:
-            drawn, seconds = timed(partial(self.source.draw, each))
-            base.append(drawn)
-            base_seconds.append(seconds)
-            if views.count:
-                drawn, seconds = timed(partial(self.source.draw, each, 1, geometry))
-                of_views.append(drawn)
-                view_seconds.append(seconds)
-        live = median_low(base_seconds)
         # Whole views are drawn as in a live epoch. Where there is none, and none was turned off, nothing is random.
-        if geometry is not None or not self.config.views:
-            live = median_low([timed(partial(self.source.draw, each, 1))[1] for each in rows[:2]])
-        loaded = _LoadedRanges(rows, base, of_views, live, base_seconds, view_seconds)
+        as_views = geometry is not None or not self.config.views
+        loaded = load_ranges(self.source, batches, bool(views.count), geometry, as_views)
         self._loaded = key, loaded
         return loaded
 
     def _run_prefix(
-        self, spec: StoreSpec, loaded: _LoadedRanges
+        self, spec: StoreSpec, loaded: LoadedRanges
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
         """Features of the base views and of the augmented views, and seconds of a run.
 
@@ -380,7 +347,7 @@ class Prober:
         self,
         spec: StoreSpec,
         codec: Codec,
-        loaded: _LoadedRanges,
+        loaded: LoadedRanges,
         features: list[torch.Tensor],
         of_views: list[torch.Tensor],
     ) -> tuple[FeatureStore, float]:
@@ -410,7 +377,7 @@ class Prober:
         store = store_in_memory(spec, codec, views, splits[0], stream.rows, buffer)
         return store, median_low(seconds) + hashing / len(loaded.rows)
 
-    def _count_maps(self, spec: StoreSpec, loaded: _LoadedRanges) -> int:
+    def _count_maps(self, spec: StoreSpec, loaded: LoadedRanges) -> int:
         """Maps between channels that will be fitted: for mirrored views, for the others, or for both."""
         if spec.views.whole or not self.config.channel_map:
             return 0
@@ -426,7 +393,7 @@ class Prober:
             for share in (mirrored, 1 - mirrored)
         )
 
-    def _standing_for(self, spec: StoreSpec, loaded: _LoadedRanges) -> ViewSpec:
+    def _standing_for(self, spec: StoreSpec, loaded: LoadedRanges) -> ViewSpec:
         """The views, with a linear map between channels of the right size where there may be one."""
         views, layout = spec.views, spec.layout
         if views.channel_maps is not None or not self._count_maps(spec, loaded):
@@ -462,7 +429,7 @@ class Prober:
         return median_low(reading[1:]), median_low(decoding[1:])
 
     def _time_comparison(
-        self, spec: StoreSpec, loaded: _LoadedRanges, features: list[torch.Tensor], of_views: list[torch.Tensor]
+        self, spec: StoreSpec, loaded: LoadedRanges, features: list[torch.Tensor], of_views: list[torch.Tensor]
     ) -> float:
         base, view, rows = features[0], of_views[0], loaded.rows[0]
         count = len(base) if base.numel() <= CHUNK else min(len(base), _COMPARED_ROWS)

@@ -1,0 +1,62 @@
+"""A few ranges of samples in memory, and how long they took to load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median_low
+
+from ..build.materialize import spread
+from ..cache.rows import DrawnBatch, RowSource
+from .trial_steps import timed
+
+
+@dataclass(frozen=True)
+class LoadedRanges:
+    """A few ranges in memory.
+
+    Args:
+        rows: their row numbers.
+        base: base views.
+        views: first augmented view of each; empty if none are kept.
+        live: seconds of a live epoch's draw.
+        base_seconds: of every base view.
+        view_seconds: of every augmented view, its geometry included.
+    """
+
+    rows: list[Sequence[int]]
+    base: list[DrawnBatch]
+    views: list[DrawnBatch]
+    live: float
+    base_seconds: list[float]
+    view_seconds: list[float]
+
+
+def load_ranges(
+    source: RowSource, count: int, with_views: bool, geometry: tuple[str, tuple[int, int]] | None, as_views: bool
+) -> LoadedRanges:
+    """Draws some ranges from all over the data, and times it.
+
+    Args:
+        source: the samples.
+        count: of ranges.
+        with_views: draw an augmented view of each, too.
+        geometry: kind and grid of the views' geometry; None: none is asked for.
+        as_views: live epochs draw views, and not what base views are.
+    """
+    whole = max(1, len(source) // source.batch_size)
+    rows = [source.rows(number) for number in spread(whole, count)]
+    base, views, base_seconds, view_seconds = [], [], [], []
+    for each in rows:
+        drawn, seconds = timed(partial(source.draw, each))
+        base.append(drawn)
+        base_seconds.append(seconds)
+        if with_views:
+            drawn, seconds = timed(partial(source.draw, each, 1, geometry))
+            views.append(drawn)
+            view_seconds.append(seconds)
+    live = median_low(base_seconds)
+    if as_views:
+        live = median_low([timed(partial(source.draw, each, 1))[1] for each in rows[:2]])
+    return LoadedRanges(rows, base, views, live, base_seconds, view_seconds)
