@@ -51,7 +51,14 @@ def compiled(entry, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["torch.compile(model)", "model.compile()", "block.compile()", "torch.compile(block)", "torch_compile=True"]
+    "how",
+    [
+        pytest.param("torch.compile(model)", marks=pytest.mark.slow),
+        "model.compile()",
+        "block.compile()",
+        "torch.compile(block)",
+        pytest.param("torch_compile=True", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     "entry", [VIT, pytest.param(BERT, marks=pytest.mark.slow), pytest.param(RESNET, marks=pytest.mark.slow)], ids=str
