@@ -209,7 +209,7 @@ class RowSource:
         multiprocessing_context: Any = None,
         texts: TextInputs | None = None,
     ):
-        self.texts = TextInputs("input_ids") if texts is None else texts
+        self.texts = TextInputs("input_ids", frozenset({"input_ids"})) if texts is None else texts
         self.probe_rows: Sequence[int] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context

@@ -31,7 +31,7 @@ def split_texts(batch: Any, texts: TextInputs, padding: Collection[str] | None =
         padding: sides on which padding is left out, which the store tells replays; None: it is not for a store.
 
     Raises:
-        RowError: if the batch does not tell which positions are tokens.
+        RowError: if the batch does not tell which positions are tokens, or lacks what the frozen blocks read.
     """
     mask = token_mask(batch, texts.main_input)
     if mask is None:
@@ -39,10 +39,16 @@ def split_texts(batch: Any, texts: TextInputs, padding: Collection[str] | None =
             f"the collator returned no '{MASK}' of the shape of '{texts.main_input}', as it did before: which "
             "positions are tokens must be known for all samples."
         )
+    missing = sorted(texts.read - batch.keys())
+    if missing:
+        raise RowError(
+            f"the frozen blocks read '{missing[0]}', which the collator does not return: whether it changes cannot be "
+            "seen. Return it from the collator, not from `_prepare_inputs`."
+        )
     columns = {TOKENS: mask.sum(1), CHECKSUM: checksums(batch, mask, texts)}
     constants = {}
     if padding is not None:
-        constants = {PADDING: ",".join(sorted(padding)), INPUTS: ",".join(sorted(texts.accepted))}
+        constants = {PADDING: ",".join(sorted(padding)), INPUTS: ",".join(sorted(texts.read))}
     return BatchSplit(batch[texts.main_input], columns, constants, mask)
 
 
@@ -57,7 +63,7 @@ def checksums(batch: Mapping[str, Any], mask: torch.Tensor, texts: TextInputs) -
     Shapes: B texts, W positions, padding included.
     """
     total = torch.zeros(len(mask), dtype=torch.int64)
-    for name in sorted(name for name in batch if name != MASK and texts.reads(name)):
+    for name in sorted(texts.read - {MASK}):
         own = _checksums(batch[name], mask.cpu())
         total = (total ^ own ^ zlib.crc32(name.encode())) * _OF_BOTH
     return total

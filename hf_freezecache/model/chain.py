@@ -12,18 +12,15 @@ from torch import nn
 from .blocks import Block, declared_blocks, named_blocks
 from .bypass import Bypass
 from .capture import capture, capture_in_training, frozen_modes, is_moving
-from .errors import ChainError, PaddingError
+from .errors import ChainError
 from .inputs import main_input_name
 from .layout import FeatureLayout
 from .modes import eval_mode
 from .padding import Padding
-from .probes import check_inputs, first_rows, synthetic_probe, take_rows
-from .proving import prove_cut
+from .probes import check_inputs, first_rows, synthetic_probe
+from .proving import prove
 from .stand_ins import stays_real
 from .trace import Trace
-
-#: Most rows on which a cut is proved.
-_PROOF_ROWS = 4
 
 
 class BlockChain:
@@ -166,21 +163,8 @@ class BlockChain:
         """
         self._check_cut(cut)
         check_inputs(self.model, inputs)
-        self._trace_if_new(inputs, cut)
-        samples = len(inputs[self.main_input])
-        # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
-        last = take_rows(inputs, slice(-min(samples, _PROOF_ROWS), None), samples)
-        main = last[self.main_input]
-        is_proof = not main.is_floating_point() or bool(main.isfinite().all())
-        rows = last if is_proof else take_rows(inputs, slice(2), samples)
-        if self.padding.ignored(cut):
-            try:
-                prove_cut(self, rows, cut)
-            except PaddingError as error:
-                self.padding.keep(cut, str(error))
-                self._trace_if_new(inputs, cut)
-        if not self.padding.ignored(cut):
-            prove_cut(self, rows, cut)
+        self.trace_if_new(inputs, cut)
+        prove(self, inputs, cut)
         self._proved.add(cut)
 
     @property
@@ -329,10 +313,10 @@ class BlockChain:
         self._check_cut(cut)
         if cut == 0:
             return inputs[self.main_input]
-        self._trace_if_new(inputs, cut)
+        self.trace_if_new(inputs, cut)
         if cut not in self._proved:
             self.prove(self.own_trace().probe, cut)
-            self._trace_if_new(inputs, cut)
+            self.trace_if_new(inputs, cut)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
 
@@ -448,7 +432,7 @@ class BlockChain:
 
     # Helpers
 
-    def _trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
+    def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
         if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.padding.ignored(cut))):
             self.trace(inputs)

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..rng import preserve_rng
 from .modes import eval_mode
-from .tokens import TextInputs
 
 logger = logging.get_logger(__name__)
 
@@ -39,11 +38,6 @@ class ModelInputs:
         parameters = inspect.signature(type(model).forward).parameters
         self._accepted = frozenset(parameters)
         self._accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-    @property
-    def texts(self) -> TextInputs:
-        """What the prefix reads of a batch of texts, as a value for loader processes."""
-        return TextInputs(main_input_name(self.model), self._accepted, self._accepts_all, self.label_names)
 
     def __call__(self, batch: Any) -> Mapping[str, Any]:
         """The prefix's inputs by name, on the model's device."""

@@ -21,6 +21,37 @@ if TYPE_CHECKING:
     from .chain import BlockChain
 
 
+#: Most rows on which a cut is proved.
+_ROWS = 4
+
+
+def prove(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
+    """Proves a cut on a few rows; features of texts include padding from then on if they must.
+
+    Args:
+        chain: the model, traced.
+        inputs: a batch.
+        cut: from 1 on.
+
+    Raises:
+        ChainError: see `prove_cut`.
+    """
+    samples = len(inputs[chain.main_input])
+    # Not the rows of the trace, if there are others; the first ones, if a sample among these is NaN.
+    last = take_rows(inputs, slice(-min(samples, _ROWS), None), samples)
+    main = last[chain.main_input]
+    is_proof = not main.is_floating_point() or bool(main.isfinite().all())
+    rows = last if is_proof else take_rows(inputs, slice(2), samples)
+    if chain.padding.ignored(cut):
+        try:
+            prove_cut(chain, rows, cut)
+            return
+        except PaddingError as error:
+            chain.padding.keep(cut, str(error))
+            chain.trace_if_new(inputs, cut)
+    prove_cut(chain, rows, cut)
+
+
 def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
     """Checks that prefix and suffix reproduce the model's loss and logits, bit for bit.
 

@@ -16,27 +16,19 @@ SIDES = ("right", "left")
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What of a batch of texts the frozen blocks read.
+    """What of a batch of texts the frozen blocks read, as a value for loader processes.
 
     Args:
         main_input: name of the tokens.
-        accepted: names of the arguments of the model.
-        accepts_all: whether the model takes arguments of other names, too.
-        labels: names of what only the loss takes.
+        read: names of all that is read.
     """
 
     main_input: str
-    accepted: frozenset[str] = frozenset()
-    accepts_all: bool = True
-    labels: frozenset[str] = frozenset({"labels"})
-
-    def reads(self, name: str) -> bool:
-        """Whether the frozen blocks may read an entry of a batch."""
-        return name not in self.labels and (self.accepts_all or name in self.accepted)
+    read: frozenset[str]
 
     def of(self, names: Collection[str]) -> TextInputs:
-        """The same where the frozen blocks are known to read these entries alone."""
-        return TextInputs(self.main_input, frozenset(names), False, frozenset())
+        """The same where the frozen blocks read these entries."""
+        return TextInputs(self.main_input, frozenset(names))
 
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:

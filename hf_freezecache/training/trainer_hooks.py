@@ -34,7 +34,7 @@ from ..model.classifiers import ImageClassifier
 from ..model.inputs import ModelInputs, main_input_name
 from ..model.probes import check_own_checkpoints
 from ..model.sharing import check_sharing
-from ..model.tokens import token_mask
+from ..model.tokens import TextInputs, token_mask
 from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
@@ -146,7 +146,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             model_inputs.include_labels_if_needed(probe)
             chain = BlockChain.from_model(self._own_model, self._freeze_config.blocks, probe=model_inputs(probe))
             check_own_checkpoints(self._own_model, model_inputs(probe))
-            source.texts = model_inputs.texts.of(chain.inputs_of(1))
+            source.texts = TextInputs(main_input, chain.inputs_of(1))
             for sentence in check_sharing(chain):
                 Announcer(self._group, logger).warning(sentence)
         return BuildContext(

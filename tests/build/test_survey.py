@@ -7,12 +7,20 @@ from support.builds import Rows, collate
 from support.helpers import pixel_dataset, tiny_vit
 from support.images import TO_PIXELS, OpaqueFlip, picture_dataset, replayable
 from support.noisy_rows import DRAWS, Noisy, source
+from support.token_rows import Pad, Texts
 from support.view_trainings import train
 from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 from transformers import default_data_collator
 
-from hf_freezecache.build.survey import Augmentation, look_closer, ranges_drawn, survey, why_random_on_device
+from hf_freezecache.build.survey import (
+    Augmentation,
+    collator_pads,
+    look_closer,
+    ranges_drawn,
+    survey,
+    why_random_on_device,
+)
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.model.inputs import ModelInputs
 
@@ -246,3 +254,16 @@ def test_samples_that_cannot_be_collated_together_are_looked_at_range_by_range(c
     told = [record for record in caplog.records if "cannot be collated together" in record.getMessage()]
     assert [record.levelname for record in told[:2]] == ["INFO", "DEBUG"]
     assert "Error)" in told[0].getMessage() and told[1].exc_info is not None
+
+
+def test_a_collator_that_fails_on_a_single_text_is_survived_with_its_error(caplog):
+    caplog.set_level("INFO")
+
+    def pad(samples):
+        if len(samples) == 1:
+            raise KeyError("two at least")
+        return Pad()(samples)
+
+    assert collator_pads(RowSource(Texts(32), Pad(), 8, 0), "input_ids")
+    assert not collator_pads(RowSource(Texts(32), pad, 8, 0), "input_ids")
+    assert "'two at least' (KeyError)" in caplog.text

@@ -13,11 +13,11 @@ from hf_freezecache.model.tokens import TextInputs
 LAYOUT = FeatureLayout((4,), None, 0, torch.float32, is_token=True)
 
 
-TEXTS = TextInputs("input_ids")
+TEXTS = TextInputs("input_ids", frozenset({"input_ids"}))
 
 
 def split(rows):
-    return split_texts(rows, TEXTS)
+    return split_texts(rows, TEXTS.of(rows.keys() - {"labels"} | {"input_ids"}))
 
 
 def batch(side="right", width=None):
@@ -57,8 +57,13 @@ def test_checksums_know_all_that_the_frozen_blocks_read(changed):
     changed(other)
     differ = split(rows()).columns["checksum"] != split(other).columns["checksum"]
     assert differ.tolist() == [False, False, False, True, False]
-    unread = TextInputs("input_ids", frozenset({"input_ids"}), accepts_all=False)
-    assert torch.equal(split_texts(rows(), unread).columns["checksum"], split_texts(other, unread).columns["checksum"])
+    assert torch.equal(split_texts(rows(), TEXTS).columns["checksum"], split_texts(other, TEXTS).columns["checksum"])
+
+
+def test_what_is_read_and_not_in_the_batch_is_refused():
+    """What `_prepare_inputs` makes under another name could change unseen."""
+    with pytest.raises(RowError, match="read 'token_type_ids', which the collator does not return"):
+        split_texts(batch(), TEXTS.of({"input_ids", "token_type_ids"}))
 
 
 def test_checksums_do_not_know_labels_nor_what_is_at_padding():
