@@ -28,9 +28,9 @@ class ViewRun:
         features: `(B, *layout.shape)`; None if they were not asked for.
         geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
         refused: why it could not be told.
-        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
+        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; else None.
 
-    Shapes: B samples, G values of geometry, W positions of a text.
+    Shapes: B samples, G values of geometry.
     """
 
     columns: dict[str, Any]
@@ -48,7 +48,7 @@ class ViewRun:
         """
         if self.features is None:
             raise ValueError("the features of this view were not asked for")
-        return self.features if self.mask is None else self.features[self.mask.to(self.features.device)]
+        return self.features if self.mask is None else self.features[self.mask.flatten(1).to(self.features.device)]
 
     def samples_of(self, rows: Sequence[int]) -> Sequence[int]:
         """The sample of each of these features.
@@ -58,7 +58,7 @@ class ViewRun:
         """
         if self.mask is None:
             return rows
-        return np.repeat(np.asarray(rows), self.mask.sum(1).cpu().numpy()).tolist()
+        return np.repeat(np.asarray(rows), self.mask.flatten(1).sum(1).cpu().numpy()).tolist()
 
     def need_geometry(self) -> torch.Tensor:
         """The geometry, where it was asked for and could be told.
@@ -138,6 +138,9 @@ class ImageFeatures:
     def _features(self, batch: Mapping[str, Any], split: BatchSplit, number: int) -> torch.Tensor:
         rows = self.source.rows(number)
         if split.mask is not None:
+            texts = self.chain.own_trace().texts
+            if split.mask[:1].numel() // max(1, split.mask.shape[-1]) != texts:
+                raise RowError(f"the samples from {rows[0]} on are not {texts} texts each, as others are.")
             why_not = why_not_padded(split.mask, self.chain.padding.ignored(self.cut))
             if why_not is not None:
                 raise RowError(f"among the samples from {rows[0]} on, {why_not}.")
