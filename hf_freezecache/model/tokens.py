@@ -36,7 +36,7 @@ class TextInputs:
 
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
-    """Where the tokens of a batch of texts are, bool `(B, W)` or `(B, K, W)`; None if it does not tell, or has no texts.
+    """Where the tokens of a batch of texts are, bool `(B, W)` or `(B, K, W)`; None if it does not tell, or is of others.
 
     Args:
         inputs: a collated batch, or whatever a collator has returned.
@@ -96,9 +96,7 @@ def why_not_padded(mask: torch.Tensor, ignored: Collection[str]) -> str | None:
     )
 
 
-def take_columns(
-    inputs: Mapping[str, Any], positions: Sequence[int], columns: slice | torch.Tensor
-) -> dict[str, Any]:
+def take_columns(inputs: Mapping[str, Any], positions: Sequence[int], columns: slice | torch.Tensor) -> dict[str, Any]:
     """The same batch with some of the positions of its texts; entries without positions as they are.
 
     Args:

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from support.token_rows import Choices, Pad, PadChoices, Texts, bert, bert_of_choices, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
+from support.token_rows import (
+    Choices,
+    Pad,
+    PadChoices,
+    Texts,
+    bert,
+    bert_of_choices,
+    bert_of_questions,
+    bert_of_tokens,
+    gpt2,
+    llama,
+    xlnet,
+)
 
 from hf_freezecache import BlockChain
 

@@ -31,7 +31,15 @@ def test_mask_of_a_batch_of_texts_is_its_attention_mask():
         {"ids": torch.ones(3, 4, dtype=torch.int64), "attention_mask": torch.zeros(3, 4)},  # what is added to scores
         {"attention_mask": RIGHT},
     ],
-    ids=["no mask", "floats", "float mask of choices", "4 dimensions of tokens", "4 dimensions", "float mask", "no tokens"],
+    ids=[
+        "no mask",
+        "floats",
+        "float mask of choices",
+        "4 dimensions of tokens",
+        "4 dimensions",
+        "float mask",
+        "no tokens",
+    ],
 )
 def test_what_is_no_batch_of_texts_has_no_mask(batch):
     assert token_mask(batch, "ids") is None
