@@ -74,10 +74,10 @@ def load_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[Dataset, Dat
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Accuracy of the plain and the freeze-only arm on validation questions, at every learning rate; finished stay."""
+    """Accuracy on validation questions of the arms that others are tuned as, at every learning rate; finished stay."""
     settings = settings_of(options)
     done = read_measurements(options.output_dir, TUNING, options.tuning_seed, settings)
-    for name in (PLAIN, FREEZE_ONLY):
+    for name in tuned_arms(options):
         for rate in options.learning_rates:
             key = f"{name} {rate:g}"
             if key in done:
@@ -92,12 +92,17 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def tuned_rates(options: argparse.Namespace) -> dict[str, float]:
-    """The learning rate with the highest validation accuracy, for the plain and for the freeze-only arm."""
+    """The learning rate with the highest validation accuracy, for every arm that was tuned."""
     done = read_measurements(options.output_dir, TUNING, options.tuning_seed, settings_of(options))
     return {
         name: max(options.learning_rates, key=lambda rate: done[f"{name} {rate:g}"]["accuracy"])
-        for name in (PLAIN, FREEZE_ONLY)
+        for name in tuned_arms(options)
     }
+
+
+def tuned_arms(options: argparse.Namespace) -> list[str]:
+    """The arms whose learning rate the chosen arms have."""
+    return sorted({ARMS[name].tuned_as for name in options.arms}, key=list(ARMS).index)
 
 
 def run_seed(seed: int, options: argparse.Namespace) -> None:
