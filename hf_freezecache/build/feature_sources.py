@@ -28,9 +28,9 @@ class ViewRun:
         features: `(B, *layout.shape)`, of texts those of all their tokens, `(N, C)`; None if they were not asked for.
         geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
         refused: why it could not be told.
-        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
+        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; else None.
 
-    Shapes: B samples, G values of geometry, W positions of a text, N tokens of all texts, C channels.
+    Shapes: B samples, G values of geometry, N tokens of all texts, C channels.
     """
 
     columns: dict[str, Any]
@@ -58,7 +58,7 @@ class ViewRun:
         """
         if self.mask is None:
             return rows
-        return np.repeat(np.asarray(rows), self.mask.sum(1).cpu().numpy()).tolist()
+        return np.repeat(np.asarray(rows), self.mask.flatten(1).sum(1).cpu().numpy()).tolist()
 
     def need_geometry(self) -> torch.Tensor:
         """The geometry, where it was asked for and could be told.
@@ -131,7 +131,7 @@ class ImageFeatures:
                 split = self.split(drawn.batch, rows)
                 if view == 0 or own_features:
                     features = self.compute(self.model_inputs(drawn.batch), rows)
-                    features = features if split.mask is None else features[split.mask.to(features.device)]
+                    features = features if split.mask is None else features[split.mask.flatten(1).to(features.device)]
                 view_runs.append(
                     ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused, split.mask)
                 )
@@ -150,6 +150,9 @@ class ImageFeatures:
         split = split_samples(batch, self.chain, self.cut, self.source, self.layout)
         check_rows(len(split.main), rows)
         if split.mask is not None:
+            texts = self.chain.own_trace().texts
+            if split.mask[:1].numel() // max(1, split.mask.shape[-1]) != texts:
+                raise RowError(f"the samples from {rows[0]} on are not {texts} texts each, as others are.")
             why_not = why_not_padded(split.mask, self.chain.padding.ignored(self.cut))
             if why_not is not None:
                 raise RowError(f"among the samples from {rows[0]} on, {why_not}.")

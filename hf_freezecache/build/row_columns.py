@@ -89,7 +89,7 @@ def pick_rows(view_run: ViewRun, positions: np.ndarray) -> ViewRun:
 def _pick_tokens(view_run: ViewRun, positions: np.ndarray) -> torch.Tensor | None:
     if view_run.features is None or view_run.mask is None:
         return None
-    parts = view_run.features.split(view_run.mask.sum(1).tolist())
+    parts = view_run.features.split(view_run.mask.flatten(1).sum(1).tolist())
     return torch.cat([parts[position] for position in positions.tolist()])
 
 

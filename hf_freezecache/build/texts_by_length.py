@@ -84,7 +84,7 @@ class _Entry:
 
     Args:
         kind: whether it has a row for each sample.
-        has_positions: whether its second dimension is that of the positions of a text.
+        has_positions: whether it has a value, or a row of values, for each position of a text.
         filling: what stands at every padding of an entry with a row for each sample, in all batches.
     """
 
@@ -99,7 +99,7 @@ class _Group:
 
     Args:
         inputs: of the prefix, by range.
-        masks: bool `(B, W)`, where the tokens are, by range.
+        masks: where the tokens are, as `token_mask` tells, by range.
         sides: on which the rows are padded, by range.
         entries: by name.
     """
@@ -116,12 +116,13 @@ class _Group:
             features: computes them.
             rows: row numbers of all ranges, one after the other.
         """
-        lengths = torch.cat([mask.sum(1) for mask in self.masks]).cpu().numpy()
+        lengths = torch.cat([mask.flatten(1).sum(1) for mask in self.masks]).cpu().numpy()
+        widths = torch.cat([mask.sum(-1).reshape(len(mask), -1).amax(1) for mask in self.masks]).cpu().numpy()
         ranges = np.repeat(np.arange(len(self.masks)), [len(mask) for mask in self.masks])
         places = np.concatenate([np.arange(len(mask)) for mask in self.masks])
-        batches, tokens = self._plan(lengths), []
+        batches, tokens = self._plan(widths), []
         for chosen in batches:
-            batch = self._take(ranges[chosen], places[chosen], max(1, int(lengths[chosen].max())))
+            batch = self._take(ranges[chosen], places[chosen], max(1, int(widths[chosen].max())))
             found = features.compute(batch, [rows[place] for place in chosen])
             tokens.append(_tokens(found, batch[MASK] != 0))
         # Tokens lie as they were run: those of a row are beside each other.
@@ -133,15 +134,16 @@ class _Group:
         together = together[torch.from_numpy(index).to(together.device)]
         return list(together.split([int(mask.sum()) for mask in self.masks]))
 
-    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
-        most_tokens = max(mask.numel() for mask in self.masks)
+    def _plan(self, widths: np.ndarray) -> list[np.ndarray]:
+        mask = self.masks[0]
+        most_positions = max(mask.numel() for mask in self.masks) // max(1, mask[0].numel() // max(1, mask.shape[-1]))
         is_small = all(
             entry.kind is not _ROWS or entry.has_positions or self.inputs[0][name].ndim < 2
             for name, entry in self.entries.items()
         )
         # What has no positions (an image beside a text) does not become smaller with the texts.
-        most_rows = len(lengths) if is_small else max(len(mask) for mask in self.masks)
-        return batches_by_length(lengths, most_tokens, most_rows)
+        most_rows = len(widths) if is_small else max(len(mask) for mask in self.masks)
+        return batches_by_length(widths, most_positions, most_rows)
 
     def _take(self, ranges: np.ndarray, places: np.ndarray, width: int) -> dict[str, Any]:
         """Some rows of the ranges, of a width that holds their tokens."""
@@ -153,45 +155,48 @@ class _Group:
                 for name, entry in self.entries.items()
                 if entry.kind == _ROWS
             }
-            parts.append(self._resize(picked, self.masks[number].shape[1], width, self.sides[number]))
-        widest = max(range(len(self.masks)), key=lambda number: self.masks[number].shape[1])
+            parts.append(self._resize(picked, self.masks[number].shape[1:], width, self.sides[number]))
+        widest = self._widest()
         others = {name: self.inputs[widest][name] for name, entry in self.entries.items() if entry.kind != _ROWS}
-        others = self._resize(others, self.masks[widest].shape[1], width, self.sides[widest])
+        others = self._resize(others, self.masks[widest].shape[1:], width, self.sides[widest])
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: rows[name] if name in rows else others[name] for name in self.entries}
 
-    def _resize(self, batch: Mapping[str, Any], before: int, after: int, side: str) -> dict[str, Any]:
-        """The batch with less or more padding on a side."""
-        cut = {name: value for name, value in batch.items() if self.entries[name].has_positions}
-        if after < before:
-            kept = slice(0, after) if side == "right" else slice(before - after, before)
-            return {**batch, **take_columns(cut, before, kept)}
-        for name, value in cut.items() if after > before else ():
+    def _resize(self, batch: Mapping[str, Any], positions: Sequence[int], width: int, side: str) -> dict[str, Any]:
+        """The batch with less or more padding on a side, of a shape of positions before and a width after."""
+        cut, (*texts, before) = {n: value for n, value in batch.items() if self.entries[n].has_positions}, positions
+        if width < before:
+            kept = slice(0, width) if side == "right" else slice(before - width, before)
+            return {**batch, **take_columns(cut, positions, kept)}
+        for name, value in cut.items() if width > before else ():
             filling = self.entries[name].filling
             assert filling is not None  # of rows; what is one for all comes from the widest range
-            more = filling.expand(len(value), after - before, *value.shape[2:])
-            cut[name] = torch.cat([value, more] if side == "right" else [more, value], 1)
+            more = filling.expand(len(value), *texts, width - before, *value.shape[1 + len(positions) :])
+            cut[name] = torch.cat([value, more] if side == "right" else [more, value], len(positions))
         return {**batch, **cut}
+
+    def _widest(self) -> int:
+        return max(range(len(self.masks)), key=lambda number: self.masks[number].shape[-1])
 
     def shares_rows(self) -> bool:
         """Whether what is one row for all samples is the same in all ranges, as far as they are wide."""
-        widest = max(range(len(self.masks)), key=lambda number: self.masks[number].shape[1])
+        widest = self._widest()
         shared = [name for name, entry in self.entries.items() if entry.kind == _SHARED]
         if any(self.entries[name].has_positions for name in shared) and len(set(self.sides)) > 1:
             return False
-        reference, width = {name: self.inputs[widest][name] for name in shared}, self.masks[widest].shape[1]
+        reference, positions = {name: self.inputs[widest][name] for name in shared}, self.masks[widest].shape[1:]
         return all(
-            is_same({name: batch[name] for name in shared}, self._resize(reference, width, mask.shape[1], side))
+            is_same({name: batch[name] for name in shared}, self._resize(reference, positions, mask.shape[-1], side))
             for batch, mask, side in zip(self.inputs, self.masks, self.sides, strict=True)
         )
 
 
-def batches_by_length(lengths: np.ndarray, most_tokens: int, most_rows: int) -> list[np.ndarray]:
+def batches_by_length(widths: np.ndarray, most_positions: int, most_rows: int) -> list[np.ndarray]:
     """Batches of like length, the longest first.
 
     Args:
-        lengths: tokens of each text, `(B,)`.
-        most_tokens: of a batch, padding included; a text that is longer stands alone.
+        widths: tokens of each text, `(B,)`; of several texts a sample those of its longest.
+        most_positions: of a batch, padding included; a text that is longer stands alone.
         most_rows: of a batch.
 
     Returns:
@@ -199,11 +204,11 @@ def batches_by_length(lengths: np.ndarray, most_tokens: int, most_rows: int) -> 
 
     Shapes: B texts.
     """
-    left, batches = np.argsort(-lengths, kind="stable"), []
+    left, batches = np.argsort(-widths, kind="stable"), []
     while len(left):
-        longest = max(1, int(lengths[left[0]]))
-        like = int((lengths[left] >= _SHORTEST * longest).sum())
-        count = max(1, min(like, most_rows, most_tokens // longest))
+        longest = max(1, int(widths[left[0]]))
+        like = int((widths[left] >= _SHORTEST * longest).sum())
+        count = max(1, min(like, most_rows, most_positions // longest))
         batches.append(np.sort(left[:count]))
         left = left[count:]
     return batches
@@ -211,7 +216,7 @@ def batches_by_length(lengths: np.ndarray, most_tokens: int, most_rows: int) -> 
 
 def _tokens(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     assert mask is not None  # of texts
-    return features[mask.to(features.device)]
+    return features[mask.flatten(1).to(features.device)]
 
 
 def _sort(
@@ -252,7 +257,7 @@ def _with_filling(
     name: str, entry: _Entry, inputs: Sequence[Mapping[str, Any]], masks: Sequence[torch.Tensor]
 ) -> _Entry | None:
     """The entry with what stands at padding; None if batches would have to be padded, and it is not one value."""
-    if len({mask.shape[1] for mask in masks}) == 1:
+    if len({mask.shape[-1] for mask in masks}) == 1:
         return entry
     padding = torch.cat([batch[name][~mask.to(batch[name].device)] for batch, mask in zip(inputs, masks, strict=True)])
     is_one = len(padding) and bool((padding == padding[0]).all())
@@ -262,7 +267,7 @@ def _with_filling(
 def _entry(name: str, main: str, batches: Sequence[Mapping[str, Any]]) -> _Entry | None:
     """What an entry is, by batches of several sizes; None if that cannot be told, or is nothing known."""
     values = [batch.get(name) for batch in batches]
-    sizes = [batch[main].shape[:2] for batch in batches]
+    sizes = [tuple(batch[main].shape) for batch in batches]
     if name in (main, MASK):
         fits = all(
             isinstance(value, torch.Tensor) and value.shape == size for value, size in zip(values, sizes, strict=True)
@@ -271,22 +276,18 @@ def _entry(name: str, main: str, batches: Sequence[Mapping[str, Any]]) -> _Entry
     if not all(isinstance(value, torch.Tensor) and value.ndim for value in values):
         return _Entry(None) if all(is_same(values[0], value) for value in values[1:]) else None
     shapes = [tuple(value.shape) for value in values]  # type: ignore[union-attr]  # they are tensors
-    rows, widths = {size[0] for size in sizes}, {size[1] for size in sizes}
+    rows, widths, before = {size[0] for size in sizes}, {size[-1] for size in sizes}, len(sizes[0])
+    if len({len(shape) for shape in shapes}) > 1 or len({size[1:-1] for size in sizes}) > 1:
+        return None
     if all(shape[0] == size[0] for shape, size in zip(shapes, sizes, strict=True)) and len(rows) > 1:
         kind = _ROWS
     elif all(shape[0] == 1 for shape in shapes) and len(rows) > 1:
         kind = _SHARED
     else:
         return None
-    if len({len(shape) for shape in shapes}) > 1:
+    has_positions = all(shape[1:before] == size[1:] for shape, size in zip(shapes, sizes, strict=True))
+    own = [shape[before if has_positions else 1 :] for shape in shapes]
+    # Where all batches have the same width, another dimension of that size cannot be told from positions.
+    if (has_positions and len(widths) < 2) or any(size[-1] in shape for shape, size in zip(own, sizes, strict=True)):
         return None
-    follows = [
-        all(shape[dimension] == size[1] for shape, size in zip(shapes, sizes, strict=True))
-        for dimension in range(1, len(shapes[0]))
-    ]
-    has_positions = bool(follows) and follows[0]
-    # Without batches of two widths, another dimension of that size cannot be told from positions.
-    if any(follows[1:]) or (has_positions and len(widths) < 2):
-        return None
-    own = {shape[2 if has_positions else 1 :] for shape in shapes}
-    return _Entry(kind, has_positions) if len(own) == 1 else None
+    return _Entry(kind, has_positions) if len(set(own)) == 1 else None

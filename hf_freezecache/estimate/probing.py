@@ -371,7 +371,7 @@ class Prober:
             view_features = of_views[place] if of_views else None
 
             def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
-                tokens = base if split.mask is None else base[split.mask.to(base.device)]
+                tokens = base if split.mask is None else base[split.mask.flatten(1).to(base.device)]
                 run = ViewRun(split.columns, split.constants, tokens, mask=split.mask)
                 codes = codec.encode(run.need_features(), sample_ids=run.samples_of(rows))
                 inputs = dict(split.columns)

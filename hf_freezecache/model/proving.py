@@ -15,7 +15,7 @@ from .probes import take_rows
 from .record import answers_of
 from .stand_ins import StandIn
 from .structure import Path
-from .tokens import blank_padding, take_columns, token_mask, why_not_padded
+from .tokens import blank_padding, take_text, token_mask, why_not_padded
 
 if TYPE_CHECKING:
     from .chain import BlockChain
@@ -159,11 +159,14 @@ def _check_company(
     samples = len(features)
     difference = 0.0
     for row in {0, samples - 1}:
-        alone, feature = take_rows(inputs, [row, row], samples), features[row : row + 1]
-        if mask is not None:  # each token by itself
-            alone, feature = take_columns(alone, mask.shape[1], mask[row]), features[row][mask[row]]
-        own = chain.capture(alone, cut)[0]
-        difference = max(difference, relative_difference(feature, own[None] if mask is None else own))
+        if mask is None:
+            own = chain.capture(take_rows(inputs, [row, row], samples), cut)[:1]
+            difference = max(difference, relative_difference(features[row : row + 1], own))
+            continue
+        texts = mask[row].reshape(-1, mask.shape[-1])
+        for number, (tokens, text) in enumerate(zip(texts, features[row].unflatten(0, texts.shape), strict=True)):
+            own = chain.capture(take_text(inputs, mask, row, number), cut)[0, : tokens.sum()]
+            difference = max(difference, relative_difference(text[tokens], own))  # each token by itself
     if difference > tolerance_of(features.dtype, features.device):
         if mask is not None and not mask.all():
             raise PaddingError("padding changes the features of the tokens beside it")
