@@ -1,4 +1,7 @@
-"""Texts of several ranges run together, sorted by length: padding that changes nothing need not be computed."""
+"""Texts of several ranges run together, sorted by length: padding that changes nothing need not be computed.
+
+Texts that a collator pads to one width run as they are, range by range, as they do in a training.
+"""
 
 from __future__ import annotations
 
@@ -229,6 +232,9 @@ def _sort(
     main, masks, sides = features.chain.main_input, [], []
     if main not in probe or any(batch.keys() != probe.keys() for batch in inputs):
         return None
+    if len({batch[main].shape[-1] for batch in [*inputs, probe]}) == 1:
+        # So wide are the batches of a training, too: features have the bits that they have there.
+        return None
     for batch, split in zip(inputs, splits, strict=True):
         assert split.mask is not None  # of texts
         padded, own = padded_sides(split.mask), batch.get(MASK)
@@ -258,7 +264,7 @@ def _with_filling(
 ) -> _Entry | None:
     """The entry with what stands at padding; None if batches would have to be padded, and it is not one value."""
     if len({mask.shape[-1] for mask in masks}) == 1:
-        return entry
+        return entry  # none is padded any further
     padding = torch.cat([batch[name][~mask.to(batch[name].device)] for batch, mask in zip(inputs, masks, strict=True)])
     is_one = len(padding) and bool((padding == padding[0]).all())
     return replace(entry, filling=padding[0]) if is_one else None

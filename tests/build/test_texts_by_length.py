@@ -147,6 +147,15 @@ def test_ranges_with_entries_that_cannot_be_sorted_run_as_they_are(added, tmp_pa
         assert torch.equal(one.features, other.features)
 
 
+def test_texts_of_one_width_have_the_bits_of_batches_of_that_width(tmp_path):
+    spec = spec_of(bert(), Pad(width=32), tmp_path)
+    numbers = range(spec.source.num_ranges)
+    alone, together = spec.feature_source.run(numbers), run_views(spec, numbers)
+    assert all(
+        torch.equal(one.features, other.features) for (_, [one]), (_, [other]) in zip(alone, together, strict=True)
+    )
+
+
 def test_what_is_beside_a_text_is_taken_with_its_row(tmp_path):
     """An image, say: it does not become smaller with the texts, so that batches have no more rows than before."""
     spec, seen = spec_of(bert(), Lengthy(), tmp_path), []
