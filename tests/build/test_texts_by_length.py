@@ -5,15 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.builds import make_text_spec, without_labels
 from support.token_rows import Choices, Pad, PadChoices, Texts, bert, bert_of_choices, gpt2
 
-from hf_freezecache import BlockChain
 from hf_freezecache.build.feature_sources import ImageFeatures
 from hf_freezecache.build.materialize import ranges_together, run_views
-from hf_freezecache.build.store_spec import StoreSpec
 from hf_freezecache.build.texts_by_length import batches_by_length, run_by_length
-from hf_freezecache.cache.rows import RowSource
-from hf_freezecache.model.tokens import TextInputs
 
 CUT = 2
 
@@ -35,19 +32,9 @@ class Lengthy(Pad):
         return {**batch, **self.added(batch)}
 
 
-def spec_of(model, collator, tmp_path, rows=70, codec="int4", batch_size=4):
+def spec_of(model, collator, tmp_path, rows=70, codec="int4"):
     texts = Choices(rows) if isinstance(collator, PadChoices) else Texts(rows, longest=30)
-    chain = BlockChain.from_model(model.eval(), probe=without_labels(collator([texts[row] for row in range(6)])))
-    layout = chain.stored_layout(CUT)
-    assert layout.is_token
-    inputs = TextInputs("input_ids", frozenset({"input_ids"}))
-    source = RowSource(texts, collator, batch_size, seed=0, texts=inputs)
-    features = ImageFeatures(chain, CUT, source, layout, without_labels)
-    return StoreSpec(chain, CUT, source, codec, layout, {}, tmp_path, features, tokens=16.0)
-
-
-def without_labels(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return make_text_spec(model, tmp_path, texts, collator, CUT, codec)
 
 
 def count_tokens(model, run):
