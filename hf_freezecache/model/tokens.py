@@ -36,7 +36,7 @@ class TextInputs:
 
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
-    """Where the tokens of a batch of texts are, bool `(B, W)` or `(B, K, W)`; None if it does not tell, or is of others.
+    """Where the tokens of a batch of texts are, bool `(B, W)` or `(B, K, W)`; None if it does not tell.
 
     Args:
         inputs: a collated batch, or whatever a collator has returned.
