@@ -15,6 +15,7 @@ from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tin
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
+from support.token_rows import Pad, Texts, bert  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer  # noqa: E402
@@ -73,7 +74,7 @@ def communicate(when: str, ranks: str, step: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", choices=["vit", "resnet"], default="vit")
+    parser.add_argument("--model", choices=["vit", "resnet", "bert"], default="vit")
     parser.add_argument("--cache", default="always")
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
@@ -110,9 +111,11 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> None:
     has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
-    model, size = (tiny_vit(), 16) if options.model == "vit" else (tiny_resnet(), 32)
+    model, size = (tiny_resnet(), 32) if options.model == "resnet" else (tiny_vit(), 16)
     model = settle(model) if options.head_start_epochs else model
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
+    if options.model == "bert":
+        model, dataset = bert(), Texts(70)
     trainer = run(
         model,
         dataset,
@@ -133,7 +136,8 @@ def train(options: argparse.Namespace) -> None:
         per_device_train_batch_size=4,
         ddp_timeout=60,
         gradient_accumulation_steps=options.accumulate,
-        remove_unused_columns=options.augmented is None,
+        remove_unused_columns=options.augmented is None and options.model != "bert",
+        data_collator=Pad() if options.model == "bert" else None,
         ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",
     )
     status = trainer.freeze_status()
