@@ -38,9 +38,9 @@ class Repeats:
     Heavy are products of matrices, convolutions and attention. One that depends on the samples is done once for each
     layout (shapes, strides, types) of what it gets. Where the same comes again, its results are zeros in the layout
     that they had then, and what is computed from these has unknown values. Shapes, strides and storages are those of a
-    run of everything as long as only floating-point numbers in memory of the run depend on unknown values. Where
-    anything else would (a number for Python, a mask, a shape, memory that was there before), the run ends with an
-    error.
+    run of everything as long as only floating-point and complex numbers in memory of the run depend on unknown values.
+    Where anything else would (a number for Python, a mask, a shape, memory that was there before), the run ends with
+    an error.
 
     Args:
         samples: values of the model's inputs. What does not depend on them is computed: a model may keep it.
@@ -121,8 +121,8 @@ class Repeats:
         tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
         if tags.intersection(func.tags) and func not in _SHAPED_BY_INDICES:
             self.need(f"{func} reads values")
-        if not all(is_plain(tensor) and tensor.is_floating_point() for tensor in unknown):
-            self.need(f"{func} reads something else than floating-point numbers")
+        if not all(is_plain(t) and (t.is_floating_point() or t.is_complex()) for t in unknown):
+            self.need(f"{func} reads something else than floating-point and complex numbers")
         if not self._own.issuperset(written):
             self.need(f"{func} writes to memory that was there before the run")
 
