@@ -131,28 +131,28 @@ class FreezeCacheConfig:
         default="upfront",
         metadata={
             "help": "upfront builds a store in a pass of its own at the freeze; write_through trains the next epochs "
-            "on images and stores the features that they compute."
+            "on samples and stores the features that they compute."
         },
     )
     deepen: DeepenMode = field(
         default="raw",
         metadata={
-            "help": "Source of the store of a deeper cut: raw runs the whole prefix on images, cache runs only the "
+            "help": "Source of the store of a deeper cut: raw runs the whole prefix on samples, cache runs only the "
             "newly frozen blocks on the store of the previous cut."
         },
     )
     on_mismatch: MismatchMode = field(
         default="fallback",
         metadata={
-            "help": "Where features turn out, in the course of a training, not to be those of the images any more: "
-            "fallback goes on from images with a warning, error stops the training."
+            "help": "Where features turn out, in the course of a training, not to be those of the samples any more: "
+            "fallback goes on from samples with a warning, error stops the training."
         },
     )
     cache_eval: bool = field(
         default=False,
         metadata={
             "help": "Also cache the evaluation set's features, in fp16, for the evaluations during training. The last "
-            "evaluation runs on images, and both results are logged."
+            "evaluation runs on samples, and both results are logged."
         },
     )
     views: int = field(
