@@ -78,12 +78,16 @@ class FreezeCallback(TrainerCallback, ExportableState):
 
     Args:
         policy: says when to freeze.
+
+    Attributes:
+        was_untrained: whether nothing is frozen in this training as it has begun from an initialization.
     """
 
     def __init__(self, policy: FreezePolicy | None = None):
         self.policy = policy
         self.cut = 0
         self.decided_epoch = -1
+        self.was_untrained = False
         self._epoch: int | None = None
         self._num_epochs = 0
         self._session: RunningTraining | None = None
@@ -118,6 +122,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
             "version": STATE_VERSION,
             "cut": self.cut,
             "decided_epoch": self.decided_epoch,
+            "was_untrained": self.was_untrained,
             "policy": {} if self.policy is None else self.policy.state_dict(),
             "rule": None if self.policy is None else self.policy.describe(),
             "session": None if self._session is None else self._session.state_dict(),

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..model.checkpoint import CheckpointError, has_weights, is_adapter, load_weights, loads_in_its_own_way
 from .callback import FreezeCallback
-from .checkpoint_state import read_state
+from .checkpoint_state import read_state, read_untrained
 from .hooks import TrainerHooks
 from .preconditions import check_model
 
@@ -28,11 +28,21 @@ class CheckpointHooks(TrainerHooks):
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
         ours = callbacks.pop(FreezeCallback.__name__, None)
         self._checkpoint_state = read_state(ours) if self._freezes else None
+        if ours is not None and read_untrained(ours) and not self._freeze_explicit:
+            self._leave_untrained()
         super()._load_callback_state()
         if ours is not None:
             callbacks[FreezeCallback.__name__] = ours
         elif self._freezes:
             callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
+
+    def _leave_untrained(self) -> None:
+        """Goes on with a training in which nothing is frozen, though its weights are trained by now."""
+        self._why_plain, self._freeze_callback.was_untrained = "it has begun from an initialization", True
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._freeze_callback.attach(None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_strictly(resume_from_checkpoint, "_load_from_checkpoint", model):

@@ -42,6 +42,11 @@ def read_state(entry: Any) -> Mapping[str, Any] | None:
     return attributes
 
 
+def read_untrained(entry: Mapping[str, Any]) -> bool:
+    """Whether a training has begun from an initialization, so that the defaults have frozen nothing in it."""
+    return bool(entry["attributes"].get("was_untrained", False))
+
+
 def _from_version_1(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Version 1 knew no version; it described the source of an epoch in five places."""
     session = attributes["session"]

@@ -25,6 +25,7 @@ class TrainerHooks(_Trainer):
     """Base of the classes that override methods of `Trainer`; `FreezeCacheMixin` sets what is declared here."""
 
     _freeze_config: FreezeCacheConfig
+    _freeze_explicit: bool
     _freeze_policy: FreezePolicy
     _freeze_callback: FreezeCallback
     _session: FreezeSession | None

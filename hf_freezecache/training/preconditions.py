@@ -10,10 +10,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..config import FreezeCacheConfig
 from ..model.blocks import Block, declared_blocks, named_blocks
 from ..model.chain import BlockChain
+from ..model.freshness import is_untrained
 from .sharding import why_sharded
 
 #: Packages whose modules keep their weights packed, where they are no parameters.
 _PACKING = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+class UntrainedError(ValueError):
+    """A model has the weights of its initialization."""
 
 
 def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> list[Block] | None:
@@ -43,6 +48,19 @@ def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> li
             "model (`model.dequantize()` in Transformers) or use policy='none'."
         )
     return named_blocks(model, config.blocks) if config.blocks is not None else declared_blocks(model)
+
+
+def check_trained(model: nn.Module) -> None:
+    """Checks that a model has been trained before: the default schedule freezes blocks that have settled.
+
+    Raises:
+        UntrainedError: if its weights are those of an initialization.
+    """
+    if is_untrained(model):
+        raise UntrainedError(
+            f"the weights of {type(model).__name__} are those of an initialization; the default schedule freezes "
+            "blocks that have settled. To freeze all the same, say so: freeze_cache=FreezeCacheConfig()"
+        )
 
 
 def check_trainable(chain: BlockChain, cut: int) -> None:

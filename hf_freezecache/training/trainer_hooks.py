@@ -46,7 +46,7 @@ from .data_state import undisturbed
 from .epoch_source import StepInputs
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
-from .preconditions import check_model, check_trainable
+from .preconditions import UntrainedError, check_model, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .session import FreezeSession
@@ -219,6 +219,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         self._why_plain, self._starting = None, True
         self._checkpoint_state = None
         self._freeze_callback.attach(None)
+        self._freeze_callback.was_untrained = False
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -250,6 +251,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
+        if not self._freeze_explicit:
+            check_trained(self._own_model)
         blocks = check_model(self, self._own_model, self._freeze_config)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
@@ -283,6 +286,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self._freeze_explicit:
             raise error
         self._why_plain = describe_error(error)
+        self._freeze_callback.was_untrained = isinstance(error, UntrainedError)
         Announcer(self._group, logger).failure("Nothing is frozen or cached, this is plain training", error)
 
     @property
