@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from datasets import DatasetDict, load_dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from hf_freezecache import FreezeCacheTrainer
 
 
 @contextmanager
@@ -120,6 +122,43 @@ def load_rows(
         parts = splits["train"].train_test_split(validation_split, seed=seed)
         return DatasetDict(train=parts["train"], validation=parts["test"])
     return DatasetDict(train=splits["train"], validation=validation)
+
+
+def finish(
+    trainer: FreezeCacheTrainer,
+    stopwatch: Stopwatch,
+    facts: dict[str, Any],
+    describe: Callable[[dict[str, float]], str],
+) -> dict[str, Any]:
+    """Trains, evaluates and saves; the main process writes the report to `output_dir/report.json` and prints it.
+
+    Args:
+        trainer: the trainer; the stopwatch is one of its callbacks.
+        stopwatch: what has measured.
+        facts: what the report begins with: model, sizes of the splits.
+        describe: the result of an evaluation in words.
+
+    Returns:
+        The report.
+    """
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    phases = trainer.freeze_cache_report()
+    report = {
+        **facts,
+        "metrics": metrics,
+        "train_seconds": stopwatch.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "curve": stopwatch.curve,
+        "freeze_cache": phases.to_dict(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "report.json", report)
+        print(phases)
+        print(f"{describe(metrics)} after {stopwatch.seconds:.1f} s of training")
+    return report
 
 
 def peak_memory_bytes() -> int:

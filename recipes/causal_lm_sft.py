@@ -11,9 +11,8 @@ the prompt, and on the padding that the collator adds on the right of each batch
 import math
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from _common import Stopwatch, find_checkpoint, load_rows, one_line_errors, peak_memory_bytes, write_json
+from _common import Stopwatch, finish, load_rows, one_line_errors
 from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
@@ -118,25 +117,12 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=[stopwatch],
         freeze_cache=freeze_cache,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
-    metrics = trainer.evaluate()
-    trainer.save_model()
-
-    phases = trainer.freeze_cache_report()
-    report = {
+    facts = {
         "model": model_args.model_name_or_path,
         "train_rows": len(splits["train"]),
         "validation_rows": len(splits["validation"]),
-        "metrics": metrics,
-        "train_seconds": stopwatch.seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "freeze_cache": phases.to_dict(),
     }
-    if trainer.is_world_process_zero():
-        write_json(Path(training_args.output_dir) / "report.json", report)
-        print(phases)
-        print(f"perplexity {math.exp(metrics['eval_loss']):.2f} after {stopwatch.seconds:.1f} s of training")
-    return report
+    return finish(trainer, stopwatch, facts, lambda metrics: f"perplexity {math.exp(metrics['eval_loss']):.2f}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ Evaluation images are resized and cropped as the model's processor does it.
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from _common import Stopwatch, find_checkpoint, one_line_errors, peak_memory_bytes, write_json
+from _common import Stopwatch, finish, one_line_errors
 from datasets import DatasetDict, load_dataset
 from metrics import make_compute_metrics
 from transformers import HfArgumentParser, TrainingArguments, set_seed
@@ -142,26 +141,12 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=[stopwatch],
         freeze_cache=freeze_cache,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
-    metrics = trainer.evaluate()
-    trainer.save_model()
-
-    phases = trainer.freeze_cache_report()
-    report = {
+    facts = {
         "model": model_args.model_name_or_path,
         "train_images": len(splits["train"]),
         "validation_images": len(splits["validation"]),
-        "metrics": metrics,
-        "train_seconds": stopwatch.seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "curve": stopwatch.curve,
-        "freeze_cache": phases.to_dict(),
     }
-    if trainer.is_world_process_zero():
-        write_json(Path(training_args.output_dir) / "report.json", report)
-        print(phases)
-        print(f"accuracy {metrics['eval_accuracy']:.4f} after {stopwatch.seconds:.1f} s of training")
-    return report
+    return finish(trainer, stopwatch, facts, lambda metrics: f"accuracy {metrics['eval_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ keep their own lengths; a `DataCollatorWithPadding` pads each batch to its longe
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from _common import Stopwatch, find_checkpoint, load_rows, one_line_errors, peak_memory_bytes, write_json
+from _common import Stopwatch, finish, load_rows, one_line_errors
 from datasets import DatasetDict
 from metrics import make_compute_metrics
 from transformers import (
@@ -157,26 +156,12 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=[stopwatch],
         freeze_cache=freeze_cache,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
-    metrics = trainer.evaluate()
-    trainer.save_model()
-
-    phases = trainer.freeze_cache_report()
-    report = {
+    facts = {
         "model": model_args.model_name_or_path,
         "train_texts": len(splits["train"]),
         "validation_texts": len(splits["validation"]),
-        "metrics": metrics,
-        "train_seconds": stopwatch.seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "curve": stopwatch.curve,
-        "freeze_cache": phases.to_dict(),
     }
-    if trainer.is_world_process_zero():
-        write_json(Path(training_args.output_dir) / "report.json", report)
-        print(phases)
-        print(f"accuracy {metrics['eval_accuracy']:.4f} after {stopwatch.seconds:.1f} s of training")
-    return report
+    return finish(trainer, stopwatch, facts, lambda metrics: f"accuracy {metrics['eval_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

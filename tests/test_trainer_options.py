@@ -65,7 +65,7 @@ def test_predict_with_generate_evaluates_on_images_and_says_so(tmp_path, caplog)
     )
     trainer.train()
     messages = [record.getMessage() for record in caplog.records]
-    assert sum("run on images (predict_with_generate)" in message for message in messages) == 1
+    assert sum("run on samples (predict_with_generate)" in message for message in messages) == 1
     assert trainer.freeze_status().replaying and len(list(tmp_path.rglob("manifest.json"))) == 1
     assert not any("_cached" in key for entry in trainer.state.log_history for key in entry)
 

@@ -84,7 +84,7 @@ class StoreFeatures:
         if views > stored.count or geometry not in (None, stored.geometry):
             raise ValueError(
                 f"{self.store.path} holds {stored.count} views with {stored.geometry} geometry; "
-                f"{views} with {geometry} geometry were asked for. Build from images instead."
+                f"{views} with {geometry} geometry were asked for. Build from samples instead."
             )
         for number in numbers:
             rows = self.source.rows(number)
@@ -116,14 +116,14 @@ def deepened(
     device: torch.device | str = "cpu",
     count_run: Callable[[int, int, int], None] | None = None,
 ) -> StoreSpec:
-    """The spec with a store in place of the images; for a store that `why_not_deepen` has nothing against.
+    """The spec with a store in place of the samples; for a store that `why_not_deepen` has nothing against.
 
-    Its fingerprint is another one: features made from coarse features are never taken for features made from images.
+    Its fingerprint is another one: features made from coarse features are never taken for features made from samples.
     The geometry has the store's kind, which fits every view. If a build finds that it does not, by a
-    `GeometryMisfit`, build from images.
+    `GeometryMisfit`, build from samples.
 
     Args:
-        spec: for images.
+        spec: for samples.
         store: at a cut before the spec's.
         model_inputs, device, count_run: see `StoreFeatures`.
     """
@@ -142,7 +142,7 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
 
     Args:
         store: complete.
-        spec: for images.
+        spec: for samples.
 
     Returns:
         The reason, as the end of a sentence that begins with what is not done.

@@ -94,7 +94,7 @@ class FeatureSource(Protocol):
 
 
 class ImageFeatures:
-    """Runs the prefix on images.
+    """Runs the prefix on samples.
 
     Args:
         chain: the model, traced and proved at `cut`.

@@ -20,13 +20,13 @@ from .store_spec import StoreSpec
 
 
 def renew(spec: StoreSpec, store: FeatureStore, changed: Sequence[int], group: Group) -> FeatureStore:
-    """Writes a store whose changed rows are computed from images and whose other rows are those of another store.
+    """Writes a store whose changed rows are computed from samples and whose other rows are those of another store.
 
     The ranges of the build that hold changed rows run as a whole, so that the bits are those of a build; only the
     changed rows of them are taken. Codec and views are the other store's.
 
     Args:
-        spec: of the new store; its views are those of the other store, and its features come from images.
+        spec: of the new store; its views are those of the other store, and its features come from samples.
         store: the other store.
         changed: row numbers.
         group: the processes.

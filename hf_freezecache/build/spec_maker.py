@@ -229,7 +229,7 @@ class SpecMaker:
         return replace(spec, made_from=made_from)
 
     def deepened(self, spec: StoreSpec, store: FeatureStore) -> StoreSpec:
-        """The same store, made from one at an earlier cut instead of from images; see `build.deepening.deepened`."""
+        """The same store, made from one at an earlier cut instead of from samples; see `build.deepening.deepened`."""
         context = self.context
         return deepened(spec, store, context.model_inputs, context.device, context.count_run)
 

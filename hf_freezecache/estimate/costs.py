@@ -31,7 +31,7 @@ class Costs:
         decode: rows to features, on the device: decoding, and for views warping and the channels' linear map.
         suffix: forward, backward and optimizer of the rest; None if it was not measured.
         compare: comparing a view with its base view, for choosing sensitive channels.
-        run: what a build needs for one range, all views of it, where it does not run the prefix on images.
+        run: what a build needs for one range, all views of it, where it does not run the prefix on samples.
         frame_bytes: mean size of a packed row's codes, by column; None where rows are not packed, or not yet measured.
         fixed: what a build costs once: proving the cut, fitting the codec, solving for the channels' linear map,
             starting loader processes, and making the files durable.
@@ -93,9 +93,9 @@ class PlanRow:
         base_bytes: of the Arrow files, what the base views take.
         view_bytes: of the Arrow files, what the augmented views take.
         build_seconds: of building the store.
-        live_epoch_seconds: of an epoch with this cut frozen, from images.
+        live_epoch_seconds: of an epoch with this cut frozen, from samples.
         replay_epoch_seconds: of an epoch from the store.
-        live_step_seconds: of one batch with this cut frozen, from images.
+        live_step_seconds: of one batch with this cut frozen, from samples.
         replay_step_seconds: of one batch from the store.
         peak_memory_bytes: of a replay step; None if it was not measured.
         limit: bytes that the store may take; None if that is not known.
@@ -270,7 +270,7 @@ def build_seconds(costs: Costs, work: Work) -> float:
 
 
 def step_seconds(costs: Costs, workers: int) -> tuple[float, float]:
-    """Seconds of one batch with the cut frozen: from images, and from a store.
+    """Seconds of one batch with the cut frozen: from samples, and from a store.
 
     Where the suffix was not measured, both lack it. With loader processes they then lack loading too, as it is hidden
     behind the computation or, where it is not, a store saves even more.
@@ -288,7 +288,7 @@ def overlapped(compute: float, load: float, workers: int) -> float:
 
 
 def runs_of_prefix(work: Work) -> float:
-    """How many times a build from images runs the prefix over all samples: once, and again for every view.
+    """How many times a build from samples runs the prefix over all samples: once, and again for every view.
 
     An epoch that is left saves one such run at most: no measurement is needed to decline a build for fewer epochs.
 

@@ -28,7 +28,7 @@ _SOLVED = 768
 def small_build_seconds(context: BuildContext, spec: StoreSpec, rows: Sequence[int]) -> float:
     """Seconds of building a store of a few rows: proofs, files that are made durable, manifest, opening.
 
-    The store is built from images, without views and loader processes, and removed. It is written where the stores
+    The store is built from samples, without views and loader processes, and removed. It is written where the stores
     are if their folder exists, otherwise to the system's folder for temporary files.
 
     Args:

@@ -44,7 +44,7 @@ def why_hopeless(
     Args:
         work: of the build.
         epochs_left: epochs of training that remain.
-        from_images: whether the build runs the prefix on images, as a live epoch does.
+        from_images: whether the build runs the prefix on samples, as a live epoch does.
         pace: of the live epochs; None if there were none.
         looks: ranges of samples that are yet to be drawn to see what is random in them.
 

@@ -189,7 +189,7 @@ class Prober:
         )
 
     def plain(self, spec: StoreSpec, batches: int) -> tuple[float, float]:
-        """Seconds of a step and of an epoch of plain training, from images, with nothing frozen.
+        """Seconds of a step and of an epoch of plain training, from samples, with nothing frozen.
 
         Args:
             spec: any build; its samples are taken.
@@ -327,7 +327,7 @@ class Prober:
         return seconds / len(loaded.rows)
 
     def _time_runs(self, spec: StoreSpec, batches: int) -> float:
-        """Seconds of a range that does not come from images; the first of the ranges warms up."""
+        """Seconds of a range that does not come from samples; the first of the ranges warms up."""
         views, seconds = spec.views, []
         for number in [0, *spread(max(1, self.source.num_ranges - 1), batches)]:
             own = views.needs_features(spec.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,6 +50,33 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+
+class ModuleStates:
+    """What the modules of a model hold at the time when it is made: attributes, what dicts and lists among these hold,
+    and the values of buffers.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+        values = [value for _, attributes in self._attributes for value in attributes.values()]
+        self._dicts = [(value, dict(value)) for value in values if type(value) in (dict, OrderedDict)]
+        self._lists = [(value, list(value)) for value in values if type(value) is list]
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Puts all that back."""
+        for present, before in (*self._attributes, *self._dicts):
+            present.clear()
+            present.update(before)
+        for items, listed in self._lists:
+            items[:] = listed
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager

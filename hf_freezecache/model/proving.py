@@ -109,7 +109,7 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
             return
         # An accelerator's kernels may differ from run to run. Only then are close answers accepted.
         reproducible = _are_equal(expected, _blank(answers_of(model(**inputs)), mask))
-    if reproducible or not _are_close(expected, replayed):
+    if reproducible or not are_close(expected, replayed):
         if mask is not None and not mask.all():
             raise PaddingError(f"{type(model).__name__} reads what is at padding behind the cut")
         raise ChainError(
@@ -181,7 +181,8 @@ def _are_equal(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.T
     return first.keys() == second.keys() and all(torch.equal(first[path], second[path]) for path in first)
 
 
-def _are_close(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+def are_close(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+    """Whether two answers of a model are the same but for rounding."""
     return first.keys() == second.keys() and all(
         first[path].shape == second[path].shape and torch.allclose(first[path], second[path], rtol=1e-3, atol=1e-4)
         for path in first

@@ -18,13 +18,11 @@ from transformers.utils import logging
 from ..distributed import Announcer
 from ..rng import preserve_rng
 from .errors import ChainError
-from .modes import eval_mode, override_forward
+from .modes import ModuleStates, eval_mode, override_forward
+from .repeats import Repeats, Value, is_plain, watching_reads
 from .structure import Path, leaves, map_leaves
 
 logger = logging.get_logger(__name__)
-
-#: A state of a tensor's memory: which storage, and how often it was written to before. Views share it.
-Value = tuple[int, int]
 
 #: Operations whose result does not depend on the values of what they are called on.
 _SHAPE_ONLY = frozenset(
@@ -172,9 +170,19 @@ class Record:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the operations and the calls of one run."""
+    """Records the operations and the calls of one run.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: the model.
+        inputs: its inputs by name.
+        repeats: whether heavy operations that repeat others are done as well; see `Repeats`.
+
+    Attributes:
+        inputs: values of the inputs by name.
+        answers: see `Record`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], repeats: bool):
         super().__init__()
         self.calls: list[Call] = []
         self.operations: list[Operation] = []
@@ -185,6 +193,33 @@ class _Recorder(TorchDispatchMode):
         self._times_called: dict[nn.Module, int] = defaultdict(int)
         #: What keeps an address from being given to another storage, or to another tensor that has none.
         self._kept: dict[int, StorageWeakRef | torch.Tensor] = {}
+        self.inputs = {name: self.value(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        self.answers: frozenset[Value] = frozenset()
+        self._repeats = None if repeats else Repeats({self.value(tensor) for _, tensor in leaves(inputs)})
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Runs the model in eval mode and without gradients.
+
+        Raises:
+            ChainError: if it does not run.
+        """
+        watching = (
+            contextlib.nullcontext() if self._repeats is None else watching_reads(self._is_unknown, self._repeats.need)
+        )
+        with _recording(model, self), watching:
+            with self:
+                output = model(**inputs)
+            self.answers = frozenset(self.value(tensor) for tensor in answers_of(output).values())
+
+    @property
+    def why_not(self) -> str | None:
+        """Why the record may not be that of a run that does everything; None if it is."""
+        if self._repeats is None or self._repeats.why_needed is not None:
+            return None if self._repeats is None else self._repeats.why_needed
+        kept = (self._kept[address] for address, _ in self._repeats.unknown)
+        if all(isinstance(reference, StorageWeakRef) and reference.expired() for reference in kept):
+            return None
+        return "a tensor that was not computed is kept"
 
     def value(self, tensor: torch.Tensor) -> Value:
         """The value that a tensor has now."""
@@ -197,20 +232,37 @@ class _Recorder(TorchDispatchMode):
             self._kept.setdefault(address, tensor)
         return address, self._versions[address]
 
+    def _is_unknown(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of a tensor, maybe of another thread, were not computed."""
+        assert self._repeats is not None
+        if not is_plain(tensor):
+            return False
+        address = StorageWeakRef(tensor.untyped_storage()).cdata
+        return (address, self._versions.get(address, 0)) in self._repeats.unknown
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        reads = frozenset(self.value(tensor) for _, tensor in leaves((args, kwargs)))
-        output = func(*args, **kwargs)
+        given: dict[Value, list[torch.Tensor]] = defaultdict(list)
+        for _, tensor in leaves((args, kwargs)):
+            given[self.value(tensor)].append(tensor)
+        read = {} if name in _SHAPE_ONLY else given
         written = [tensor for value in _written(func, args, kwargs) for _, tensor in leaves(value)]
-        for storage in {self.value(tensor)[0] for tensor in written}:
+        storages = {self.value(tensor)[0] for tensor in written}
+        is_unknown = False
+        if self._repeats is None:
+            output = func(*args, **kwargs)
+        else:
+            output, is_unknown = self._repeats.run(func, args, kwargs, read, storages)
+        for storage in storages:
             self._versions[storage] += 1
-        made = frozenset(self.value(tensor) for _, tensor in leaves((output, written)))
-        flops = _flops(func, args, kwargs, output)
+        made = frozenset(self.value(tensor) for _, tensor in leaves((output, written))) - given.keys()
+        if self._repeats is not None:
+            own = {storage for storage, _ in made} - {storage for storage, _ in given}
+            self._repeats.follow(read.keys(), made, is_unknown, own)
         # A view has the value of what it is a view of: it neither reads nor makes one.
-        self.operations.append(
-            Operation(frozenset() if name in _SHAPE_ONLY else reads, made - reads, flops, name in _READ_BY_PYTHON)
-        )
+        flops = _flops(func, args, kwargs, output)
+        self.operations.append(Operation(frozenset(read), made, flops, name in _READ_BY_PYTHON))
         return output
 
     def wrap(self, module: nn.Module) -> Callable[[Callable], Callable]:
@@ -257,7 +309,8 @@ def record_run(
     """Runs a model in eval mode and records the run, and runs it once more with one sample more.
 
     The second run tells which dimensions of the tensors grow with the number of samples; a third one, on texts of one
-    position less, which grow with their width.
+    position less, which grow with their width. A record holds no values, so that most of the work of these runs is
+    left out; see `Repeats`.
 
     Args:
         model: the model; left as it is.
@@ -268,30 +321,36 @@ def record_run(
     Raises:
         ChainError: if the model does not run.
     """
-    recorder, larger = _Recorder(model), _Recorder(model)
-    values = {name: recorder.value(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    with _recording(model, recorder) as run:
-        output = run(inputs)
-    answers = frozenset(recorder.value(tensor) for tensor in answers_of(output).values())
-    with _recording(model, larger, operations=False) as run:
-        run(with_one_more_sample(inputs, samples))
+    recorder = _record(model, inputs)
+    larger = _record(model, with_one_more_sample(inputs, samples))
     _relate(recorder, larger, lambda specs, others: _scaled(specs, others, samples))
     if narrower is not None:
-        _relate(recorder, _record_narrower(model, narrower), _widened)
+        try:
+            _relate(recorder, _record(model, narrower), _widened)
+        except ChainError as error:
+            Announcer.survived(logger, f"{type(model).__name__} does not run on texts of another width", error)
     for call in recorder.calls:
         call.output = _with_specs(call.output, call.results)
     parameters = {recorder.value(parameter)[0]: name for name, parameter in model.named_parameters()}
-    return Record(samples, values, recorder.calls, recorder.operations, answers, parameters)
+    return Record(samples, recorder.inputs, recorder.calls, recorder.operations, recorder.answers, parameters)
 
 
-def _record_narrower(model: nn.Module, inputs: Mapping[str, Any]) -> _Recorder:
-    recorder = _Recorder(model)
-    try:
-        with _recording(model, recorder, operations=False) as run:
-            run(inputs)
-    except ChainError as error:
-        Announcer.survived(logger, f"{type(model).__name__} does not run on texts of another width", error)
-        return _Recorder(model)
+def _record(model: nn.Module, inputs: Mapping[str, Any]) -> _Recorder:
+    """Records a run; one that leaves out heavy operations that repeat others, unless something needs their values."""
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):  # whose reads are not seen
+        before = ModuleStates(model)
+        recorder = _Recorder(model, inputs, repeats=False)
+        try:
+            recorder.run(model, inputs)
+            why = recorder.why_not
+        except ChainError as error:
+            why = recorder.why_not or str(error)
+        if why is None:
+            return recorder
+        before.restore()
+        logger.debug(f"{type(model).__name__} is recorded with all its operations: {why}")
+    recorder = _Recorder(model, inputs, repeats=True)
+    recorder.run(model, inputs)
     return recorder
 
 
@@ -329,11 +388,7 @@ def with_one_more_sample(inputs: Mapping[str, Any], samples: int) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _recording(model: nn.Module, recorder: _Recorder, operations: bool = True) -> Iterator[Callable]:
-    def run(inputs: Mapping[str, Any]) -> Any:
-        with recorder if operations else contextlib.nullcontext():
-            return model(**inputs)
-
+def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng())
         stack.enter_context(torch.no_grad())
@@ -342,7 +397,7 @@ def _recording(model: nn.Module, recorder: _Recorder, operations: bool = True) -
             if not isinstance(module, torch.jit.ScriptModule):
                 stack.enter_context(override_forward(module, recorder.wrap(module)))
         try:
-            yield run
+            yield
         except Exception as error:  # the model's own code may raise anything
             raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
 

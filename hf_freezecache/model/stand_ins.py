@@ -49,7 +49,7 @@ _SHAPE_ONLY = {
 
 
 class FrozenOutputError(RuntimeError):
-    """Something reads a tensor that exists only on images: an output of a bypassed block, or the images themselves."""
+    """Something reads what exists only on samples: an output of a bypassed block, or the samples themselves."""
 
 
 class _Memory:
@@ -141,7 +141,7 @@ class StandIn(torch.Tensor):
         meta_kwargs = {name: "meta" if name == "device" else value for name, value in kwargs.items()}
         try:
             result = func(*tree_map(_on_meta, args), **tree_map(_on_meta, meta_kwargs))
-        except Exception as error:  # the result depends on the values; or the call fails on images, too
+        except Exception as error:  # the result depends on the values; or the call fails on samples, too
             raise _error(args, kwargs) from error
         if operation is _aten.equal or not any(isinstance(leaf, torch.Tensor) for leaf in tree_flatten(result)[0]):
             raise _error(args, kwargs)

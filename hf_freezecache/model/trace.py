@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -238,6 +238,34 @@ class Trace:
             names = tuple(sorted((block.name for block in self.blocks[:number]), key=len, reverse=True))
             self._cuts[number] = self._describe(boundary, names)
         return self._cuts[number]
+
+    def add_cut_before(self, parameters: Collection[str]) -> int:
+        """Makes a cut of its own behind the last block: before the first call of a module that holds some parameters.
+
+        Args:
+            parameters: their names.
+
+        Returns:
+            Its number for `cut`, beyond those of the chain.
+
+        Raises:
+            ChainError: if the model cannot be cut there; the message names what crosses.
+        """
+        owners = {name.rpartition(".")[0] for name in parameters}
+        call = next((call for call in self.record.calls if call.name in owners), None)
+        if call is None:
+            raise ChainError(f"{self.model_name} cannot be cut before its head: it does not run.")
+        found = self.flow.into(call, MOST_TENSORS)
+        end = self._calls[-1][1].end
+        while found.why_not is not None and call.parent is not None and call.parent.begin > end:
+            call = call.parent
+            found = self.flow.into(call, MOST_TENSORS)
+        if found.why_not is not None:
+            raise ChainError(f"{self.model_name} cannot be cut before its head: {found.why_not}.")
+        number = len(self.blocks) + 1
+        names = tuple(sorted((block.name for block in self.blocks), key=len, reverse=True))
+        self._cuts[number] = self._describe(found, names)
+        return number
 
     def find_main_input(self, args: tuple, kwargs: dict) -> int | str:
         """The position or the keyword of the main input in a call of the model.

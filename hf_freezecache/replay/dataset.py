@@ -1,4 +1,4 @@
-"""The wrapped data set, whose rows come from images or from a store."""
+"""The wrapped data set, whose rows come from samples or from a store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BatchRows:
 
     @property
     def stores(self) -> torch.Tensor:
-        """`store_number` of the store that they come from, 0 for images, int64 `(B,)`."""
+        """`store_number` of the store that they come from, 0 for samples, int64 `(B,)`."""
         return self.table[:, 3]
 
     @classmethod
@@ -282,7 +282,7 @@ class ReplayDataset(Dataset):
             store = self._store[1]
             views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
             entries = store.read_rows(numbers, views, self.pinned and get_worker_info() is None)
-        except (StoreError, OSError) as error:  # the training goes on from images
+        except (StoreError, OSError) as error:  # the training goes on from samples
             return LostRows(BatchRows.of(rows), f"{error} ({type(error).__name__})")
         cached = CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
         if not store.codec.layout.is_token:
@@ -299,7 +299,7 @@ def _occurrences(rows: Sequence[RequestedRow]) -> list[int]:
 
 
 def live_batch(source: RowSource, rows: BatchRows) -> Any:
-    """A batch of the training once more, from images, as a live epoch would draw and collate it.
+    """A batch of the training once more, from samples, as a live epoch would draw and collate it.
 
     Args:
         source: the samples of the training.

@@ -78,7 +78,7 @@ def why_not_through(
         except Exception as error:  # of the user's code
             Announcer.survived(logger, "The train loader fails on features", error)
             return (
-                "what `get_train_dataloader` returns fails on a batch of features in the place of images: "
+                "what `get_train_dataloader` returns fails on a batch of features in the place of samples: "
                 f"{describe_error(error)}"
             )
     if any(isinstance(batch, Mapping) and is_same(dict(expected), dict(batch)) for batch in passed):

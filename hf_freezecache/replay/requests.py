@@ -25,7 +25,7 @@ from ..rng import hash_key
 
 
 def store_number(path: Path | None) -> int:
-    """A number for a store, to tell batches of one from those of another: 63 bits; 0 for images."""
+    """A number for a store, to tell batches of one from those of another: 63 bits; 0 for samples."""
     return 0 if path is None else hash_key("store", str(path.absolute())) >> 1
 
 
@@ -47,11 +47,11 @@ class WriteRound:
 
 @dataclass(frozen=True)
 class RowOrigin:
-    """Where rows come from: a store, or images, drawn as views of a round or as live samples.
+    """Where rows come from: a store, or samples, drawn as views of a round or as live samples.
 
     Args:
         epoch: of the training, from 0.
-        store: path of the store; None: images.
+        store: path of the store; None: samples.
         round: of an epoch that is stored; None in all others.
         handle: what loader processes open the store with, whatever has happened to its path; None: by its path.
     """
@@ -63,7 +63,7 @@ class RowOrigin:
 
     @cached_property
     def store_number(self) -> int:
-        """Tells batches of one store from those of another: 63 bits; 0 for images."""
+        """Tells batches of one store from those of another: 63 bits; 0 for samples."""
         return store_number(self.store)
 
 
@@ -161,16 +161,16 @@ class SourceSwitch:
         return self.origin.round
 
     def set(self, path: Path | None, handle: StoreHandle | None = None) -> None:
-        """Sets the source: a store, or images. Rows that are asked for from now on come from it.
+        """Sets the source: a store, or samples. Rows that are asked for from now on come from it.
 
         Args:
-            path: of the store; None: images.
+            path: of the store; None: samples.
             handle: what loader processes open the store with; None: they open it by its path.
         """
         self.origin = RowOrigin(self.epoch, None if path is None else path.absolute(), handle=handle)
 
     def write(self, write_round: WriteRound) -> None:
-        """Sets the source: images drawn as views of a round. Rows that are asked for from now on come from it."""
+        """Sets the source: samples drawn as views of a round. Rows that are asked for from now on come from it."""
         self.origin = RowOrigin(self.epoch, None, write_round)
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
         epochs: by cut, how many remain from its first one to the end of the training.
 
     Raises:
-        RehearsalError: under explicit settings, if it is not the step on images.
+        RehearsalError: under explicit settings, if it is not the step on samples.
     """
     if session.keeper.why_not_cached is not None or session.chain.cut:
         return

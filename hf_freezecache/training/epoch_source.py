@@ -1,4 +1,4 @@
-"""Where an epoch's batches come from, as a value: images, images whose features a store keeps, or a store."""
+"""Where an epoch's batches come from, as a value: samples, samples whose features a store keeps, or a store."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class EpochSource(ABC):
         """Turns a collated batch of this source into model inputs.
 
         Args:
-            batch: as the loader returned it. One that a user has made of images is taken as it is in every epoch.
+            batch: as the loader returned it. One that a user has made of samples is taken as it is in every epoch.
             context: the model.
         """
 
@@ -95,24 +95,24 @@ class EpochSource(ABC):
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the checkpoint; `load_source` reads them."""
 
-    def close(self) -> None:  # noqa: B027 - batches of images leave nothing to do
+    def close(self) -> None:  # noqa: B027 - batches of samples leave nothing to do
         """Closes files that are written, and tells other runs that stores are not used any more."""
 
 
 class FromImages(EpochSource):
-    """Batches of images; the model runs whole.
+    """Batches of samples; the model runs whole.
 
     Args:
         cut: frozen blocks that it was chosen for.
         why: why there is no store, as the end of a sentence; None at cut 0.
-        lost_in: the epoch in which the store was lost, whose rest runs on images; None: all epochs of the cut do.
+        lost_in: the epoch in which the store was lost, whose rest runs on samples; None: all epochs of the cut do.
     """
 
     def __init__(self, cut: int = 0, why: str | None = None, lost_in: int | None = None):
         self.cut, self.why, self.lost_in = cut, why, lost_in
 
     def lasts(self, epoch: int) -> bool:
-        """Whether an epoch of its cut runs on images, too, without anybody asking for a store."""
+        """Whether an epoch of its cut runs on samples, too, without anybody asking for a store."""
         return self.lost_in is None or self.lost_in == epoch
 
     def turn(self, switch: SourceSwitch) -> None:

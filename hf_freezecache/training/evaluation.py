@@ -112,8 +112,8 @@ class EvaluationPass:
 class EvaluationCache:
     """Stores of the evaluation sets' features at the current cut, for the evaluations of one training.
 
-    The last evaluation runs on images and once more from the store, so that both results can be compared. Whatever
-    goes wrong is logged, and evaluations run on images.
+    The last evaluation runs on samples and once more from the store, so that both results can be compared. Whatever
+    goes wrong is logged, and evaluations run on samples.
 
     Args:
         spec_maker: of the training.
@@ -160,7 +160,7 @@ class EvaluationCache:
     def second_source(self, first: EvaluationPass) -> EpochSource | None:
         """Where the batches come from when the last evaluation is repeated; None: it is not.
 
-        An evaluation on images is repeated from the store, if there is one. One from a store is repeated on images:
+        An evaluation on samples is repeated from the store, if there is one. One from a store is repeated on samples:
         early stopping decides after an evaluation that it was the last.
         """
         if first.from_store:
@@ -169,7 +169,7 @@ class EvaluationCache:
         return source if isinstance(source, FromStore) else None
 
     def compare(self, on_images: Mapping[str, float], from_store: Mapping[str, float], prefix: str) -> None:
-        """Logs the last evaluation's metrics on images beside those from the store.
+        """Logs the last evaluation's metrics on samples beside those from the store.
 
         Args:
             on_images: metrics named with the prefix.
@@ -183,7 +183,7 @@ class EvaluationCache:
             if isinstance(other, float) and not name.endswith(_TIMINGS):
                 pairs.append(f"{name} {on_images[name]:.6g} / {other:.6g}")
         if pairs:
-            self.announcer.info(f"The last evaluation on images / from cached features: {', '.join(pairs)}.")
+            self.announcer.info(f"The last evaluation on samples / from cached features: {', '.join(pairs)}.")
 
     def stop(self) -> None:
         """The training has ended or broken off."""
@@ -193,7 +193,7 @@ class EvaluationCache:
         if self._ended_from_store:
             self.announcer.warning(
                 "The last evaluation of this training was from cached features (fp16); `trainer.evaluate()` runs on "
-                "images."
+                "samples."
             )
 
     # Data
@@ -207,7 +207,7 @@ class EvaluationCache:
             except ValueError:
                 self.announcer.warning_once(
                     f"An evaluation set ({type(loader.dataset).__name__}) has no rows to cache: it is evaluated on "
-                    "images."
+                    "samples."
                 )
                 return None
             train = self.context.source
@@ -252,7 +252,7 @@ class EvaluationCache:
         except Exception as error:  # an optional thing: nothing that goes wrong here may cost a training
             entry.declined_cut = cut
             self.announcer.failure(
-                f"There is no store of the evaluation set for cut {cut}, so evaluations run on images", error
+                f"There is no store of the evaluation set for cut {cut}, so evaluations run on samples", error
             )
 
     # Replay
@@ -287,7 +287,7 @@ class EvaluationCache:
         """Yields the inputs for one batch of an evaluation; codes are decoded and the prefix is bypassed.
 
         Args:
-            batch: of images, or of codes.
+            batch: of samples, or of codes.
             force_eager: run compiled code uncompiled where the prefix is bypassed.
         """
         entry = self._running
@@ -300,18 +300,18 @@ class EvaluationCache:
                 yield step.inputs
 
     def images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of the running evaluation from images."""
+        """A batch of the running evaluation from samples."""
         assert self._running is not None  # called inside `replaying` only
         rows = replace(self.context, source=self._running.rows)
         with preserve_rng():
             return FromImages(self.chain.cut).step_inputs(batch, rows).inputs
 
     def decline(self, loader: DataLoader, error: Exception) -> EpochSource:
-        """Takes images for a loader's data set at this cut, as evaluations fail on features; returns that source."""
+        """Takes samples for a loader's data set at this cut, as evaluations fail on features; returns that source."""
         entry = self._entry(loader)
         if entry is not None:
             entry.source, entry.declined_cut = None, self.chain.cut
-        self.announcer.failure("Evaluations cannot run on features, so they run on images", error)
+        self.announcer.failure("Evaluations cannot run on features, so they run on samples", error)
         return FromImages(self.chain.cut)
 
     # Helpers
@@ -324,9 +324,9 @@ class EvaluationCache:
         return next((entry for entry in self._sets if entry.switch is switch), None)
 
     def _stored_source(self, loader: DataLoader) -> EpochSource:
-        """The store of a loader's data set, if it is valid for the model as it is now; else images.
+        """The store of a loader's data set, if it is valid for the model as it is now; else samples.
 
-        Outside `evaluation` always images: nobody would repeat such a pass on images at the end.
+        Outside `evaluation` always samples: nobody would repeat such a pass on samples at the end.
         """
         images, entry = FromImages(self.chain.cut), self._entry(loader)
         if self._passes is None or entry is None or entry.source is None:
@@ -337,7 +337,7 @@ class EvaluationCache:
             return entry.source
         self.announcer.warning_once(
             "The frozen prefix has other weights than when the store of the evaluation set was built (averaged "
-            "weights, a loaded checkpoint?): evaluations of such a model run on images."
+            "weights, a loaded checkpoint?): evaluations of such a model run on samples."
         )
         return images
 
@@ -345,7 +345,7 @@ class EvaluationCache:
         """The store of a data set, None if there is none and none is built; and whether it was built now."""
         probe = self.group.on_all(lambda: self.context.model_inputs(entry.rows.probe()))
         with contextlib.ExitStack() as stack:
-            # Of its own: the evaluation's images may have another size than those of the training.
+            # Of its own: the evaluation's samples may have another size than those of the training.
             trace = self.group.on_all(lambda: stack.enter_context(self.chain.traced(probe)))
             limit = self.group.on_main(self._limit)
             augmentation = self._survey(entry)
@@ -418,7 +418,7 @@ class EvaluationCache:
             repeated = "the base view of its ReplayableTransform" if augmentation.replayable else "one draw of it"
             self.announcer.warning(
                 f"The evaluation set is random (transform or collator): evaluations from its store repeat {repeated}, "
-                "those on images draw anew."
+                "those on samples draw anew."
             )
 
     def _remove(self, store: FeatureStore) -> None:

@@ -45,7 +45,7 @@ class EvaluationHooks(TrainerHooks):
         Callbacks that count evaluations are not told.
 
         Returns:
-            The metrics of the pass on images, under the names that they have in `first`.
+            The metrics of the pass on samples, under the names that they have in `first`.
         """
         source = evaluation.second_source(first)
         if source is None:
@@ -143,7 +143,7 @@ class EvaluationHooks(TrainerHooks):
                         step(model, evaluation.images_of(inputs), *args, **kwargs)
                 raise
 
-        # What fails on features fails on all processes: they begin again together, on images.
+        # What fails on features fails on all processes: they begin again together, on samples.
         return evaluation.group.on_all(run_in_step) if evaluation.is_replaying else run()
 
     @contextmanager

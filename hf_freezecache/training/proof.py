@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 class MismatchError(RuntimeError):
-    """Features are not those of the training (any more), and it cannot, or must not, go on from images."""
+    """Features are not those of the training (any more), and it cannot, or must not, go on from samples."""
 
 
 class Proof:

@@ -36,7 +36,7 @@ _REHEARSED = CODE_PREFIX + "rehearsed"
 
 
 class RehearsalError(ValueError):
-    """A training on features would not be the training on images; the message says where they part."""
+    """A training on features would not be the training on samples; the message says where they part."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Rehearsal:
             self.check(cut)
             return
         with self._running(cut):
-            whole = group.on_all(lambda: self._run(batch, "a batch of images"))
+            whole = group.on_all(lambda: self._run(batch, "a batch of samples"))
             replayed = group.on_all(lambda: self._replay(on_features, batch))
             difference = find_difference(whole, replayed, mask=mask)
             if not any(group.gather(difference is not None)):
                 return
             # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
-            again = group.on_all(lambda: self._run(batch, "a batch of images"))
+            again = group.on_all(lambda: self._run(batch, "a batch of samples"))
         if difference is not None and find_difference(whole, again) is not None:
             difference = find_difference(whole, replayed, _TOLERANCE, mask, again)
         found = next((reason for reason in group.gather(difference) if reason is not None), None)
@@ -110,7 +110,7 @@ class Rehearsal:
             self.check(cut)
             return
         raise RehearsalError(
-            f"a training step on features of cut {cut} is not the step on images: {found}.{self._advice()}"
+            f"a training step on features of cut {cut} is not the step on samples: {found}.{self._advice()}"
         )
 
     def step_inputs(self, batch: Mapping[str, Any]) -> StepInputs:
@@ -123,7 +123,7 @@ class Rehearsal:
         return StepInputs.on_features(chain, self._cut, features, others, "replay")
 
     def _batches(self, cut: int) -> tuple[Mapping[str, Any], Mapping[str, Any], torch.Tensor | None]:
-        """A few rows as a batch of images, and as one of features; and where their tokens are, if padding is not kept.
+        """A few rows as a batch of samples and as one of features; and where their tokens are, if padding is not kept.
 
         Where no row has padding, nothing would show whether something reads what is there: then it is kept.
         """
@@ -195,12 +195,12 @@ class Rehearsal:
         except RehearsalError:
             if self.context.group.size > 1 and count_operations() == before:
                 # Others may have come to where the step communicates, and wait: this process comes there, too.
-                self._run(batch, "a batch of images")
+                self._run(batch, "a batch of samples")
             raise
 
     def _advice(self) -> str:
         return (
-            " What computes the loss reads something that exists on images only, or changes the model's input."
+            " What computes the loss reads something that exists on samples only, or changes the model's input."
             f"{self._look_at} cache='never' freezes without features."
         )
 
@@ -229,17 +229,17 @@ def find_difference(
     Outputs that are stand-ins on features are left out: who reads them gets an error.
 
     Args:
-        whole: of the step on images.
+        whole: of the step on samples.
         replayed: of the step on features.
         tolerance: accepted deviation, relative to the largest value of a tensor.
         mask: bool `(B, W)`, where the tokens of texts are; outputs at padding are not compared. None: all are.
-        again: of the step on images once more: some times as much as it deviates is accepted, too.
+        again: of the step on samples once more: some times as much as it deviates is accepted, too.
 
     Shapes: B rows, W positions of a text.
     """
     same = whole if again is None else again
     if not _agree(whole.loss, replayed.loss, same.loss, tolerance):
-        return f"the loss is {_show(whole.loss)} on images and {_show(replayed.loss)} on features"
+        return f"the loss is {_show(whole.loss)} on samples and {_show(replayed.loss)} on features"
     for name, value in whole.outputs.items():
         other, noisy = replayed.outputs.get(name), same.outputs.get(name, value)
         if mask is not None and other is not None and not isinstance(other, StandIn):

@@ -29,6 +29,7 @@ from .accounting import Accounts
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .head_start import HeadStart
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
@@ -56,7 +57,7 @@ class FreezeSession:
 
     Attributes:
         source: where the batches of the running epoch come from.
-        evaluation: stores of the evaluation sets; None where evaluations run on images, and after the training.
+        evaluation: stores of the evaluation sets; None where evaluations run on samples, and after the training.
         loader: of the training, as `Trainer` made it.
         shared: what objects of the user's may refer to and nobody copies: the trainer, the model. Until the data is
             checked: the trainer refers to its session.
@@ -84,6 +85,7 @@ class FreezeSession:
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
+        self.head_start = HeadStart(self.context, step)
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
@@ -95,7 +97,7 @@ class FreezeSession:
             if reason is None:
                 self.evaluation = EvaluationCache(spec_maker, provider.holdings, self.accounts, is_last)
             else:
-                self.announcer.warning(f"cache_eval: evaluations during training run on images ({reason}).")
+                self.announcer.warning(f"cache_eval: evaluations during training run on samples ({reason}).")
         self.optimizer: Any = None
         self.wrapped_model: nn.Module = context.model
         # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
@@ -126,7 +128,7 @@ class FreezeSession:
         self.announcer.warning_once(message)
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
-        """Brings the cut to `moment.cut`, then the source: a store where one pays, images otherwise."""
+        """Brings the cut to `moment.cut`, then the source: a store where one pays, samples otherwise."""
         self.ledger.end_all()
         self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
@@ -231,7 +233,7 @@ class FreezeSession:
     ) -> torch.Tensor:
         """Runs one training step; on features where the batch is from a store, and they are valid.
 
-        A step that needs what only images have is run again on the images of its rows, and so are the later ones.
+        A step that needs what only samples have is run again on the samples of its rows, and so are the later ones.
 
         Args:
             batch: as the loader returned it.
@@ -240,12 +242,15 @@ class FreezeSession:
 
         Raises:
             MismatchError: under `on_mismatch="error"`, if the features are not those of the training any more; or if
-                a step that needs what only images have cannot be run again.
+                a step that needs what only samples have cannot be run again.
         """
         if self.proof.rehearsal.is_running:
             step = mix(self.proof.rehearsal.step_inputs(batch))
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
+        if self.head_start.is_running:
+            with self.head_start.bypassing(batch) as inputs:
+                return run(inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
@@ -301,6 +306,18 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
+    def give_head_start(self) -> None:
+        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
+        with looking_at(self.context.source), self.ledger.phase(0, "head_start") as phase:
+            started = self.head_start.run()
+        if started is None:
+            self.ledger.drop(phase)
+            return
+        phase.epochs, phase.steps = self.config.head_start_epochs, started.steps
+        phase.flops += self.meter.per_sample("eval") * started.passes
+        self.meter.book(phase.flops)
+        (self.announcer.info if started.is_kept else self.announcer.warning)(started.describe())
+
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""
         before_steps.rehearse(self, epochs)
@@ -340,7 +357,7 @@ class FreezeSession:
                 self._lose(str(error))
 
     def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The loader's batches; those whose rows cannot be read from the store any more as images."""
+        """The loader's batches; those whose rows cannot be read from the store any more as samples."""
         for batch in self.accounts.clock.waiting(batches):
             lost = take_lost(batch)
             if lost is None:
@@ -350,20 +367,20 @@ class FreezeSession:
                 yield live_batch(self.context.source, lost[1])
 
     def _lose(self, why: str) -> None:
-        """The rest of the epoch runs on images; the next one opens or builds another store."""
+        """The rest of the epoch runs on samples; the next one opens or builds another store."""
         self._lost = why
         if not isinstance(self.source, FromStore) or not self.source.is_open:
             return
         store = self.source.store
         self.announcer.warning(
-            f"The feature store {store.path} was lost while it was in use: {why} The training goes on from images "
+            f"The feature store {store.path} was lost while it was in use: {why} The training goes on from samples "
             "until there is another one."
         )
         self.keeper.provider.lose(store)
         self._turn_to_images(FromImages(self.chain.cut, why, lost_in=self.switch.epoch))
 
     def _fall_back(self, why: str | None, alone: bool = False) -> None:
-        """From now on the training runs on images, unless there is no reason for it.
+        """From now on the training runs on samples, unless there is no reason for it.
 
         Args:
             why: as a sentence; None: there is no reason.
@@ -378,7 +395,7 @@ class FreezeSession:
         if self.config.on_mismatch == "error" and not (alone and self.group.size > 1):
             raise MismatchError(
                 f"the features of cut {self.chain.cut} cannot be used (any more): {why} on_mismatch='fallback' would "
-                "go on from images."
+                "go on from samples."
             )
         if alone:
             self._mismatch = why
@@ -404,7 +421,7 @@ class FreezeSession:
 
     def decline(self, why: str) -> None:
         self.keeper.mismatch = why
-        self.announcer.warning(f"No features are stored or replayed any more, training goes on from images: {why}")
+        self.announcer.warning(f"No features are stored or replayed any more, training goes on from samples: {why}")
 
     def step_flops(self) -> float:
         """FLOPs of the last micro-batch and of the builds before it, measured once per cut and mode."""
@@ -457,7 +474,7 @@ class FreezeSession:
 
     @property
     def store(self) -> FeatureStore | None:
-        """The store that the running epoch reads; None if it reads images."""
+        """The store that the running epoch reads; None if it reads samples."""
         return self.source.store if isinstance(self.source, FromStore) and self.source.is_open else None
 
     def status(self) -> FreezeStatus:

@@ -107,7 +107,7 @@ class StepState:
 
 
 def _not_again(why: str, error: FrozenOutputError) -> MismatchError:
-    again = MismatchError(f"{error} This step cannot be run again on images: {why}.")
+    again = MismatchError(f"{error} This step cannot be run again on samples: {why}.")
     again.__cause__ = error
     return again
 

@@ -25,7 +25,7 @@ from .worth import Declined
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
-_CONSEQUENCE = "The blocks stay frozen, but every epoch reads images and runs them through the frozen blocks"
+_CONSEQUENCE = "The blocks stay frozen, but every epoch reads samples and runs them through the frozen blocks"
 
 
 class Step(enum.Enum):
@@ -206,7 +206,7 @@ class StoreKeeper:
         return store if isinstance(store, FromImages) else FromStore(request.cut, store)
 
     def _guarded(self, cut: int, make: Callable[[], T]) -> T | FromImages:
-        """The store that `make` returns; images, with a message, if it returns none.
+        """The store that `make` returns; samples, with a message, if it returns none.
 
         Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
         directory that can be written, and weights that have diverged since the cut was proved at the beginning; under

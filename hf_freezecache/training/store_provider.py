@@ -1,4 +1,4 @@
-"""Finding or making the store of one cut: which codec fits, whether it pays, from images or from the store before."""
+"""Finding or making the store of one cut: which codec fits, whether it pays, from samples or from the store before."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Decision:
     Args:
         codec: of the store.
         store: directory name of the store; None while live epochs write it.
-        parent: cut of the store that it was made from; None if it was made from images.
+        parent: cut of the store that it was made from; None if it was made from samples.
         written: whether live epochs have written it, or do.
     """
 
@@ -329,7 +329,7 @@ class StoreProvider:
 
         Args:
             spec: what to make.
-            images: the same from images.
+            images: the same from samples.
             attempt: how.
 
         Raises:
@@ -388,14 +388,14 @@ class StoreProvider:
         reason = self.group.on_main(partial(why_not_deepen, parent, images))
         if reason is not None:
             self.announcer.warning_once(
-                f"Building the store for cut {images.cut} from images; the store at cut {parent.manifest.cut} cannot "
+                f"Building the store for cut {images.cut} from samples; the store at cut {parent.manifest.cut} cannot "
                 f"be extended because {reason}."
             )
             return images
         return self.spec_maker.deepened(images, parent)
 
     def _open_parent(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | None:
-        """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs images."""
+        """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs samples."""
         if self._parent_deleted:
             return None
         parent = attempt.request.parent
@@ -419,7 +419,7 @@ class StoreProvider:
             return self._complete(_Attempt(request, self.decisions.get(cut)))
         except Declined as reason:
             self.announcer.warning(
-                f"The store of cut {cut} cannot be built again, so the deeper one is built from images: {reason}."
+                f"The store of cut {cut} cannot be built again, so the deeper one is built from samples: {reason}."
             )
             return None
 

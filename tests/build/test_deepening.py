@@ -406,5 +406,5 @@ def test_runs_refuse_views_that_the_store_does_not_hold(tmp_path):
     spec = make_spec(model, tmp_path, cut=3)
     features = StoreFeatures(spec.chain, 3, spec.source, spec.layout, store, lambda batch: batch)
     for wanted in (dict(views=1), dict(geometry="projective")):
-        with pytest.raises(ValueError, match="from images"):
+        with pytest.raises(ValueError, match="from samples"):
             next(features.run([0], **wanted))

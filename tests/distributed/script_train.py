@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
+from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
 from support.token_rows import Pad, Texts, bert  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
@@ -29,6 +31,17 @@ def augmented(kind: str):
     if kind == "crop":
         return picture_dataset(50).with_transform(replayable())
     return pictures_with_a_marked_one(49).with_transform(replayable(FlipAndErase()))
+
+
+class PadsOtherwiseAtFirst(TrainerCallback):
+    """Lets a collator pad on the left until the first step."""
+
+    def __init__(self, collator: Pad):
+        self.collator = collator
+        collator.side = "left"
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.collator.side = "right"
 
 
 def mirror_in_step(step: int) -> None:
@@ -83,9 +96,11 @@ def main() -> None:
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     parser.add_argument("--cache_eval", action="store_true")
     parser.add_argument("--on_mismatch", default="fallback")
+    parser.add_argument("--head_start_epochs", type=int, default=0, help="the model is a pretrained one then")
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
     parser.add_argument("--trouble_step", type=int, default=0)
+    parser.add_argument("--left_at_first", help="the process that pads texts on the left until the first step")
     parser.add_argument("--mirror_in_step", type=int)
     parser.add_argument("--communicates", help="when images are read: 'step, before', 'evaluation, after' ...")
     parser.add_argument("--ends_itself", action="store_true", help="the interpreter ends as in a user's script")
@@ -109,10 +124,16 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> None:
     has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
+    callbacks = [TROUBLES[options.trouble](options.trouble_step)] if has_trouble else []
     model, size = (tiny_resnet(), 32) if options.model == "resnet" else (tiny_vit(), 16)
+    model = settle(model) if options.head_start_epochs else model
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
+    texts = {}
     if options.model == "bert":
-        model, dataset = bert(), Texts(70)
+        model, dataset, collator = bert(), Texts(70), Pad(width=None if options.left_at_first is None else 13)
+        texts = {"data_collator": collator}
+        if options.left_at_first == os.environ["RANK"]:
+            callbacks.append(PadsOtherwiseAtFirst(collator))
     trainer = run(
         model,
         dataset,
@@ -124,17 +145,18 @@ def train(options: argparse.Namespace) -> None:
             cache_eval=options.cache_eval,
             materialize=options.materialize,
             on_mismatch=options.on_mismatch,
+            head_start_epochs=options.head_start_epochs,
             feature_cache_dir=str(options.output / "cache"),
         ),
-        callbacks=[TROUBLES[options.trouble](options.trouble_step)] if has_trouble else [],
+        callbacks=callbacks,
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
         ddp_timeout=60,
         gradient_accumulation_steps=options.accumulate,
-        remove_unused_columns=options.augmented is None and options.model != "bert",
-        data_collator=Pad() if options.model == "bert" else None,
+        remove_unused_columns=options.augmented is None and not texts,
         ddp_find_unused_parameters=None if options.find_unused is None else options.find_unused == "true",
+        **texts,
     )
     status = trainer.freeze_status()
     # Live BatchNorm statistics differ between processes until the next forward pass, under plain `Trainer` too.
@@ -145,6 +167,10 @@ def train(options: argparse.Namespace) -> None:
         "cut": status.cut,
         "replaying": status.replaying,
         "store": None if status.store_path is None else status.store_path.name,
+        "padding": [
+            sorted(chain_of(trainer).padding.ignored(status.cut)),
+            chain_of(trainer).padding.why_kept(status.cut),
+        ],
         "weights": tensors_digest({**dict(trainer.model.named_parameters()), **frozen}),
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],
         "processes": trainer.accelerator.num_processes,

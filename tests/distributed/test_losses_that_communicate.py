@@ -22,7 +22,7 @@ def train(output, when, ranks, *arguments, **settings):
 def test_step_that_can_be_run_again_costs_no_training(when, ranks, tmp_path):
     frozen, _ = train(tmp_path / "frozen", when, ranks, "--cache", "never")
     cached, log = train(tmp_path / "cached", when, ranks)
-    assert "training goes on from images" in log
+    assert "training goes on from samples" in log
     for one, other in zip(cached, frozen, strict=True):
         assert one["losses"] == other["losses"] and one["weights"] == other["weights"]
         assert not one["replaying"]

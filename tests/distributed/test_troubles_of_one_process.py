@@ -32,14 +32,14 @@ def test_trouble_of_one_process_costs_no_training(trouble, model, rank, tmp_path
         assert one["losses"] == other["losses"] and one["weights"] == other["weights"]
     replays = trouble == "loses"  # from another store, which the next epoch opens or builds
     assert [seen["replaying"] for seen in cached] == [replays, replays]
-    assert ("was lost while it was in use" if replays else "training goes on from images") in log
+    assert ("was lost while it was in use" if replays else "training goes on from samples") in log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_trouble_in_the_last_epoch_is_told(rank, tmp_path):
     cached, log = train(tmp_path / "cached", "--trouble", "changes", "--trouble_rank", rank, "--trouble_step", 26)
-    assert log.count("training goes on from images") == 1
+    assert log.count("training goes on from samples") == 1
     assert [seen["replaying"] for seen in cached] == [False, False]
 
 

@@ -45,6 +45,30 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     assert cached["weights"] == frozen["weights"]
 
 
+def test_two_processes_train_one_head_before_the_first_step(tmp_path):
+    launch(["--output", tmp_path, "--head_start_epochs", "2", "--points", "1:2", "--cache", "never"])
+    first, second = seen_by(tmp_path)
+    assert first["modes"][0] == second["modes"][0] == "head_start"
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_padding_that_counts_in_one_process_is_kept_in_both(rank, tmp_path):
+    """Else one of them would store rows without padding, or wait for the other, which stores none."""
+    shared = ["--model", "bert", "--points", "1:3", "--left_at_first", rank]
+    for name, arguments in {"frozen": ["--cache", "never"], "cached": ["--codec", "fp32"]}.items():
+        (tmp_path / name).mkdir()
+        launch(["--output", tmp_path / name, *shared, *arguments], timeout=120)
+    frozen, cached = seen_by(tmp_path / "frozen"), seen_by(tmp_path / "cached")
+    for one, other in zip(cached, frozen, strict=True):
+        assert one["replaying"] and one["padding"][0] == []
+        assert one["losses"] == other["losses"] and one["weights"] == other["weights"]
+    why = [one["padding"][1] for one in cached]
+    assert "texts are padded on the left" in why[rank] and why[0] == why[1]
+    assert cached[0]["store"] == cached[1]["store"]
+
+
 @pytest.mark.slow
 def test_a_step_that_one_process_runs_again_on_images_waits_for_nobody(tmp_path):
     """BatchNorm statistics are sent around before a forward pass, and the other process makes only one."""

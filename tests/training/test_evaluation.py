@@ -65,9 +65,9 @@ def test_both_numbers_of_the_last_evaluation_are_logged(tmp_path, caplog):
     assert (usual["step"], again["step"]) == (16, 16)
     assert {name.replace("_cached", "") for name in again} == set(usual)
     assert len(evaluations(trainer)) == 5
-    [line] = messages(caplog, "on images / from cached features")
+    [line] = messages(caplog, "on samples / from cached features")
     assert f"eval_accuracy {usual['eval_accuracy']:.6g} / {again['eval_cached_accuracy']:.6g}" in line
-    assert not messages(caplog, "`trainer.evaluate()` runs on images")
+    assert not messages(caplog, "`trainer.evaluate()` runs on samples")
 
 
 def test_prefix_is_not_run_in_cached_evaluations(tmp_path):
@@ -248,7 +248,7 @@ def test_early_stopping_ends_with_an_evaluation_on_images(tmp_path, caplog):
     assert entries[-2] == evaluations(images)[-1]  # exactly: on images
     assert entries[-1]["eval_cached_loss"] == entries[-3]["eval_loss"]
     assert entries[-1]["eval_cached_loss"] == pytest.approx(entries[-2]["eval_loss"], rel=2e-3)
-    assert len(messages(caplog, "on images / from cached features")) == 1
+    assert len(messages(caplog, "on samples / from cached features")) == 1
     assert_same_weights(weights(cached), weights(images))
 
 

@@ -1,4 +1,4 @@
-"""Cached evaluations that need what only images have: they run on images, and say so."""
+"""Cached evaluations that need what only samples have: they run on samples, and say so."""
 
 import pytest
 import torch
@@ -51,5 +51,5 @@ def test_evaluations_that_need_images_run_on_images(trainer_class, tmp_path, cap
     on_images = train(trainer_class, tmp_path / "images", False)
     cached = train(trainer_class, tmp_path / "cached", True)
     assert without_cached(evaluations(cached)) == evaluations(on_images)
-    assert messages(caplog, "Evaluations cannot run on features, so they run on images")
+    assert messages(caplog, "Evaluations cannot run on features, so they run on samples")
     assert torch.equal(cached.model.classifier.weight, on_images.model.classifier.weight)

@@ -74,8 +74,8 @@ def test_features_beyond_half_precision_name_their_sample_and_stay_images(tmp_pa
 
     settings = dict(eval_dataset=Huge(), data_collator=collate, train=Rows(), compute_metrics=None, points="1:1")
     images, cached = both(tmp_path, **settings)
-    assert_as_on_images(images, cached, caplog, "so evaluations run on images: ")
-    assert "sample 5" in messages(caplog, "so evaluations run on images: ")[0]
+    assert_as_on_images(images, cached, caplog, "so evaluations run on samples: ")
+    assert "sample 5" in messages(caplog, "so evaluations run on samples: ")[0]
 
 
 def test_metrics_that_want_the_inputs_get_images(tmp_path, caplog):
@@ -157,4 +157,4 @@ def test_training_that_breaks_off_says_that_its_last_evaluation_was_cached(tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, callbacks=[Break()])
-    assert len(messages(caplog, "`trainer.evaluate()` runs on images")) == 1
+    assert len(messages(caplog, "`trainer.evaluate()` runs on samples")) == 1

@@ -27,7 +27,7 @@ def test_equal_outcomes_agree_nan_included():
 @pytest.mark.parametrize(
     ("replayed", "message"),
     [
-        (outcome(loss=1.5, weight=1.0), "loss is 1 on images and 1.5 on features"),
+        (outcome(loss=1.5, weight=1.0), "loss is 1 on samples and 1.5 on features"),
         (outcome(logits=2.5, weight=1.0), "output 'output.logits' differs"),
         (outcome(weight=1.5), "gradient of 'weight' differs"),
         (outcome(weight=1.0, bias=1.0), "'bias' gets a gradient from one of them only"),
@@ -139,7 +139,7 @@ def test_under_the_defaults_it_trains_on_images_as_without_a_cache(trainer_class
     default = train(trainer_class, tmp_path / "default", None, num_train_epochs=3)
     assert all(torch.equal(value, weights(never)[name]) for name, value in weights(default).items())
     assert default.freeze_status().cut and not default.freeze_status().replaying
-    assert "training goes on from images" in caplog.text
+    assert "training goes on from samples" in caplog.text
     assert trainer_class.__name__ in caplog.text or "_prepare_inputs" in caplog.text
 
 
@@ -224,11 +224,11 @@ def test_unplanned_cuts_are_rehearsed_when_they_come(tmp_path, caplog):
     )
     trainer.train()
     assert not trainer.freeze_status().replaying and trainer.freeze_status().cut == 2
-    assert "training goes on from images" in caplog.text
+    assert "training goes on from samples" in caplog.text
 
 
 def test_a_loss_that_reads_images_now_and_then_gets_them(tmp_path, caplog):
-    """No rehearsal sees it: the step that needs images runs on images, bit for bit."""
+    """No rehearsal sees it: the step that needs samples runs on samples, bit for bit."""
 
     class NowAndThen(FreezeCacheTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

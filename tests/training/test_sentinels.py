@@ -147,7 +147,7 @@ def test_a_change_after_the_build_ends_the_replay_and_nothing_is_trained_wrongly
     never, always = train(change, tmp_path / "never", "never"), train(change, tmp_path / "always", "always")
     assert losses(always) == losses(never)
     assert_same_weights(weights(always), weights(never))
-    assert "training goes on from images" in caplog.text
+    assert "training goes on from samples" in caplog.text
     assert not always.freeze_status().replaying and session_of(always).keeper.mismatch is not None
 
 
@@ -159,7 +159,7 @@ def test_a_coarse_codec_hides_no_change(tmp_path, caplog):
 @pytest.mark.parametrize("codec", ["fp32", "int4", "int2"])
 def test_nothing_changed_is_no_mismatch(codec, tmp_path, caplog):
     trainer = train(None, tmp_path, "always", codec=codec)
-    assert trainer.freeze_status().replaying and "goes on from images" not in caplog.text
+    assert trainer.freeze_status().replaying and "goes on from samples" not in caplog.text
 
 
 def test_the_log_names_row_and_cause(tmp_path, caplog):
