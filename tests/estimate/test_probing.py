@@ -12,6 +12,7 @@ from support.untouched import assert_same, snapshot, with_gradients
 from hf_freezecache import FreezeCacheConfig
 from hf_freezecache.augment.geometry import DENSE, PROJECTIVE
 from hf_freezecache.build.context import BuildContext
+from hf_freezecache.build.materialize import run_views
 from hf_freezecache.build.survey import choose_channels
 from hf_freezecache.cache.view_columns import ViewSpec
 from hf_freezecache.distributed import Group
@@ -74,11 +75,20 @@ def test_probe_leaves_model_and_generators_alone(name, kind, pictures, tmp_path)
 
 def test_a_build_of_texts_is_expected_to_run_less_padding_than_an_epoch(tmp_path, clock):
     build = make_text_spec(bert(), tmp_path, Texts(64, longest=30), Pad())
-    run = build.chain.prefix
-    build.chain.prefix = lambda inputs, cut: clock(inputs["input_ids"].numel()) or run(inputs, cut)
+    run, positions = build.chain.prefix, []
+
+    def prefix(inputs, cut):
+        positions.append(inputs["input_ids"].numel())
+        clock(positions[-1])
+        return run(inputs, cut)
+
+    build.chain.prefix = prefix
     prober = make_prober(build)
     costs = prober.measure(build, batches=8)
-    assert costs.prefix_build < 0.75 * costs.prefix
+    positions.clear()
+    list(run_views(build, range(build.source.num_ranges)))
+    assert costs.prefix_build == pytest.approx(sum(positions) / build.source.num_ranges, rel=0.1)
+    assert costs.prefix_build < 0.9 * costs.prefix
     assert prober.why_hopeless(build, 1.0) is None  # a build may take less than what an epoch saves
     images = make_spec(zoo.make("vit"), tmp_path)
     assert make_prober(images).why_hopeless(images, 1.0) is not None
