@@ -22,6 +22,7 @@ MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
 MismatchMode = Literal["fallback", "error"]
 ReuseMode = Literal["never", "proved", "content"]
+HeadStartMode = Literal["new", "always"]
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
@@ -57,6 +58,25 @@ class FreezeCacheConfig:
     freeze_stages: int = field(
         default=2,
         metadata={"help": "For policy linear: number of steps. Each costs a build: few, deep steps pay best."},
+    )
+    head_start_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "Epochs for which the head alone is trained before the training begins, on features of the whole "
+            "model before it, which runs once for them. Steps, schedule, epochs and logs of the training stay as they "
+            "are. 0: none."
+        },
+    )
+    head_start: HeadStartMode = field(
+        default="new",
+        metadata={
+            "help": "What gets a head start: new is a head whose weights are those of an initialization, before a "
+            "model whose weights are not; always is whatever comes behind the last block."
+        },
+    )
+    head_start_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the head start; if not given, it is chosen on held-out training rows."},
     )
     blocks: list[str] | None = field(
         default=None,
@@ -220,6 +240,7 @@ class FreezeCacheConfig:
                 f"freeze_stages={self.freeze_stages!r} must be an integer, at least 1; policy='none' freezes nothing."
             )
         self._check_augmentation()
+        self._check_head_start()
         if self.policy == "manual":
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
@@ -237,6 +258,14 @@ class FreezeCacheConfig:
         if self.progressive is None:
             return self.codec
         return Progression.parse(self.progressive).codec_at(cut, num_blocks)
+
+    def _check_head_start(self) -> None:
+        _one_of("head_start", self.head_start, HeadStartMode)
+        epochs, rate = self.head_start_epochs, self.head_start_lr
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"head_start_epochs={epochs!r} is a number of epochs: 0, 1, 2, ...")
+        if rate is not None and (not _is_number(rate) or not 0.0 < rate < float("inf")):
+            raise ValueError(f"head_start_lr={rate!r} must be more than 0, and finite; None chooses one.")
 
     def _check_augmentation(self) -> None:
         if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 0:

@@ -117,6 +117,13 @@ class Group:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
 
+    def average_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrites the tensors with their mean over all processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+                tensor /= self.size
+
 
 def count_operations() -> int:
     """How many operations between processes this one has begun, those of `DistributedDataParallel` included."""

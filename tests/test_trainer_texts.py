@@ -3,7 +3,20 @@
 import pytest
 import torch
 from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
-from support.token_rows import Pad, Texts, bart, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
+from support.token_rows import (
+    Choices,
+    Pad,
+    PadChoices,
+    Texts,
+    bart,
+    bert,
+    bert_of_choices,
+    bert_of_questions,
+    bert_of_tokens,
+    gpt2,
+    llama,
+    xlnet,
+)
 
 from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
 from hf_freezecache.cache.names import CHECKSUM, TOKENS
@@ -61,6 +74,31 @@ def test_training_on_features_is_close_to_the_frozen_one_where_batches_are_padde
     trained = train(make, texts, tmp_path / "cached", cached(), **settings)
     assert trained.freeze_status().replaying
     assert losses(trained) == pytest.approx(losses(frozen), abs=2e-4)
+
+
+@pytest.mark.parametrize("width", [13, None], ids=["one width", "to the longest"])
+def test_choices_are_stored_without_the_padding_of_their_texts(width, tmp_path):
+    questions, collator = Choices(), PadChoices(width=width)
+    frozen = train(bert_of_choices, questions, tmp_path / "frozen", manual("1:3", cache="never"), collator)
+    trained = train(bert_of_choices, questions, tmp_path / "cached", cached(), collator)
+    assert trained.freeze_status().replaying
+    assert losses(trained) == (losses(frozen) if width else pytest.approx(losses(frozen), abs=2e-4))
+    store = store_of(tmp_path / "cached")
+    tokens = sum(len(text) for row in questions.rows for text in row["input_ids"])
+    assert store.read_rows(range(len(questions)))["base"].shape == (tokens, 32 * 4)
+
+
+def test_a_question_of_another_number_of_choices_is_never_cached(tmp_path):
+    """One at a time they can be collated; what crosses a cut then has another number of rows for each sample."""
+    questions = Choices(8)
+    lengths = [sum(map(len, row["input_ids"])) for row in questions.rows]
+    middle = sorted(range(8), key=lengths.__getitem__)[4]  # not one of those that the model is looked at with
+    questions.rows[middle] |= {"input_ids": [*questions.rows[middle]["input_ids"], [1, 2]]}
+    settings = dict(per_device_train_batch_size=1, num_train_epochs=2, collator=PadChoices())
+    with pytest.raises((RuntimeError, ValueError), match="texts each|sizes"):
+        train(bert_of_choices, questions, tmp_path / "always", cached(cache="always"), **settings)
+    trained = train(bert_of_choices, questions, tmp_path / "defaults", None, **settings)
+    assert trained.state.global_step == 16 and not trained.freeze_status().replaying
 
 
 @pytest.mark.parametrize("codec", ["fp16", "int8", "int4", "mixed"])

@@ -121,8 +121,8 @@ EXAMPLES = {
 }
 #: Padding of other widths than a build's changes the last bits of the features here.
 NOISE = {"run_glue padded to eights", "sft padded on the left"}
-#: What is refused, and its words: padding has a share in the loss; rows are several texts, padded among themselves.
-NOT_CACHED = {"run_qa": "include padding", "run_swag": "pad to one length"}
+#: What is refused, and its words: padding has a share in the loss.
+NOT_CACHED = {"run_qa": "include padding"}
 
 
 def train(example, trainer_class, folder, **extra):

@@ -74,10 +74,10 @@ def load_rows(options: argparse.Namespace, tokenizer: Any) -> tuple[Dataset, Dat
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Accuracy of the plain and the freeze-only arm on validation questions, at every learning rate; finished stay."""
+    """Accuracy on validation questions of the arms that others are tuned as, at every learning rate; finished stay."""
     settings = settings_of(options)
     done = read_measurements(options.output_dir, TUNING, options.tuning_seed, settings)
-    for name in (PLAIN, FREEZE_ONLY):
+    for name in tuned_arms(options):
         for rate in options.learning_rates:
             key = f"{name} {rate:g}"
             if key in done:
@@ -92,12 +92,17 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def tuned_rates(options: argparse.Namespace) -> dict[str, float]:
-    """The learning rate with the highest validation accuracy, for the plain and for the freeze-only arm."""
+    """The learning rate with the highest validation accuracy, for every arm that was tuned."""
     done = read_measurements(options.output_dir, TUNING, options.tuning_seed, settings_of(options))
     return {
         name: max(options.learning_rates, key=lambda rate: done[f"{name} {rate:g}"]["accuracy"])
-        for name in (PLAIN, FREEZE_ONLY)
+        for name in tuned_arms(options)
     }
+
+
+def tuned_arms(options: argparse.Namespace) -> list[str]:
+    """The arms whose learning rate the chosen arms have."""
+    return sorted({ARMS[name].tuned_as for name in options.arms}, key=list(ARMS).index)
 
 
 def run_seed(seed: int, options: argparse.Namespace) -> None:
@@ -151,7 +156,7 @@ def train_arm(
         "compute_metrics": accuracy,
         "callbacks": [clock],
     }
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if arm.cache is None:
         trainer = Trainer(**kwargs)
     else:
@@ -163,6 +168,7 @@ def train_arm(
         "accuracy": clock.evaluations[-1]["accuracy"],
         "training_loss": losses,
         "run_seconds": time.perf_counter() - start,
+        "run_cpu_seconds": time.process_time() - cpu_start,
         "train_seconds": sum(clock.epoch_seconds),
         "epoch_seconds": clock.epoch_seconds,
         "setup_seconds": clock.setup_seconds,
@@ -234,6 +240,7 @@ def one_arm(name: str, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "learning_rate": rows[0]["learning_rate"],
         "accuracy_percent": {"mean": statistics.mean(points), "sd": deviation(points), "by_seed": points},
         "run_seconds": spread([row["run_seconds"] for row in rows]),
+        "run_cpu_seconds": spread([row["run_cpu_seconds"] for row in rows]),
         "train_seconds": spread([row["train_seconds"] for row in rows]),
         "build_seconds": statistics.median(row.get("build_seconds", 0.0) for row in rows),
         "setup_seconds": statistics.median(row["setup_seconds"] for row in rows),
@@ -248,13 +255,16 @@ def one_arm(name: str, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
                 [100 * (row["accuracy"] - b["accuracy"]) for b, row in zip(base, rows, strict=True)]
             )
             result[f"speedup_over_{other}"] = spread(faster)
+            cpu = [b["run_cpu_seconds"] / row["run_cpu_seconds"] for b, row in zip(base, rows, strict=True)]
+            result[f"cpu_speedup_over_{other}"] = spread(cpu)
     return result
 
 
 def table(arms: dict[str, dict[str, Any]], seeds: int) -> str:
     header = (
         "arm | learning rate | accuracy, % | minus freeze-only | 95 % interval | run s (min to max) | of it build s | "
-        "before the first epoch s | evaluation s | over plain | over freeze-only | bytes a token"
+        "before the first epoch s | evaluation s | over plain | over freeze-only | run CPU s (min to max) | "
+        "over freeze-only in CPU s | bytes a token"
     )
     rows = []
     for name, arm in arms.items():
@@ -273,6 +283,8 @@ def table(arms: dict[str, dict[str, Any]], seeds: int) -> str:
                 f"{arm['setup_seconds']:.1f}",
                 f"{arm['eval_seconds']:.1f}",
                 *("" if speedup is None else f"{speedup['median']:.2f}" for speedup in speedups),
+                "{median:.1f} ({min:.1f} to {max:.1f})".format(**arm["run_cpu_seconds"]),
+                f"{arm[f'cpu_speedup_over_{FREEZE_ONLY}']['median']:.2f}",
                 "" if arm["bytes_per_token"] is None else f"{arm['bytes_per_token']:.0f}",
             )
         )
@@ -290,6 +302,9 @@ def make_claims(arms: dict[str, dict[str, Any]]) -> list[Claim]:
                 claims.append(Claim(what, interval[0], at_least=-0.5))
             what = f"{name} over freeze-only, whole run"
             claims.append(Claim(what, arm[f"speedup_over_{FREEZE_ONLY}"]["median"], at_least=1.3))
+            claims.append(
+                Claim(f"{what}, in CPU seconds", arm[f"cpu_speedup_over_{FREEZE_ONLY}"]["median"], at_least=1.3)
+            )
     return claims
 
 

@@ -25,12 +25,12 @@ class ViewRun:
     Args:
         columns: model inputs besides the main one that belong to the rows.
         constants: model inputs that are the same for every batch.
-        features: `(B, *layout.shape)`; None if they were not asked for.
+        features: `(B, *layout.shape)`, of texts those of all their tokens, `(N, C)`; None if they were not asked for.
         geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
         refused: why it could not be told.
-        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
+        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; else None.
 
-    Shapes: B samples, G values of geometry, W positions of a text.
+    Shapes: B samples, G values of geometry, N tokens of all texts, C channels.
     """
 
     columns: dict[str, Any]
@@ -41,14 +41,14 @@ class ViewRun:
     mask: torch.Tensor | None = None
 
     def need_features(self) -> torch.Tensor:
-        """The features that are stored, where they were asked for: of texts those of all tokens, `(N, C)`.
+        """The features, where they were asked for.
 
         Raises:
             ValueError: if they were not.
         """
         if self.features is None:
             raise ValueError("the features of this view were not asked for")
-        return self.features if self.mask is None else self.features[self.mask.to(self.features.device)]
+        return self.features
 
     def samples_of(self, rows: Sequence[int]) -> Sequence[int]:
         """The sample of each of these features.
@@ -58,7 +58,7 @@ class ViewRun:
         """
         if self.mask is None:
             return rows
-        return np.repeat(np.asarray(rows), self.mask.sum(1).cpu().numpy()).tolist()
+        return np.repeat(np.asarray(rows), self.mask.flatten(1).sum(1).cpu().numpy()).tolist()
 
     def need_geometry(self) -> torch.Tensor:
         """The geometry, where it was asked for and could be told.
@@ -127,21 +127,53 @@ class ImageFeatures:
         for number, batches in self.source.loader(numbers, views, kind_and_grid):
             view_runs = []
             for view, drawn in enumerate(batches):
-                split = split_samples(drawn.batch, self.chain, self.cut, self.source, self.layout)
-                check_rows(len(split.main), self.source.rows(number))
-                features = self._features(drawn.batch, split, number) if view == 0 or own_features else None
+                rows, features = self.source.rows(number), None
+                split = self.split(drawn.batch, rows)
+                if view == 0 or own_features:
+                    features = self.compute(self.model_inputs(drawn.batch), rows)
+                    features = features if split.mask is None else features[split.mask.flatten(1).to(features.device)]
                 view_runs.append(
                     ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused, split.mask)
                 )
             yield number, view_runs
 
-    def _features(self, batch: Mapping[str, Any], split: BatchSplit, number: int) -> torch.Tensor:
-        rows = self.source.rows(number)
+    def split(self, batch: Mapping[str, Any], rows: Sequence[int]) -> BatchSplit:
+        """A collated batch as the store holds it.
+
+        Args:
+            batch: as the collator returned it.
+            rows: numbers of its samples.
+
+        Raises:
+            RowError: if it cannot be stored per row, or texts are padded where that changes their features.
+        """
+        split = split_samples(batch, self.chain, self.cut, self.source, self.layout)
+        check_rows(len(split.main), rows)
         if split.mask is not None:
+            texts = self.chain.own_trace().texts
+            if split.mask[:1].numel() // max(1, split.mask.shape[-1]) != texts:
+                raise RowError(f"the samples from {rows[0]} on are not {texts} texts each, as others are.")
             why_not = why_not_padded(split.mask, self.chain.padding.ignored(self.cut))
             if why_not is not None:
                 raise RowError(f"among the samples from {rows[0]} on, {why_not}.")
-        features = self.chain.prefix(self.model_inputs(batch), self.cut)
+        return split
+
+    def compute(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> torch.Tensor:
+        """Runs the prefix on a batch.
+
+        Args:
+            inputs: of the prefix.
+            rows: numbers of the samples.
+
+        Returns:
+            `(B, *layout.shape)`; of texts `(B, W, C)`, padding included.
+
+        Raises:
+            ValueError: if a feature has another size than the layout says.
+
+        Shapes: B samples, W positions of a text, C channels.
+        """
+        features = self.chain.prefix(inputs, self.cut)
         check_shape(features, self.layout, rows)
         if self.count_run is not None:
             self.count_run(0, self.cut, len(features))

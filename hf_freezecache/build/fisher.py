@@ -52,7 +52,7 @@ def fisher_weights(
             # The transform is orthonormal: a channel's mean square is that of its bands.
             if layout.is_token:
                 mask = token_mask(inputs, chain.main_input)
-                gradient = gradient if mask is None else gradient[mask]
+                gradient = gradient if mask is None else gradient[mask.flatten(1)]
             squares = to_bands(layout.body(gradient), layout).double().square().mean(3)
             total = total + (squares if bands else squares.mean(1, keepdim=True)).sum(0).cpu()
             samples += len(gradient)

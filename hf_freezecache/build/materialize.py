@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from ..distributed import Announcer, Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
 from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
-from .feature_sources import ViewRun
+from .feature_sources import ImageFeatures, ViewRun
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
+from .texts_by_length import run_by_length
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +40,8 @@ _POLL_SECONDS = 1.0
 _FIT_BATCHES, _FIT_BYTES = 8, 2**28
 #: Values of a channel, and samples, that are enough to know its distribution.
 _FIT_VALUES_PER_CHANNEL, _FIT_ROWS = 2**14, 32
+#: Neighbouring ranges of texts that run together, sorted by length, if their features take no more than `_FIT_BYTES`.
+_TOGETHER = 16
 
 
 def open_matching(spec: StoreSpec, group: Group) -> FeatureStore | None:
@@ -322,8 +326,26 @@ def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
 
 def run_views(spec: StoreSpec, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
     """Ranges of samples with the views that the spec stores of them."""
-    views = spec.views
-    return spec.feature_source.run(numbers, views.count, views.geometry, views.needs_features(spec.layout))
+    views, features = spec.views, spec.feature_source
+    if spec.layout.is_token and isinstance(features, ImageFeatures):
+        return run_by_length(features, numbers, partial(ranges_together, spec))
+    return features.run(numbers, views.count, views.geometry, views.needs_features(spec.layout))
+
+
+def ranges_together(spec: StoreSpec, number: int) -> list[int]:
+    """The ranges of texts that run together with one: those that the codec is fitted on, or its neighbours.
+
+    Args:
+        spec: of the store. Nothing else counts, so that the bits are the same whatever processes there are.
+        number: of the range.
+    """
+    fitted = [] if make_codec(spec.codec, spec.layout).fitted else fit_ranges(spec)
+    if number in fitted:
+        return fitted
+    count = max(1, min(_TOGETHER, _FIT_BYTES // _range_bytes(spec)))
+    first = number - number % count
+    neighbours = range(first, min(first + count, spec.source.num_ranges))
+    return [each for each in neighbours if each not in fitted]
 
 
 def store_bytes(spec: StoreSpec, codec: Codec, probe: BatchSplit, processes: int) -> int:

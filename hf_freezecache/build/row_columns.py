@@ -81,12 +81,21 @@ def pick_rows(view_run: ViewRun, positions: np.ndarray) -> ViewRun:
         return value if value is None else [value[position] for position in positions]
 
     columns = {name: pick(value) for name, value in view_run.columns.items()}
-    features, geometry, mask = pick(view_run.features), pick(view_run.geometry), pick(view_run.mask)
+    geometry, mask = pick(view_run.geometry), pick(view_run.mask)
+    features = pick(view_run.features) if view_run.mask is None else _pick_tokens(view_run, positions)
     return replace(view_run, columns=columns, features=features, geometry=geometry, mask=mask)
 
 
+def _pick_tokens(view_run: ViewRun, positions: np.ndarray) -> torch.Tensor | None:
+    if view_run.features is None or view_run.mask is None:
+        return None
+    parts = view_run.features.split(view_run.mask.flatten(1).sum(1).tolist())
+    return torch.cat([parts[position] for position in positions.tolist()])
+
+
 def _batch_rows(view_run: ViewRun) -> int | None:
-    values = [view_run.features, view_run.geometry, *view_run.columns.values()]
+    features = view_run.features if view_run.mask is None else view_run.mask
+    values = [features, view_run.geometry, *view_run.columns.values()]
     return next((len(value) for value in values if value is not None), None)
 
 

@@ -139,11 +139,11 @@ def collator_pads(source: RowSource, main_input: str) -> bool:
         mask = token_mask(source.collate(chosen), main_input)
         if mask is None:
             return False
-        alone = token_mask(source.collate([chosen[int(mask.sum(1).argmin())]]), main_input)
+        alone = token_mask(source.collate([chosen[int(mask.flatten(1).sum(1).argmin())]]), main_input)
     except Exception as error:  # whatever a collator raises; what comes next says so in words
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         return False
-    return alone is not None and alone.shape[1] != mask.shape[1]
+    return alone is not None and alone.shape[-1] != mask.shape[-1]
 
 
 def tells_geometry(source: RowSource) -> bool:

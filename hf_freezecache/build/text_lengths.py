@@ -29,5 +29,5 @@ def rows_by_length(source: RowSource, main_input: str) -> list[int] | None:
             mask = token_mask(source.collate(chosen), main_input)
             if mask is None:
                 return None
-            lengths |= dict(zip(chosen, mask.sum(1).tolist(), strict=True))
+            lengths |= dict(zip(chosen, mask.flatten(1).sum(1).tolist(), strict=True))
     return sorted(rows, key=lengths.__getitem__)

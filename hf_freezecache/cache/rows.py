@@ -82,9 +82,9 @@ class BatchSplit:
         main: the main input, `(B, ...)`.
         columns: entries with one value per sample, by name; the main input too if it holds tokens.
         constants: entries that are the same for every batch, by name.
-        mask: bool `(B, W)`, where the tokens of texts are that are stored without padding; else None.
+        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; else None.
 
-    Shapes: B samples, W positions of a text.
+    Shapes: B samples.
     """
 
     main: torch.Tensor

@@ -7,6 +7,7 @@ read, by which a sample that has changed since is seen.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def split_texts(batch: Any, texts: TextInputs, padding: Collection[str] | None =
             f"the frozen blocks read '{missing[0]}', which the collator does not return: whether it changes cannot be "
             "seen. Return it from the collator, not from `_prepare_inputs`."
         )
-    columns = {TOKENS: mask.sum(1), CHECKSUM: checksums(batch, mask, texts)}
+    columns = {TOKENS: mask.flatten(1).sum(1), CHECKSUM: checksums(batch, mask, texts)}
     constants = {}
     if padding is not None:
         constants = {PADDING: ",".join(sorted(padding)), INPUTS: ",".join(sorted(texts.read))}
@@ -57,12 +58,14 @@ def checksums(batch: Mapping[str, Any], mask: torch.Tensor, texts: TextInputs) -
 
     Args:
         batch: of texts.
-        mask: bool `(B, W)`, where the tokens are.
+        mask: bool `(B, W)` or `(B, K, W)`, where the tokens are.
         texts: what the frozen blocks read.
 
-    Shapes: B texts, W positions, padding included.
+    Shapes: B samples, K texts of a sample, W positions, padding included.
     """
     total = torch.zeros(len(mask), dtype=torch.int64)
+    if mask.ndim > 2:  # which text of a sample a token is of
+        total = _checksums(mask.sum(2), torch.ones(mask.shape[:2], dtype=torch.bool))
     for name in sorted(texts.read - {MASK}):
         own = _checksums(batch[name], mask.cpu())
         total = (total ^ own ^ zlib.crc32(name.encode())) * _OF_BOTH
@@ -85,9 +88,9 @@ def _checksums(value: Any, mask: torch.Tensor) -> torch.Tensor:
     numbers, counted = bits.to(torch.int64).reshape(len(mask), -1), torch.ones(1, 1, dtype=torch.int64)
     positions = torch.arange(1, numbers.shape[1] + 1)[None]
     has_positions = value.ndim > 2 or (value.ndim == 2 and not value.is_floating_point())
-    if has_positions and value.shape[1] == mask.shape[1]:
-        each = numbers.shape[1] // max(1, mask.shape[1])
-        counted = mask.to(torch.int64).repeat_interleave(each, 1)
+    if has_positions and value.shape[: mask.ndim] == mask.shape:
+        each = numbers.shape[1] // max(1, math.prod(mask.shape[1:]))
+        counted = mask.flatten(1).to(torch.int64).repeat_interleave(each, 1)
         positions = counted.cumsum(1)
     mixed = (numbers + 1) * _OF_TOKEN + positions * _OF_POSITION
     mixed = (mixed ^ (mixed >> 29)) * _OF_BOTH
@@ -131,18 +134,19 @@ def place_tokens(codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     Args:
         codes: `(N, length)`.
-        mask: bool `(B, W)`, where the N tokens are: those of a row beside each other.
+        mask: bool `(B, W)` or `(B, K, W)`, where the N tokens are: those of a text beside each other.
 
     Returns:
-        `(B, W, length)`.
+        `(B, W, length)`; of several texts a sample `(B, K * W, length)`.
     """
     # Copied row by row, and nothing else is written: ten times as fast as by a mask, in the time of every batch.
+    samples, mask = len(mask), mask.flatten(0, -2)
     placed, first = codes.new_empty(*mask.shape, codes.shape[1]), 0
     starts = mask.to(torch.uint8).argmax(1) if mask.numel() else mask.sum(1)
     for row, (start, length) in enumerate(zip(starts.tolist(), mask.sum(1).tolist(), strict=True)):
         placed[row, start : start + length] = codes[first : first + length]
         first += length
-    return placed
+    return placed.reshape(samples, -1 if samples else 0, codes.shape[1])
 
 
 def split_rows(codes: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -172,4 +176,4 @@ def decode_rows(codec: Codec, codes: Mapping[str, torch.Tensor]) -> torch.Tensor
         return codec.decode(codes)
     mask = codes[MASK]
     tokens = codec.decode({name: codes[name].flatten(0, 1) for name in codec.columns})
-    return blank_padding(tokens.unflatten(0, mask.shape), mask)
+    return blank_padding(tokens.unflatten(0, mask.flatten(1).shape), mask)

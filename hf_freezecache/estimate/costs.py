@@ -23,6 +23,7 @@ class Costs:
     Args:
         load: fetching and collating it as a live epoch does.
         prefix: forward pass of the frozen blocks, transfer included.
+        prefix_build: the same in a build, which sorts texts by length; None: it takes as long.
         load_base: fetching and collating the base view, as a build does.
         load_view: the same for an augmented view, its geometry included.
         encode: encoding, writing and checking base view and all others.
@@ -40,6 +41,7 @@ class Costs:
     load: float
     prefix: float
     load_base: float
+    prefix_build: float | None = None
     load_view: float = 0.0
     encode: float = 0.0
     read: float = 0.0
@@ -50,6 +52,11 @@ class Costs:
     fixed: float = 0.0
     frame_bytes: Mapping[str, float] | None = None
     peak_memory_bytes: int | None = None
+
+    @property
+    def build_prefix(self) -> float:
+        """Forward pass of the frozen blocks in a build."""
+        return self.prefix if self.prefix_build is None else self.prefix_build
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ def make_row(
 def build_seconds(costs: Costs, work: Work) -> float:
     """Seconds of a build: choosing the sensitive channels, fitting the codec, and one pass over all ranges."""
     if costs.run is None:
-        compute, load = costs.prefix * (1 + work.views_run), costs.load_base + work.views * costs.load_view
+        compute, load = costs.build_prefix * (1 + work.views_run), costs.load_base + work.views * costs.load_view
         compared = overlapped(2 * costs.prefix + costs.compare, costs.load_base + costs.load_view, work.workers)
     else:
         compute, load = costs.run, 0.0

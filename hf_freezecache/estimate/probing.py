@@ -23,6 +23,7 @@ from ..build.feature_sources import ImageFeatures, ViewRun, check_shape
 from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
+from ..build.texts_by_length import run_together
 from ..cache.codec import Codec, make_codec
 from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch
@@ -87,7 +88,8 @@ class Prober:
             pace: of the live epochs before; None if there were none.
             looks: ranges that are yet to be drawn to see what is random in them.
         """
-        from_images = isinstance(spec.feature_source, ImageFeatures)
+        # A build runs texts with less padding than an epoch: by how much must be measured.
+        from_images = isinstance(spec.feature_source, ImageFeatures) and not spec.layout.is_token
         return why_hopeless(self.work(spec), epochs_left, from_images, pace, looks)
 
     def refuse(
@@ -243,6 +245,7 @@ class Prober:
         costs = Costs(
             load=loaded.live,
             prefix=prefix,
+            prefix_build=self._time_together(spec, loaded) if spec.layout.is_token else None,
             load_base=median_low(loaded.base_seconds),
             load_view=median_low(loaded.view_seconds) if loaded.view_seconds else 0.0,
             run=None if isinstance(spec.feature_source, ImageFeatures) else self._time_runs(spec, batches),
@@ -272,7 +275,7 @@ class Prober:
             costs = replace(costs, compare=compare, fixed=costs.fixed + solving)
             yield costs
         if once:
-            ranges = len(loaded.rows) * (costs.load_base + costs.prefix + costs.encode)
+            ranges = len(loaded.rows) * (costs.load_base + costs.build_prefix + costs.encode)
             small_build = small_build_seconds(self.context, spec, [row for rows in loaded.rows for row in rows])
             starting = _passes(spec) * self._time_worker_start(costs)
             yield replace(costs, fixed=costs.fixed + max(0.0, small_build - fitted_here - ranges) + starting)
@@ -315,6 +318,13 @@ class Prober:
                 computed.append(features)
                 seconds.append(spent)
         return base, of_views, median_low(seconds)
+
+    def _time_together(self, spec: StoreSpec, loaded: LoadedRanges) -> float:
+        """Seconds of a range of texts that runs together with the others, sorted by length."""
+        features = ImageFeatures(self.chain, spec.cut, self.source, spec.layout, self.model_inputs)
+        probe = self.source.probe()
+        _, seconds = timed(lambda: run_together(features, loaded.rows, loaded.base, probe))
+        return seconds / len(loaded.rows)
 
     def _time_runs(self, spec: StoreSpec, batches: int) -> float:
         """Seconds of a range that does not come from samples; the first of the ranges warms up."""
@@ -361,7 +371,8 @@ class Prober:
             view_features = of_views[place] if of_views else None
 
             def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
-                run = ViewRun(split.columns, split.constants, base, mask=split.mask)
+                tokens = base if split.mask is None else base[split.mask.flatten(1).to(base.device)]
+                run = ViewRun(split.columns, split.constants, tokens, mask=split.mask)
                 codes = codec.encode(run.need_features(), sample_ids=run.samples_of(rows))
                 inputs = dict(split.columns)
                 for view in range(1, spec.views.count + 1):

@@ -154,6 +154,17 @@ class Flow:
         several = self._storable(self.after(call), most)
         return several if several.why_not is None else single
 
+    def into(self, call: Call, most: int = 1) -> Boundary:
+        """The boundary at the beginning of a call, or behind what has run before it.
+
+        Args:
+            call: the call.
+            most: tensors that may cross.
+        """
+        before = self._single(self.before(call))
+        last = max((other for other in self.record.calls if other.end < call.begin), key=lambda other: other.end)
+        return before if before.why_not is None else self.behind(last, call, most)
+
     def _behind(self, call: Call, following: Call | None) -> Boundary:
         if following is not None and (before := self._single(self.before(following))).why_not is None:
             return before

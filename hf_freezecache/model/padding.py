@@ -86,9 +86,10 @@ def _ignored_sides(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:
 
 def _own_width(trace: Trace, cut: int) -> str | None:
     """The name of an input with a width of its own on which the feature at a cut depends; None if there is none."""
+    last = trace.probe[trace.main_input].ndim - 1
     for name in sorted(trace.cut(cut).boundary.inputs):
         value = trace.probe[name]
-        if not value.is_floating_point() and value.ndim > 1 and value.shape[1] not in (1, trace.width):
+        if not value.is_floating_point() and value.ndim > last and value.shape[last] not in (1, trace.width):
             return name
     return None
 
@@ -101,7 +102,7 @@ def _is_ignored(model: nn.Module, trace: Trace, cut: int, side: str, padding_tok
     mask = token_mask(padded, trace.main_input)
     assert mask is not None  # it was made here
     try:
-        beside = capture(model, trace, cut, padded)[mask].double()
+        beside = capture(model, trace, cut, padded)[mask.flatten(1)].double()
         own = capture(model, trace, cut, alone).flatten(0, 1).double()
     except ChainError:
         raise

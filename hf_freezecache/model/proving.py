@@ -15,7 +15,7 @@ from .probes import take_rows
 from .record import answers_of
 from .stand_ins import StandIn
 from .structure import Path
-from .tokens import blank_padding, take_columns, token_mask, why_not_padded
+from .tokens import blank_padding, take_text, token_mask, why_not_padded
 
 if TYPE_CHECKING:
     from .chain import BlockChain
@@ -109,7 +109,7 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
             return
         # An accelerator's kernels may differ from run to run. Only then are close answers accepted.
         reproducible = _are_equal(expected, _blank(answers_of(model(**inputs)), mask))
-    if reproducible or not _are_close(expected, replayed):
+    if reproducible or not are_close(expected, replayed):
         if mask is not None and not mask.all():
             raise PaddingError(f"{type(model).__name__} reads what is at padding behind the cut")
         raise ChainError(
@@ -159,11 +159,14 @@ def _check_company(
     samples = len(features)
     difference = 0.0
     for row in {0, samples - 1}:
-        alone, feature = take_rows(inputs, [row, row], samples), features[row : row + 1]
-        if mask is not None:  # each token by itself
-            alone, feature = take_columns(alone, mask.shape[1], mask[row]), features[row][mask[row]]
-        own = chain.capture(alone, cut)[0]
-        difference = max(difference, relative_difference(feature, own[None] if mask is None else own))
+        if mask is None:
+            own = chain.capture(take_rows(inputs, [row, row], samples), cut)[:1]
+            difference = max(difference, relative_difference(features[row : row + 1], own))
+            continue
+        texts = mask[row].reshape(-1, mask.shape[-1])
+        for number, (tokens, text) in enumerate(zip(texts, features[row].unflatten(0, texts.shape), strict=True)):
+            own = chain.capture(take_text(inputs, mask, row, number), cut)[0, : tokens.sum()]
+            difference = max(difference, relative_difference(text[tokens], own))  # each token by itself
     if difference > tolerance_of(features.dtype, features.device):
         if mask is not None and not mask.all():
             raise PaddingError("padding changes the features of the tokens beside it")
@@ -178,7 +181,8 @@ def _are_equal(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.T
     return first.keys() == second.keys() and all(torch.equal(first[path], second[path]) for path in first)
 
 
-def _are_close(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+def are_close(first: Mapping[Path, torch.Tensor], second: Mapping[Path, torch.Tensor]) -> bool:
+    """Whether two answers of a model are the same but for rounding."""
     return first.keys() == second.keys() and all(
         first[path].shape == second[path].shape and torch.allclose(first[path], second[path], rtol=1e-3, atol=1e-4)
         for path in first

@@ -1,8 +1,12 @@
-"""Texts in a batch: which positions hold tokens of a sample, and which are padding."""
+"""Texts in a batch: which positions hold tokens of a sample, and which are padding.
+
+A mask of texts is bool `(B, W)`; `(B, K, W)` where a sample is several texts, as the choices of a question are. Their
+features are rows of one sample: `(B, K * W, C)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +36,20 @@ class TextInputs:
 
 
 def token_mask(inputs: Any, main_input: str) -> torch.Tensor | None:
-    """Where the tokens of a batch of texts are, bool `(B, W)`; None if the batch does not tell, or holds no texts.
+    """Where the tokens of a batch of texts are, bool `(B, W)` or `(B, K, W)`; None if it does not tell.
 
     Args:
         inputs: a collated batch, or whatever a collator has returned.
         main_input: name of the model's main input in it.
 
-    Shapes: B samples, W positions, padding included.
+    Shapes: B samples, K texts of a sample, W positions, padding included.
     """
     if not isinstance(inputs, Mapping):
         return None
     main, mask = inputs.get(main_input), inputs.get(MASK)
     if not isinstance(main, torch.Tensor) or not isinstance(mask, torch.Tensor):
         return None
-    if main.ndim != 2 or main.dtype not in (torch.int32, torch.int64):
+    if main.ndim not in (2, 3) or main.dtype not in (torch.int32, torch.int64):
         return None
     if mask.shape != main.shape or mask.is_floating_point():
         return None
@@ -56,8 +60,9 @@ def padded_sides(mask: torch.Tensor) -> set[str] | None:
     """On which sides rows are padded: none, `right`, `left`, or both; None if there is padding elsewhere.
 
     Args:
-        mask: bool `(B, W)`, where the tokens are.
+        mask: where the tokens are.
     """
+    mask = mask.flatten(0, -2)
     lengths = mask.sum(1, keepdim=True)
     positions = torch.arange(mask.shape[1], device=mask.device)
     at_left, at_right = mask == (positions < lengths), mask == (positions >= mask.shape[1] - lengths)
@@ -72,7 +77,7 @@ def why_not_padded(mask: torch.Tensor, ignored: Collection[str]) -> str | None:
     """Why features of a batch of texts cannot be stored without its padding; None if they can.
 
     Args:
-        mask: bool `(B, W)`, where the tokens are.
+        mask: where the tokens are.
         ignored: sides on which padding changes nothing.
 
     Returns:
@@ -91,20 +96,46 @@ def why_not_padded(mask: torch.Tensor, ignored: Collection[str]) -> str | None:
     )
 
 
-def take_columns(inputs: Mapping[str, Any], width: int, columns: slice | torch.Tensor) -> dict[str, Any]:
+def take_columns(inputs: Mapping[str, Any], positions: Sequence[int], columns: slice | torch.Tensor) -> dict[str, Any]:
     """The same batch with some of the positions of its texts; entries without positions as they are.
 
     Args:
         inputs: the batch.
-        width: number of its positions.
-        columns: which to take.
+        positions: shape of a mask of its texts, without the samples: `(W,)` or `(K, W)`.
+        columns: which of the W to take.
     """
+    index = (slice(None),) * len(positions) + (columns,)
 
     def take(value: Any) -> Any:
-        is_text = isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == width
-        return value[:, columns].contiguous() if is_text else value
+        return value[index].contiguous() if _has_positions(value, positions) else value
 
     return {name: take(value) for name, value in inputs.items()}
+
+
+def take_text(inputs: Mapping[str, Any], mask: torch.Tensor, sample: int, text: int) -> dict[str, Any]:
+    """A batch of two samples that are one text of a batch, without its padding; several texts each are all this one.
+
+    Args:
+        inputs: the batch.
+        mask: where its tokens are.
+        sample, text: which text, of which sample.
+    """
+    samples, *positions = mask.shape
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.shape[:1] != (samples,):
+            return value
+        rows = value[[sample, sample]]
+        if len(positions) > 1 and _has_positions(value, positions):
+            return rows[:, [text] * positions[0]]
+        return rows
+
+    tokens = mask[sample].reshape(-1, positions[-1])[text]
+    return take_columns({name: take(value) for name, value in inputs.items()}, positions, tokens)
+
+
+def _has_positions(value: Any, positions: Sequence[int]) -> bool:
+    return isinstance(value, torch.Tensor) and tuple(value.shape[1 : 1 + len(positions)]) == tuple(positions)
 
 
 def padded_pair(
@@ -120,33 +151,31 @@ def padded_pair(
     """
     mask = token_mask(inputs, main_input)
     assert mask is not None  # the caller knows
-    samples, width = mask.shape
-    longest = int(mask.sum(1).argmax())
-    columns = mask[longest].nonzero().squeeze(1)
-    padding = max(1, len(columns) // 3)
-    if len(columns) <= padding:
+    texts = mask[0].numel() // mask.shape[-1]
+    longest = int(mask.sum(-1).argmax())
+    whole = take_text(inputs, mask, *divmod(longest, texts))
+    positions = whole[main_input].shape[1:]
+    width = positions[-1]
+    padding = max(1, width // 3)
+    if width <= padding:
         return None
-    twice = {
-        name: value[[longest, longest]] if isinstance(value, torch.Tensor) and value.shape[:1] == (samples,) else value
-        for name, value in inputs.items()
-    }
-    whole = take_columns(twice, width, columns)
-    kept = slice(0, len(columns) - padding) if side == "right" else slice(padding, len(columns))
-    outside = slice(len(columns) - padding, len(columns)) if side == "right" else slice(0, padding)
+    kept = slice(0, width - padding) if side == "right" else slice(padding, width)
+    outside = slice(width - padding, width) if side == "right" else slice(0, padding)
     padded = {**whole, main_input: whole[main_input].clone(), MASK: whole[MASK].clone()}
-    padded[main_input][:, outside] = padding_token
-    padded[MASK][:, outside] = 0
-    return padded, take_columns(whole, len(columns), kept)
+    padded[main_input][..., outside] = padding_token
+    padded[MASK][..., outside] = 0
+    return padded, take_columns(whole, positions, kept)
 
 
 def blank_padding(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A tensor with a value for each position of a batch of texts, 0 where there is no token; any other as it is.
 
     Args:
-        tensor: `(B, W, ...)`, or anything else.
-        mask: bool `(B, W)`, where the tokens are.
+        tensor: `(B, W, ...)`, of several texts also `(B * K, W, ...)` and `(B, K * W, ...)`; or anything else.
+        mask: where the tokens are.
     """
-    if tensor.shape[:2] != mask.shape:
-        return tensor
-    inside = mask.to(tensor.device).reshape(*mask.shape, *(1,) * (tensor.ndim - 2))
-    return tensor.masked_fill(~inside, 0)
+    for inside in (mask, mask.flatten(0, -2), mask.flatten(1)):
+        if tensor.shape[: inside.ndim] == inside.shape:
+            unsqueezed = inside.to(tensor.device).reshape(*inside.shape, *(1,) * (tensor.ndim - inside.ndim))
+            return tensor.masked_fill(~unsqueezed, 0)
+    return tensor

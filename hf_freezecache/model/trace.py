@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -54,12 +54,13 @@ class Part:
         return shape if len(shape) <= 3 else (prod(shape[:-1]), shape[-1])
 
     @classmethod
-    def of(cls, places: tuple[Place, ...], width: int) -> Part:
+    def of(cls, places: tuple[Place, ...], texts: int, width: int) -> Part:
         """Describes a tensor that can be stored.
 
         Args:
             places: of the tensor.
-            width: of the texts of the run; 0: there are none.
+            texts: that a sample of the run has.
+            width: of these texts; 0: there are none.
         """
         spec = places[0].spec
         dim = spec.sample_dim
@@ -70,18 +71,20 @@ class Part:
         _, strides = spec.place
         order = tuple(sorted(range(len(strides)), key=lambda number: -strides[number]))
         growths = spec.per_token[:dim] + spec.per_token[dim + 1 :]
-        has_tokens = rows == 1 and len(shape) == 2 and shape[0] == width and growths == (1, 0)
+        has_tokens = rows == texts and len(shape) == 2 and shape[0] == width and growths == (1, 0)
         extents = None if has_tokens else _extents(spec, order, dim)
         return cls(places, shape, spec.dtype, dim, rows, order, has_tokens, extents)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as a feature: `(B, *feature_shape)`, or `(B, W, C)` of texts of another width."""
         rows = tensor.movedim(self.sample_dim, 0)
-        return rows.reshape(len(rows) // self.rows, *(rows.shape[1:] if self.has_tokens else self.feature_shape))
+        shape = (-1, self.shape[-1]) if self.has_tokens else self.feature_shape
+        return rows.reshape(len(rows) // self.rows, *shape)
 
     def unpack(self, feature: torch.Tensor) -> torch.Tensor:
         """The feature as the tensor that crosses."""
-        rows = feature.reshape(len(feature) * self.rows, *(feature.shape[1:] if self.has_tokens else self.shape))
+        shape = (-1, self.shape[-1]) if self.has_tokens else self.shape
+        rows = feature.reshape(len(feature) * self.rows, *shape)
         inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
         ordered = rows.movedim(0, self.sample_dim).permute(self.memory_order)
         if self.extents is None:
@@ -144,7 +147,7 @@ class Cut:
 
     def wider(self, feature: torch.Tensor) -> int:
         """By how many positions the texts of a feature are wider than those of the recorded run."""
-        return feature.shape[1] - self.layout.shape[0] if self.has_tokens else 0
+        return (feature.shape[1] - self.layout.shape[0]) // self.parts[0].rows if self.has_tokens else 0
 
     def name_of(self, call: Call) -> str:
         """The block that a call belongs to; the call's own name outside blocks."""
@@ -193,8 +196,12 @@ class Trace:
         self.main_input, self.positional = main_input_name(model), argument_names(model)
         mask = token_mask(probe, self.main_input)
         #: Positions of the texts; 0 where the batch does not tell which of them are tokens.
-        self.width = 0 if mask is None else mask.shape[1]
-        narrower = take_columns(probe, self.width, slice(1, None)) if self.width > 1 else None
+        self.width = 0 if mask is None else mask.shape[-1]
+        #: Texts of a sample: one, but for the choices of a question.
+        self.texts = 1 if mask is None or mask.ndim == 2 else mask.shape[1]
+        narrower = None
+        if mask is not None and self.width > 1:
+            narrower = take_columns(probe, mask.shape[1:], slice(1, None))
         self.record = record_run(model, probe, len(probe[self.main_input]), narrower)
         withheld = () if stays_real(probe[self.main_input]) else (self.main_input,)
         self.flow = Flow(model, self.record, (self.main_input,), withheld)
@@ -216,7 +223,9 @@ class Trace:
         probe, new = self.probe[self.main_input], inputs[self.main_input]
         if (probe.dtype, probe.device) != (new.dtype, new.device):
             return False
-        return probe.shape[1:] == new.shape[1:] or (any_width and token_mask(inputs, self.main_input) is not None)
+        if probe.shape[1:] == new.shape[1:]:
+            return True
+        return any_width and probe.shape[1:-1] == new.shape[1:-1] and token_mask(inputs, self.main_input) is not None
 
     def cut(self, number: int) -> Cut:
         """What is known of a cut, from 1 on.
@@ -229,6 +238,34 @@ class Trace:
             names = tuple(sorted((block.name for block in self.blocks[:number]), key=len, reverse=True))
             self._cuts[number] = self._describe(boundary, names)
         return self._cuts[number]
+
+    def add_cut_before(self, parameters: Collection[str]) -> int:
+        """Makes a cut of its own behind the last block: before the first call of a module that holds some parameters.
+
+        Args:
+            parameters: their names.
+
+        Returns:
+            Its number for `cut`, beyond those of the chain.
+
+        Raises:
+            ChainError: if the model cannot be cut there; the message names what crosses.
+        """
+        owners = {name.rpartition(".")[0] for name in parameters}
+        call = next((call for call in self.record.calls if call.name in owners), None)
+        if call is None:
+            raise ChainError(f"{self.model_name} cannot be cut before its head: it does not run.")
+        found = self.flow.into(call, MOST_TENSORS)
+        end = self._calls[-1][1].end
+        while found.why_not is not None and call.parent is not None and call.parent.begin > end:
+            call = call.parent
+            found = self.flow.into(call, MOST_TENSORS)
+        if found.why_not is not None:
+            raise ChainError(f"{self.model_name} cannot be cut before its head: {found.why_not}.")
+        number = len(self.blocks) + 1
+        names = tuple(sorted((block.name for block in self.blocks), key=len, reverse=True))
+        self._cuts[number] = self._describe(found, names)
+        return number
 
     def find_main_input(self, args: tuple, kwargs: dict) -> int | str:
         """The position or the keyword of the main input in a call of the model.
@@ -297,7 +334,7 @@ class Trace:
         return boundary
 
     def _describe(self, boundary: Boundary, names: tuple[str, ...]) -> Cut:
-        parts = tuple(Part.of(places, self.width) for places in boundary.places)
+        parts = tuple(Part.of(places, self.texts, self.width) for places in boundary.places)
         if not all(part.has_tokens for part in parts) or not joins_channels(parts):
             parts = tuple(replace(part, has_tokens=False) for part in parts)  # there is no token of the feature
         dtypes = {part.dtype for part in parts}

@@ -30,7 +30,7 @@ class Phase:
 
     Args:
         cut: frozen blocks.
-        mode: live, build, replay, eval, or plan: what it took to find out that no store is built.
+        mode: live, build, replay, eval, head_start, or plan: what it took to find out that no store is built.
         epochs: finished epochs (passes over the data for build and eval).
         steps: optimizer steps.
         seconds: wall-clock seconds; evaluation and builds inside an epoch count for themselves only.
@@ -111,6 +111,10 @@ class Ledger:
         other.seconds += phase.seconds
         other.flops += phase.flops
         other.peak_memory_bytes = max(other.peak_memory_bytes, phase.peak_memory_bytes)
+
+    def drop(self, phase: Phase) -> None:
+        """Forgets a phase that has ended and in which nothing was done."""
+        del self._phases[phase.cut, phase.mode]
 
     @property
     def current(self) -> Phase | None:
@@ -276,8 +280,12 @@ class FlopMeter:
             self._unreported += flops
         self._runs.clear()
 
+    def book(self, flops: float) -> None:
+        """Counts FLOPs beside those of training steps."""
+        self._unreported += flops
+
     def take_build_flops(self) -> float:
-        """FLOPs of the builds since the last call, for `total_flos`."""
+        """FLOPs of builds and head start since the last call, for `total_flos`."""
         flops, self._unreported = self._unreported, 0.0
         return flops
 

@@ -50,6 +50,9 @@ class RunningTraining(Protocol):
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
+    def give_head_start(self) -> None:
+        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
+
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: proves that the trainer's step works on features of the cuts that are planned.
 
@@ -132,6 +135,8 @@ class FreezeCallback(TrainerCallback, ExportableState):
             if other_rule is not None:
                 session.announce(other_rule)
         session.check_data(train_dataloader)
+        if state.global_step == 0:
+            session.give_head_start()
         steps_per_epoch = self._count(session, args, state, train_dataloader)
         schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:

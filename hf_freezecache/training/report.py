@@ -36,7 +36,7 @@ class FreezeStatus:
 @dataclass(frozen=True)
 class Totals:
     """Sums over phases. `train_seconds` is live and replay, `seconds` everything, evaluation included;
-    `plan_seconds` were spent on stores that were not built."""
+    `plan_seconds` were spent on stores that were not built, `head_start_seconds` on the head alone."""
 
     seconds: float
     train_seconds: float
@@ -46,6 +46,7 @@ class Totals:
     eval_flops: float
     peak_memory_bytes: int
     plan_seconds: float = 0.0
+    head_start_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,12 @@ class FreezeCacheReport:
         header = ("cut", "mode", "epochs", "steps", "time", "compute", "store", "peak memory")
         table = format_table([header, *map(_cells, self.phases)], left=[header.index("mode")])
         totals, plain = self.totals, self.plain_estimate
-        training = totals.train_seconds + totals.build_seconds + totals.plan_seconds
-        parts = {"builds": totals.build_seconds, "plans of stores that were not built": totals.plan_seconds}
+        parts = {
+            "head start": totals.head_start_seconds,
+            "builds": totals.build_seconds,
+            "plans of stores that were not built": totals.plan_seconds,
+        }
+        training = totals.train_seconds + sum(parts.values())
         of_it = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items() if seconds)
         of_it = f" (of it {of_it})" if of_it else ""
         lines = [f"training: {show_seconds(training)}{of_it}, {show_flops(totals.flops)}"]
@@ -124,6 +129,7 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
     builds = [phase for phase in phases if phase.mode == "build"]
     planning = [phase for phase in phases if phase.mode == "plan"]
     evaluations = [phase for phase in phases if phase.mode == "eval"]
+    head_starts = [phase for phase in phases if phase.mode == "head_start"]
     steps = sum(phase.steps for phase in training)
     totals = Totals(
         seconds=sum(phase.seconds for phase in phases),
@@ -131,7 +137,8 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
         build_seconds=sum(phase.seconds for phase in builds),
         eval_seconds=sum(phase.seconds for phase in evaluations),
         plan_seconds=sum(phase.seconds for phase in planning),
-        flops=sum(phase.flops for phase in training + builds + planning),
+        head_start_seconds=sum(phase.seconds for phase in head_starts),
+        flops=sum(phase.flops for phase in training + builds + planning + head_starts),
         eval_flops=sum(phase.flops for phase in evaluations),
         peak_memory_bytes=max((phase.peak_memory_bytes for phase in phases), default=0),
     )

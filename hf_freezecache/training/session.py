@@ -29,6 +29,7 @@ from .accounting import Accounts
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .head_start import HeadStart
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
@@ -84,6 +85,7 @@ class FreezeSession:
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
+        self.head_start = HeadStart(self.context, step)
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
@@ -246,6 +248,9 @@ class FreezeSession:
             step = mix(self.proof.rehearsal.step_inputs(batch))
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
+        if self.head_start.is_running:
+            with self.head_start.bypassing(batch) as inputs:
+                return run(inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
         if self.keeper.mismatch is None:
@@ -300,6 +305,18 @@ class FreezeSession:
             yield
 
     # Proof: what is not valid any more is not used any more
+
+    def give_head_start(self) -> None:
+        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
+        with looking_at(self.context.source), self.ledger.phase(0, "head_start") as phase:
+            started = self.head_start.run()
+        if started is None:
+            self.ledger.drop(phase)
+            return
+        phase.epochs, phase.steps = self.config.head_start_epochs, started.steps
+        phase.flops += self.meter.per_sample("eval") * started.passes
+        self.meter.book(phase.flops)
+        (self.announcer.info if started.is_kept else self.announcer.warning)(started.describe())
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""

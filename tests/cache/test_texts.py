@@ -73,6 +73,13 @@ def test_checksums_do_not_know_labels_nor_what_is_at_padding():
     assert torch.equal(split(one).columns["checksum"], split(other).columns["checksum"])
 
 
+def test_checksums_know_which_text_of_a_sample_a_token_is_of():
+    tokens = torch.tensor([[[5, 6, 0], [7, 0, 0]], [[5, 0, 0], [6, 7, 0]], [[5, 6, 0], [7, 0, 0]]])
+    sums = split_texts({"input_ids": tokens, "attention_mask": (tokens > 0).long()}, TEXTS).columns
+    assert sums["tokens"].tolist() == [3, 3, 3]
+    assert sums["checksum"][0] == sums["checksum"][2] != sums["checksum"][1]
+
+
 def test_a_batch_without_a_mask_is_refused():
     tokens = batch()["input_ids"]
     with pytest.raises(RowError, match="attention_mask"):

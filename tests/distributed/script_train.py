@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
+from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
 from support.token_rows import Pad, Texts, bert  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--augmented", choices=["crop", "rarely erased"])
     parser.add_argument("--cache_eval", action="store_true")
     parser.add_argument("--on_mismatch", default="fallback")
+    parser.add_argument("--head_start_epochs", type=int, default=0, help="the model is a pretrained one then")
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
     parser.add_argument("--trouble_step", type=int, default=0)
@@ -124,10 +126,11 @@ def train(options: argparse.Namespace) -> None:
     has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
     callbacks = [TROUBLES[options.trouble](options.trouble_step)] if has_trouble else []
     model, size = (tiny_resnet(), 32) if options.model == "resnet" else (tiny_vit(), 16)
+    model = settle(model) if options.head_start_epochs else model
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     texts = {}
     if options.model == "bert":
-        model, dataset, collator = bert(), Texts(50), Pad(width=13)
+        model, dataset, collator = bert(), Texts(70), Pad(width=None if options.left_at_first is None else 13)
         texts = {"data_collator": collator}
         if options.left_at_first == os.environ["RANK"]:
             callbacks.append(PadsOtherwiseAtFirst(collator))
@@ -142,6 +145,7 @@ def train(options: argparse.Namespace) -> None:
             cache_eval=options.cache_eval,
             materialize=options.materialize,
             on_mismatch=options.on_mismatch,
+            head_start_epochs=options.head_start_epochs,
             feature_cache_dir=str(options.output / "cache"),
         ),
         callbacks=callbacks,

@@ -4,6 +4,7 @@ import pytest
 from script_train import augmented
 from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
 from support.launching import launch, seen_by
+from support.token_rows import Pad, Texts, bert
 
 from hf_freezecache import FeatureStore
 
@@ -16,6 +17,19 @@ def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
     fresh = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "fresh"))
     built = run(tiny_vit(), pixel_dataset(50), tmp_path / "built", fresh, per_device_train_batch_size=4)
     assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
+
+
+@pytest.mark.parametrize("codec", ["int4", "fp32"])
+def test_texts_of_two_processes_are_those_of_one(codec, tmp_path):
+    """Ranges on either side of where their parts meet run together, sorted by length."""
+    launch(["--output", tmp_path, "--points", "0:3", "--model", "bert", "--codec", codec])
+    [path] = (tmp_path / "cache").iterdir()
+    together = FeatureStore.open(path)
+    config = manual("0:3", cache="always", codec=codec, feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False, data_collator=Pad())
+    alone = FeatureStore.open(run(bert(), Texts(70), tmp_path / "run", config, **settings).freeze_status().store_path)
+    assert len(together.manifest.shards) == 2 and alone.path.name == together.path.name
+    assert together.dataset[:] == alone.dataset[:]
 
 
 AUGMENTED = [("crop", "projective"), pytest.param("rarely erased", "dense", marks=pytest.mark.slow)]

@@ -45,6 +45,13 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     assert cached["weights"] == frozen["weights"]
 
 
+def test_two_processes_train_one_head_before_the_first_step(tmp_path):
+    launch(["--output", tmp_path, "--head_start_epochs", "2", "--points", "1:2", "--cache", "never"])
+    first, second = seen_by(tmp_path)
+    assert first["modes"][0] == second["modes"][0] == "head_start"
+    assert first["weights"] == second["weights"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_padding_that_counts_in_one_process_is_kept_in_both(rank, tmp_path):

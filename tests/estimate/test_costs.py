@@ -175,6 +175,12 @@ def test_few_epochs_never_pay(work, least):
     assert decide(free, least) is not None
 
 
+def test_a_build_of_sorted_texts_takes_less_than_an_epoch():
+    work, costs = Work(ranges=10), replace(COSTS, prefix_build=1.0)
+    assert build_seconds(COSTS, work) - build_seconds(costs, work) == 10 * (3 - 1)
+    assert step_seconds(costs, workers=0) == step_seconds(COSTS, workers=0)
+
+
 def test_table_has_a_line_a_cut_and_says_what_plain_training_takes():
     rows = (row(), row(cut=10, block="vit.layers.8", limit=999, peak_memory_bytes=None))
     lines = str(Plan(rows, 1.5, 90.0, "Measured on nothing.")).splitlines()

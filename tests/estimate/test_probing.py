@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support import images, zoo
-from support.builds import Rows, collate, make_spec
+from support.builds import Rows, collate, make_spec, make_text_spec, without_labels
+from support.token_rows import Pad, Texts, bert
 from support.untouched import assert_same, snapshot, with_gradients
 
 from hf_freezecache import FreezeCacheConfig
@@ -27,7 +28,7 @@ def make_prober(build, config=None, processes=1, **settings):
         config=FreezeCacheConfig() if config is None else config,
         cache_dir=build.directory,
         group=Group(0, processes),
-        model_inputs=lambda batch: {"pixel_values": batch["pixel_values"]},
+        model_inputs=without_labels,
         precision="no",
     )
     return Prober(context, **settings)
@@ -69,6 +70,18 @@ def test_probe_leaves_model_and_generators_alone(name, kind, pictures, tmp_path)
     assert min(seconds) > 0
     assert (costs.load_view > 0) == (kind != "none")
     assert (costs.compare > 0) == (kind in (PROJECTIVE, DENSE))
+
+
+def test_a_build_of_texts_is_expected_to_run_less_padding_than_an_epoch(tmp_path, clock):
+    build = make_text_spec(bert(), tmp_path, Texts(64, longest=30), Pad())
+    run = build.chain.prefix
+    build.chain.prefix = lambda inputs, cut: clock(inputs["input_ids"].numel()) or run(inputs, cut)
+    prober = make_prober(build)
+    costs = prober.measure(build, batches=8)
+    assert costs.prefix_build < 0.75 * costs.prefix
+    assert prober.why_hopeless(build, 1.0) is None  # a build may take less than what an epoch saves
+    images = make_spec(zoo.make("vit"), tmp_path)
+    assert make_prober(images).why_hopeless(images, 1.0) is not None
 
 
 def test_probe_without_suffix_is_a_handful_of_prefix_runs(pictures, tmp_path):

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from support.token_rows import Pad, Texts, bert, bert_of_questions, bert_of_tokens, gpt2, llama, xlnet
+from support.token_rows import (
+    Choices,
+    Pad,
+    PadChoices,
+    Texts,
+    bert,
+    bert_of_choices,
+    bert_of_questions,
+    bert_of_tokens,
+    gpt2,
+    llama,
+    xlnet,
+)
 
 from hf_freezecache import BlockChain
 
@@ -43,6 +55,23 @@ def test_suffix_on_texts_of_another_width_is_the_models(make):
     with torch.no_grad():
         whole, replayed = chain.model(**batch), chain.suffix(chain.prefix(batch, 2), batch, 2)
     assert torch.equal(whole.logits, replayed.logits)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_features_of_choices_are_those_of_their_tokens(side):
+    batch = PadChoices(side)([*Choices(6)])
+    chain = BlockChain.from_model(bert_of_choices().eval(), probe=batch)
+    assert chain.padding.ignored(2) == {"right"}
+    chain.prove(batch, 2)
+    if side == "left":
+        assert "padded on the left" in chain.padding.why_kept(2)
+        return
+    assert chain.padding.why_kept(2) is None and chain.stored_layout(2).shape == (32,)
+    wider = PadChoices(width=30)([*Choices(6)])
+    features = chain.prefix(wider, 2)
+    assert features.shape == (6, 3 * 30, 32)
+    with torch.no_grad():
+        assert torch.equal(chain.suffix(features, wider, 2).logits, chain.model(**wider).logits)
 
 
 @pytest.mark.parametrize(("make", "label"), [(xlnet, "class"), (bert_of_questions, "span")])

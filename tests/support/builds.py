@@ -63,6 +63,20 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
+def without_labels(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def make_text_spec(model, directory: Path, texts, collator, cut: int = 2, codec: str = "int4") -> StoreSpec:
+    """A spec of texts that are stored without padding, in ranges of four."""
+    chain = BlockChain.from_model(model.eval(), probe=without_labels(collator([texts[row] for row in range(6)])))
+    layout = chain.stored_layout(cut)
+    assert layout.is_token
+    source = RowSource(texts, collator, 4, seed=0)
+    features = ImageFeatures(chain, cut, source, layout, without_labels)
+    return StoreSpec(chain, cut, source, codec, layout, {}, directory, features, tokens=16.0)
+
+
 def make_spec(model, directory: Path, dataset=None, cut: int = 2, codec: str = "int4", **settings) -> StoreSpec:
     """A spec as the trainer makes it; `settings` go to the `RowSource`."""
     settings = {"collator": collate, "batch_size": 4, "seed": 3, **settings}

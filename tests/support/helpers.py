@@ -114,7 +114,7 @@ def run(model, dataset, output_dir, config=None, resume=None, trainer_class=Free
         )
         if name in settings
     }
-    if trainer_class is FreezeCacheTrainer:
+    if issubclass(trainer_class, FreezeCacheTrainer):
         own["freeze_cache"] = config
     trainer = trainer_class(model=model, args=make_args(output_dir, **settings), train_dataset=dataset, **own)
     trainer.train(resume_from_checkpoint=resume)

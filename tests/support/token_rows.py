@@ -11,6 +11,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -48,6 +49,10 @@ def bert_of_tokens():
 
 def bert_of_questions():
     return bert(BertForQuestionAnswering, num_labels=2)
+
+
+def bert_of_choices():
+    return bert(BertForMultipleChoice)
 
 
 def gpt2():
@@ -108,6 +113,44 @@ class Texts(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return dict(self.rows[row])
+
+
+class Choices(Dataset):
+    """Questions: several texts each, of which one is the answer.
+
+    Args:
+        rows: number of questions.
+        choices: texts of each.
+    """
+
+    def __init__(self, rows: int = 32, choices: int = 3):
+        texts = Texts(rows * choices)
+        self.rows = [
+            {
+                "input_ids": [texts[row * choices + choice]["input_ids"] for choice in range(choices)],
+                "labels": row % choices,
+            }
+            for row in range(rows)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return dict(self.rows[row])
+
+
+class PadChoices:
+    """Pads the texts of all questions of a batch to the longest, or to a width, on one side."""
+
+    def __init__(self, side: str = "right", width: int | None = None):
+        self.pad = Pad(side, width)
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        texts = self.pad([{"input_ids": text} for sample in samples for text in sample["input_ids"]])
+        choices = len(samples[0]["input_ids"])
+        batch = {name: value.unflatten(0, (len(samples), choices)) for name, value in texts.items()}
+        return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}
 
 
 class Pad:

@@ -21,6 +21,9 @@ class Mover:
     def check_data(self, loader):
         self.checked = loader
 
+    def give_head_start(self):
+        self.started = getattr(self, "started", 0) + 1
+
     def rehearse(self, epochs):
         self.rehearsed = epochs
 

@@ -1,0 +1,65 @@
+"""What tells the weights of an initialization from trained ones."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from support.helpers import tiny_resnet, tiny_vit
+from support.pretrained import settle
+from support.token_rows import bert, gpt2, llama
+from torch import nn
+
+from hf_freezecache.model.freshness import is_fresh, is_untrained
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_vit,
+        tiny_resnet,
+        bert,
+        gpt2,
+        llama,
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8),
+        lambda: timm.create_model("resnet10t"),
+        lambda: torchvision.models.resnet18(),
+        lambda: torchvision.models.VisionTransformer(16, 4, 3, 2, 16, 32),
+    ],
+)
+def test_models_of_an_initialization_are_untrained_and_trained_ones_are_not(make):
+    assert is_untrained(make())
+    assert not is_untrained(settle(make(), head="none"))
+
+
+def test_a_model_is_trained_after_a_few_steps():
+    model = tiny_vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    assert not is_untrained(model) and not is_fresh(model.classifier)
+
+
+def zeroed():
+    layer = nn.Linear(30, 7)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "module",
+    [zeroed(), nn.Linear(30, 7), nn.Linear(512, 10), nn.Conv2d(8, 4, 1), nn.LayerNorm(8), nn.BatchNorm2d(8)],
+    ids=["bias of zeros", "uniform", "wide", "convolution", "norm", "batch norm"],
+)
+def test_fresh_modules(module):
+    assert is_fresh(module)
+    with torch.no_grad():
+        module.bias += 0.5 * torch.randn(module.bias.shape, generator=torch.Generator().manual_seed(0))
+        module.weight *= 1.5
+    assert not is_fresh(module)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(30, 7, bias=False), nn.Embedding(5, 3), nn.Dropout(), nn.Sequential()])
+def test_where_no_bias_tells_a_module_counts_as_trained(module):
+    assert not is_fresh(module)
