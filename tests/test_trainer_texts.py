@@ -18,7 +18,7 @@ from support.token_rows import (
     xlnet,
 )
 
-from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, plan
+from hf_freezecache import BlockChain, FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, plan
 from hf_freezecache.cache.names import CHECKSUM, TOKENS
 
 
@@ -201,6 +201,32 @@ class PadTypes(Pad):
 def test_what_the_frozen_blocks_read_beside_tokens_must_not_be_random_either(tmp_path):
     with pytest.raises(ValueError, match="or what the frozen blocks read beside them, are drawn at random"):
         train(bert, TypedTexts(), tmp_path, cached(), PadTypes())
+
+
+class AddsTypes(FreezeCacheTrainer):
+    """What the embeddings read is added behind the collator."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        types = torch.zeros_like(inputs["input_ids"]) if "input_ids" in inputs else None
+        return inputs if types is None else {**inputs, "token_type_ids": types}
+
+
+@pytest.mark.parametrize(
+    "config", [None, manual("1:3", cache="auto"), manual("1:3")], ids=["defaults", "auto", "always"]
+)
+def test_what_the_frozen_blocks_read_must_be_in_the_batch(config, tmp_path, caplog):
+    args = make_args(tmp_path, remove_unused_columns=False, num_train_epochs=3)
+    trainer = AddsTypes(bert(), args, train_dataset=Texts(), data_collator=Pad(), freeze_cache=config)
+    why = "the frozen blocks read 'token_type_ids', which the collator does not return"
+    if config is not None and config.cache == "always":
+        with pytest.raises(ValueError, match=why):
+            trainer.train()
+        assert trainer.state.global_step == 0
+        return
+    trainer.train()
+    status = trainer.freeze_status()
+    assert status.cut and not status.replaying and why in messages(caplog)
 
 
 class TurnsLeft(Pad):

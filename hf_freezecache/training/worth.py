@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..build.spec_maker import SpecMaker
 from ..build.store_spec import StoreSpec
+from ..cache.rows import RowError
 from ..distributed import Announcer, describe_error
 from ..estimate.costs import PlanRow
 from ..estimate.pace import Pace
@@ -56,7 +57,10 @@ class StoreWorth:
             if self._may_be_there():
                 return None
             looks = self.spec_maker.ranges_to_look_at
-            return self._prober.why_hopeless(self._draft(cut), epochs_left, pace, looks)
+            try:
+                return self._prober.why_hopeless(self._draft(cut), epochs_left, pace, looks)
+            except RowError as error:  # samples that cannot be stored
+                return str(error).rstrip(".")
 
         return self.group.on_main(look) if self.is_asked else None
 
