@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.helpers import CLASSES, losses, make_args, manual, messages, pixel_dataset, run, tiny_vit
+from support.pretrained import settle
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
@@ -150,7 +151,7 @@ class SavesHead(FreezeCacheTrainer):
 @pytest.mark.parametrize("config", [None, manual("1:2")])
 def test_best_model_of_a_part_is_loaded_as_trainer_does(config, tmp_path, caplog):
     trainer = SavesHead(
-        model=tiny_vit(),
+        model=settle(tiny_vit()),
         args=make_args(tmp_path, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True),
         train_dataset=pixel_dataset(),
         eval_dataset=pixel_dataset(8),

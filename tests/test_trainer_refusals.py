@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.builds import Rows
 from support.helpers import CLASSES, make_args, manual, pixel_dataset, run, tiny_resnet, tiny_vit
+from support.pretrained import settle
 from support.trainer_data import MixedSizes
 from torch import nn
 
@@ -119,7 +120,7 @@ def test_images_of_several_sizes_cost_the_defaults_nothing_but_the_cache(tmp_pat
             return super().__getitem__(index)
 
     settings = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=80)
-    trainer = run(tiny_resnet(), Slow(), tmp_path, None, num_train_epochs=40, **settings)
+    trainer = run(settle(tiny_resnet()), Slow(), tmp_path, None, num_train_epochs=40, **settings)
     assert trainer.state.global_step == 160
     assert trainer.freeze_status().cut > 0 and not trainer.freeze_status().replaying
     assert any("one size" in record.message for record in caplog.records)

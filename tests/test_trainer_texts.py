@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
+from support.pretrained import settle
 from support.token_rows import (
     Choices,
     Pad,
@@ -97,7 +98,7 @@ def test_a_question_of_another_number_of_choices_is_never_cached(tmp_path):
     settings = dict(per_device_train_batch_size=1, num_train_epochs=2, collator=PadChoices())
     with pytest.raises((RuntimeError, ValueError), match="texts each|sizes"):
         train(bert_of_choices, questions, tmp_path / "always", cached(cache="always"), **settings)
-    trained = train(bert_of_choices, questions, tmp_path / "defaults", None, **settings)
+    trained = train(lambda: settle(bert_of_choices()), questions, tmp_path / "defaults", None, **settings)
     assert trained.state.global_step == 16 and not trained.freeze_status().replaying
 
 
@@ -217,7 +218,7 @@ class AddsTypes(FreezeCacheTrainer):
 )
 def test_what_the_frozen_blocks_read_must_be_in_the_batch(config, tmp_path, caplog):
     args = make_args(tmp_path, remove_unused_columns=False, num_train_epochs=3)
-    trainer = AddsTypes(bert(), args, train_dataset=Texts(), data_collator=Pad(), freeze_cache=config)
+    trainer = AddsTypes(settle(bert()), args, train_dataset=Texts(), data_collator=Pad(), freeze_cache=config)
     why = "the frozen blocks read 'token_type_ids', which the collator does not return"
     if config is not None and config.cache == "always":
         with pytest.raises(ValueError, match=why):

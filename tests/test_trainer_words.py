@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.helpers import make_args, manual, messages, pixel_dataset, run, tiny_vit
 from support.policies import Answers
+from support.pretrained import settle
 from support.trainer_data import image_dataset, to_pixels
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy
@@ -35,7 +36,7 @@ def test_freezing_is_announced_once_a_run_before_its_first_step(tmp_path, caplog
 
 
 def test_default_that_freezes_nothing_says_so(tmp_path, caplog):
-    run(tiny_vit(), pixel_dataset(), tmp_path, num_train_epochs=1)
+    run(settle(tiny_vit()), pixel_dataset(), tmp_path, num_train_epochs=1)
     assert "Nothing will be frozen in this training of 1 epoch (linear, freeze_start=0.25" in messages(caplog)
 
 
@@ -77,7 +78,7 @@ def test_column_that_a_transform_misses_is_explained(tmp_path, caplog):
     with pytest.raises(ValueError, match="reads the column 'image'.*remove_unused_columns=False"):
         run(tiny_vit(), dataset, tmp_path, manual("1:2"))
     with pytest.raises(KeyError):
-        run(tiny_vit(), dataset, tmp_path)
+        run(settle(tiny_vit()), dataset, tmp_path)
     assert "remove_unused_columns=False" in messages(caplog)
 
 

@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from .session import FreezeSession
 
 
+def give_head_start(session: FreezeSession) -> None:
+    """Trains the head alone, where the settings ask for it and it is new, and books what it takes.
+
+    Args:
+        session: the training.
+
+    Raises:
+        ValueError: if the head cannot be trained alone.
+    """
+    with looking_at(session.context.source), session.ledger.phase(0, "head_start") as phase:
+        started = session.head_start.run()
+    if started is None:
+        session.ledger.drop(phase)
+        return
+    phase.epochs, phase.steps = session.config.head_start_epochs, started.steps
+    phase.flops += session.meter.per_sample("eval") * started.passes
+    session.meter.book(phase.flops)
+    (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
+
+
 def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
     """Runs the trainer's own step on features of the cuts that are planned.
 

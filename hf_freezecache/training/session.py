@@ -307,16 +307,8 @@ class FreezeSession:
     # Proof: what is not valid any more is not used any more
 
     def give_head_start(self) -> None:
-        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
-        with looking_at(self.context.source), self.ledger.phase(0, "head_start") as phase:
-            started = self.head_start.run()
-        if started is None:
-            self.ledger.drop(phase)
-            return
-        phase.epochs, phase.steps = self.config.head_start_epochs, started.steps
-        phase.flops += self.meter.per_sample("eval") * started.passes
-        self.meter.book(phase.flops)
-        (self.announcer.info if started.is_kept else self.announcer.warning)(started.describe())
+        """Before the first step; see `before_steps.give_head_start`."""
+        before_steps.give_head_start(self)
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""

@@ -12,6 +12,8 @@ from transformers import (
     set_seed,
 )
 
+from support.pretrained import settle
+
 WORDS = "my card is lost where new how do i pay with it not why was there a fee".split()
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -49,7 +51,7 @@ def tiny_bert(folder: Path, layers: int = 4) -> Path:
         max_position_embeddings=32,
         pad_token_id=0,
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
+    settle(BertForSequenceClassification(config)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -68,7 +70,7 @@ def tiny_llama(folder: Path, layers: int = 4) -> Path:
         bos_token_id=2,
         eos_token_id=3,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    settle(LlamaForCausalLM(config)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
