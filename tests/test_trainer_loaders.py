@@ -153,7 +153,7 @@ def test_wrapped_loader_trains_the_same_from_features(make, tmp_path):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda self, loader: Touching(loader), "fails on a batch of features in the place of images"),
+        (lambda self, loader: Touching(loader), "fails on a batch of features in the place of samples"),
         (own, "do not come through the trainer's sampler"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from support.helpers import losses, make_args, manual, pixel_dataset, tiny_vit
+from support.pretrained import settle
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel, Trainer
@@ -48,7 +49,7 @@ def its_state(trainer):
 
 def train(trainer_class, folder, model=None, **settings):
     trainer = trainer_class(
-        model=tiny_vit() if model is None else model,
+        model=settle(tiny_vit()) if model is None else model,
         args=make_args(folder),
         train_dataset=pixel_dataset(rows=16),
         **settings,
@@ -111,7 +112,7 @@ def test_several_gpus_in_one_process_freeze_and_do_not_cache(explicit, tmp_path,
     settings = {"freeze_cache": manual("1:2")} if explicit else {}
     args = make_args(tmp_path)
     args._n_gpu = 2  # where there is no GPU `DataParallel` runs the module itself
-    trainer = FreezeCacheTrainer(model=tiny_vit(), args=args, train_dataset=pixel_dataset(), **settings)
+    trainer = FreezeCacheTrainer(model=settle(tiny_vit()), args=args, train_dataset=pixel_dataset(), **settings)
     trainer.train()
     status = trainer.freeze_status()
     assert isinstance(trainer.model_wrapped, nn.DataParallel) and trainer.state.global_step == 8

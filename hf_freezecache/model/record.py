@@ -31,6 +31,8 @@ _SHAPE_ONLY = frozenset(
 )
 #: Operations that give a value to Python, which may branch on it.
 _READ_BY_PYTHON = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
+#: A model of fewer parameters runs faster as a whole than it is found out what of a run repeats.
+FEW_PARAMETERS = 1_000_000
 #: FLOPs that count for each number of an operation for which no formula is known, so that no block is free.
 _FLOPS_OF_A_NUMBER = 0.1
 
@@ -195,10 +197,16 @@ class _Recorder(TorchDispatchMode):
         self._kept: dict[int, StorageWeakRef | torch.Tensor] = {}
         self.inputs = {name: self.value(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         self.answers: frozenset[Value] = frozenset()
+        self.repeats = repeats
         self._repeats = None if repeats else Repeats({self.value(tensor) for _, tensor in leaves(inputs)})
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any], operations: bool = True) -> None:
         """Runs the model in eval mode and without gradients.
+
+        Args:
+            model: the model.
+            inputs: its inputs by name.
+            operations: whether operations are recorded, beside calls.
 
         Raises:
             ChainError: if it does not run.
@@ -207,7 +215,7 @@ class _Recorder(TorchDispatchMode):
             contextlib.nullcontext() if self._repeats is None else watching_reads(self._is_unknown, self._repeats.need)
         )
         with _recording(model, self), watching:
-            with self:
+            with self if operations else contextlib.nullcontext():
                 output = model(**inputs)
             self.answers = frozenset(self.value(tensor) for tensor in answers_of(output).values())
 
@@ -322,11 +330,12 @@ def record_run(
         ChainError: if the model does not run.
     """
     recorder = _record(model, inputs)
-    larger = _record(model, with_one_more_sample(inputs, samples))
+    # Where the first run needs all its operations, the others would as well.
+    larger = _record_calls(model, with_one_more_sample(inputs, samples), recorder)
     _relate(recorder, larger, lambda specs, others: _scaled(specs, others, samples))
     if narrower is not None:
         try:
-            _relate(recorder, _record(model, narrower), _widened)
+            _relate(recorder, _record_calls(model, narrower, recorder), _widened)
         except ChainError as error:
             Announcer.survived(logger, f"{type(model).__name__} does not run on texts of another width", error)
     for call in recorder.calls:
@@ -337,7 +346,8 @@ def record_run(
 
 def _record(model: nn.Module, inputs: Mapping[str, Any]) -> _Recorder:
     """Records a run; one that leaves out heavy operations that repeat others, unless something needs their values."""
-    if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):  # whose reads are not seen
+    is_script = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())  # reads are not seen
+    if not is_script and sum(parameter.numel() for parameter in model.parameters()) >= FEW_PARAMETERS:
         before = ModuleStates(model)
         recorder = _Recorder(model, inputs, repeats=False)
         try:
@@ -351,6 +361,15 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> _Recorder:
         logger.debug(f"{type(model).__name__} is recorded with all its operations: {why}")
     recorder = _Recorder(model, inputs, repeats=True)
     recorder.run(model, inputs)
+    return recorder
+
+
+def _record_calls(model: nn.Module, inputs: Mapping[str, Any], first: _Recorder) -> _Recorder:
+    """Records a run of which the calls alone count, as an earlier one was recorded."""
+    if not first.repeats:
+        return _record(model, inputs)
+    recorder = _Recorder(model, inputs, repeats=True)
+    recorder.run(model, inputs, operations=False)
     return recorder
 
 

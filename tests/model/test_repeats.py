@@ -16,6 +16,11 @@ from hf_freezecache.model.probes import first_rows
 from tests.support.model_zoo import ENTRIES, QUICK
 
 
+@pytest.fixture(autouse=True)
+def small_models_too(monkeypatch):
+    monkeypatch.setattr(record, "FEW_PARAMETERS", 0)
+
+
 def run(model, inputs, repeats):
     recorder = record._Recorder(model, inputs, repeats)
     recorder.run(model, inputs)

@@ -16,6 +16,7 @@ from support.helpers import (
     tiny_vit,
     weights,
 )
+from support.pretrained import settle
 from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, ViTForImageClassification
@@ -95,7 +96,7 @@ def test_loss_that_reads_images_never_reads_features(make, tmp_path):
 
 
 def test_defaults_reconstruct_images(tmp_path):
-    model = reconstructing()[0]
+    model = settle(reconstructing()[0])
     config = {"default": None, "never": FreezeCacheConfig(cache="never")}
     default, never = (run(copy.deepcopy(model), pixel_dataset(), tmp_path / name, one) for name, one in config.items())
     assert default.freeze_status().cut and losses(default) == losses(never)
@@ -113,7 +114,7 @@ def test_weights_that_become_nan_are_named_and_end_no_training(tmp_path, caplog,
     for cache, config in {"own": manual("1:2"), "default": None, "never": manual("1:2", cache="never")}.items():
         caplog.clear()
         trainer = run(
-            tiny_vit(),
+            settle(tiny_vit()),
             SlowRows(clock, rows=16),
             tmp_path / cache,
             config,

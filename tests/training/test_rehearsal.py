@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import make_args, manual, pixel_dataset, tiny_resnet, tiny_vit, weights
+from support.pretrained import settle
 from support.sessions import session_of
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -113,7 +114,7 @@ SILENTLY_WRONG = [Mirrored, DeepSupervision, Distilling, AugmentsOnDevice, Touch
 
 def train(trainer_class, path, config, model=None, callbacks=None, **settings):
     trainer = trainer_class(
-        model=tiny_vit() if model is None else model,
+        model=settle(tiny_vit()) if model is None else model,
         args=make_args(path, **settings),
         train_dataset=pixel_dataset(),
         freeze_cache=config,
