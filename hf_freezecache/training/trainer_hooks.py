@@ -251,9 +251,9 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
+        blocks = check_model(self, self._own_model, self._freeze_config)
         if not self._freeze_explicit:
             check_trained(self._own_model)
-        blocks = check_model(self, self._own_model, self._freeze_config)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
         context = self.build_context(dataset, collator)

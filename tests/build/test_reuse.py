@@ -1,5 +1,6 @@
 """Stores of earlier runs: used where rows computed again agree, refused or renewed in parts where they do not."""
 
+import errno
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from support.images import OpaqueFlip, picture_dataset, replayable
 from support.keepers import make_context
 from torch.utils.data import ConcatDataset, Subset
 
+from hf_freezecache.build.errors import BuildFailed
 from hf_freezecache.build.materialize import materialize
 from hf_freezecache.build.reuse import EDITION, StoreReuse
 from hf_freezecache.build.spec_maker import SpecMaker
@@ -185,6 +187,19 @@ def test_six_replaced_files_cost_their_ranges_and_give_the_bytes_of_a_build(file
     assert [shard.sha256 for shard in renewed.manifest.shards] == [shard.sha256 for shard in fresh.manifest.shards]
     again, reused = run_again(tmp_path, files)
     assert reused and again.path == renewed.path
+
+
+def test_a_full_disk_while_a_store_is_renewed_leaves_the_old_one_and_nothing_else(files, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first, _ = run_again(tmp_path, files)
+    files.write([2], seed=1)
+    monkeypatch.setattr("hf_freezecache.build.renewal.complete_store", full)
+    with pytest.raises(BuildFailed, match="No space left on device") as raised:
+        run_again(tmp_path, files)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert [*(tmp_path / "cache").iterdir()] == [first.path] and first.verify()
 
 
 @pytest.mark.parametrize("codec", ["int4", "int8"])

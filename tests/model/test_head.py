@@ -10,6 +10,7 @@ from support.token_rows import Pad, Texts, bert, bert_of_tokens, gpt2
 from torch import nn
 
 from hf_freezecache import BlockChain, wrap_classifier
+from hf_freezecache.model.errors import ChainError
 from hf_freezecache.model.head import Head
 
 
@@ -72,6 +73,23 @@ def test_a_head_without_a_bias_is_not_known_to_be_new():
     chain = BlockChain.from_model(settle(gpt2(), head="score"), probe=texts())
     assert not Head(chain, is_new=True).parameters
     assert "score.weight" in Head(chain, is_new=False).parameters
+
+
+def test_a_model_that_answers_otherwise_with_its_head_alone_is_refused():
+    class Counts(nn.Linear):
+        """Adds what is not in its input."""
+
+        times = 0
+
+        def forward(self, x):
+            self.times += 1
+            return super().forward(x) + self.times
+
+    model = settle(tiny_vit())
+    model.classifier = Counts(32, 5)
+    head = Head(BlockChain.from_model(model, probe=images()), is_new=True)
+    with pytest.raises(ChainError, match="does not answer as the whole model does"):
+        head.prove(images())
 
 
 def test_frozen_parameters_are_no_part_of_a_head():

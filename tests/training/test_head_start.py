@@ -1,6 +1,7 @@
 """A head start: what it trains, what it leaves alone, and when there is none."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -124,6 +125,13 @@ def test_a_head_that_gets_worse_keeps_its_weights(tmp_path, caplog):
     _, after = started(tmp_path, config(head_start_lr=1e4))
     assert not changed(pretrained().state_dict(), after)
     assert any("weights were put back" in record.message for record in caplog.records)
+
+
+def test_of_one_batch_nothing_is_held_out(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_freezecache")
+    logging.getLogger("hf_freezecache").propagate = True
+    run(pretrained(), pixel_dataset(8), tmp_path, config(head_start_epochs=20))
+    assert "on features of 8 samples, learning rate 0.001" in caplog.text
 
 
 def test_resumed_trainings_get_none(tmp_path):
