@@ -43,8 +43,9 @@ class TrainerHooks(_Trainer):
         return getattr(self.model, "_orig_mod", self.model)  # of what `torch.compile(model)` returns
 
     @property
-    def _freezes(self) -> bool:
-        return not isinstance(self._freeze_policy, NonePolicy)
+    def _is_active(self) -> bool:
+        """Whether a training may be another than that of a plain `Trainer`."""
+        return not isinstance(self._freeze_policy, NonePolicy) or bool(self._freeze_config.head_start_epochs)
 
     @property
     def _runs_compiled(self) -> bool:
