@@ -24,8 +24,8 @@ from .._trainings import EpochClock, accuracy
 from .tasks import ADAPTED, RATES, RATES_OF_FEW, Task
 
 ON_GPU = {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}
-#: Epochs of a head start, wherever an arm has one.
-HEAD_START = 2
+#: Epochs of a head start, and of a longer one.
+HEAD_START, LONG_HEAD_START = 2, 8
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,24 @@ class Arm:
 
 
 def make_arms() -> list[Arm]:
-    """All arms, in the order of tables."""
-    plain = [Arm(f"plain {epochs}", epochs) for epochs in (3, 4, 6, 12)]
-    started = [Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (3, 4, 6, 12)]
-    half, deep = "half from 0 of 4, head start", "deep from 2 of 4, head start"
+    """All arms, in the order in which they are trained: where time is short, the last ones are left out."""
+    half, deep, deep_at_once = "half from 0 of 4, head start", "deep from 2 of 4, head start", "deep from 0 of 4"
     return [
-        *plain,
-        *started,
-        Arm("layer decay 0.75, 4, head start", 4, HEAD_START, settings={"layer_decay": 0.75}),
-        Arm("LoRA 12", 12, lora=True),
-        Arm("linear probe 12", 12, points="0:all"),
+        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (4, 3)),
         Arm(half, 4, HEAD_START, "0:half"),
-        Arm(f"{half}, frozen only", 4, HEAD_START, "0:half", cache="never", tuned_as=half),
         Arm(deep, 4, HEAD_START, "2:deep"),
-        Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
-        Arm(f"{deep}, annealed", 4, HEAD_START, "2:deep", settings={"anneal": "cosine"}),
         Arm("deep from 0 of 4, head start", 4, HEAD_START, "0:deep"),
+        *(Arm(f"plain {epochs}", epochs) for epochs in (4, 3, 6, 12)),
+        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (6, 12)),
+        Arm("default of 4", 4, settings={"policy": "linear"}),
         Arm("half from 0 of 4", 4, 0, "0:half"),
-        Arm("default", 4, settings={"policy": "linear"}),
+        Arm(deep_at_once, 4, 0, "0:deep"),
+        Arm("linear probe 12", 12, points="0:all"),
+        Arm(f"{half}, frozen only", 4, HEAD_START, "0:half", cache="never", tuned_as=half),
+        Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
+        Arm(f"{deep_at_once}, frozen only", 4, 0, "0:deep", cache="never", tuned_as=deep_at_once),
+        Arm(f"plain 4, head start of {LONG_HEAD_START}", 4, LONG_HEAD_START),
+        Arm("LoRA 12", 12, lora=True),
     ]
 
 

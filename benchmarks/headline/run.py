@@ -48,9 +48,8 @@ class Job:
 
 
 def tuning_jobs(arms: Iterable[Arm]) -> list[Job]:
-    """Every learning rate of every arm that has its own; the longest trainings first."""
-    jobs = [Job(arm, rate, TUNING_SEED, True) for arm in arms if not arm.tuned_as for rate in arm.rates]
-    return sorted(jobs, key=lambda job: -job.arm.epochs)
+    """Every learning rate of every arm that has its own."""
+    return [Job(arm, rate, TUNING_SEED, True) for arm in arms if not arm.tuned_as for rate in arm.rates]
 
 
 def final_jobs(arms: list[Arm], rates: dict[str, float], seeds: Iterable[int]) -> list[Job]:
@@ -58,7 +57,8 @@ def final_jobs(arms: list[Arm], rates: dict[str, float], seeds: Iterable[int]) -
     jobs = []
     for seed in seeds:
         turn = seed * 5 % len(arms)
-        jobs += [Job(arm, rates[arm.tuned_as or arm.name], seed, False) for arm in [*arms[turn:], *arms[:turn]]]
+        for arm in [*arms[turn:], *arms[:turn]]:
+            jobs.append(Job(arm, rates[arm.tuned_as or arm.name], seed, False))
     return jobs
 
 

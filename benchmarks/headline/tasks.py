@@ -20,8 +20,8 @@ from ..text.sources import load_minilm, load_questions, tokenized
 #: Share of the training samples by which learning rates are chosen. All sets are shuffled.
 VALIDATION = 0.2
 #: Learning rates that every arm is tried with, of all parameters or of what was added to a frozen model.
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-RATES_OF_FEW = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+RATES_OF_FEW = (5e-4, 1e-3, 2e-3, 4e-3)
 _TO_TENSOR = [v2.PILToTensor(), *FINISH]
 #: Linear layers that LoRA adapts, by the end of their names.
 ADAPTED = ["query", "value", "q_proj", "v_proj"]

@@ -267,7 +267,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         session = FreezeSession(
             context,
             self._freeze_explicit,
-            lambda batch: trainer._rehearsed_step(batch),
+            lambda names: trainer._rehearsing(names),
             self._suspects(),
             why_not_cached,
             self._why_on_images(),
