@@ -21,7 +21,7 @@ from hf_freezecache.training.accounting import measure_training_flops
 
 from .._common import QUIET, silence
 from .._trainings import EpochClock, accuracy
-from .tasks import ADAPTED, RATES, RATES_OF_FEW, Task
+from .tasks import ADAPTED, RATES_OF_FEW, Task
 
 ON_GPU = {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}
 #: Epochs of a head start, and of a longer one.
@@ -56,10 +56,9 @@ class Arm:
     def is_plain(self) -> bool:
         return self.points is None and not self.settings and not self.lora
 
-    @property
-    def rates(self) -> tuple[float, ...]:
+    def rates(self, task: Task) -> tuple[float, ...]:
         """Learning rates that are tried."""
-        return RATES_OF_FEW if self.lora or self.points == "0:all" else RATES
+        return RATES_OF_FEW if self.lora or self.points == "0:all" else task.rates
 
     def config(self, task: Task) -> FreezeCacheConfig:
         """The settings of `FreezeCacheTrainer`."""
@@ -82,13 +81,17 @@ def make_arms() -> list[Arm]:
         Arm("deep from 0 of 4, head start", 4, HEAD_START, "0:deep"),
         *(Arm(f"plain {epochs}", epochs) for epochs in (4, 3, 6, 12)),
         *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (6, 12)),
-        Arm("default of 4", 4, settings={"policy": "linear"}),
+        Arm("auto of 4, head start", 4, HEAD_START, settings={"policy": "auto"}),
+        Arm("linear of 4, head start", 4, HEAD_START, settings={"policy": "linear"}),
+        Arm("linear of 4", 4, settings={"policy": "linear"}),
         Arm("half from 0 of 4", 4, 0, "0:half"),
         Arm(deep_at_once, 4, 0, "0:deep"),
         Arm("linear probe 12", 12, points="0:all"),
         Arm(f"{half}, frozen only", 4, HEAD_START, "0:half", cache="never", tuned_as=half),
         Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
         Arm(f"{deep_at_once}, frozen only", 4, 0, "0:deep", cache="never", tuned_as=deep_at_once),
+        Arm(f"{deep_at_once}, fp32", 4, 0, "0:deep", settings={"codec": "fp32"}, tuned_as=deep_at_once),
+        Arm(f"{deep_at_once}, int8", 4, 0, "0:deep", settings={"codec": "int8"}, tuned_as=deep_at_once),
         Arm(f"plain 4, head start of {LONG_HEAD_START}", 4, LONG_HEAD_START),
         Arm("LoRA 12", 12, lora=True),
     ]
@@ -148,8 +151,10 @@ def train_arm(
             "flops": report.totals.flops,
             "build_seconds": report.totals.build_seconds,
             "head_start_seconds": report.totals.head_start_seconds,
+            "trial_seconds": report.totals.trial_seconds,
             "phases": report.to_dict()["phases"],
         }
+        result["why"] = getattr(trainer._freeze_policy, "why", None)
     else:
         probe = trainer._prepare_inputs(task.collator(_fetch(train, range(2))))
         result["flops"] = measure_training_flops(trainer.model, probe) * len(train) * arm.epochs

@@ -28,8 +28,15 @@ def read_done(options: argparse.Namespace, task: str) -> Done:
     return {(result["arm"], result["learning_rate"], result["seed"]): result for result in results}
 
 
-def chosen_rates(options: argparse.Namespace, task: str, arms: Iterable[Arm]) -> dict[str, float]:
-    """By arm, the learning rate with the best accuracy on the validation samples; none where a trial is missing."""
+def chosen_rates(options: argparse.Namespace, task: str, arms: Iterable[Arm], fewest: int = 4) -> dict[str, float]:
+    """By arm, the learning rate with the best accuracy on the validation samples.
+
+    Args:
+        options: where results are.
+        task: its name.
+        arms: those that are wanted.
+        fewest: an arm with fewer trials is left out.
+    """
     done, rates = read_done(options, task), {}
     for arm in arms:
         trials = {
@@ -37,6 +44,6 @@ def chosen_rates(options: argparse.Namespace, task: str, arms: Iterable[Arm]) ->
             for (name, rate, _), result in done.items()
             if name == arm.name and result["is_tuning"]
         }
-        if not arm.tuned_as and set(trials) >= set(arm.rates):
-            rates[arm.name] = max(arm.rates, key=lambda rate, trials=trials: trials[rate])
+        if not arm.tuned_as and len(trials) >= fewest:
+            rates[arm.name] = max(sorted(trials), key=trials.__getitem__)
     return rates

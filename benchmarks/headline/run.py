@@ -47,9 +47,9 @@ class Job:
     is_tuning: bool
 
 
-def tuning_jobs(arms: Iterable[Arm]) -> list[Job]:
+def tuning_jobs(arms: Iterable[Arm], task: Task) -> list[Job]:
     """Every learning rate of every arm that has its own."""
-    return [Job(arm, rate, TUNING_SEED, True) for arm in arms if not arm.tuned_as for rate in arm.rates]
+    return [Job(arm, rate, TUNING_SEED, True) for arm in arms if not arm.tuned_as for rate in arm.rates(task)]
 
 
 def final_jobs(arms: list[Arm], rates: dict[str, float], seeds: Iterable[int]) -> list[Job]:
@@ -110,7 +110,7 @@ def run_task(name: str, options: argparse.Namespace) -> list[str]:
     missing = {arm.tuned_as for arm in arms if arm.tuned_as} - {arm.name for arm in arms}
     tuned = arms + [arm for arm in make_arms() if arm.name in missing]
     _TASK = load_task(name, options)
-    failures = run_jobs(tuning_jobs(tuned), deadline, options)
+    failures = run_jobs(tuning_jobs(tuned, _TASK), deadline, options)
     rates = chosen_rates(options, name, tuned)
     arms = [arm for arm in arms if (arm.tuned_as or arm.name) in rates]
     return failures + run_jobs(final_jobs(arms, rates, options.seeds), deadline, options)

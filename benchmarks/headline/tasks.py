@@ -20,7 +20,8 @@ from ..text.sources import load_minilm, load_questions, tokenized
 #: Share of the training samples by which learning rates are chosen. All sets are shuffled.
 VALIDATION = 0.2
 #: Learning rates that every arm is tried with, of all parameters or of what was added to a frozen model.
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+RATES_OF_TEXTS = (2e-4, 4e-4, 8e-4, 1.6e-3)
 RATES_OF_FEW = (5e-4, 1e-3, 2e-3, 4e-3)
 _TO_TENSOR = [v2.PILToTensor(), *FINISH]
 #: Linear layers that LoRA adapts, by the end of their names.
@@ -41,6 +42,7 @@ class Task:
         blocks: `len(chain)` of the model.
         half: the cut that the arms call half: about half of the blocks.
         deep: the cut that the arms call deep.
+        rates: learning rates that are tried, of all parameters.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Task:
     blocks: int
     half: int
     deep: int
+    rates: tuple[float, ...] = RATES
 
     def split(self) -> tuple[Dataset, Dataset]:
         """The training samples without those for validation, and these."""
@@ -130,7 +133,9 @@ def _banking(name: str, options: argparse.Namespace) -> Task:
     train = train.select(range(min(len(train), options.rows or 4000)))
     test = test.select(range(min(len(test), options.test_rows or len(test))))
     collator = DataCollatorWithPadding(tokenizer)
-    return Task(name, train, test, lambda: load_minilm(options)[0], collator, options.batch_size, 7, 4, 5)
+    return Task(
+        name, train, test, lambda: load_minilm(options)[0], collator, options.batch_size, 7, 4, 5, RATES_OF_TEXTS
+    )
 
 
 TASKS: dict[str, Callable[[str, argparse.Namespace], Task]] = {
