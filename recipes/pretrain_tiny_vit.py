@@ -86,7 +86,7 @@ def main(argv: list[str]) -> dict:
         model=model, args=args, train_dataset=train, eval_dataset=test, compute_metrics=make_compute_metrics()
     )
     trainer.train()
-    trained = trainer.model.eval().half()
+    trained = trainer.model.vit.eval().half()  # without the head, which a fine-tuning makes anew
     trained.save_pretrained(options.output_dir)
     result = {
         "images": len(train),
