@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from .session import FreezeSession
 
 
-def give_head_start(session: FreezeSession) -> None:
+def give_head_start(session: FreezeSession, leave_out: int = 0) -> None:
     """Trains the head alone, where the settings ask for it and it is new, and books what it takes.
 
     Args:
         session: the training.
+        leave_out: samples of this process that are held out for a trial.
 
     Raises:
         ValueError: if the head cannot be trained alone.
     """
     with looking_at(session.context.source), session.ledger.phase(0, "head_start") as phase:
-        started = session.head_start.run()
+        started = session.head_start.run(leave_out)
     if started is None:
         session.ledger.drop(phase)
         return
@@ -41,11 +42,11 @@ def give_head_start(session: FreezeSession) -> None:
 
 
 def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
-    """Trains a few steps with frozen blocks and with none, takes them back, and books what they take.
+    """Gives the head a head start, then trains a few steps with frozen blocks and with none, and takes these back.
 
     Args:
         session: the training.
-        cut: frozen blocks.
+        cut: frozen blocks of the trial; 0: there is none.
         max_steps: optimizer steps of the training.
         max_grad_norm: to which gradients are clipped; None or 0: they are not.
 
@@ -53,8 +54,11 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
         The losses on held-out training samples; None if the training is too short for a trial.
     """
     check_trainable(session.chain, cut)
-    plan = session.trial.plan(max_steps)
-    if any(other is None for other in session.group.gather(None if plan is None else plan.steps)) or plan is None:
+    plan = session.trial.plan(max_steps) if cut else None
+    if any(steps is None for steps in session.group.gather(None if plan is None else plan.steps)):
+        plan = None
+    give_head_start(session, 0 if plan is None else len(plan.held_out))
+    if plan is None:
         return None
     with looking_at(session.context.source), session.ledger.phase(0, "trial") as phase:
         trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)

@@ -25,7 +25,7 @@ from ..model.stand_ins import FrozenOutputError, stays_real
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng, seeded_rng
 from ..units import show_seconds
-from .drawn_rows import of_rows
+from .drawn_rows import in_random_order, of_rows
 from .rehearsal import Outcome, RehearsalError, Rehearsing, Step
 
 #: Learning rates among which one is chosen.
@@ -116,10 +116,13 @@ class HeadStart:
         with self._head.replay(features, main_input):
             yield {**inputs, self.context.chain.main_input: main_input}
 
-    def run(self) -> HeadStarted | None:
+    def run(self, leave_out: int = 0) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
         Gradients, generators, buffers and the trainer's optimizer are left as they are.
+
+        Args:
+            leave_out: samples of this process that are held out for a trial.
 
         Returns:
             What was done; None if there was nothing to do.
@@ -139,7 +142,7 @@ class HeadStart:
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                batches = self._make_batches(head)
+                batches = self._make_batches(head, leave_out)
                 with self._rehearsing(head.parameters.keys()) as step:
                     training = _Training(head, step, self.context, batches)
                     before, loss_before = training.weights(), training.loss()
@@ -163,14 +166,11 @@ class HeadStart:
         names = tuple(head.parameters)
         return HeadStarted(rows, names, rate, loss_before, loss_after, training.steps, passes, seconds)
 
-    def _make_batches(self, head: Head) -> list[_Batch]:
-        """Runs all that is before the head, on samples of this process in random order."""
+    def _make_batches(self, head: Head, leave_out: int) -> list[_Batch]:
+        """Runs all that is before the head, on samples of this process in random order, but for the first ones."""
         context, source, group = self.context, self.context.source, self.context.group
         fit = max(1, _MOST_BYTES // (4 * math.prod(head.cut.layout.shape)))
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
-        count = min(len(order) // group.size, fit)
-        mine = order[group.rank :: group.size][:count]
-        drawn_rows = of_rows(source, mine)
+        drawn_rows = of_rows(source, in_random_order(source, group)[leave_out:][:fit])
 
         def make() -> list[_Batch]:
             batches = []

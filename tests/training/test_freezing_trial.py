@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
+from hf_freezecache.training import freezing_trial, head_start
 
 #: 160 steps: a trial of eight, with two batches held out.
 LONG = {"num_train_epochs": 8, "logging_steps": 20}
@@ -89,6 +90,24 @@ def test_what_it_measures_is_a_training_by_hand(tmp_path):
                 for value, gradient in zip(trained, gradients, strict=True):
                     value -= 0.05 * gradient
         assert expected == pytest.approx([float(loss(rows).detach()) for rows in held_out], rel=1e-4)
+
+
+def test_a_head_start_leaves_the_held_out_samples_alone(tmp_path, monkeypatch):
+    rows = {}
+    for module in (head_start, freezing_trial):
+        seen = rows.setdefault(module, [])
+
+        def noting(source, own, seen=seen, of_rows=module.of_rows):
+            seen.append(own)
+            return of_rows(source, own)
+
+        monkeypatch.setattr(module, "of_rows", noting)
+    config = FreezeCacheConfig(cache="never", head_start_epochs=1)
+    policy = Remembering(-1)
+    run(settle(tiny_vit(), head="classifier"), pixel_dataset(160), tmp_path, config, policy=policy, **LONG)
+    [trained_on], [held_out, _] = rows[head_start], rows[freezing_trial]
+    assert len(held_out) == 16 and len(trained_on) == 144 and not set(held_out) & set(trained_on)
+    assert policy.trials[0].samples == 16
 
 
 def test_a_resumed_training_does_as_it_would_have_done(tmp_path):
