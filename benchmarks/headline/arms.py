@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.training.accounting import measure_training_flops
+from hf_freezecache.training.flops import measure_training_flops
 
 from .._common import QUIET, silence
 from .._trainings import EpochClock, accuracy

@@ -41,7 +41,7 @@ def give_head_start(session: FreezeSession, leave_out: int = 0) -> None:
         session.ledger.drop(phase)
         return
     phase.epochs, phase.steps = epochs, started.steps
-    phase.flops += session.meter.per_sample("eval") * started.passes
+    phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)
     (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
 
@@ -74,14 +74,15 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
         if not session.config.head_start_epochs:
             most = _BATCHES_FOR_TRIAL * session.context.source.batch_size
             started = session.head_start.run(_EPOCHS_FOR_TRIAL, held_out, most)
-            phase.flops += 0.0 if started is None else session.meter.per_sample("eval") * started.passes
+            passes = 0.0 if started is None else started.passes
+            phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * passes
         trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)
     phase.steps = 2 * plan.steps
     trained, tested = plan.samples_run
     live, forward = session.meter.per_sample("live", 0), session.meter.per_sample("eval")
     # A backward pass takes two forward passes, and ends at the cut.
     frozen = live - 2 * session.chain.share(cut) * forward
-    phase.flops += trained * (live + frozen) + 2 * tested * forward
+    phase.flops += session.meter.mean_seen() * (trained * (live + frozen) + 2 * tested * forward)
     session.meter.book(phase.flops)
     return trial
 

@@ -121,7 +121,10 @@ class EvaluationHooks(TrainerHooks):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         evaluation, step = self._evaluation, super().prediction_step
-        if self._session is None or evaluation is None:
+        if self._session is None:
+            return step(model, inputs, *args, **kwargs)
+        self._session.meter.see(inputs)
+        if evaluation is None:
             return step(model, inputs, *args, **kwargs)
         force_eager = self._session.force_eager
 

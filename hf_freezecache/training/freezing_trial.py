@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,17 @@ class FreezingTrial:
         context: model, samples and settings.
         rehearsing: makes a context in which the trainer's own steps run without any update.
         rehearsal: that the trainer's steps are told to be.
+        see: is told each batch on which the model runs.
     """
 
-    def __init__(self, context: BuildContext, rehearsing: Rehearsing, rehearsal: Rehearsal):
-        self.context, self._rehearsing, self._rehearsal = context, rehearsing, rehearsal
+    def __init__(
+        self,
+        context: BuildContext,
+        rehearsing: Rehearsing,
+        rehearsal: Rehearsal,
+        see: Callable[[Mapping[str, Any]], None],
+    ):
+        self.context, self._rehearsing, self._rehearsal, self._see = context, rehearsing, rehearsal, see
 
     def plan(self, max_steps: int) -> Plan | None:
         """What is run for a training of a number of steps; None if that, or the data set, is too short."""
@@ -107,7 +114,12 @@ class FreezingTrial:
                 return [float(self._run(step, plan.held_out, number).loss) for number in ranges]
 
     def _run(self, step: Step, source: RowSource, number: int) -> Outcome:
-        return self.context.group.on_all(lambda: step(source.collate(source.rows(number))))
+        def run() -> Outcome:
+            batch = source.collate(source.rows(number))
+            self._see(batch)
+            return step(batch)
+
+        return self.context.group.on_all(run)
 
     def _update(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,11 @@ class HeadStart:
     Args:
         context: model, samples and settings.
         rehearsing: makes a context in which the trainer's own steps run without any update.
+        see: is told each batch on which the whole model runs.
     """
 
-    def __init__(self, context: BuildContext, rehearsing: Rehearsing):
-        self.context, self._rehearsing = context, rehearsing
+    def __init__(self, context: BuildContext, rehearsing: Rehearsing, see: Callable[[Mapping[str, Any]], None]):
+        self.context, self._rehearsing, self._see = context, rehearsing, see
         self._head: Head | None = None
 
     @property
@@ -177,6 +178,7 @@ class HeadStart:
         def make() -> list[_Batch]:
             batches = []
             for _, (drawn, *_views) in drawn_rows.loader(range(drawn_rows.num_ranges)):
+                self._see(drawn.batch)
                 features = head.features(context.model_inputs(drawn.batch)).cpu()
                 main = context.chain.main_input
                 kept = {name: value for name, value in drawn.batch.items() if name != main or stays_real(value)}

@@ -86,8 +86,8 @@ class FreezeSession:
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
-        self.head_start = HeadStart(self.context, rehearsing)
-        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal)
+        self.head_start = HeadStart(self.context, rehearsing, self.meter.see)
+        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
         self.recorder = BlockRecorder(self.chain)
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
@@ -110,7 +110,7 @@ class FreezeSession:
         self._mismatch: str | None = None
         self._lost: str | None = None
         # Mode and samples of the last micro-batch.
-        self._last_step: tuple[str, int] | None = None
+        self._last_step: tuple[str, float] | None = None
 
     # Epochs: what the callback calls
 
@@ -288,7 +288,8 @@ class FreezeSession:
         if step.features is not None and self.config.feature_noise:
             step = replace(step, features=add_noise(step.features, self.config.feature_noise))
         step = mix(step)
-        self._last_step, self.recorder.active = (step.mode, step.samples), True
+        samples = step.samples * self.meter.relative(self.meter.width_of(step.inputs))
+        self._last_step, self.recorder.active = (step.mode, samples), True
         try:
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
@@ -454,11 +455,12 @@ class FreezeSession:
             running = (
                 contextlib.nullcontext() if self.evaluation is None else self.evaluation.replaying(loader, source)
             )
+            self.meter.mean_seen()  # of one that has failed
             with running:
                 yield counts.append
             phase.epochs += 1
             flops = self.meter.per_sample("eval_replay" if isinstance(source, FromStore) else "eval")
-            phase.flops += flops * sum(counts) / self.group.size
+            phase.flops += flops * self.meter.mean_seen() * sum(counts) / self.group.size
 
     def evaluation_source(self, loader: DataLoader) -> EpochSource:
         """Where the batches of an evaluation that begins now come from."""
