@@ -1,8 +1,19 @@
 """Rules that say when to freeze, one in each file, behind one small interface."""
 
-from .base import FreezePolicy, Moment, ObservedBlock
+from .around import DelayedPolicy, FrozenFromStart
+from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
 from .linear import LinearPolicy
 from .manual import ManualPolicy
 from .none import NonePolicy
 
-__all__ = ["FreezePolicy", "LinearPolicy", "ManualPolicy", "Moment", "NonePolicy", "ObservedBlock"]
+__all__ = [
+    "ComingFreeze",
+    "DelayedPolicy",
+    "FreezePolicy",
+    "FrozenFromStart",
+    "LinearPolicy",
+    "ManualPolicy",
+    "Moment",
+    "NonePolicy",
+    "ObservedBlock",
+]

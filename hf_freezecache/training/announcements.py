@@ -55,6 +55,22 @@ def describe_other_rule(before: str, policy: FreezePolicy, cut: int) -> str | No
     )
 
 
+def describe_other_rates(before: str | None, now: str | None) -> str | None:
+    """What to say where blocks get other learning rates than in the checkpoint; None if they do not.
+
+    Args:
+        before: the checkpoint's settings of them; None: blocks had none of their own.
+        now: those of this training.
+    """
+    if before == now:
+        return None
+    none = "no learning rates of their own"
+    return (
+        f"The checkpoint was trained with other learning rates of blocks ({before or none}) than this training has "
+        f"({now or none}), which hold from here on. To go on as before, set what it was trained with."
+    )
+
+
 def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks: int, cut: int = 0) -> str:
     parts = [f"{cut} of {num_blocks} blocks are frozen"] if cut else []
     for epoch, deeper in steps:

@@ -44,7 +44,8 @@ class TrainerHooks(_Trainer):
 
     @property
     def _freezes(self) -> bool:
-        return not isinstance(self._freeze_policy, NonePolicy)
+        """Whether trainings need the blocks of the model: to freeze them, or for learning rates of their own."""
+        return not isinstance(self._freeze_policy, NonePolicy) or self._freeze_config.changes_learning_rates
 
     @property
     def _runs_compiled(self) -> bool:
