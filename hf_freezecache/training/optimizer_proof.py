@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,15 +23,18 @@ _MOST_ELEMENTS = 2**18
 #: Deviation from half of a step at half of the learning rate, relative to the step.
 _TOLERANCE = 0.05
 
-#: Of every parameter that is copied: the value before a step and after it.
+#: Steps of the proof; factors are others than 1 in the last one, when averages have parted from what they average.
+_STEPS = 3
+
+#: The values of all parameters that are copied.
 _Values = list[torch.Tensor]
 
 
 def prove_optimizer(optimizer: Optimizer, block_of: Callable[[torch.Tensor], int]) -> None:
     """Checks on a copy of an optimizer that its steps follow the learning rates of blocks, and nothing else changes.
 
-    Two steps with random gradients: as they are; with the groups split and all factors 1, which must be the same bit
-    for bit; with factor 0 in the second one, which must move nothing; with factor 0.5, which must go half as far. The
+    A few steps with random gradients: as they are; with the groups split and all factors 1, which must be the same bit
+    for bit; and twice with factors of 0 and 0.5 in the last step, which must not move a block, or half as far. The
     optimizer, its parameters and the random generators stay as they are.
 
     Args:
@@ -43,28 +47,36 @@ def prove_optimizer(optimizer: Optimizer, block_of: Callable[[torch.Tensor], int
     chosen = {id(parameter): parameter for group in optimizer.param_groups for parameter in _choose(group, block_of)}
     if not chosen:
         raise OptimizerError("it holds no parameter that is trained")
+    blocks = [block_of(parameter) for parameter in chosen.values()]
+    every_other = dict.fromkeys(sorted(set(blocks))[::2])
     before = [parameter.detach().clone() for parameter in chosen.values()]
+    mixed = [
+        {block: 0.0 if (block in every_other) == is_still else 0.5 for block in blocks} for is_still in (True, False)
+    ]
     with seeded_rng("learning rates"):
         try:
             plain = _run(optimizer, chosen, block_of, None)
-            split, still, half = (_run(optimizer, chosen, block_of, factor) for factor in (1.0, 0.0, 0.5))
+            split = _run(optimizer, chosen, block_of, dict.fromkeys(blocks, 1.0))
+            factored = [(factors, _run(optimizer, chosen, block_of, factors)) for factors in mixed]
         except OptimizerError:
             raise
         except Exception as error:
             raise OptimizerError(f"steps of a copy of it fail ({describe_error(error)})") from error
     if not all(torch.equal(*pair) for pair in zip(before, chosen.values(), strict=True)):
         raise OptimizerError("it cannot be copied: steps of a copy have changed the model")
-    for number in range(len(chosen)):
-        start, first, second = (values[number] for values in plain)
-        if torch.equal(start, first) or torch.equal(first, second):
+    for number, block in enumerate(blocks):
+        values = [step[number] for step in plain]
+        if any(torch.equal(*pair) for pair in pairwise(values)):
             raise OptimizerError("its `step` does not update the parameters that it holds")
-        if not torch.equal(second, split[-1][number]):
+        if not torch.equal(values[-1], split[-1][number]):
             raise OptimizerError("its steps depend on which parameters are together in a parameter group")
-        if not torch.equal(first, still[-1][number]):
-            raise OptimizerError("it moves parameters whose learning rate is 0")
-        step, half_step = (second - first).double(), (half[-1][number] - first).double()
-        if not (half_step - step / 2).norm() <= _TOLERANCE * step.norm():
-            raise OptimizerError("its steps are not proportional to the learning rate")
+        step = (values[-1] - values[-2]).double()
+        for factors, run in factored:
+            moved = (run[-1][number] - values[-2]).double()
+            if factors[block] == 0.0 and not torch.equal(run[-1][number], values[-2]):
+                raise OptimizerError("it moves parameters whose learning rate is 0")
+            if factors[block] and not (moved - step / 2).norm() <= _TOLERANCE * step.norm():
+                raise OptimizerError("its steps are not proportional to the learning rate")
 
 
 def _choose(group: Mapping[str, Any], block_of: Callable[[torch.Tensor], int]) -> list[torch.Tensor]:
@@ -82,42 +94,43 @@ def _run(
     optimizer: Optimizer,
     chosen: Mapping[int, torch.Tensor],
     block_of: Callable[[torch.Tensor], int],
-    factor: float | None,
-) -> tuple[_Values, _Values, _Values]:
-    """Two steps of a copy.
+    factors: Mapping[int, float] | None,
+) -> list[_Values]:
+    """The steps of a copy.
 
     Args:
         optimizer: the original.
         chosen: the parameters to copy, by their id.
         block_of: the block that owns a parameter.
-        factor: of all learning rates in the second step; None: the groups are not split.
+        factors: of the learning rates of blocks in the last step; None: the groups are not split.
 
     Returns:
         Values of the copied parameters before the steps, and after each of them.
     """
     copies = {key: nn.Parameter(torch.zeros_like(parameter)) for key, parameter in chosen.items()}
     blocks = {id(copies[key]): block_of(parameter) for key, parameter in chosen.items()}
-    copied, steps, now = _copy(optimizer, copies), None, 1.0
-    if factor is not None:
-        steps = BlockSteps(copied, lambda parameter: blocks[id(parameter)], lambda block: now)
+    copied, now = _copy(optimizer, copies), dict.fromkeys(blocks.values(), 1.0)
+    steps = None
+    if factors is not None:
+        steps = BlockSteps(copied, lambda parameter: blocks[id(parameter)], lambda block: now[block])
     train = getattr(copied, "train", None)
     if callable(train):
         train()  # as `Trainer` does: optimizers that average weights leave the averages
     rates = [float(group["lr"]) for group in copied.param_groups]
     values = [[parameter.detach().clone() for parameter in copies.values()]]
-    for number in range(2):
+    for number in range(_STEPS):
+        if factors is not None and number == _STEPS - 1:
+            now.update(factors)
         seed_rng("learning rates", number)
         for parameter in copies.values():
             parameter.grad = torch.randn(parameter.shape).to(parameter)
         type(copied).step(copied)
         values.append([parameter.detach().clone() for parameter in copies.values()])
-        if factor is not None:
-            now = factor
     if steps is not None:
         steps.remove()
     if rates != [float(group["lr"]) for group in copied.param_groups]:
         raise OptimizerError("it sets the learning rates of its parameter groups itself")
-    return values[0], values[1], values[2]
+    return values
 
 
 def _copy(optimizer: Optimizer, copies: Mapping[int, nn.Parameter]) -> Optimizer:

@@ -12,6 +12,7 @@ from support.token_rows import bert, gpt2
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from transformers import BertForMaskedLM, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from hf_freezecache import FreezeCacheConfig, wrap_classifier
 from hf_freezecache.model.chain import BlockChain
@@ -148,6 +149,34 @@ def test_optimizers_of_the_trainer_do_as_with_groups_made_by_hand(optim, tmp_pat
         callbacks=[hand], num_train_epochs=3, **settings,
     )  # fmt: skip
     assert_same_weights(weights(ours), weights(other))
+
+
+#: Of the optimizers that can be made here; others may be installed beside the packages that the tests need.
+REFUSED = {
+    *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"),
+    *("lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+}
+ON_GPU = {"galore_adamw_8bit", "stable_adamw"}
+
+
+@pytest.mark.parametrize("name", [str(name.value) for name in OptimizerNames])
+def test_every_optimizer_of_the_trainer_follows_or_is_refused(name, tmp_path):
+    low_rank = name.startswith(("galore", "apollo"))
+    settings = dict(optim_target_modules="all-linear", optim_args="rank=4,update_proj_gap=1") if low_rank else {}
+    if name in ON_GPU and not torch.cuda.is_available():
+        pytest.skip("runs on a GPU only")
+    model = tiny_vit()
+    trainer = Trainer(model=model, args=make_args(tmp_path, optim=name, **settings))
+    try:
+        optimizer = trainer.create_optimizer()
+    except (ImportError, ValueError, RuntimeError) as error:
+        pytest.skip(f"a plain Trainer cannot make it here: {error}")
+    rates = rates_of(model, layer_decay=0.5)
+    if name not in REFUSED:
+        rates.attach(optimizer)
+        return
+    with pytest.raises(OptimizerError, match="Choose an optimizer"):
+        rates.attach(optimizer)
 
 
 class InBackward(torch.optim.Optimizer):

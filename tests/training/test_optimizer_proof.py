@@ -39,6 +39,15 @@ class Averages(torch.optim.SGD):
                 parameter.data.lerp_(average, 0.1)
 
 
+class Notes(torch.optim.SGD):
+    """Keeps in a group what depends on its learning rate."""
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            group["noted"] = group["lr"]
+
+
 class Together(torch.optim.SGD):
     """Clips the gradients of a group together."""
 
@@ -107,6 +116,7 @@ DEVIATING = {
     "holds no parameter": lambda groups: torch.optim.SGD([nn.Parameter(torch.ones(2), requires_grad=False)]),
     "moves parameters whose learning rate is 0": lambda groups: Averages(groups, lr=0.1),
     "depend on which parameters are together": lambda groups: Together(groups, lr=0.1),
+    "makes 'noted' of a parameter group depend": lambda groups: Notes(groups, lr=0.1),
     "not proportional": lambda groups: Squares(groups, lr=0.1),
     "sets the learning rates": lambda groups: SetsItsRate(groups, lr=0.1),
     "steps of a copy have changed the model": OfTheOriginal,
