@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..policies import FreezePolicy
+from ..policies import FreezePolicy, FrozenFromStart
 
 
 def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
@@ -78,7 +78,10 @@ def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks
         only = " (only the head trains)" if deeper == num_blocks else ""
         parts.append(f"from epoch {epoch}, {count}{only}")
     text = ", ".join(parts)
-    return f"{text[0].upper()}{text[1:]}: policy {policy.name}; policy='none' keeps all training."
+    remedy = "policy='none' keeps all training"
+    if isinstance(policy, FrozenFromStart):
+        remedy = "policy='none' and layer_decay_min=0 keep all training"
+    return f"{text[0].upper()}{text[1:]}: policy {policy.name}; {remedy}."
 
 
 def _epochs(count: int) -> str:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from support.helpers import CLASSES, assert_same_weights, make_args, manual, pixel_dataset, run, tiny_vit, weights
 from support.policies import Answers
 from support.token_rows import bert, gpt2
@@ -177,6 +179,29 @@ def test_every_optimizer_of_the_trainer_follows_or_is_refused(name, tmp_path):
         return
     with pytest.raises(OptimizerError, match="Choose an optimizer"):
         rates.attach(optimizer)
+
+
+def test_a_step_that_accelerate_skips_is_none():
+    model, head = tiny_vit(), "classifier.bias"
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros(1))
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), scaler=scaler)
+    rates, before = rates_of(model, layer_decay=0.5), weights(SimpleNamespace(model=model))
+    rates.attach(optimizer)
+    model.get_parameter(head).grad.fill_(float("inf"))
+    rates.begin_step(0)
+    optimizer.step()
+    assert optimizer.step_was_skipped and len(optimizer.param_groups) == 1
+    assert_same_weights(before, weights(SimpleNamespace(model=model)))
+    scaler.update(1.0)
+    model.get_parameter(head).grad.fill_(1.0)
+    rates.begin_step(1)
+    optimizer.step()
+    moved = {name: float((before[name] - after).mean()) for name, after in model.state_dict().items()}
+    assert moved[head] == pytest.approx(1.0) and moved["vit.embeddings.cls_token"] == pytest.approx(0.5**4, abs=1e-6)
 
 
 class InBackward(torch.optim.Optimizer):

@@ -139,8 +139,8 @@ def groups_of(model):
     ]
 
 
-def prove(make):
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3))
+def prove(make, dtype=torch.float32):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)).to(dtype)
     optimizer = make(groups_of(model))
     blocks = {parameter: number for number, layer in enumerate(model) for parameter in layer.parameters()}
     prove_optimizer(optimizer, lambda parameter: blocks.get(parameter, 9))
@@ -150,6 +150,11 @@ def prove(make):
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_optimizers_that_follow(name):
     prove(FOLLOWING[name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_weights_of_half_precision(name):
+    prove(FOLLOWING[name], torch.bfloat16)
 
 
 def test_wrappers_that_share_their_groups_follow():
