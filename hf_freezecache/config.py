@@ -12,11 +12,19 @@ from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
-from .policies import DelayedPolicy, FreezePolicy, FrozenFromStart, LinearPolicy, ManualPolicy, NonePolicy
+from .policies import (
+    AutoPolicy,
+    DelayedPolicy,
+    FreezePolicy,
+    FrozenFromStart,
+    LinearPolicy,
+    ManualPolicy,
+    NonePolicy,
+)
 from .policies.schedule import format_freeze_points
 from .units import parse_bytes
 
-PolicyName = Literal["none", "manual", "linear"]
+PolicyName = Literal["none", "manual", "linear", "auto"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
@@ -41,7 +49,7 @@ class FreezeCacheConfig:
         ImportError: on construction, if the codec's library is not installed.
     """
 
-    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
+    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual, linear or auto."})
     freeze_points: str | None = field(
         default=None,
         metadata={
@@ -51,10 +59,10 @@ class FreezeCacheConfig:
     )
     freeze_start: float = field(default=0.25, metadata={"help": "For policy linear: fraction of training at stage 1."})
     freeze_end: float = field(
-        default=0.5, metadata={"help": "For policy linear: fraction of training at the last stage."}
+        default=0.5, metadata={"help": "For policies linear and auto: fraction of training at the last stage."}
     )
     max_frozen: float = field(
-        default=0.75, metadata={"help": "For policy linear: fraction of the blocks frozen in the end."}
+        default=0.75, metadata={"help": "For policies linear and auto: fraction of the blocks frozen in the end."}
     )
     freeze_stages: int = field(
         default=2,
@@ -422,6 +430,8 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     if config.policy == "manual":
         assert config.freeze_points is not None  # the settings check it
         return ManualPolicy(config.freeze_points)
+    if config.policy == "auto":
+        return AutoPolicy(config.max_frozen, config.freeze_end)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 

@@ -245,3 +245,16 @@ def test_head_starts_and_annealing_go_together(tmp_path):
     config = manual("1:2", cache="never", anneal="cosine", head_start_epochs=1, head_start="always")
     trainer = run(settle(tiny_vit()), pixel_dataset(), tmp_path, config)
     assert trainer.freeze_cache_report().phases[0].mode == "head_start" and trainer.freeze_status().cut == 2
+
+
+@pytest.mark.parametrize("rates", [{"anneal": "cosine"}, {"layer_decay": 0.5, "layer_decay_min": 0.1}])
+def test_a_trial_before_the_training_leaves_nothing_behind(rates, tmp_path):
+    """It takes steps of the training's own optimizer; then the training is that of the schedule that was chosen."""
+    long = dict(num_train_epochs=8, logging_steps=20)
+    config = FreezeCacheConfig(policy="auto", cache="never", **rates)
+    ours = run(settle(tiny_vit()), pixel_dataset(160), tmp_path / "a", config, **long)
+    assert "trial" in [phase.mode for phase in ours.freeze_cache_report().phases]
+    points = "0:2" if ours.freeze_status().cut == 2 else "4:3"
+    other = run(settle(tiny_vit()), pixel_dataset(160), tmp_path / "b", manual(points, cache="never", **rates), **long)
+    assert losses(ours) == losses(other)
+    assert_same_weights(weights(ours), weights(other))

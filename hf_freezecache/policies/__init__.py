@@ -1,12 +1,15 @@
 """Rules that say when to freeze, one in each file, behind one small interface."""
 
 from .around import DelayedPolicy, FrozenFromStart
+from .auto import AutoPolicy
 from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
 from .linear import LinearPolicy
 from .manual import ManualPolicy
 from .none import NonePolicy
+from .trial import Trial
 
 __all__ = [
+    "AutoPolicy",
     "ComingFreeze",
     "DelayedPolicy",
     "FreezePolicy",
@@ -16,4 +19,5 @@ __all__ = [
     "Moment",
     "NonePolicy",
     "ObservedBlock",
+    "Trial",
 ]

@@ -7,6 +7,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
+from .trial import Trial
 
 
 class AroundPolicy(FreezePolicy):
@@ -25,6 +26,12 @@ class AroundPolicy(FreezePolicy):
 
     def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         self.policy.observe(moment, blocks)
+
+    def trial_cut(self, num_blocks: int) -> int:
+        return self.policy.trial_cut(num_blocks)
+
+    def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
+        return self.policy.take_trial(trial, num_blocks)
 
     def decide(self, moment: Moment) -> int:
         return self.policy.decide(moment)
@@ -70,7 +77,7 @@ class DelayedPolicy(AroundPolicy):
     def start(self, num_blocks: int) -> None:
         self._decided = []
         super().start(num_blocks)
-        if self.policy.changes(num_blocks, 1) is not None:
+        if self.policy.changes(num_blocks, 1) is not None or self.policy.trial_cut(num_blocks):
             raise ValueError(
                 f"policy {self.policy.name} knows its schedule, so that learning rates fall from the start of the "
                 "training: leave anneal_epochs, which is for policies that decide as the training goes, at 0."

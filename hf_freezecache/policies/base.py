@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .trial import Trial
+
 #: Signals that a policy may observe.
 SIGNALS = frozenset({"weights", "gradients", "activations"})
 
@@ -97,6 +99,26 @@ class FreezePolicy(ABC):
             moment: the progress of the training.
             blocks: the blocks that are not frozen, in their order.
         """
+
+    def trial_cut(self, num_blocks: int) -> int:
+        """The cut that is tried before the first step of a training; 0: none.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+        """
+        return 0
+
+    def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
+        """Called before the first step of a training if there is a `trial_cut`; never when it is resumed.
+
+        Args:
+            trial: what was found; None: the training is too short for a trial.
+            num_blocks: number of blocks, `len(chain)`.
+
+        Returns:
+            What the rule makes of it, as a sentence for the log.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for a trial, so it has to take it.")
 
     @abstractmethod
     def decide(self, moment: Moment) -> int:

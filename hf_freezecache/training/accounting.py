@@ -30,7 +30,8 @@ class Phase:
 
     Args:
         cut: frozen blocks.
-        mode: live, build, replay, eval, head_start, or plan: what it took to find out that no store is built.
+        mode: live, build, replay, eval, head_start, trial (of frozen blocks before the first step), or plan: what it
+            took to find out that no store is built.
         epochs: finished epochs (passes over the data for build and eval).
         steps: optimizer steps.
         seconds: wall-clock seconds; evaluation and builds inside an epoch count for themselves only.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..policies import FreezePolicy, FrozenFromStart
+from ..policies import FreezePolicy, FrozenFromStart, NonePolicy
 
 
 def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
@@ -17,10 +17,10 @@ def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cu
         cut: number of blocks that are frozen already, after a resume.
 
     Returns:
-        The line; None if the rule decides as the training goes: the first freeze is announced then.
+        The line; None if the rule decides as the training goes: the first freeze is announced then. None for 'none'.
     """
     changes = policy.changes(num_blocks, num_epochs)
-    if changes is None:
+    if changes is None or isinstance(policy, NonePolicy):
         return None
     steps = [(epoch, deeper) for epoch, deeper in changes if epoch < num_epochs and deeper > cut]
     late = [(epoch, deeper) for epoch, deeper in changes if epoch >= num_epochs]

@@ -10,8 +10,10 @@ from ..build.survey import collator_pads
 from ..cache.rows import split_batch
 from ..cache.texts import split_texts
 from ..model.tokens import token_mask
+from ..policies import Trial
 from ..replay.passage import trial_rows, why_not_through
 from .data_state import looking_at
+from .preconditions import check_trainable
 from .rehearsal import RehearsalError
 
 if TYPE_CHECKING:
@@ -36,6 +38,34 @@ def give_head_start(session: FreezeSession) -> None:
     phase.flops += session.meter.per_sample("eval") * started.passes
     session.meter.book(phase.flops)
     (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
+
+
+def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+    """Trains a few steps with frozen blocks and with none, takes them back, and books what they take.
+
+    Args:
+        session: the training.
+        cut: frozen blocks.
+        max_steps: optimizer steps of the training.
+        max_grad_norm: to which gradients are clipped; None or 0: they are not.
+
+    Returns:
+        The losses on held-out training samples; None if the training is too short for a trial.
+    """
+    check_trainable(session.chain, cut)
+    plan = session.trial.plan(max_steps)
+    if any(other is None for other in session.group.gather(None if plan is None else plan.steps)) or plan is None:
+        return None
+    with looking_at(session.context.source), session.ledger.phase(0, "trial") as phase:
+        trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)
+    phase.steps = 2 * plan.steps
+    trained, held_out = plan.samples_run
+    live, forward = session.meter.per_sample("live", 0), session.meter.per_sample("eval")
+    # A backward pass takes two forward passes, and ends at the cut.
+    frozen = live - 2 * session.chain.share(cut) * forward
+    phase.flops += trained * (live + frozen) + 2 * held_out * forward
+    session.meter.book(phase.flops)
+    return trial
 
 
 def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from ..policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock
+from ..policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock, Trial
 from .announcements import describe_freeze, describe_other_rule, describe_schedule
 
 #: Version of the entry in `trainer_state.json`.
@@ -68,6 +68,15 @@ class RunningTraining(Protocol):
 
     def give_head_start(self) -> None:
         """Before the first step: trains the head alone, where the settings ask for it and it is new."""
+
+    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+        """Before the first step: what frozen blocks do to held-out samples; None if the training is too short for it.
+
+        Args:
+            cut: frozen blocks.
+            max_steps: optimizer steps of the training.
+            max_grad_norm: to which gradients are clipped.
+        """
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: proves that the trainer's step works on features of the cuts that are planned.
@@ -156,9 +165,10 @@ class FreezeCallback(TrainerCallback, ExportableState):
             if other_rule is not None:
                 session.announce(other_rule)
         session.check_data(train_dataloader)
+        steps_per_epoch = self._count(session, args, state, train_dataloader)
         if state.global_step == 0:
             session.give_head_start()
-        steps_per_epoch = self._count(session, args, state, train_dataloader)
+            self._try_freezing(session, args, state)
         schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
@@ -203,6 +213,12 @@ class FreezeCallback(TrainerCallback, ExportableState):
         if self._epoch is None or not self._rule.observes:
             return
         self._rule.observe(self._moment(self._session, state, self._epoch), self._session.observed_blocks())
+
+    def _try_freezing(self, session: RunningTraining, args, state) -> None:
+        cut = self._rule.trial_cut(session.num_blocks)
+        if cut:
+            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
+            session.announce(self._rule.take_trial(trial, session.num_blocks))
 
     def _decide(self, session: RunningTraining, moment: Moment) -> int:
         answer = session.broadcast(self._rule.decide(moment))

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import Dataset
 
 from ..build.context import BuildContext
-from ..cache.rows import RowSource, fetch
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
@@ -27,14 +25,15 @@ from ..model.stand_ins import FrozenOutputError, stays_real
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng, seeded_rng
 from ..units import show_seconds
-from .rehearsal import Outcome, RehearsalError
+from .drawn_rows import of_rows
+from .rehearsal import Outcome, RehearsalError, Rehearsing, Step
 
 #: Learning rates among which one is chosen.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 #: Memory that features may take; of more samples, as many as fit are drawn.
 _MOST_BYTES = 2**30
 #: Batches by which a learning rate is chosen, at most, and the share of them that is held out.
-_SEARCH_BATCHES, _HELD_OUT = 128, 0.2
+_SEARCH_BATCHES, _HELD_OUT = 40, 0.2
 #: Batches on which the loss is compared before and after.
 _LOSS_BATCHES = 16
 #: Name of the only code of a batch of the head start.
@@ -95,11 +94,11 @@ class HeadStart:
 
     Args:
         context: model, samples and settings.
-        step: runs the trainer's own step on a batch, without any update.
+        rehearsing: makes a context in which the trainer's own steps run without any update.
     """
 
-    def __init__(self, context: BuildContext, step: Callable[[Mapping[str, Any]], Outcome]):
-        self.context, self._step = context, step
+    def __init__(self, context: BuildContext, rehearsing: Rehearsing):
+        self.context, self._rehearsing = context, rehearsing
         self._head: Head | None = None
 
     @property
@@ -140,13 +139,15 @@ class HeadStart:
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                training = _Training(head, self._take, self.context, self._make_batches(head))
-                before, loss_before = training.weights(), training.loss()
-                rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
-                training.train(training.batches, rate)
-                loss_after = training.loss()
-                if not loss_after < loss_before:
-                    training.put_back(before)
+                batches = self._make_batches(head)
+                with self._rehearsing(head.parameters.keys()) as step:
+                    training = _Training(head, step, self.context, batches)
+                    before, loss_before = training.weights(), training.loss()
+                    rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
+                    training.train(training.batches, rate)
+                    loss_after = training.loss()
+                    if not loss_after < loss_before:
+                        training.put_back(before)
             except FrozenOutputError as error:
                 raise RehearsalError(
                     f"a training step of the head alone fails: {error} head_start_epochs=0 is without a head start."
@@ -169,19 +170,11 @@ class HeadStart:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
         count = min(len(order) // group.size, fit)
         mine = order[group.rank :: group.size][:count]
-        reordered = RowSource(
-            _Reordered(source.dataset, mine),
-            source.collator,
-            batch_size=source.batch_size,
-            seed=source.seed,
-            num_workers=source.num_workers,
-            multiprocessing_context=source.multiprocessing_context,
-            texts=source.texts,
-        )
+        drawn_rows = of_rows(source, mine)
 
         def make() -> list[_Batch]:
             batches = []
-            for _, (drawn, *_views) in reordered.loader(range(reordered.num_ranges)):
+            for _, (drawn, *_views) in drawn_rows.loader(range(drawn_rows.num_ranges)):
                 features = head.features(context.model_inputs(drawn.batch)).cpu()
                 main = context.chain.main_input
                 kept = {name: value for name, value in drawn.batch.items() if name != main or stays_real(value)}
@@ -190,9 +183,6 @@ class HeadStart:
 
         return group.on_all(make)
 
-    def _take(self, batch: _Batch) -> Outcome:
-        return self._step({_FEATURES: batch.features, **batch.inputs})
-
 
 @dataclass
 class _Training:
@@ -200,7 +190,7 @@ class _Training:
 
     Args:
         head: what is trained.
-        step: computes loss and gradients of a batch.
+        step: runs the trainer's own step.
         context: of the training.
         batches: of the head start, of this process.
 
@@ -210,7 +200,7 @@ class _Training:
     """
 
     head: Head
-    step: Callable[[_Batch], Outcome]
+    step: Step
     context: BuildContext
     batches: list[_Batch]
     steps: int = 0
@@ -260,7 +250,7 @@ class _Training:
 
     def _run(self, batch: _Batch) -> Outcome:
         self.rows_run += len(batch.features)
-        return self.context.group.on_all(lambda: self.step(batch))
+        return self.context.group.on_all(lambda: self.step({_FEATURES: batch.features, **batch.inputs}))
 
     def _update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
         parameters = self.head.parameters
@@ -272,19 +262,3 @@ class _Training:
         optimizer.step()
         for name, parameter in parameters.items():
             parameter.grad = before[name]
-
-
-class _Reordered(Dataset):
-    """Some samples of a data set, in another order."""
-
-    def __init__(self, dataset: Any, rows: Sequence[int]):
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Any:
-        return self.dataset[self.rows[row]]
-
-    def __getitems__(self, rows: Sequence[int]) -> Any:
-        return fetch(self.dataset, [self.rows[row] for row in rows])

@@ -192,7 +192,8 @@ def check_anneal(policy: FreezePolicy, config: FreezeCacheConfig, num_blocks: in
     Raises:
         ValueError: if the rule does not know its freezes before they happen; the message says what to do.
     """
-    if config.anneal != "none" and policy.coming(num_blocks, 1) is None:
+    knows = policy.coming(num_blocks, 1) is not None or bool(policy.trial_cut(num_blocks))  # a trial comes first
+    if config.anneal != "none" and not knows:
         raise ValueError(
             f"anneal='cosine' lets learning rates fall until a block freezes, and policy {policy.name} does not know "
             "when that is. Set anneal_epochs to the number of epochs from a decision to its freeze; or override "

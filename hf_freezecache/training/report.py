@@ -36,7 +36,8 @@ class FreezeStatus:
 @dataclass(frozen=True)
 class Totals:
     """Sums over phases. `train_seconds` is live and replay, `seconds` everything, evaluation included;
-    `plan_seconds` were spent on stores that were not built, `head_start_seconds` on the head alone."""
+    `plan_seconds` were spent on stores that were not built, `head_start_seconds` on the head alone, `trial_seconds` on
+    steps on trial before the training."""
 
     seconds: float
     train_seconds: float
@@ -47,6 +48,7 @@ class Totals:
     peak_memory_bytes: int
     plan_seconds: float = 0.0
     head_start_seconds: float = 0.0
+    trial_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class FreezeCacheReport:
         totals, plain = self.totals, self.plain_estimate
         parts = {
             "head start": totals.head_start_seconds,
+            "trial": totals.trial_seconds,
             "builds": totals.build_seconds,
             "plans of stores that were not built": totals.plan_seconds,
         }
@@ -133,6 +136,7 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
     planning = [phase for phase in phases if phase.mode == "plan"]
     evaluations = [phase for phase in phases if phase.mode == "eval"]
     head_starts = [phase for phase in phases if phase.mode == "head_start"]
+    trials = [phase for phase in phases if phase.mode == "trial"]
     steps = sum(phase.steps for phase in training)
     totals = Totals(
         seconds=sum(phase.seconds for phase in phases),
@@ -141,7 +145,8 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
         eval_seconds=sum(phase.seconds for phase in evaluations),
         plan_seconds=sum(phase.seconds for phase in planning),
         head_start_seconds=sum(phase.seconds for phase in head_starts),
-        flops=sum(phase.flops for phase in training + builds + planning + head_starts),
+        trial_seconds=sum(phase.seconds for phase in trials),
+        flops=sum(phase.flops for phase in training + builds + planning + head_starts + trials),
         eval_flops=sum(phase.flops for phase in evaluations),
         peak_memory_bytes=max((phase.peak_memory_bytes for phase in phases), default=0),
     )

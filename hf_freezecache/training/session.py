@@ -19,7 +19,7 @@ from ..cache.manifest import StoreError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
-from ..policies import ComingFreeze, Moment, ObservedBlock
+from ..policies import ComingFreeze, Moment, ObservedBlock, Trial
 from ..replay.collator import take_lost
 from ..replay.dataset import live_batch
 from ..replay.requests import SourceSwitch
@@ -30,12 +30,13 @@ from .announcements import describe_other_rates
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .freezing_trial import FreezingTrial
 from .head_start import HeadStart
 from .learning_rates import LearningRates
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
-from .rehearsal import Outcome, Rehearsal
+from .rehearsal import Rehearsal, Rehearsing
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -50,7 +51,7 @@ class FreezeSession:
     Args:
         context: model, samples and settings.
         explicit: whether the user gave the settings.
-        step: runs the trainer's own step without any update, for rehearsals.
+        rehearsing: makes a context in which the trainer's own steps run without any update.
         suspects: what users have put in the path of the loss, for messages.
         why_not_cached: why nothing can be cached in this training; None if it can.
         why_on_images: why evaluations cannot be cached; None if they can.
@@ -69,7 +70,7 @@ class FreezeSession:
         self,
         context: BuildContext,
         explicit: bool,
-        step: Callable[[Mapping[str, Any]], Outcome],
+        rehearsing: Rehearsing,
         suspects: Sequence[str] = (),
         why_not_cached: str | None = None,
         why_on_images: str | None = None,
@@ -86,8 +87,9 @@ class FreezeSession:
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
-        self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
-        self.head_start = HeadStart(self.context, step)
+        self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
+        self.head_start = HeadStart(self.context, rehearsing)
+        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal)
         self.recorder = BlockRecorder(self.chain)
         self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None
         self.switch = SourceSwitch(len(context.source))
@@ -330,6 +332,10 @@ class FreezeSession:
     def give_head_start(self) -> None:
         """Before the first step; see `before_steps.give_head_start`."""
         before_steps.give_head_start(self)
+
+    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+        """Before the first step; see `before_steps.try_freezing`."""
+        return before_steps.try_freezing(self, cut, max_steps, max_grad_norm)
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""

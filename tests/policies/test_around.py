@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.policies import EXAMPLES, Answers, cuts
 
-from hf_freezecache.policies import ComingFreeze, DelayedPolicy, FrozenFromStart, LinearPolicy, ManualPolicy, Moment
+from hf_freezecache.policies import (
+    AutoPolicy,
+    ComingFreeze,
+    DelayedPolicy,
+    FrozenFromStart,
+    LinearPolicy,
+    ManualPolicy,
+    Moment,
+)
 
 
 class OneMore(Answers):
@@ -56,9 +64,20 @@ def test_answers_that_are_no_cuts_are_passed_on(answer):
         assert FrozenFromStart(Answers(answer), lambda blocks: 2, "").decide(Moment(0, 6, 0, 9, 0, 12)) is answer
 
 
-def test_schedules_are_not_delayed():
+@pytest.mark.parametrize("policy", [LinearPolicy(), AutoPolicy()])
+def test_schedules_are_not_delayed(policy):
     with pytest.raises(ValueError, match="leave anneal_epochs"):
-        DelayedPolicy(LinearPolicy(), 2).start(12)
+        DelayedPolicy(policy, 2).start(12)
+
+
+def test_a_trial_is_that_of_the_rule_inside():
+    policy = FrozenFromStart(AutoPolicy(), lambda blocks: 2, "why")
+    assert policy.trial_cut(12) == 9 and policy.changes(12, 4) is None and policy.coming(12, 4) is None
+    assert "too short for a trial" in policy.take_trial(None, 12)
+    assert policy.changes(12, 4) == [(0, 2), (2, 9)]
+    other = FrozenFromStart(AutoPolicy(), lambda blocks: 2, "why")
+    other.load_state_dict(policy.state_dict())
+    assert other.changes(12, 4) == [(0, 2), (2, 9)]
 
 
 @EXAMPLES

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_freezecache import FreezeCacheConfig, wrap_classifier
 from hf_freezecache.model.chain import BlockChain
-from hf_freezecache.policies import ComingFreeze, LinearPolicy, Moment, NonePolicy
+from hf_freezecache.policies import AutoPolicy, ComingFreeze, LinearPolicy, Moment, NonePolicy
 from hf_freezecache.training.learning_rates import Fall, LearningRates, OptimizerError, check_anneal
 
 
@@ -242,6 +242,7 @@ def test_rules_that_know_their_freezes_can_be_annealed():
     config = FreezeCacheConfig(anneal="cosine")
     check_anneal(LinearPolicy(), config, 4)
     check_anneal(NonePolicy(), config, 4)
+    check_anneal(AutoPolicy(), config, 4)  # after its trial
     check_anneal(Answers(0), FreezeCacheConfig(), 4)
     with pytest.raises(ValueError, match="policy Answers does not know .* Set anneal_epochs .* override `changes`"):
         check_anneal(Answers(0), config, 4)
