@@ -45,6 +45,16 @@ class PadsOtherwiseAtFirst(TrainerCallback):
         self.collator.side = "right"
 
 
+class NotesWeights(TrainerCallback):
+    """Notes the weights of this process after every epoch: where blocks freeze, those of the first one are sent."""
+
+    def __init__(self):
+        self.digests = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.digests.append(tensors_digest(dict(model.named_parameters())))
+
+
 def mirror_in_step(step: int) -> None:
     """In this step the last process alone calls the model on other images than those of the batch."""
     plain = FreezeCacheTrainer.compute_loss
@@ -138,6 +148,7 @@ def train(options: argparse.Namespace) -> None:
         texts = {"data_collator": collator}
         if options.left_at_first == os.environ["RANK"]:
             callbacks.append(PadsOtherwiseAtFirst(collator))
+    notes = NotesWeights()
     trainer = run(
         model,
         dataset,
@@ -156,7 +167,7 @@ def train(options: argparse.Namespace) -> None:
             feature_cache_dir=str(options.output / "cache"),
         ),
         policy=Answers(*([0, 2, 2, 2] if os.environ["RANK"] == "0" else [0] * 4)) if options.main_decides else None,
-        callbacks=callbacks,
+        callbacks=[*callbacks, notes],
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
@@ -180,6 +191,7 @@ def train(options: argparse.Namespace) -> None:
             chain_of(trainer).padding.why_kept(status.cut),
         ],
         "weights": tensors_digest({**dict(trainer.model.named_parameters()), **frozen}),
+        "weights_by_epoch": notes.digests,
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],
         "processes": trainer.accelerator.num_processes,
     }
