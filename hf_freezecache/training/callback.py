@@ -66,14 +66,14 @@ class RunningTraining(Protocol):
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
-    def give_head_start(self) -> None:
-        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
-
     def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
-        """Before the first step: what frozen blocks do to held-out samples; None if the training is too short for it.
+        """Before the first step: a head start, where there is to be one, then a trial.
+
+        Returns:
+            What frozen blocks do to held-out samples; None if there is no trial, or the training is too short for it.
 
         Args:
-            cut: frozen blocks.
+            cut: frozen blocks of the trial; 0: there is none.
             max_steps: optimizer steps of the training.
             max_grad_norm: to which gradients are clipped.
         """
@@ -167,8 +167,10 @@ class FreezeCallback(TrainerCallback, ExportableState):
         session.check_data(train_dataloader)
         steps_per_epoch = self._count(session, args, state, train_dataloader)
         if state.global_step == 0:
-            session.give_head_start()
-            self._try_freezing(session, args, state)
+            cut = self._rule.trial_cut(session.num_blocks)
+            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
+            if cut:
+                session.announce(self._rule.take_trial(trial, session.num_blocks))
         schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
@@ -213,12 +215,6 @@ class FreezeCallback(TrainerCallback, ExportableState):
         if self._epoch is None or not self._rule.observes:
             return
         self._rule.observe(self._moment(self._session, state, self._epoch), self._session.observed_blocks())
-
-    def _try_freezing(self, session: RunningTraining, args, state) -> None:
-        cut = self._rule.trial_cut(session.num_blocks)
-        if cut:
-            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
-            session.announce(self._rule.take_trial(trial, session.num_blocks))
 
     def _decide(self, session: RunningTraining, moment: Moment) -> int:
         answer = session.broadcast(self._rule.decide(moment))

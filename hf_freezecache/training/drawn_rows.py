@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from ..cache.rows import RowSource, fetch
+from ..distributed import Group
+
+
+def in_random_order(source: RowSource, group: Group) -> list[int]:
+    """This process's share of all rows, in an order that depends on the seed of the training alone.
+
+    Args:
+        source: of all rows.
+        group: the processes; all get as many rows.
+    """
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
+    return order[group.rank :: group.size][: len(order) // group.size]
 
 
 def of_rows(source: RowSource, rows: Sequence[int]) -> RowSource:

@@ -16,7 +16,7 @@ from ..cache.rows import RowSource
 from ..model.modes import untouched
 from ..policies import Trial
 from ..rng import preserve_rng, seeded_rng
-from .drawn_rows import of_rows
+from .drawn_rows import in_random_order, of_rows
 from .rehearsal import Outcome, Rehearsal, Rehearsing, Step
 
 #: Steps of a trial as a share of the training, and how many they are at least and at most.
@@ -31,7 +31,7 @@ class Plan:
 
     Args:
         steps: optimizer steps with and without frozen blocks.
-        held_out: batches that are not trained on.
+        held_out: batches that are not trained on, of the first rows of `in_random_order`; by a head start neither.
         training: batches that are, in turn.
     """
 
@@ -63,9 +63,8 @@ class FreezingTrial:
     def plan(self, max_steps: int) -> Plan | None:
         """What is run for a training of a number of steps; None if that, or the data set, is too short."""
         steps = min(_MOST, round(_SHARE * max_steps))
-        source, group = self.context.source, self.context.group
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
-        mine, size = order[group.rank :: group.size][: len(order) // group.size], source.batch_size
+        source = self.context.source
+        mine, size = in_random_order(source, self.context.group), source.batch_size
         held_out = min(_HELD_OUT, math.floor(_SHARE_HELD_OUT * (len(mine) // size)))
         if steps < _FEWEST or not held_out:
             return None

@@ -25,7 +25,7 @@ from ..model.stand_ins import FrozenOutputError, stays_real
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng, seeded_rng
 from ..units import show_seconds
-from .drawn_rows import of_rows
+from .drawn_rows import in_random_order, of_rows
 from .rehearsal import Outcome, RehearsalError, Rehearsing, Step
 
 #: Learning rates among which one is chosen.
@@ -116,10 +116,15 @@ class HeadStart:
         with self._head.replay(features, main_input):
             yield {**inputs, self.context.chain.main_input: main_input}
 
-    def run(self) -> HeadStarted | None:
+    def run(self, epochs: int, leave_out: int = 0, most: int | None = None) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
         Gradients, generators, buffers and the trainer's optimizer are left as they are.
+
+        Args:
+            epochs: of the head alone.
+            leave_out: samples of this process that are held out for a trial.
+            most: samples of this process, at most.
 
         Returns:
             What was done; None if there was nothing to do.
@@ -129,7 +134,7 @@ class HeadStart:
             RehearsalError: if the trainer's step does not run on features.
         """
         config, chain = self.context.config, self.context.chain
-        if not config.head_start_epochs or is_untrained(chain.model):
+        if not epochs or is_untrained(chain.model):
             return None
         head = Head(chain, is_new=config.head_start == "new")
         if not head.parameters:
@@ -139,9 +144,9 @@ class HeadStart:
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                batches = self._make_batches(head)
+                batches = self._make_batches(head, leave_out, most)
                 with self._rehearsing(head.parameters.keys()) as step:
-                    training = _Training(head, step, self.context, batches)
+                    training = _Training(head, step, self.context, batches, epochs)
                     before, loss_before = training.weights(), training.loss()
                     rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
                     training.train(training.batches, rate)
@@ -163,14 +168,11 @@ class HeadStart:
         names = tuple(head.parameters)
         return HeadStarted(rows, names, rate, loss_before, loss_after, training.steps, passes, seconds)
 
-    def _make_batches(self, head: Head) -> list[_Batch]:
-        """Runs all that is before the head, on samples of this process in random order."""
+    def _make_batches(self, head: Head, leave_out: int, most: int | None) -> list[_Batch]:
+        """Runs all that is before the head, on samples of this process in random order, but for the first ones."""
         context, source, group = self.context, self.context.source, self.context.group
         fit = max(1, _MOST_BYTES // (4 * math.prod(head.cut.layout.shape)))
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
-        count = min(len(order) // group.size, fit)
-        mine = order[group.rank :: group.size][:count]
-        drawn_rows = of_rows(source, mine)
+        drawn_rows = of_rows(source, in_random_order(source, group)[leave_out:][:fit][:most])
 
         def make() -> list[_Batch]:
             batches = []
@@ -193,6 +195,7 @@ class _Training:
         step: runs the trainer's own step.
         context: of the training.
         batches: of the head start, of this process.
+        epochs: how often each is trained on.
 
     Attributes:
         steps: optimizer steps so far.
@@ -203,6 +206,7 @@ class _Training:
     step: Step
     context: BuildContext
     batches: list[_Batch]
+    epochs: int
     steps: int = 0
     rows_run: int = 0
 
@@ -222,10 +226,9 @@ class _Training:
 
     def train(self, batches: Sequence[_Batch], rate: float) -> None:
         """Trains the head, the learning rate falling to 0 as a cosine."""
-        epochs = self.context.config.head_start_epochs
         optimizer = torch.optim.AdamW(self.head.parameters.values(), lr=rate, weight_decay=0.0)
-        schedule = CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
-        for epoch in range(epochs):
+        schedule = CosineAnnealingLR(optimizer, T_max=self.epochs * len(batches))
+        for epoch in range(self.epochs):
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
             for number in order:
                 self._update(self._run(batches[number]), optimizer)

@@ -329,10 +329,6 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def give_head_start(self) -> None:
-        """Before the first step; see `before_steps.give_head_start`."""
-        before_steps.give_head_start(self)
-
     def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
         """Before the first step; see `before_steps.try_freezing`."""
         return before_steps.try_freezing(self, cut, max_steps, max_grad_norm)

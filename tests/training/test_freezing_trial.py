@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
+from hf_freezecache.training import freezing_trial, head_start
 
 #: 160 steps: a trial of eight, with two batches held out.
 LONG = {"num_train_epochs": 8, "logging_steps": 20}
@@ -60,7 +61,7 @@ def test_the_training_is_that_of_the_schedule_that_was_chosen(sign, points, sett
 
 
 def test_what_it_measures_is_a_training_by_hand(tmp_path):
-    model = settle(tiny_vit(hidden_dropout_prob=0.0))
+    model = settle(tiny_vit(hidden_dropout_prob=0.0), head="none")
     policy, data = Remembering(-1), pixel_dataset(160)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = FreezeCacheConfig(cache="never")
@@ -89,6 +90,35 @@ def test_what_it_measures_is_a_training_by_hand(tmp_path):
                 for value, gradient in zip(trained, gradients, strict=True):
                     value -= 0.05 * gradient
         assert expected == pytest.approx([float(loss(rows).detach()) for rows in held_out], rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1, 0], ids=["of the training", "of the trial alone"])
+def test_a_head_start_leaves_the_held_out_samples_alone(epochs, tmp_path, monkeypatch):
+    rows = {}
+    for module in (head_start, freezing_trial):
+        seen = rows.setdefault(module, [])
+
+        def noting(source, own, seen=seen, of_rows=module.of_rows):
+            seen.append(own)
+            return of_rows(source, own)
+
+        monkeypatch.setattr(module, "of_rows", noting)
+    config = FreezeCacheConfig(cache="never", head_start_epochs=epochs)
+    policy = Remembering(-1)
+    run(settle(tiny_vit(), head="classifier"), pixel_dataset(160), tmp_path, config, policy=policy, **LONG)
+    [trained_on], [held_out, _] = rows[head_start], rows[freezing_trial]
+    assert len(held_out) == 16 and len(trained_on) == 144 and not set(held_out) & set(trained_on)
+    assert policy.trials[0].samples == 16
+
+
+def test_a_new_head_gets_a_head_start_for_the_trial_alone(tmp_path):
+    policy = Remembering(-1)
+    trainer = auto(policy, tmp_path / "auto", settle(tiny_vit(), head="classifier"))
+    other = run(settle(tiny_vit()), pixel_dataset(160), tmp_path / "other", manual("0:2", cache="never"), **LONG)
+    assert losses(trainer) == losses(other)
+    assert [phase.mode for phase in trainer.freeze_cache_report().phases] == ["trial", "live"]
+    # The head has learned before the steps on trial.
+    assert sum(policy.trials[0].live) / 2 < losses(other)[0]
 
 
 def test_a_resumed_training_does_as_it_would_have_done(tmp_path):
