@@ -226,6 +226,36 @@ def test_an_overridden_create_optimizer_and_decay_names_are_respected(tmp_path):
         assert_same_weights(weights(ours), weights(other))
 
 
+class SetsRates(TrainerCallback):
+    """Sets the rates of groups before every step."""
+
+    def __init__(self, rates_of):
+        self.rates_of = rates_of
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group, rate in zip(optimizer.param_groups, self.rates_of(state.global_step), strict=True):
+            group["lr"] = rate
+
+
+def test_an_optimizer_with_a_scheduler_of_the_users(tmp_path):
+    model = tiny_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+    config = manual("2:2", cache="never", anneal="cosine")
+    ours = run(model, pixel_dataset(), tmp_path / "a", config, optimizers=(optimizer, scheduler))
+    model, falling = tiny_vit(), fall(2)
+    blocks = list(blocks_of(model).values())
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=RATE, fused=True)
+    by_step = SetsRates(
+        lambda step: [RATE * 0.9**step * (falling(step) if block < 2 else 1.0) for block in blocks]
+    )  # fmt: skip
+    config = manual("2:2", cache="never")
+    other = run(model, pixel_dataset(), tmp_path / "b", config, optimizers=(optimizer, None), callbacks=[by_step])
+    assert losses(ours) == losses(other)
+    assert_same_weights(weights(ours), weights(other))
+    assert [group["lr"] for group in ours.optimizer.param_groups] == [RATE * 0.9**16]
+
+
 @pytest.mark.parametrize("scheduler", ["cosine", "warmup_stable_decay", "reduce_lr_on_plateau"])
 def test_schedules_are_what_they_are_without(scheduler, tmp_path):
     more = dict(warmup_stable_decay={"num_stable_steps": 4, "num_decay_steps": 8}).get(scheduler)
