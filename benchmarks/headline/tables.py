@@ -19,28 +19,47 @@ Runs = Mapping[str, Mapping[int, Result]]
 
 
 def collect_task(name: str, options: argparse.Namespace) -> None:
-    """Writes table, plot and JSON of a task; nothing if no arm has a seed."""
+    """Writes tables, plot and JSON of a task; of the validation alone if no arm has a seed."""
     done = read_done(options, name)
+    if not done:
+        print(f"{name}: nothing is finished.")
+        return
     rates = chosen_rates(options, name, make_arms())
     runs = _runs(done, rates)
-    if not runs:
-        print(f"{name}: no arm is finished.")
-        return
     folder = result_folder("headline", options.smoke) / ("gpu" if options.gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    arms = {arm: _one_arm(rows, rates) for arm, rows in runs.items()}
-    front = pareto_front({arm: (entry["seconds"]["median"], entry["accuracy"]["mean"]) for arm, entry in arms.items()})
-    text = _table(name, arms, front)
+    content: dict[str, Any] = {"validation": _validation(done), "runs": runs}
+    text = _validation_table(name, content["validation"])
+    if runs:
+        arms = {arm: _one_arm(rows) for arm, rows in runs.items()}
+        places = {arm: (entry["seconds"]["median"], entry["accuracy"]["mean"]) for arm, entry in arms.items()}
+        content |= {"arms": arms, "pareto_front": pareto_front(places)}
+        text = f"{_table(name, arms, content['pareto_front'])}\n{text}"
+        _plot(name, arms, folder / f"{name}.png")
     print(text)
     (folder / f"{name}.md").write_text(text)
-    _plot(name, arms, folder / f"{name}.png")
-    tuning = {f"{arm}, {rate:g}": result["accuracy"] for (arm, rate, _), result in done.items() if result["is_tuning"]}
-    content: dict[str, Any] = {"arms": arms, "pareto_front": front, "tuning": tuning, "runs": runs}
     if options.gpu:
-        content["gpu"] = next(iter(done.values())).get("gpu") or describe_card()
+        content["gpu"] = describe_card()
     settings = pick(options, "rows test_rows batch_size seeds jobs threads gpu")
     target = f"{'gpu' if options.gpu else 'cpu'}/{name}.json"
     write_result("headline", options, settings, content, make_claims(name, runs), target)
+
+
+def _validation(done: Done) -> dict[str, dict[str, float]]:
+    """Accuracies on the validation samples, by arm and learning rate."""
+    trials: dict[str, dict[str, float]] = {}
+    for arm in make_arms():
+        for (name, rate, _), result in sorted(done.items()):
+            if name == arm.name and result["is_tuning"]:
+                trials.setdefault(name, {})[f"{rate:g}"] = 100 * result["accuracy"]
+    return trials
+
+
+def _validation_table(name: str, trials: Mapping[str, Mapping[str, float]]) -> str:
+    rates = sorted({rate for by_rate in trials.values() for rate in by_rate}, key=float)
+    rows = [(arm, *(f"{found[rate]:.2f}" if rate in found else "" for rate in rates)) for arm, found in trials.items()]
+    title = f"{name}, accuracy on validation samples, %, by learning rate; one seed"
+    return "\n".join([title, "", *markdown_table(" | ".join(["arm", *rates]), rows)]) + "\n"
 
 
 def _runs(done: Done, rates: Mapping[str, float]) -> dict[str, dict[int, Result]]:
@@ -57,7 +76,7 @@ def _runs(done: Done, rates: Mapping[str, float]) -> dict[str, dict[int, Result]
     return runs
 
 
-def _one_arm(rows: Mapping[int, Result], rates: Mapping[str, float]) -> dict[str, Any]:
+def _one_arm(rows: Mapping[int, Result]) -> dict[str, Any]:
     points = [100 * row["accuracy"] for row in rows.values()]
     memory = [row["peak_gpu_bytes"] for row in rows.values() if row["peak_gpu_bytes"]]
     return {
