@@ -1,7 +1,8 @@
 """Rules that say when to freeze, one in each file, behind one small interface."""
 
+from .around import DelayedPolicy, FrozenFromStart
 from .auto import AutoPolicy
-from .base import FreezePolicy, Moment, ObservedBlock
+from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
 from .linear import LinearPolicy
 from .manual import ManualPolicy
 from .none import NonePolicy
@@ -9,7 +10,10 @@ from .trial import Trial
 
 __all__ = [
     "AutoPolicy",
+    "ComingFreeze",
+    "DelayedPolicy",
     "FreezePolicy",
+    "FrozenFromStart",
     "LinearPolicy",
     "ManualPolicy",
     "Moment",

@@ -38,6 +38,21 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class ComingFreeze:
+    """A freeze that is known before it happens.
+
+    Args:
+        cut: number of frozen blocks from then on.
+        known_since: the epoch at whose beginning it became known; 0 for a schedule.
+        epoch: the epoch at whose beginning the blocks freeze.
+    """
+
+    cut: int
+    known_since: int
+    epoch: int
+
+
+@dataclass(frozen=True)
 class ObservedBlock:
     """A block that is not frozen, just before an optimizer step.
 
@@ -138,6 +153,21 @@ class FreezePolicy(ABC):
             `(epoch, cut)` pairs; None if the rule decides as the training goes.
         """
         return None
+
+    def coming(self, num_blocks: int, num_epochs: int) -> list[ComingFreeze] | None:
+        """The freezes that are known: until they happen, learning rates of their blocks can fall (`anneal`).
+
+        Asked at the beginning of every epoch, after `decide`. A rule with `changes` knows them all from the start.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+            num_epochs: epochs of the whole training; a freeze may be beyond them.
+
+        Returns:
+            The freezes, past ones included; None if the rule never knows one before it happens.
+        """
+        changes = self.changes(num_blocks, num_epochs)
+        return None if changes is None else [ComingFreeze(cut, 0, epoch) for epoch, cut in changes]
 
     @property
     def name(self) -> str:

@@ -289,6 +289,20 @@ class Writing(EpochSource):
             self.problem = Problem(False, describe_error(error), self.epoch)
 
 
+def live_shapes(chain: BlockChain, batch: dict[str, Any]) -> dict[str, Any]:
+    """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
+
+    The stand-in holds -1 everywhere, which is no padding.
+    """
+    replayed = take_codes(batch)
+    if replayed is None:
+        return batch
+    if chain.main_input in replayed.inputs:
+        return replayed.inputs
+    stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *chain.input_shape)
+    return {chain.main_input: stand_in, **replayed.inputs}
+
+
 def load_source(state: Mapping[str, Any]) -> EpochSource:
     """The source that a checkpoint describes; its store is not opened yet."""
     cut = state["cut"]

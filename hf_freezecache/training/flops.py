@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -100,7 +101,7 @@ class FlopMeter:
         self._per_sample: dict[tuple[int, str], float] = {}
         is_text = token_mask(probe, chain.main_input) is not None
         self._width = probe[chain.main_input].shape[-1] if is_text else None
-        self._squared: float | None = None
+        self._by_width: np.ndarray | None = None
         self._seen: list[float] = []
         self._runs: defaultdict[tuple[int, int], float] = defaultdict(float)
         self._unreported = 0.0
@@ -131,7 +132,8 @@ class FlopMeter:
     def relative(self, width: int | None) -> float:
         """FLOPs of a text in a batch of some width, padding included, relative to those of a text of the probe.
 
-        They grow with the width and, by attention, with its square. How much with either is measured once.
+        Some operations take as many whatever the width, most grow with it, those of attention with its square: runs of
+        three widths tell how many of each there are.
 
         Args:
             width: positions; None: the samples are no texts.
@@ -141,11 +143,10 @@ class FlopMeter:
         """
         if self._width is None or width is None or width == self._width:
             return 1.0
-        if self._squared is None:
+        if self._by_width is None:
             with preserve_rng():
-                self._squared = self._measure_squared(self._width)
-        share = width / self._width
-        return (1 - self._squared) * share + self._squared * share**2
+                self._by_width = self._measure_by_width(self._width)
+        return max(0.0, float(np.polyval(self._by_width, width / self._width)))
 
     def width_of(self, inputs: Mapping[str, Any]) -> int | None:
         """Positions of the texts of a batch; None where the samples are no texts."""
@@ -203,16 +204,16 @@ class FlopMeter:
         if state["plain_flops_per_sample"] is not None:
             self._per_sample[0, "live"] = state["plain_flops_per_sample"]
 
-    def _measure_squared(self, width: int) -> float:
-        """The part of a forward pass of the probe that grows with the square of its width."""
+    def _measure_by_width(self, width: int) -> np.ndarray:
+        """A polynomial of the width, relative to the probe's, for FLOPs relative to those of the probe."""
         mask = token_mask(self.probe, self.chain.main_input)
-        narrow = width // 2
-        if mask is None or not narrow:
-            return 0.0
-        inputs = take_columns(self.probe, mask.shape[1:], slice(narrow))
-        share, model = narrow / width, self.chain.model
-        ratio = measure_forward_flops(model, inputs) / max(1, measure_forward_flops(model, self.probe))
-        return min(1.0, max(0.0, (share - ratio) / (share - share**2)))
+        assert mask is not None  # the samples are texts
+        flops = {}
+        for narrower in sorted({width, width // 2, width // 4} - {0}):
+            inputs = take_columns(self.probe, mask.shape[1:], slice(narrower))
+            flops[narrower / width] = measure_forward_flops(self.chain.model, inputs)
+        counts = np.array(list(flops.values())) / max(1, flops[1.0])
+        return np.polyfit(list(flops), counts, len(flops) - 1)
 
     def _measure(self, mode: str, cut: int) -> float:
         model = self.chain.model

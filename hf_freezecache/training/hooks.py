@@ -45,7 +45,9 @@ class TrainerHooks(_Trainer):
     @property
     def _is_active(self) -> bool:
         """Whether a training may be another than that of a plain `Trainer`."""
-        return not isinstance(self._freeze_policy, NonePolicy) or bool(self._freeze_config.head_start_epochs)
+        config = self._freeze_config
+        changes_more = bool(config.head_start_epochs) or config.changes_learning_rates
+        return not isinstance(self._freeze_policy, NonePolicy) or changes_more
 
     @property
     def _runs_compiled(self) -> bool:

@@ -73,12 +73,14 @@ class FreezeCacheReport:
         totals: their sums.
         plain_estimate: what the same steps would have cost without freezing.
         note: why nothing was booked; None if something was.
+        learning_rates: what was done to the learning rates of blocks; None if nothing was.
     """
 
     phases: list[Phase]
     totals: Totals
     plain_estimate: PlainEstimate
     note: str | None = None
+    learning_rates: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -104,6 +106,7 @@ class FreezeCacheReport:
         estimate += [] if plain.flops is None else [show_flops(plain.flops)]
         if estimate:
             lines.append(f"plain training, estimated: {', '.join(estimate)}")
+        lines += [] if self.learning_rates is None else [self.learning_rates]
         return "\n".join([table, *lines])
 
 

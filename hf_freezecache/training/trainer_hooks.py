@@ -43,9 +43,10 @@ from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
 from .data_state import undisturbed
-from .epoch_source import StepInputs
+from .epoch_source import StepInputs, live_shapes
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
+from .learning_rates import check_anneal
 from .preconditions import UntrainedError, check_model, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -276,6 +277,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
         )
+        check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.
         for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
             check_trainable(session.chain, cut)
@@ -423,7 +425,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     def _track_num_input_tokens(self, inputs) -> None:
         # A batch of codes counts as the live batch of the same samples.
         if self._session is not None and self.args.include_num_input_tokens_seen != "no":
-            inputs = self._session.live_shapes(inputs)
+            inputs = live_shapes(self._session.chain, inputs)
         super()._track_num_input_tokens(inputs)
 
 

@@ -33,6 +33,12 @@ class Mover:
     def broadcast(self, value):
         return value
 
+    def expect(self, coming, moment, steps_per_epoch):
+        self.expected = coming, moment.epoch, steps_per_epoch
+
+    def begin_step(self, step):
+        self.step = step
+
     def begin_epoch(self, moment, epochs_left):
         self.cuts.append(moment.cut)
         self.epochs_left.append(epochs_left)
