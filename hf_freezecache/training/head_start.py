@@ -213,7 +213,11 @@ class _Training:
     rows_run: int = 0
 
     def choose_rate(self) -> float:
-        """The learning rate with which the loss on held-out batches is the smallest, from the same start."""
+        """The rate below that with which the loss on held-out batches is the smallest, from the same start.
+
+        A head that is trained less leaves more for the blocks to learn: with DeiT-Tiny on Caltech-101 at 112 px, three
+        epochs after a head start at the best rate, 0.01, were a point or two worse than after one at 0.003.
+        """
         batches = self.batches[:_SEARCH_BATCHES]
         held_out = max(1, round(len(batches) * _HELD_OUT))
         if len(batches) < 2:
@@ -224,7 +228,8 @@ class _Training:
             losses[rate] = self.loss(batches[:held_out])
             self.put_back(before)
         finite = [rate for rate in RATES if math.isfinite(losses[rate])]
-        return min(finite, key=losses.__getitem__) if finite else RATES[0]
+        best = min(finite, key=losses.__getitem__) if finite else RATES[0]
+        return RATES[max(0, RATES.index(best) - 1)]
 
     def train(self, batches: Sequence[_Batch], rate: float) -> None:
         """Trains the head, the learning rate falling to 0 as a cosine."""
