@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,6 +188,8 @@ class BlockChain:
         Raises:
             ChainError: as `layout`.
         """
+        if self.padding.trimmed(cut) is not None:
+            return replace(self.padding.widest_trace(cut).layout(cut), is_trimmed=True)
         layout = self.layout(cut)
         if not self.padding.ignored(cut):
             return layout
@@ -393,7 +396,8 @@ class BlockChain:
         main = inputs.get(self.main_input)
         if isinstance(main, torch.Tensor) and stays_real(main):
             return main
-        return self.own_trace().main_stand_in(len(features), features.device)
+        size = None if main is None else tuple(main.shape[1:])
+        return self.own_trace().main_stand_in(len(features), features.device, size)
 
     @contextlib.contextmanager
     def replay(
@@ -425,7 +429,8 @@ class BlockChain:
         self._replaying = True
         try:
             trace = self.own_trace()
-            with Bypass(trace, trace.cut(cut), features, main_input).active(self.model):
+            resized = None if main_input is None else trace.resized.get((cut, tuple(main_input.shape[1:])))
+            with Bypass(trace, trace.cut(cut), features, main_input, resized).active(self.model):
                 yield
         finally:
             self._replaying = False
@@ -434,7 +439,8 @@ class BlockChain:
 
     def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.padding.ignored(cut))):
+        any_width, any_size = bool(cut and self.padding.ignored(cut)), self.padding.trimmed(cut) is not None
+        if self._trace is None or not self._trace.fits(inputs, any_width, any_size):
             self.trace(inputs)
 
     def own_trace(self) -> Trace:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..build.feature_sources import one_width_only
-from ..build.survey import collator_pads
 from ..cache.rows import split_batch
 from ..cache.texts import split_texts
 from ..model.tokens import token_mask
@@ -64,12 +63,10 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
 
 
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
-    """Why texts that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
-    source, chain = session.context.source, session.chain
-    kept = [cut for cut in cuts if not chain.padding.ignored(cut)]
-    if not kept or not session.group.on_main(lambda: collator_pads(source, chain.main_input)):
-        return None
-    return one_width_only(chain, kept[0])
+    """Why samples that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
+    padding = session.chain.padding
+    kept = next((cut for cut in cuts if padding.why_not_trimmed(cut) is not None), None)
+    return None if kept is None else one_width_only(session.chain, kept)
 
 
 def check_data(session: FreezeSession, loader: Any) -> None:

@@ -11,6 +11,7 @@ from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures
 from ..build.spec_maker import WRITTEN
 from ..build.survey import Augmentation
+from ..build.trimming import stored_source
 from ..cache.rows import ChosenRows, DrawnBatch, RowSource
 from ..cache.store import FeatureStore
 from ..rng import hash_key, preserve_rng
@@ -37,7 +38,8 @@ def check_sentinels(
         StoreError: if the store cannot be read.
         Exception: whatever the user's own code raises.
     """
-    chain, cut, source = context.chain, store.manifest.cut, context.source
+    chain, cut = context.chain, store.manifest.cut
+    source = stored_source(chain, cut, context.source)
     generator = np.random.default_rng(hash_key("sentinels", source.seed, epoch, context.group.rank) & 0xFFFFFFFF)
     is_opaque = augmentation.random and not augmentation.replayable
     rows: Sequence[int]

@@ -20,7 +20,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
 from ..policies import Moment, ObservedBlock
-from ..replay.collator import take_codes, take_lost
+from ..replay.collator import SIZE, take_codes, take_lost
 from ..replay.dataset import live_batch
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
@@ -434,7 +434,9 @@ class FreezeSession:
             return batch
         if self.chain.main_input in replayed.inputs:
             return replayed.inputs
-        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *self.chain.input_shape)
+        size = replayed.codes.get(SIZE)
+        shape = self.chain.input_shape if size is None else size.shape[1:-1]
+        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *shape)
         return {self.chain.main_input: stand_in, **replayed.inputs}
 
     # Evaluations
