@@ -20,6 +20,7 @@ from .modes import eval_mode
 from .padding import Padding
 from .probes import check_inputs, first_rows, synthetic_probe
 from .proving import prove
+from .resizing import resize
 from .stand_ins import stays_real
 from .trace import Trace
 
@@ -320,6 +321,8 @@ class BlockChain:
         if cut not in self._proved:
             self.prove(self.own_trace().probe, cut)
             self.trace_if_new(inputs, cut)
+        if self.padding.trimmed(cut) is not None:
+            resize(self.model, self.own_trace(), cut, inputs)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
 

@@ -20,7 +20,6 @@ from ..build.widest import narrow_batch
 from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import eval_mode, untouched
 from ..model.padding import relative_difference, tolerance_of
-from ..model.resizing import resize
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..model.tokens import blank_padding, token_mask
 from ..replay.collator import CODE_PREFIX, SIZE
@@ -155,7 +154,6 @@ class Rehearsal:
         others = {name: value for name, value in batch.items() if name not in (_REHEARSED, _SIZE)}
         if _SIZE in batch:
             others = with_main_input(chain, others, batch[_SIZE])
-            resize(chain.model, chain.own_trace(), self._cut, self.context.model_inputs(others))
         return StepInputs.on_features(chain, self._cut, features, others, "replay")
 
     def _batches(
