@@ -137,6 +137,7 @@ class _Planner:
         # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
         _, fixed = timed(partial(self._prove_again, cut))
         try:
+            self.spec_maker.settle_padding(cut)
             spec = self._settle_geometry(self._draft(cut))
         except OneWidthError as error:
             self.left_out[cut] = str(error)

@@ -341,7 +341,7 @@ class SpecMaker:
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
         """Measured where the first spec needs them; the same ever after, though the suffix goes on learning."""
-        source = self.context.source
+        source = stored_source(self.context.chain, cut, self.context.source)
 
         def measure() -> torch.Tensor:
             numbers = spread(source.num_ranges, min(_WEIGHT_BATCHES, source.num_ranges))

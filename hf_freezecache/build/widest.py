@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache.padded import BesideWidest, PaddedEntry, PaddingRule
-from ..cache.rows import RowError, RowSource
+from ..cache.rows import RowError, RowSource, is_same
 from ..rng import preserve_rng
 from .materialize import spread
 
@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 _ALONE = 16
 #: Sides on which padding may be, and how it is called where both are possible.
 _SIDES = ("right", "left")
+#: Stands for an entry of which it is not known how it is padded.
+_UNKNOWN = object()
 
 
 def widened(source: RowSource, main_input: str, read: Collection[str], widest: int | None = None) -> RowSource:
@@ -126,25 +128,30 @@ def _find_rule(
         )
     for side in _SIDES:
         entries = {name: _find_entry(beside[name], [each[name] for each in alone], side) for name in read}
+        main = entries[main_input]
+        for name, entry in entries.items():
+            if isinstance(main, PaddedEntry) and isinstance(entry, PaddedEntry):
+                # What grows with something else than the main input has a width of its own.
+                pairs = ((each[name], each[main_input]) for each in [beside, *alone])
+                if any(own.shape[1 + entry.dim] != other.shape[1 + main.dim] for own, other in pairs):
+                    entries[name] = _UNKNOWN
         known = {name: entry for name, entry in entries.items() if isinstance(entry, PaddedEntry | None)}
         if len(known) == len(entries) and known[main_input] is not None:
             return PaddingRule(main_input, side, tuple(beside[main_input].shape[1:]), known)
     name = next((name for name, entry in sorted(entries.items()) if entry is _UNKNOWN), main_input)
     raise RowError(
         f"it cannot be told how the collator pads '{name}': what a sample has of it alone does not stand at the "
-        "beginning or the end of what it has beside a wider one, with one value at the padding"
+        "beginning or the end of what it has beside a wider one, with one value at the padding, or it is not as wide "
+        f"as '{main_input}'"
     )
-
-
-#: Stands for an entry of which it is not known how it is padded.
-_UNKNOWN = object()
 
 
 def _find_entry(beside: Any, alone: Sequence[Any], side: str) -> object:
     """How an entry is padded on a side; None: it has no width."""
     values = [beside, *alone]
     if not all(isinstance(value, torch.Tensor) and value.ndim for value in values) or len(beside) != len(alone):
-        return None
+        is_per_sample = isinstance(beside, (list, tuple)) and len(beside) == len(alone)
+        return None if is_per_sample or all(is_same(beside, value) for value in alone) else _UNKNOWN
     if any(len(value) != 1 or value.ndim != beside.ndim for value in alone):
         return _UNKNOWN
     dims = {

@@ -130,16 +130,16 @@ def _contents(value: Any, entry: PaddedEntry | None, side: str, samples: int) ->
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != samples:
         rows = value if isinstance(value, (list, tuple)) and len(value) == samples else [value] * samples
         return [repr(row.tolist() if isinstance(row, torch.Tensor) else row).encode() for row in rows]
-    rows = value.detach().cpu()
+    tensor = value.detach().cpu()
     if entry is None:
-        return [_bytes(row) for row in rows]
-    if rows.ndim <= entry.dim + 1:
-        raise RowError(f"an entry of a batch that the collator pads has rows of {tuple(rows.shape[1:])} now.")
-    rows = rows.movedim(entry.dim + 1, 1).contiguous()
-    is_own = (rows != entry.filling).reshape(*rows.shape[:2], -1).any(2)
-    if side == "left":
-        return [_bytes(row[-length:] if length else row[:0]) for row, length in zip(rows, _lengths(is_own.flip(1)))]
-    return [_bytes(row[:length]) for row, length in zip(rows, _lengths(is_own))]
+        return [_bytes(row) for row in tensor]
+    if tensor.ndim <= entry.dim + 1:
+        raise RowError(f"an entry of a batch that the collator pads has rows of {tuple(tensor.shape[1:])} now.")
+    tensor = tensor.movedim(entry.dim + 1, 1).contiguous()
+    is_own = (tensor != entry.filling).reshape(*tensor.shape[:2], -1).any(2)
+    lengths = _lengths(is_own.flip(1) if side == "left" else is_own)
+    starts = [tensor.shape[1] - length if side == "left" else 0 for length in lengths]
+    return [_bytes(row[s : s + n]) for row, s, n in zip(tensor, starts, lengths, strict=True)]
 
 
 def _lengths(is_own: torch.Tensor) -> list[int]:
@@ -174,7 +174,7 @@ def why_other_samples(constants: Mapping[str, Any], batch: Any) -> str | None:
         return f"'{rule.main_input}' has rows of {size}, and none had more than {rule.size} before."
     if not torch.equal(constants[CHECKSUM], split.columns[CHECKSUM]):
         return (
-            "Samples, or other inputs beside them, or the side of their padding are others than when the feature store "
-            "was built: the data set, its transform or the collator has changed, or is random."
+            "Samples, or other inputs beside them, or the side of their padding are others than when the feature "
+            "store was built: the data set, its transform or the collator has changed, or is random."
         )
     return None

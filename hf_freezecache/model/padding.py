@@ -136,7 +136,7 @@ class Padding:
 
         Args:
             features: `(B, *layout.shape)` of `BlockChain.stored_layout`.
-            inputs: model inputs of the batch by name; of a main input of floating-point numbers the shape alone counts.
+            inputs: model inputs of the batch by name; of a main input of real numbers the shape alone counts.
             cut: at which features are trimmed.
 
         Raises:

@@ -118,7 +118,9 @@ def _measure(model: nn.Module, trace: Trace, cut: Cut, inputs: Mapping[str, Any]
     try:
         return _run(model, trace, cut, {**inputs, trace.main_input: zeros})
     except Exception as error:  # the model's own code may raise anything
-        raise ChainError(f"{type(model).__name__} does not run on inputs of shape {tuple(main.shape)}: {error}") from error
+        raise ChainError(
+            f"{type(model).__name__} does not run on inputs of shape {tuple(main.shape)}: {error}"
+        ) from error
 
 
 def _run(model: nn.Module, trace: Trace, cut: Cut, inputs: Mapping[str, Any]) -> Resized:

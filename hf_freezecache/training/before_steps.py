@@ -63,7 +63,7 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
 
 
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
-    """Why samples that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
+    """Why samples that are padded to the longest of a batch cannot be cached at one of the cuts; None if they can."""
     padding = session.chain.padding
     kept = next((cut for cut in cuts if padding.why_not_trimmed(cut) is not None), None)
     return None if kept is None else one_width_only(session.chain, kept)
