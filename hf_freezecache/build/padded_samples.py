@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..augment.draws import Draw, use_draw
 from ..cache.padded import split_padded
-from ..cache.rows import BatchSplit, RowSource
+from ..cache.rows import BatchSplit, RowSource, fetch
 from ..cache.texts import split_texts
 from ..distributed import Announcer
 from ..model.tokens import token_mask
+from ..rng import seeded_rng
 from .spread_rows import spread_rows
 from .widest import widened
 
@@ -24,23 +27,33 @@ _ROWS = 24
 
 
 def collator_pads(source: RowSource, main_input: str) -> bool:
-    """Whether the collator pads samples to the longest of a batch, not to one width.
+    """Whether the collator pads samples to the longest of a batch, not to one width; looked at once.
 
     Args:
         source: the samples.
         main_input: name of the model's main input in a batch.
     """
+    if source.is_padded is None:
+        source.is_padded = _pads(source, main_input)
+    return source.is_padded
+
+
+def _pads(source: RowSource, main_input: str) -> bool:
     try:
         chosen = list(spread_rows(source.dataset, _ROWS, source.seed))[: source.batch_size]
-        batch = source.collate(chosen)
-        mask = token_mask(batch, main_input)
-        main = batch.get(main_input) if isinstance(batch, Mapping) else None
-        if not isinstance(main, torch.Tensor):
-            return False
-        # Of texts the shortest one shows it; of others it is not known which that is.
-        singles = chosen if mask is None else [chosen[int(mask.flatten(1).sum(1).argmin())]]
-        alone = (source.collate([row])[main_input] for row in singles)
-        return any(own.ndim == main.ndim and own.shape[1:] != main.shape[1:] for own in alone)
+        with seeded_rng(source.seed, "padding"):
+            with use_draw(Draw(source.seed, chosen)):
+                samples = fetch(source.dataset, chosen)
+            # Collators take entries out of samples, and change them in place.
+            batch = source.collator(copy.deepcopy(samples))
+            mask = token_mask(batch, main_input)
+            main = batch.get(main_input) if isinstance(batch, Mapping) else None
+            if not isinstance(main, torch.Tensor) or not isinstance(samples, list):
+                return False
+            # Of texts the shortest one shows it; of others it is not known which that is.
+            singles = samples if mask is None else [samples[int(mask.flatten(1).sum(1).argmin())]]
+            alone = (source.collator([copy.deepcopy(sample)])[main_input] for sample in singles)
+            return any(own.ndim == main.ndim and own.shape[1:] != main.shape[1:] for own in alone)
     except Exception as error:  # whatever a collator raises; what comes next says so in words
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         return False

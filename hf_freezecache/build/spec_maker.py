@@ -185,8 +185,8 @@ class SpecMaker:
 
         def look() -> Augmentation | None:
             with preserve_rng():
-                context, padded = self.context, self._augmentation.padded
-                return look_closer(context.source, context.chain.main_input, padded)
+                main_input = self.context.chain.main_input
+                return look_closer(self.context.source, main_input if self._augmentation.padded else None)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True

@@ -141,20 +141,19 @@ def tells_geometry(source: RowSource) -> bool:
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource, main_input: str, padded: bool = False) -> Augmentation | None:
+def look_closer(source: RowSource, padded_input: str | None = None) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
-        main_input: name of the model's main input in a batch.
-        padded: whether the collator pads samples to the longest of a batch.
+        padded_input: name of the model's main input, where the collator pads it to the longest of a batch; else None.
 
     Returns:
         What was found; None if nothing was.
     """
     split = None
-    if padded:
-        source, split = padded_split(source, main_input)
+    if padded_input is not None:
+        source, split = padded_split(source, padded_input)
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):

@@ -217,6 +217,7 @@ class RowSource:
         probe_rows: rows that stand for all; None: the first ones.
         wide: the same samples, each batch as wide as the widest of them; None: nobody has looked for it.
         rule: of such a source, how its collator pads; else None.
+        is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
     """
 
     def __init__(
@@ -233,6 +234,7 @@ class RowSource:
         self.probe_rows: Sequence[int] | None = None
         self.wide: RowSource | None = None
         self.rule: PaddingRule | None = None
+        self.is_padded: bool | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 

@@ -45,19 +45,20 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
         epochs: by cut, how many remain from its first one to the end of the training.
 
     Raises:
-        RehearsalError: under explicit settings, if it is not the step on samples.
+        RehearsalError: under explicit settings, if it is not the step on samples; under `cache="always"`, if the
+            features of samples of several widths cannot be stored.
     """
     if session.keeper.why_not_cached is not None or session.chain.cut:
         return
     hopeless = session.keeper.provider.why_hopeless
     with looking_at(session.context.source):
         cuts = [cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None]
-        why = session.proof.rehearse(cuts)
+        why, is_error = session.proof.rehearse(cuts), session.explicit
         if why is None:
-            why = _why_of_one_width(session, cuts)
+            why, is_error = _why_of_one_width(session, cuts), session.config.cache == "always"
         if why is None or session.decline_data():
             return
-    if session.explicit:
+    if is_error:
         raise RehearsalError(why)
     session.decline(why)
 
