@@ -137,7 +137,9 @@ def test_where_padding_counts_and_the_width_reaches_the_features_the_training_is
     tmp_path, caplog
 ):
     """GPT-2's positions are counted from the left of a batch, padding included."""
-    with pytest.raises(ValueError, match=r"(?s)padded on the left.*the width of a batch changes.*padding='max_length'"):
+    with pytest.raises(
+        ValueError, match=r"(?s)padded on the left.*the width of a batch changes.*padding='max_length'"
+    ):
         train(gpt2, Texts(), tmp_path / "cached", cached(), Pad("left"))
     caplog.set_level("WARNING")
     config = FreezeCacheConfig(policy="manual", freeze_points="1:3", cache="never")
