@@ -126,6 +126,7 @@ def _find_rule(
             f"the frozen blocks read '{missing[0]}', which the collator does not return: whether it changes cannot be "
             "seen. Return it from the collator, not from `_prepare_inputs`."
         )
+    unknown: list[str] = []
     for side in _SIDES:
         entries = {name: _find_entry(beside[name], [each[name] for each in alone], side) for name in read}
         main = entries[main_input]
@@ -138,9 +139,10 @@ def _find_rule(
         known = {name: entry for name, entry in entries.items() if isinstance(entry, PaddedEntry | None)}
         if len(known) == len(entries) and known[main_input] is not None:
             return PaddingRule(main_input, side, tuple(beside[main_input].shape[1:]), known)
-    name = next((name for name, entry in sorted(entries.items()) if entry is _UNKNOWN), main_input)
+        others = sorted(entries.keys() - known.keys()) or [main_input]
+        unknown = others if not unknown or len(others) < len(unknown) else unknown
     raise RowError(
-        f"it cannot be told how the collator pads '{name}': what a sample has of it alone does not stand at the "
+        f"it cannot be told how the collator pads '{unknown[0]}': what a sample has of it alone does not stand at the "
         "beginning or the end of what it has beside a wider one, with one value at the padding, or it is not as wide "
         f"as '{main_input}'"
     )

@@ -102,9 +102,7 @@ def trimmed_to(own: Cut, features: torch.Tensor, widest: Cut, side: str) -> torc
                 place = dim + (dim >= before.sample_dim)
                 tensor = tensor.narrow(place, 0 if side == "right" else most - size, size)
         tensors.append(tensor)
-    packed = own.pack(tensors)
-    # Models write to what they get, which they must not if it is a view that was made without gradients.
-    return packed.clone() if packed._is_view() else packed
+    return own.pack(tensors)
 
 
 def _measure(model: nn.Module, trace: Trace, cut: Cut, inputs: Mapping[str, Any]) -> Resized:
