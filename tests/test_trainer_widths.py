@@ -336,3 +336,38 @@ def test_defaults_freeze_alone_where_features_cannot_be_trimmed(tmp_path, caplog
     caplog.set_level("WARNING")
     trained = train(lambda: settle(gpt2()), Texts(), tmp_path, FreezeCacheConfig(), Pad("left"))
     assert trained.freeze_status().cut and not trained.freeze_status().replaying
+
+
+class FeelsTheWidth(torch.nn.Module):
+    """From some time on, it adds to what it gets where that is narrower than the widest."""
+
+    is_on = False
+
+    def __init__(self, inner, widest):
+        super().__init__()
+        self.inner, self.widest = inner, widest
+
+    def forward(self, input_ids, *args, **kwargs):
+        return self.inner(input_ids, *args, **kwargs) + float(self.is_on and input_ids.shape[1] < self.widest)
+
+
+def test_features_that_come_to_depend_on_the_width_are_seen_at_the_next_epoch(tmp_path, caplog):
+    """Rows as wide as the widest, which the store holds, do not show it."""
+
+    class TurnOn(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            FeelsTheWidth.is_on |= round(state.epoch) == 2
+
+    def make():
+        model = bert_of_questions()
+        model.bert.embeddings.word_embeddings = FeelsTheWidth(model.bert.embeddings.word_embeddings, 13)
+        return model
+
+    def trained(folder, config):
+        FeelsTheWidth.is_on = False
+        return train(make, Texts(label="span"), tmp_path / folder, config, Pad(), callbacks=[TurnOn()])
+
+    frozen = trained("frozen", manual("1:3", cache="never"))
+    found = trained("cached", manual("1:3", codec="fp32"))
+    assert losses(found) == pytest.approx(losses(frozen), abs=2e-4)
+    assert "the width of a batch changes them" in messages(caplog) and not found.freeze_status().replaying

@@ -6,6 +6,8 @@ widest, but for the positions that the batch does not have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers.utils import logging
 
 from ..cache.rows import RowError, RowSource
@@ -16,9 +18,13 @@ from ..model.padding import Trimming, relative_difference, tolerance_of
 from ..model.probes import first_rows
 from ..rng import preserve_rng
 from .context import BuildContext
+from .materialize import spread
 from .widest import rows_by_width, widened, widest_of
 
 logger = logging.get_logger(__name__)
+
+#: Widths of batches at which features are compared.
+_WIDTHS = 9
 
 
 def settle_trimming(context: BuildContext, cut: int) -> str | None:
@@ -84,23 +90,41 @@ def _why_not(context: BuildContext, cut: int, widest: int | str) -> str | None:
 
 def _why_differs(context: BuildContext, cut: int, wide: RowSource) -> str | None:
     """Compares features of batches of several widths with those of the same samples beside the widest."""
-    chain, source = context.chain, context.source
-    rows = rows_by_width(source, chain.main_input)
+    assert wide.rule is not None  # of such a source
+    rows = rows_by_width(context.source, context.chain.main_input)
+    others = [rows[place] for place in spread(len(rows), min(_WIDTHS, len(rows)))][1:]
     narrower = 0
-    for chosen in (rows[:2], [rows[0], rows[len(rows) // 2]], [rows[0], rows[-1]]):
-        inputs, beside = (context.model_inputs(each.collate(chosen)) for each in (source, wide))
-        main, widest = inputs[chain.main_input], beside[chain.main_input]
-        narrower += main.shape != widest.shape
-        own, whole = chain.prefix(inputs, cut), chain.prefix(beside, cut)
-        trimmed = chain.padding.trim_features(whole, inputs, cut)
-        if own.shape != trimmed.shape:
-            return f"those of a narrower batch have the shape {tuple(own.shape[1:])}, not {tuple(trimmed.shape[1:])}"
-        dim = 1 + chain.layout(cut).channel_dim
-        found, expected = (each.movedim(dim, -1).reshape(-1, each.shape[dim]) for each in (trimmed, own))
-        difference = relative_difference(found, expected)
-        if difference > tolerance_of(own.dtype, own.device):
-            return (
-                f"the width of a batch changes them: beside a wider sample they differ by {100 * difference:.2g} % at "
-                "a position"
-            )
+    for other in others:
+        why, size = why_width_counts(context, cut, [rows[0], other])
+        if why is not None:
+            return why
+        narrower += size != wide.rule.size
     return None if narrower else "none of the samples that were looked at is narrower than the widest"
+
+
+def why_width_counts(context: BuildContext, cut: int, rows: Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
+    """Compares the features of a batch with those of the same samples beside the widest, trimmed to its width.
+
+    Args:
+        context: the training.
+        cut: at which features are trimmed.
+        rows: of the batch.
+
+    Returns:
+        Why they are not the same, as a clause, None if they are; and the size of the batch's main input.
+    """
+    chain, source = context.chain, context.source
+    inputs, beside = (context.model_inputs(each.collate(rows)) for each in (source, stored_source(chain, cut, source)))
+    size = tuple(inputs[chain.main_input].shape[1:])
+    own, whole = chain.prefix(inputs, cut), chain.prefix(beside, cut)
+    trimmed = chain.padding.trim_features(whole, inputs, cut)
+    if own.shape != trimmed.shape:
+        shapes = f"{tuple(own.shape[1:])}, not {tuple(trimmed.shape[1:])}"
+        return f"those of a narrower batch have the shape {shapes}", size
+    dim = 1 + chain.layout(cut).channel_dim
+    found, expected = (each.movedim(dim, -1).reshape(-1, each.shape[dim]) for each in (trimmed, own))
+    difference = relative_difference(found, expected)
+    if difference <= tolerance_of(own.dtype, own.device):
+        return None, size
+    beside_wider = f"beside a wider sample they differ by {100 * difference:.2g} % at a position"
+    return f"the width of a batch changes them: {beside_wider}", size

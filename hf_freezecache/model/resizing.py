@@ -25,6 +25,9 @@ from .trace import Cut, Part, Trace
 
 logger = logging.get_logger(__name__)
 
+#: Sizes that a trace remembers.
+_REMEMBERED = 1024
+
 
 @dataclass(frozen=True)
 class Resized:
@@ -76,6 +79,8 @@ def resize(model: nn.Module, trace: Trace, number: int, inputs: Mapping[str, Any
         return replace(cut, layout=trace.layout_of(grown), parts=tuple(grown))
     key = number, size
     if key not in trace.resized:
+        if len(trace.resized) >= _REMEMBERED:
+            trace.resized.pop(next(iter(trace.resized)))
         with preserve_rng(), torch.no_grad(), eval_mode(model):
             trace.resized[key] = _measure(model, trace, cut, inputs)
     return trace.resized[key].cut

@@ -11,7 +11,7 @@ from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures
 from ..build.spec_maker import WRITTEN
 from ..build.survey import Augmentation
-from ..build.trimming import stored_source
+from ..build.trimming import stored_source, why_width_counts
 from ..cache.rows import ChosenRows, DrawnBatch, RowSource
 from ..cache.store import FeatureStore
 from ..rng import hash_key, preserve_rng
@@ -56,6 +56,11 @@ def check_sentinels(
     drawn_once = is_opaque and WRITTEN in store.manifest.made_from  # in a batch that does not come again
     views = 1 if drawn_once or (store.manifest.views and augmentation.replayable) else 0
     geometry = store.views.spec.geometry if views else None
+    if chain.padding.trimmed(cut) is not None:
+        with preserve_rng():
+            why, _ = why_width_counts(context, cut, rows)
+        if why is not None:
+            return Difference(rows[0], 0, "features", why)
     with preserve_rng():
         _, view_runs = next(iter(features.run(numbers, views, geometry, own_features=not drawn_once)))
     if drawn_once:
