@@ -339,7 +339,7 @@ def test_defaults_freeze_alone_where_features_cannot_be_trimmed(tmp_path, caplog
 
 
 class FeelsTheWidth(torch.nn.Module):
-    """From some time on, it adds to what it gets where that is narrower than the widest."""
+    """From some time on, it turns around what it gives where that is narrower than the widest."""
 
     is_on = False
 
@@ -348,7 +348,8 @@ class FeelsTheWidth(torch.nn.Module):
         self.inner, self.widest = inner, widest
 
     def forward(self, input_ids, *args, **kwargs):
-        return self.inner(input_ids, *args, **kwargs) + float(self.is_on and input_ids.shape[1] < self.widest)
+        found = self.inner(input_ids, *args, **kwargs)
+        return found.flip(-1) if self.is_on and input_ids.shape[1] < self.widest else found
 
 
 def test_features_that_come_to_depend_on_the_width_are_seen_at_the_next_epoch(tmp_path, caplog):
