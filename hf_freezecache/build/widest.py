@@ -77,8 +77,21 @@ def rows_by_width(source: RowSource, main_input: str, most: int = _ALONE) -> lis
     Raises:
         Exception: whatever the collator raises.
     """
+    return sort_by_width(source, main_input, spread(len(source), min(most, len(source))))
+
+
+def sort_by_width(source: RowSource, main_input: str, rows: Sequence[int]) -> list[int]:
+    """Some rows, the narrowest first, by what each is alone.
+
+    Args:
+        source: the samples.
+        main_input: name of the model's main input in a batch.
+        rows: their numbers.
+
+    Raises:
+        Exception: whatever the collator raises.
+    """
     with preserve_rng():
-        rows = spread(len(source), min(most, len(source)))
         return sorted(rows, key=lambda row: _values(source.collate([row]), main_input))
 
 

@@ -19,14 +19,14 @@ from .errors import ChainError
 from .modes import eval_mode
 from .record import Call, TensorSpec
 from .routing import Action, replacing
-from .stand_ins import stays_real
-from .structure import Path, leaves
+from .stand_ins import StandIn, stays_real
+from .structure import Path, leaves, map_leaves
 from .trace import Cut, Part, Trace
 
 logger = logging.get_logger(__name__)
 
-#: Sizes that a trace remembers.
-_REMEMBERED = 1024
+#: Entries that a trace remembers.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def resize(model: nn.Module, trace: Trace, number: int, inputs: Mapping[str, Any
         return replace(cut, layout=trace.layout_of(grown), parts=tuple(grown))
     key = number, size
     if key not in trace.resized:
-        if len(trace.resized) >= _REMEMBERED:
-            trace.resized.pop(next(iter(trace.resized)))
+        for memory in (trace.resized, trace.shapes):
+            if len(memory) >= _REMEMBERED:
+                memory.clear()
         with preserve_rng(), torch.no_grad(), eval_mode(model):
             trace.resized[key] = _measure(model, trace, cut, inputs)
     return trace.resized[key].cut
@@ -144,7 +145,7 @@ def _run(model: nn.Module, trace: Trace, cut: Cut, inputs: Mapping[str, Any]) ->
             if call is boundary.entry:
                 note(call, (args, kwargs))
                 raise _Known
-            output = original(*args, **kwargs)
+            output = _answer(trace, call, original, args, kwargs)
             found = dict(leaves(output))
             results[call] = {
                 path: _of_size(spec, found[path].shape, samples, trace.record.samples)
@@ -169,6 +170,32 @@ def _run(model: nn.Module, trace: Trace, cut: Cut, inputs: Mapping[str, Any]) ->
             )
             return Resized(replace(cut, layout=trace.layout_of(parts), parts=parts), results)
     raise ChainError(f"{type(model).__name__} returned without running up to the cut.")
+
+
+def _answer(trace: Trace, call: Call, original: Callable, args: tuple, kwargs: dict) -> Any:
+    """What a call gives; where that is stand-ins, a call of its kind that got the same shapes before tells theirs."""
+    if call not in trace.kinds:
+        recorded = (call.arguments, call.results)
+        trace.kinds[call] = (
+            repr(call.module),
+            *(tuple((path, s.shape) for path, s in each.items()) for each in recorded),
+        )
+    given = dict(leaves((args, kwargs)))
+    key = trace.kinds[call], *((path, tensor.shape) for path, tensor in given.items())
+    shapes = trace.shapes.get(key)
+    if shapes is None or not any(isinstance(tensor, StandIn) for tensor in given.values()):
+        output = original(*args, **kwargs)
+        found = dict(leaves(output))
+        if found.keys() == call.results.keys() and all(isinstance(tensor, StandIn) for tensor in found.values()):
+            trace.shapes[key] = {path: tensor.shape for path, tensor in found.items()}
+        return output
+
+    def answer(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, TensorSpec):
+            return leaf
+        return StandIn(shapes[path], leaf.dtype, leaf.device, f"the output of '{call.name}'")
+
+    return map_leaves(answer, call.output)
 
 
 def _of_size(spec: TensorSpec, shape: torch.Size, samples: int, recorded: int) -> TensorSpec:

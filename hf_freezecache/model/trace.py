@@ -19,6 +19,7 @@ from .layout import FeatureLayout, token_grid
 from .probes import check_checkpointing
 from .record import Call, TensorSpec, record_run
 from .stand_ins import StandIn, stays_real
+from .structure import Path
 from .tokens import take_columns, token_mask
 
 
@@ -218,6 +219,9 @@ class Trace:
         self.ignored_padding: dict[int, frozenset[str]] = {}
         #: Cuts in runs on main inputs of other sizes, by cut and size; filled by `resize`.
         self.resized: dict[tuple[int, tuple[int, ...]], Any] = {}
+        #: What tells calls that give the same shapes, and the shapes that they have given; filled there as well.
+        self.kinds: dict[Call, tuple[Any, ...]] = {}
+        self.shapes: dict[Any, dict[Path, torch.Size]] = {}
 
     def fits(self, inputs: Mapping[str, Any], any_width: bool = False, any_size: bool = False) -> bool:
         """Whether the main input has the shape (without the batch), dtype and device of the recorded one.

@@ -12,12 +12,15 @@ from ..build.feature_sources import ImageFeatures
 from ..build.spec_maker import WRITTEN
 from ..build.survey import Augmentation
 from ..build.trimming import stored_source, why_width_counts
+from ..build.widest import sort_by_width
 from ..cache.rows import ChosenRows, DrawnBatch, RowSource
 from ..cache.store import FeatureStore
 from ..rng import hash_key, preserve_rng
 
 #: One row of so many is a sentinel; at least so many rows are, and at most a batch.
 _ONE_IN, _FEWEST = 500, 4
+#: Rows of which the narrowest are compared with what they are beside the widest sample.
+_NARROW_OF = 8
 
 
 def check_sentinels(
@@ -57,8 +60,9 @@ def check_sentinels(
     views = 1 if drawn_once or (store.manifest.views and augmentation.replayable) else 0
     geometry = store.views.spec.geometry if views else None
     if chain.padding.trimmed(cut) is not None:
+        narrow = sort_by_width(context.source, chain.main_input, rows[:_NARROW_OF])[:2]
         with preserve_rng():
-            why, _ = why_width_counts(context, cut, rows)
+            why, _ = why_width_counts(context, cut, narrow)
         if why is not None:
             return Difference(rows[0], 0, "features", why)
     with preserve_rng():
