@@ -14,6 +14,7 @@ _EXPORTS = {
     "BuildFailed": "build.errors",
     "ChainError": "model.errors",
     "CheckpointError": "model.checkpoint",
+    "ComingFreeze": "policies",
     "FeatureStore": "cache.store",
     "FreezeCacheConfig": "config",
     "FreezeCacheMixin": "training.trainer_hooks",
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from .model.errors import ChainError
     from .model.stand_ins import FrozenOutputError
     from .planning import plan
-    from .policies import FreezePolicy, Moment, ObservedBlock
+    from .policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator
     from .trainer import FreezeCacheTrainer
     from .training.callback import FreezeCallback
@@ -65,6 +66,7 @@ __all__ = [
     "BuildFailed",
     "ChainError",
     "CheckpointError",
+    "ComingFreeze",
     "FeatureStore",
     "FreezeCacheConfig",
     "FreezeCacheMixin",

@@ -12,17 +12,26 @@ from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
-from .policies import FreezePolicy, LinearPolicy, ManualPolicy, NonePolicy
+from .policies import (
+    AutoPolicy,
+    DelayedPolicy,
+    FreezePolicy,
+    FrozenFromStart,
+    LinearPolicy,
+    ManualPolicy,
+    NonePolicy,
+)
 from .policies.schedule import format_freeze_points
 from .units import parse_bytes
 
-PolicyName = Literal["none", "manual", "linear"]
+PolicyName = Literal["none", "manual", "linear", "auto"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
 MismatchMode = Literal["fallback", "error"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
+AnnealMode = Literal["none", "cosine"]
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
@@ -40,7 +49,7 @@ class FreezeCacheConfig:
         ImportError: on construction, if the codec's library is not installed.
     """
 
-    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual or linear."})
+    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual, linear or auto."})
     freeze_points: str | None = field(
         default=None,
         metadata={
@@ -50,10 +59,10 @@ class FreezeCacheConfig:
     )
     freeze_start: float = field(default=0.25, metadata={"help": "For policy linear: fraction of training at stage 1."})
     freeze_end: float = field(
-        default=0.5, metadata={"help": "For policy linear: fraction of training at the last stage."}
+        default=0.5, metadata={"help": "For policies linear and auto: fraction of training at the last stage."}
     )
     max_frozen: float = field(
-        default=0.75, metadata={"help": "For policy linear: fraction of the blocks frozen in the end."}
+        default=0.75, metadata={"help": "For policies linear and auto: fraction of the blocks frozen in the end."}
     )
     freeze_stages: int = field(
         default=2,
@@ -77,6 +86,38 @@ class FreezeCacheConfig:
     head_start_lr: float | None = field(
         default=None,
         metadata={"help": "Learning rate of the head start; if not given, it is chosen on held-out training rows."},
+    )
+    anneal: AnnealMode = field(
+        default="none",
+        metadata={
+            "help": "cosine lets the learning rate of a block fall to 0 until it freezes, as half a cosine over the "
+            "optimizer steps; all else keeps its own. none: learning rates stay what the schedule says."
+        },
+    )
+    anneal_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide an annealed learning rate by the share of the training after which the block freezes, so "
+            "that its sum over a training of constant learning rate does not depend on when that is (FreezeOut)."
+        },
+    )
+    anneal_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "For policies that decide as the training goes: epochs from a decision to its freeze, in which "
+            "the learning rates fall."
+        },
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiply the learning rate of the last block by this number, that of the block before it by its "
+            "square, and so on; the head keeps its own. 1.0: off."
+        },
+    )
+    layer_decay_min: float = field(
+        default=0.0,
+        metadata={"help": "Freeze the blocks that layer_decay gives a smaller factor than this from the start."},
     )
     blocks: list[str] | None = field(
         default=None,
@@ -241,6 +282,7 @@ class FreezeCacheConfig:
             )
         self._check_augmentation()
         self._check_head_start()
+        self._check_learning_rates()
         if self.policy == "manual":
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
@@ -258,6 +300,39 @@ class FreezeCacheConfig:
         if self.progressive is None:
             return self.codec
         return Progression.parse(self.progressive).codec_at(cut, num_blocks)
+
+    @property
+    def changes_learning_rates(self) -> bool:
+        """Whether blocks get learning rates of their own."""
+        return self.anneal != "none" or self.layer_decay != 1.0
+
+    def cut_at_start(self, num_blocks: int) -> int:
+        """Number of blocks that `layer_decay_min` freezes from the start.
+
+        Args:
+            num_blocks: `len(chain)`.
+        """
+        factors = [layer_factor(self.layer_decay, index, num_blocks) for index in range(num_blocks)]
+        return sum(factor < self.layer_decay_min for factor in factors)
+
+    def _check_learning_rates(self) -> None:
+        _one_of("anneal", self.anneal, AnnealMode)
+        epochs = self.anneal_epochs
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"anneal_epochs={epochs!r} is a number of epochs: 0, 1, 2, ...")
+        if self.anneal == "none" and (epochs or self.anneal_scale):
+            raise ValueError("anneal_epochs and anneal_scale are read with anneal='cosine' only: set that too.")
+        if not _is_number(self.layer_decay) or not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(
+                f"layer_decay={self.layer_decay!r} is a factor from one block to the one before it: more than 0, at "
+                "most 1.0 (off)."
+            )
+        if not _is_number(self.layer_decay_min) or not 0.0 <= self.layer_decay_min < 1.0:
+            raise ValueError(f"layer_decay_min={self.layer_decay_min!r} is a factor: from 0 (off) to less than 1.")
+        if self.layer_decay_min and self.layer_decay == 1.0:
+            raise ValueError(
+                "layer_decay_min freezes blocks to which layer_decay gives a smaller factor: set layer_decay below 1."
+            )
 
     def _check_head_start(self) -> None:
         _one_of("head_start", self.head_start, HeadStartMode)
@@ -318,12 +393,34 @@ def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, Freeze
             f"policy={policy!r}: pass one of {', '.join(get_args(PolicyName))}, or an object of a class derived from "
             "FreezePolicy."
         )
-    return settings, make_policy(settings) if policy is None else policy
+    return settings, _with_learning_rates(settings, make_policy(settings) if policy is None else policy)
+
+
+def _with_learning_rates(settings: FreezeCacheConfig, policy: FreezePolicy) -> FreezePolicy:
+    if settings.anneal != "none" and isinstance(policy, NonePolicy):
+        raise ValueError("anneal lets learning rates fall until a block freezes, and policy='none' freezes none.")
+    if settings.anneal_epochs:
+        policy = DelayedPolicy(policy, settings.anneal_epochs)
+    if settings.layer_decay_min:
+        why = f"layer_decay={settings.layer_decay}, layer_decay_min={settings.layer_decay_min}"
+        policy = FrozenFromStart(policy, settings.cut_at_start, why)
+    return policy
 
 
 def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
     points = settings.freeze_points if policy == "manual" else None
     return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
+
+
+def layer_factor(layer_decay: float, block: int, num_blocks: int) -> float:
+    """What `layer_decay` multiplies the learning rate of a block by, as BEiT and MAE count: 1 for the head.
+
+    Args:
+        layer_decay: the setting.
+        block: position in the chain, 0 for the stem; `num_blocks` for the head.
+        num_blocks: `len(chain)`.
+    """
+    return layer_decay ** (num_blocks - block)
 
 
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
@@ -333,6 +430,8 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     if config.policy == "manual":
         assert config.freeze_points is not None  # the settings check it
         return ManualPolicy(config.freeze_points)
+    if config.policy == "auto":
+        return AutoPolicy(config.max_frozen, config.freeze_end)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 

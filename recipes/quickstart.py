@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.training.accounting import measure_training_flops
+from hf_freezecache.training.flops import measure_training_flops
 
 with recipes_extra():
     import matplotlib

@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.config import read_settings
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,16 @@ from hf_freezecache import FreezeCacheConfig
         ({"feature_noise": -0.1}, "feature_noise=-0.1"),
         ({"mixup_alpha": float("nan")}, "mixup_alpha=nan"),
         ({"cutmix_alpha": float("inf")}, "cutmix_alpha=inf"),
+        ({"anneal": "linear"}, "anneal='linear'.*none, cosine"),
+        ({"anneal_epochs": 2}, "with anneal='cosine' only"),
+        ({"anneal_scale": True}, "with anneal='cosine' only"),
+        ({"anneal": "cosine", "anneal_epochs": -1}, "anneal_epochs=-1"),
+        ({"anneal": "cosine", "anneal_epochs": True}, "anneal_epochs=True"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0"),
+        ({"layer_decay": 1.1}, "layer_decay=1.1"),
+        ({"layer_decay": float("nan")}, "layer_decay=nan"),
+        ({"layer_decay": 0.5, "layer_decay_min": 1.0}, "layer_decay_min=1.0"),
+        ({"layer_decay_min": 0.1}, "set layer_decay below 1"),
     ],
 )
 def test_impossible_setting_is_refused_by_name(settings, message):
@@ -47,6 +58,21 @@ def test_defaults_are_the_documented_ones():
     expected |= dict(freeze_stages=2, blocks=None, cache="auto", feature_cache_dir=None, codec="int4", views=1)
     expected |= dict(sensitive_fraction=0.25, sensitive_budget=None, similarity="ssim", feature_noise=0.0)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_annealing_needs_a_freeze():
+    with pytest.raises(ValueError, match="policy='none' freezes none"):
+        read_settings({"policy": "none", "anneal": "cosine"}, None)
+    with pytest.raises(ValueError, match="policy='none' freezes none"):
+        read_settings({"anneal": "cosine"}, "none")
+
+
+@pytest.mark.parametrize(("minimum", "cut"), [(0.0, 0), (0.0625, 0), (0.07, 1), (0.25, 2), (0.3, 3), (0.9, 4)])
+def test_blocks_below_the_smallest_factor_are_frozen_from_the_start(minimum, cut):
+    """Of 4 blocks with the factors 1/16, 1/8, 1/4 and 1/2."""
+    settings, policy = read_settings({"policy": "none", "layer_decay": 0.5, "layer_decay_min": minimum}, None)
+    assert settings.cut_at_start(4) == cut
+    assert policy.changes(4, 3) == ([(0, cut)] if cut else [])
 
 
 def test_every_setting_has_a_help_text():

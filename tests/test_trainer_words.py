@@ -109,10 +109,10 @@ def make(tmp_path, **settings):
 
 def test_name_of_a_policy_does_for_the_policy(tmp_path):
     assert isinstance(make(tmp_path, policy="linear")._freeze_policy, LinearPolicy)
-    assert not make(tmp_path, policy="none")._freezes
+    assert not make(tmp_path, policy="none")._is_active
     config = FreezeCacheConfig(policy="manual", freeze_points="1:2")
     assert isinstance(make(tmp_path, policy="manual", freeze_cache=config)._freeze_policy, ManualPolicy)
-    assert not make(tmp_path, policy="none", freeze_cache=config)._freezes
+    assert not make(tmp_path, policy="none", freeze_cache=config)._is_active
 
 
 def test_dict_does_for_the_settings(tmp_path):

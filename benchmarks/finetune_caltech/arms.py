@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
-from hf_freezecache.training.accounting import measure_training_flops
+from hf_freezecache.training.flops import measure_training_flops
 
 from .._common import QUIET, silence
 from .._images import Pixels, as_interpolated_batch, load_caltech, load_deit

@@ -16,7 +16,7 @@ from ..model.chain import BlockChain
 from ..model.inputs import ModelInputs
 
 
-def _count_nothing(from_cut: int, to_cut: int, samples: int) -> None:
+def _count_nothing(from_cut: int, to_cut: int, samples: int, width: int | None = None) -> None:
     pass
 
 
@@ -33,7 +33,8 @@ class BuildContext:
         model_inputs: selects the prefix's inputs from a batch.
         precision: mixed precision and parameter type under which the prefix runs.
         disable_tqdm: no progress bars.
-        count_run: is told `(from_cut, to_cut, samples)` whenever a build has run the blocks between two cuts.
+        count_run: is told `(from_cut, to_cut, samples)` whenever a build has run the blocks between two cuts; of texts
+            the positions, too.
     """
 
     chain: BlockChain
@@ -44,7 +45,7 @@ class BuildContext:
     model_inputs: ModelInputs
     precision: str
     disable_tqdm: bool = False
-    count_run: Callable[[int, int, int], None] = _count_nothing
+    count_run: Callable[..., None] = _count_nothing
 
     @property
     def model(self) -> nn.Module:

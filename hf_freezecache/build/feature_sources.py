@@ -104,7 +104,7 @@ class ImageFeatures:
         source: the samples.
         layout: the feature as the prefix returns it.
         model_inputs: selects the prefix's inputs from a collated batch, on the model's device.
-        count_run: is told `(0, cut, samples)` after every run.
+        count_run: is told `(0, cut, samples, positions of a text)` after every run.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ImageFeatures:
         source: RowSource,
         layout: FeatureLayout,
         model_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-        count_run: Callable[[int, int, int], None] | None = None,
+        count_run: Callable[..., None] | None = None,
     ):
         self.chain, self.cut, self.source, self.layout = chain, cut, source, layout
         self.model_inputs, self.count_run = model_inputs, count_run
@@ -178,7 +178,8 @@ class ImageFeatures:
         features = self.chain.prefix(inputs, self.cut)
         check_shape(features, self.layout, rows)
         if self.count_run is not None:
-            self.count_run(0, self.cut, len(features))
+            main = inputs[self.chain.main_input]
+            self.count_run(0, self.cut, len(features), main.shape[-1] if stays_real(main) else None)
         return features
 
 

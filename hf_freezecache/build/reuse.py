@@ -210,7 +210,7 @@ class StoreReuse:
         spec: StoreSpec,
         store: FeatureStore,
         source: RowSource,
-        count_run: Callable[[int, int, int], None] | None = None,
+        count_run: Callable[..., None] | None = None,
     ) -> StoreSpec:
         """The spec for rows of a source as a build would compute them with the store's views."""
         features = ImageFeatures(spec.chain, spec.cut, source, spec.layout, self.context.model_inputs, count_run)

@@ -270,7 +270,8 @@ class BlockChain:
             Those that bar the cut, and those of embedding tables, which do not.
         """
         boundary = self.own_trace().cut(cut).boundary
-        trainable = {name for name, parameter in self.model.named_parameters() if self._was_trainable(parameter)}
+        before = self._requires_grad
+        trainable = {name for name, p in self.model.named_parameters() if before.get(p, p.requires_grad)}
         both = (boundary.shared, boundary.tied)
         return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
 
@@ -278,8 +279,7 @@ class BlockChain:
     def frozen_modes(self) -> Iterator[None]:
         """Inside, what runs before the present cut runs in eval mode, modules that run on behind it included.
 
-        `eval_prefix` cannot reach these: a dropout function in the model's own `forward`, a dropout module
-        that several blocks share.
+        `eval_prefix` cannot reach these: dropout in the model's own `forward`, or of a module that blocks share.
         """
         if not self.cut or self._trace is None or not self.needs_modes(self.cut):
             yield
@@ -487,9 +487,6 @@ class BlockChain:
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
         return capture_in_training(self.model, self.own_trace(), cut, inputs, self.needs_modes(cut))
-
-    def _was_trainable(self, parameter: nn.Parameter) -> bool:
-        return self._requires_grad.get(parameter, parameter.requires_grad)
 
     def cannot_cut(self, cut: int) -> str:
         """The beginning of a sentence that says why the model cannot be cut there."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .trial import Trial
+
 #: Signals that a policy may observe.
 SIGNALS = frozenset({"weights", "gradients", "activations"})
 
@@ -33,6 +35,21 @@ class Moment:
     max_steps: int
     cut: int
     num_blocks: int
+
+
+@dataclass(frozen=True)
+class ComingFreeze:
+    """A freeze that is known before it happens.
+
+    Args:
+        cut: number of frozen blocks from then on.
+        known_since: the epoch at whose beginning it became known; 0 for a schedule.
+        epoch: the epoch at whose beginning the blocks freeze.
+    """
+
+    cut: int
+    known_since: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,26 @@ class FreezePolicy(ABC):
             blocks: the blocks that are not frozen, in their order.
         """
 
+    def trial_cut(self, num_blocks: int) -> int:
+        """The cut that is tried before the first step of a training; 0: none.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+        """
+        return 0
+
+    def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
+        """Called before the first step of a training if there is a `trial_cut`; never when it is resumed.
+
+        Args:
+            trial: what was found; None: the training is too short for a trial.
+            num_blocks: number of blocks, `len(chain)`.
+
+        Returns:
+            What the rule makes of it, as a sentence for the log.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for a trial, so it has to take it.")
+
     @abstractmethod
     def decide(self, moment: Moment) -> int:
         """Called at the beginning of every epoch.
@@ -116,6 +153,21 @@ class FreezePolicy(ABC):
             `(epoch, cut)` pairs; None if the rule decides as the training goes.
         """
         return None
+
+    def coming(self, num_blocks: int, num_epochs: int) -> list[ComingFreeze] | None:
+        """The freezes that are known: until they happen, learning rates of their blocks can fall (`anneal`).
+
+        Asked at the beginning of every epoch, after `decide`. A rule with `changes` knows them all from the start.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+            num_epochs: epochs of the whole training; a freeze may be beyond them.
+
+        Returns:
+            The freezes, past ones included; None if the rule never knows one before it happens.
+        """
+        changes = self.changes(num_blocks, num_epochs)
+        return None if changes is None else [ComingFreeze(cut, 0, epoch) for epoch, cut in changes]
 
     @property
     def name(self) -> str:

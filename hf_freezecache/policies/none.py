@@ -10,5 +10,8 @@ class NonePolicy(FreezePolicy):
 
     name = "none"
 
+    def changes(self, num_blocks: int, num_epochs: int) -> list[tuple[int, int]]:
+        return []
+
     def decide(self, moment: Moment) -> int:
         return 0

@@ -1,10 +1,9 @@
-"""FLOPs, seconds, bytes and peak memory, by phase of a training."""
+"""Seconds, FLOPs, bytes and peak memory, by phase of a training."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,15 +11,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..estimate.pace import Pace
 from ..model.chain import BlockChain
-from ..model.inputs import main_input_name
-from ..model.modes import eval_mode
-from ..model.structure import first_tensor
-from ..rng import preserve_rng
+from .flops import FlopMeter
 from .live_clock import LiveClock
 
 
@@ -30,7 +24,8 @@ class Phase:
 
     Args:
         cut: frozen blocks.
-        mode: live, build, replay, eval, head_start, or plan: what it took to find out that no store is built.
+        mode: live, build, replay, eval, head_start, trial (of frozen blocks before the first step), or plan: what it
+            took to find out that no store is built.
         epochs: finished epochs (passes over the data for build and eval).
         steps: optimizer steps.
         seconds: wall-clock seconds; evaluation and builds inside an epoch count for themselves only.
@@ -154,167 +149,6 @@ def memory_in_use() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return psutil.Process().memory_info().rss
-
-
-# `FlopCounterMode` does not know the kernel that attention uses on the CPU: 13 % of a ViT would be missing.
-
-
-def _cpu_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _cpu_attention_backward(grad_out, query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
-
-
-# The mark by which `FlopCounterMode` passes tensors, not shapes.
-_cpu_attention._get_raw = _cpu_attention_backward._get_raw = True  # type: ignore[attr-defined]
-_CPU_KERNELS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
-
-
-class _OfAllModules(contextlib.nullcontext):
-    """In place of the tracker of modules: nobody asks for their shares, and it takes as long as counting."""
-
-    parents = frozenset({"Global"})
-
-
-@contextlib.contextmanager
-def counting_flops() -> Iterator[FlopCounterMode]:
-    """Counts the operations of everything that runs inside; read them with `get_total_flops()`."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS)
-    counter.mod_tracker = _OfAllModules()  # type: ignore[assignment]  # it asks for `parents` alone
-    with preserve_rng(), counter:
-        yield counter
-
-
-def measure_training_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """FLOPs of one sample's share of a training step: forward, and backward to the parameters that are trainable now.
-
-    Runs on `inputs` in eval mode (the same operations) and leaves gradients, buffers and generators as they were.
-    The optimizer's own operations are not counted.
-
-    Args:
-        model: the model, not wrapped.
-        inputs: a small batch of model inputs; the first dimension of the main input counts samples.
-    """
-    batch_size = len(inputs[main_input_name(model)])
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with eval_mode(model), torch.enable_grad(), counting_flops() as counter:
-        output = first_tensor(model(**inputs))
-        if parameters and output.requires_grad:
-            torch.autograd.grad(output.float().sum(), parameters, allow_unused=True)
-    return counter.get_total_flops() // batch_size
-
-
-def measure_forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """FLOPs of one sample's forward pass."""
-    with eval_mode(model), torch.no_grad(), counting_flops() as counter:
-        model(**inputs)
-    return counter.get_total_flops() // len(inputs[main_input_name(model)])
-
-
-class FlopMeter:
-    """FLOPs of a training: one sample's in every way to run the model, measured once each, and how many samples ran.
-
-    Args:
-        chain: the model.
-        probe: a small batch of model inputs.
-
-    Attributes:
-        samples: samples of the training steps so far, of this process.
-    """
-
-    def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
-        self.chain, self.probe = chain, probe
-        self.samples = 0
-        self._per_sample: dict[tuple[int, str], float] = {}
-        self._runs: Counter[tuple[int, int]] = Counter()
-        self._unreported = 0.0
-
-    def per_sample(self, mode: str, cut: int | None = None) -> float:
-        """FLOPs of one sample.
-
-        Args:
-            mode: a training step (live, replay), a build, or an evaluation (eval, eval_replay).
-            cut: frozen blocks; the chain's cut if None.
-        """
-        cut = self.chain.cut if cut is None else cut
-        if (cut, mode) not in self._per_sample:
-            with preserve_rng():
-                self._per_sample[cut, mode] = self._measure(mode, cut)
-        return self._per_sample[cut, mode]
-
-    def share_of_prefix(self, cut: int, live_cut: int) -> float:
-        """FLOPs of a forward pass up to a cut, relative to those of a training step at an earlier cut, 1 at most.
-
-        Args:
-            cut: frozen blocks.
-            live_cut: at which live steps have run.
-        """
-        live = self._per_sample.get((live_cut, "live"))
-        return min(1.0, self.per_sample("build", cut) / live) if live else 1.0
-
-    def step(self, mode: str, samples: int) -> float:
-        """FLOPs of a training step's micro-batch, whose samples are counted."""
-        self.samples += samples
-        return self.per_sample(mode) * samples
-
-    def plain_per_step(self, steps: int) -> float | None:
-        """FLOPs of an average optimizer step at cut 0; None if nothing was trained or cut 0 was never measured."""
-        plain = self._per_sample.get((0, "live"))
-        return None if plain is None or not steps else plain * self.samples / steps
-
-    def count_run(self, from_cut: int, to_cut: int, samples: int) -> None:
-        """Counts samples on which a build has run the blocks between two cuts."""
-        self._runs[from_cut, to_cut] += samples
-
-    def book_builds(self, phase: Phase) -> None:
-        """Books the runs that were counted since the last call."""
-        for (start, end), samples in self._runs.items():
-            before = self.per_sample("build", start) if start else 0.0
-            flops = (self.per_sample("build", end) - before) * samples
-            phase.flops += flops
-            self._unreported += flops
-        self._runs.clear()
-
-    def book(self, flops: float) -> None:
-        """Counts FLOPs beside those of training steps."""
-        self._unreported += flops
-
-    def take_build_flops(self) -> float:
-        """FLOPs of builds and head start since the last call, for `total_flos`."""
-        flops, self._unreported = self._unreported, 0.0
-        return flops
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values to continue from."""
-        return {"samples": self.samples, "plain_flops_per_sample": self._per_sample.get((0, "live"))}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state_dict()`."""
-        self.samples = state["samples"]
-        if state["plain_flops_per_sample"] is not None:
-            self._per_sample[0, "live"] = state["plain_flops_per_sample"]
-
-    def _measure(self, mode: str, cut: int) -> float:
-        model = self.chain.model
-        if mode == "live":
-            return measure_training_flops(model, self.probe)
-        if mode == "eval":
-            return measure_forward_flops(model, self.probe)
-        if mode == "build":
-            features = self.chain.prefix(self.probe, cut)  # traced and proved, which must not count
-            with eval_mode(model), torch.no_grad(), counting_flops() as counter:
-                self.chain.capture(self.probe, cut)
-            return counter.get_total_flops() / len(features)
-        features = self.chain.prefix(self.probe, cut)
-        measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops
-        main_input = self.chain.input_of_replay(features, self.probe)
-        with self.chain.replay(cut, features, main_input):
-            return measure(model, {**self.probe, self.chain.main_input: main_input})
 
 
 class Accounts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..policies import FreezePolicy
+from ..policies import FreezePolicy, FrozenFromStart, NonePolicy
 
 
 def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
@@ -17,10 +17,10 @@ def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cu
         cut: number of blocks that are frozen already, after a resume.
 
     Returns:
-        The line; None if the rule decides as the training goes: the first freeze is announced then.
+        The line; None if the rule decides as the training goes: the first freeze is announced then. None for 'none'.
     """
     changes = policy.changes(num_blocks, num_epochs)
-    if changes is None:
+    if changes is None or isinstance(policy, NonePolicy):
         return None
     steps = [(epoch, deeper) for epoch, deeper in changes if epoch < num_epochs and deeper > cut]
     late = [(epoch, deeper) for epoch, deeper in changes if epoch >= num_epochs]
@@ -55,6 +55,22 @@ def describe_other_rule(before: str, policy: FreezePolicy, cut: int) -> str | No
     )
 
 
+def describe_other_rates(before: str | None, now: str | None) -> str | None:
+    """What to say where blocks get other learning rates than in the checkpoint; None if they do not.
+
+    Args:
+        before: the checkpoint's settings of them; None: blocks had none of their own.
+        now: those of this training.
+    """
+    if before == now:
+        return None
+    none = "no learning rates of their own"
+    return (
+        f"The checkpoint was trained with other learning rates of blocks ({before or none}) than this training has "
+        f"({now or none}), which hold from here on. To go on as before, set what it was trained with."
+    )
+
+
 def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks: int, cut: int = 0) -> str:
     parts = [f"{cut} of {num_blocks} blocks are frozen"] if cut else []
     for epoch, deeper in steps:
@@ -62,7 +78,10 @@ def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks
         only = " (only the head trains)" if deeper == num_blocks else ""
         parts.append(f"from epoch {epoch}, {count}{only}")
     text = ", ".join(parts)
-    return f"{text[0].upper()}{text[1:]}: policy {policy.name}; policy='none' keeps all training."
+    remedy = "policy='none' keeps all training"
+    if isinstance(policy, FrozenFromStart):
+        remedy = "policy='none' and layer_decay_min=0 keep all training"
+    return f"{text[0].upper()}{text[1:]}: policy {policy.name}; {remedy}."
 
 
 def _epochs(count: int) -> str:

@@ -9,32 +9,81 @@ from ..build.feature_sources import one_width_only
 from ..cache.rows import split_batch
 from ..cache.texts import split_texts
 from ..model.tokens import token_mask
+from ..policies import Trial
 from ..replay.passage import trial_rows, why_not_through
 from .data_state import looking_at
+from .freezing_trial import kept
+from .preconditions import check_trainable
 from .rehearsal import RehearsalError
 
 if TYPE_CHECKING:
     from .session import FreezeSession
 
+#: Head start for a trial alone: epochs, and batches at most.
+_EPOCHS_FOR_TRIAL, _BATCHES_FOR_TRIAL = 2, 64
 
-def give_head_start(session: FreezeSession) -> None:
+
+def give_head_start(session: FreezeSession, leave_out: int = 0) -> None:
     """Trains the head alone, where the settings ask for it and it is new, and books what it takes.
 
     Args:
         session: the training.
+        leave_out: samples of this process that are held out for a trial.
 
     Raises:
         ValueError: if the head cannot be trained alone.
     """
+    epochs = session.config.head_start_epochs
     with looking_at(session.context.source), session.ledger.phase(0, "head_start") as phase:
-        started = session.head_start.run()
+        started = session.head_start.run(epochs, leave_out)
     if started is None:
         session.ledger.drop(phase)
         return
-    phase.epochs, phase.steps = session.config.head_start_epochs, started.steps
-    phase.flops += session.meter.per_sample("eval") * started.passes
+    phase.epochs, phase.steps = epochs, started.steps
+    phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)
     (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
+
+
+def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+    """Gives the head a head start, then trains a few steps with frozen blocks and with none, and takes these back.
+
+    Where the settings ask for no head start, a new head gets a short one for the trial alone: gradients of a random
+    head say nothing of the blocks.
+
+    Args:
+        session: the training.
+        cut: frozen blocks of the trial; 0: there is none.
+        max_steps: optimizer steps of the training.
+        max_grad_norm: to which gradients are clipped; None or 0: they are not.
+
+    Returns:
+        The losses on held-out training samples; None if the training is too short for a trial.
+    """
+    check_trainable(session.chain, cut)
+    plan = session.trial.plan(max_steps) if cut else None
+    if any(steps is None for steps in session.group.gather(None if plan is None else plan.steps)):
+        plan = None
+    held_out = 0 if plan is None else len(plan.held_out)
+    give_head_start(session, held_out)
+    if plan is None:
+        return None
+    trainable = {name: value for name, value in session.chain.model.named_parameters() if value.requires_grad}
+    with looking_at(session.context.source), session.ledger.phase(0, "trial") as phase, kept(trainable):
+        if not session.config.head_start_epochs:
+            most = _BATCHES_FOR_TRIAL * session.context.source.batch_size
+            started = session.head_start.run(_EPOCHS_FOR_TRIAL, held_out, most)
+            passes = 0.0 if started is None else started.passes
+            phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * passes
+        trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)
+    phase.steps = 2 * plan.steps
+    trained, tested = plan.samples_run
+    live, forward = session.meter.per_sample("live", 0), session.meter.per_sample("eval")
+    # A backward pass takes two forward passes, and ends at the cut.
+    frozen = live - 2 * session.chain.share(cut) * forward
+    phase.flops += session.meter.mean_seen() * (trained * (live + frozen) + 2 * tested * forward)
+    session.meter.book(phase.flops)
+    return trial
 
 
 def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:

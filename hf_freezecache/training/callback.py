@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from ..policies import FreezePolicy, Moment, ObservedBlock
+from ..policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock, Trial
 from .announcements import describe_freeze, describe_other_rule, describe_schedule
 
 #: Version of the entry in `trainer_state.json`.
@@ -28,6 +28,22 @@ class RunningTraining(Protocol):
 
     def announce(self, message: str) -> None:
         """Tells the user, once."""
+
+    def expect(self, coming: Sequence[ComingFreeze] | None, moment: Moment, steps_per_epoch: int) -> None:
+        """Takes the freezes that are known, before an epoch begins: learning rates of their blocks may fall.
+
+        Args:
+            coming: the freezes; None: the rule never knows one before it happens.
+            moment: where the training stands.
+            steps_per_epoch: optimizer steps of an epoch.
+        """
+
+    def begin_step(self, step: int) -> None:
+        """Gradients of an optimizer step are done; it is the next thing to happen.
+
+        Args:
+            step: number of optimizer steps before it.
+        """
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut` and the source of the batches with it.
@@ -50,8 +66,17 @@ class RunningTraining(Protocol):
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
-    def give_head_start(self) -> None:
-        """Before the first step: trains the head alone, where the settings ask for it and it is new."""
+    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+        """Before the first step: a head start, where there is to be one, then a trial.
+
+        Returns:
+            What frozen blocks do to held-out samples; None if there is no trial, or the training is too short for it.
+
+        Args:
+            cut: frozen blocks of the trial; 0: there is none.
+            max_steps: optimizer steps of the training.
+            max_grad_norm: to which gradients are clipped.
+        """
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step: proves that the trainer's step works on features of the cuts that are planned.
@@ -140,9 +165,12 @@ class FreezeCallback(TrainerCallback, ExportableState):
             if other_rule is not None:
                 session.announce(other_rule)
         session.check_data(train_dataloader)
-        if state.global_step == 0:
-            session.give_head_start()
         steps_per_epoch = self._count(session, args, state, train_dataloader)
+        if state.global_step == 0:
+            cut = self._rule.trial_cut(session.num_blocks)
+            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
+            if cut:
+                session.announce(self._rule.take_trial(trial, session.num_blocks))
         schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
         if schedule is not None:
             session.announce(schedule)
@@ -169,6 +197,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         change = self._rule.next_change(moment)
         if change is not None:
             epochs_left = min(epochs_left, change - self._epoch)
+        session.expect(self._rule.coming(moment.num_blocks, moment.num_epochs), moment, steps_per_epoch)
         session.begin_epoch(moment, session.broadcast(epochs_left))
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -180,7 +209,10 @@ class FreezeCallback(TrainerCallback, ExportableState):
             self._session.end_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self._session is None or self._epoch is None or not self._rule.observes:
+        if self._session is None:
+            return
+        self._session.begin_step(state.global_step)
+        if self._epoch is None or not self._rule.observes:
             return
         self._rule.observe(self._moment(self._session, state, self._epoch), self._session.observed_blocks())
 

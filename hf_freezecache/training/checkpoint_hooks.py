@@ -27,13 +27,13 @@ class CheckpointHooks(TrainerHooks):
         # our callback's place.
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # a list only before
         ours = callbacks.pop(FreezeCallback.__name__, None)
-        self._checkpoint_state = read_state(ours) if self._freezes else None
+        self._checkpoint_state = read_state(ours) if self._is_active else None
         if ours is not None and read_untrained(ours) and not self._freeze_explicit:
             self._leave_untrained()
         super()._load_callback_state()
         if ours is not None:
             callbacks[FreezeCallback.__name__] = ours
-        elif self._freezes:
+        elif self._is_active:
             callbacks[FreezeCallback.__name__] = self._freeze_callback.state()
 
     def _leave_untrained(self) -> None:
@@ -70,7 +70,7 @@ class CheckpointHooks(TrainerHooks):
         Raises:
             CheckpointError: if it holds other weights than the model's.
         """
-        if not self._freezes or self._why_plain is not None or self._overriding(loader) is not None:
+        if not self._is_active or self._why_plain is not None or self._overriding(loader) is not None:
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_weights(checkpoint):
             return False

@@ -305,6 +305,22 @@ def with_main_input(chain: BlockChain, inputs: Mapping[str, Any], size: torch.Te
     return {chain.main_input: stand_in, **inputs}
 
 
+def live_shapes(chain: BlockChain, batch: dict[str, Any]) -> dict[str, Any]:
+    """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
+
+    The stand-in holds -1 everywhere, which is no padding.
+    """
+    replayed = take_codes(batch)
+    if replayed is None:
+        return batch
+    if chain.main_input in replayed.inputs:
+        return replayed.inputs
+    size = replayed.codes.get(SIZE)
+    shape = chain.input_shape if size is None else size.shape[1:-1]
+    stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *shape)
+    return {chain.main_input: stand_in, **replayed.inputs}
+
+
 def load_source(state: Mapping[str, Any]) -> EpochSource:
     """The source that a checkpoint describes; its store is not opened yet."""
     cut = state["cut"]

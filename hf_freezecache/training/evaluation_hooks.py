@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -17,9 +17,10 @@ from ..distributed import count_operations
 from ..model.stand_ins import FrozenOutputError, StandIn
 from ..model.structure import find_tensors
 from ..rng import RngState, preserve_rng
-from .epoch_source import EpochSource, FromStore
+from .epoch_source import EpochSource, FromImages, FromStore
 from .evaluation import EvaluationCache, EvaluationPass, cached_names
 from .hooks import TrainerHooks
+from .session import FreezeSession
 
 
 class EvaluationHooks(TrainerHooks):
@@ -98,7 +99,10 @@ class EvaluationHooks(TrainerHooks):
         }
         if self._session is None:
             return super().evaluation_loop(dataloader, metric_key_prefix=metric_key_prefix, **settings)
-        source, before = self._session.evaluation_source(dataloader), RngState()
+        source = (
+            FromImages(self._session.chain.cut) if self._evaluation is None else self._evaluation.source_of(dataloader)
+        )
+        before = RngState()
         try:
             output = self._run_evaluation(source, dataloader, metric_key_prefix=metric_key_prefix, **settings)
         except FrozenOutputError as error:
@@ -114,14 +118,17 @@ class EvaluationHooks(TrainerHooks):
     def _run_evaluation(self, source: EpochSource, dataloader: DataLoader, *args, **kwargs):
         if self._session is None:
             raise RuntimeError("an evaluation has a source only while a training runs.")
-        with self._session.evaluating(dataloader, source) as book_samples:
+        with _booked(self._session, dataloader, source) as book_samples:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
             book_samples(output.num_samples or 0)
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         evaluation, step = self._evaluation, super().prediction_step
-        if self._session is None or evaluation is None:
+        if self._session is None:
+            return step(model, inputs, *args, **kwargs)
+        self._session.meter.see(inputs)
+        if evaluation is None:
             return step(model, inputs, *args, **kwargs)
         force_eager = self._session.force_eager
 
@@ -163,3 +170,22 @@ class EvaluationHooks(TrainerHooks):
             return "predict_with_generate"
         overriding = self._overriding("prediction_step")
         return None if overriding is None else f"`{overriding.__name__}.prediction_step` is overridden"
+
+
+@contextmanager
+def _booked(session: FreezeSession, loader: DataLoader, source: EpochSource) -> Iterator[Callable[[int], None]]:
+    """Books one evaluation; yields a function that takes its number of samples.
+
+    Args:
+        session: the training.
+        loader: of the evaluation.
+        source: where its batches come from.
+    """
+    with session.ledger.phase(session.chain.cut, "eval") as phase:
+        counts: list[int] = []
+        session.meter.mean_seen()  # of one that has failed
+        with nullcontext() if session.evaluation is None else session.evaluation.replaying(loader, source):
+            yield counts.append
+        phase.epochs += 1
+        flops = session.meter.per_sample("eval_replay" if isinstance(source, FromStore) else "eval")
+        phase.flops += flops * session.meter.mean_seen() * sum(counts) / session.group.size

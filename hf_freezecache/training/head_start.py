@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import Dataset
 
 from ..build.context import BuildContext
-from ..cache.rows import RowSource, fetch
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
@@ -27,14 +25,15 @@ from ..model.stand_ins import FrozenOutputError, stays_real
 from ..replay.collator import CODE_PREFIX
 from ..rng import preserve_rng, seeded_rng
 from ..units import show_seconds
-from .rehearsal import Outcome, RehearsalError
+from .drawn_rows import in_random_order, of_rows
+from .rehearsal import Outcome, RehearsalError, Rehearsing, Step
 
 #: Learning rates among which one is chosen.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 #: Memory that features may take; of more samples, as many as fit are drawn.
 _MOST_BYTES = 2**30
 #: Batches by which a learning rate is chosen, at most, and the share of them that is held out.
-_SEARCH_BATCHES, _HELD_OUT = 128, 0.2
+_SEARCH_BATCHES, _HELD_OUT = 40, 0.2
 #: Batches on which the loss is compared before and after.
 _LOSS_BATCHES = 16
 #: Name of the only code of a batch of the head start.
@@ -95,11 +94,12 @@ class HeadStart:
 
     Args:
         context: model, samples and settings.
-        step: runs the trainer's own step on a batch, without any update.
+        rehearsing: makes a context in which the trainer's own steps run without any update.
+        see: is told each batch on which the whole model runs.
     """
 
-    def __init__(self, context: BuildContext, step: Callable[[Mapping[str, Any]], Outcome]):
-        self.context, self._step = context, step
+    def __init__(self, context: BuildContext, rehearsing: Rehearsing, see: Callable[[Mapping[str, Any]], None]):
+        self.context, self._rehearsing, self._see = context, rehearsing, see
         self._head: Head | None = None
 
     @property
@@ -117,10 +117,15 @@ class HeadStart:
         with self._head.replay(features, main_input):
             yield {**inputs, self.context.chain.main_input: main_input}
 
-    def run(self) -> HeadStarted | None:
+    def run(self, epochs: int, leave_out: int = 0, most: int | None = None) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
         Gradients, generators, buffers and the trainer's optimizer are left as they are.
+
+        Args:
+            epochs: of the head alone.
+            leave_out: samples of this process that are held out for a trial.
+            most: samples of this process, at most.
 
         Returns:
             What was done; None if there was nothing to do.
@@ -130,7 +135,7 @@ class HeadStart:
             RehearsalError: if the trainer's step does not run on features.
         """
         config, chain = self.context.config, self.context.chain
-        if not config.head_start_epochs or is_untrained(chain.model):
+        if not epochs or is_untrained(chain.model):
             return None
         head = Head(chain, is_new=config.head_start == "new")
         if not head.parameters:
@@ -140,13 +145,15 @@ class HeadStart:
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                training = _Training(head, self._take, self.context, self._make_batches(head))
-                before, loss_before = training.weights(), training.loss()
-                rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
-                training.train(training.batches, rate)
-                loss_after = training.loss()
-                if not loss_after < loss_before:
-                    training.put_back(before)
+                batches = self._make_batches(head, leave_out, most)
+                with self._rehearsing(head.parameters.keys()) as step:
+                    training = _Training(head, step, self.context, batches, epochs)
+                    before, loss_before = training.weights(), training.loss()
+                    rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
+                    training.train(training.batches, rate)
+                    loss_after = training.loss()
+                    if not loss_after < loss_before:
+                        training.put_back(before)
             except FrozenOutputError as error:
                 raise RehearsalError(
                     f"a training step of the head alone fails: {error} head_start_epochs=0 is without a head start."
@@ -162,26 +169,16 @@ class HeadStart:
         names = tuple(head.parameters)
         return HeadStarted(rows, names, rate, loss_before, loss_after, training.steps, passes, seconds)
 
-    def _make_batches(self, head: Head) -> list[_Batch]:
-        """Runs all that is before the head, on samples of this process in random order."""
+    def _make_batches(self, head: Head, leave_out: int, most: int | None) -> list[_Batch]:
+        """Runs all that is before the head, on samples of this process in random order, but for the first ones."""
         context, source, group = self.context, self.context.source, self.context.group
         fit = max(1, _MOST_BYTES // (4 * math.prod(head.cut.layout.shape)))
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
-        count = min(len(order) // group.size, fit)
-        mine = order[group.rank :: group.size][:count]
-        reordered = RowSource(
-            _Reordered(source.dataset, mine),
-            source.collator,
-            batch_size=source.batch_size,
-            seed=source.seed,
-            num_workers=source.num_workers,
-            multiprocessing_context=source.multiprocessing_context,
-            texts=source.texts,
-        )
+        drawn_rows = of_rows(source, in_random_order(source, group)[leave_out:][:fit][:most])
 
         def make() -> list[_Batch]:
             batches = []
-            for _, (drawn, *_views) in reordered.loader(range(reordered.num_ranges)):
+            for _, (drawn, *_views) in drawn_rows.loader(range(drawn_rows.num_ranges)):
+                self._see(drawn.batch)
                 features = head.features(context.model_inputs(drawn.batch)).cpu()
                 main = context.chain.main_input
                 kept = {name: value for name, value in drawn.batch.items() if name != main or stays_real(value)}
@@ -190,9 +187,6 @@ class HeadStart:
 
         return group.on_all(make)
 
-    def _take(self, batch: _Batch) -> Outcome:
-        return self._step({_FEATURES: batch.features, **batch.inputs})
-
 
 @dataclass
 class _Training:
@@ -200,9 +194,10 @@ class _Training:
 
     Args:
         head: what is trained.
-        step: computes loss and gradients of a batch.
+        step: runs the trainer's own step.
         context: of the training.
         batches: of the head start, of this process.
+        epochs: how often each is trained on.
 
     Attributes:
         steps: optimizer steps so far.
@@ -210,9 +205,10 @@ class _Training:
     """
 
     head: Head
-    step: Callable[[_Batch], Outcome]
+    step: Step
     context: BuildContext
     batches: list[_Batch]
+    epochs: int
     steps: int = 0
     rows_run: int = 0
 
@@ -232,10 +228,9 @@ class _Training:
 
     def train(self, batches: Sequence[_Batch], rate: float) -> None:
         """Trains the head, the learning rate falling to 0 as a cosine."""
-        epochs = self.context.config.head_start_epochs
         optimizer = torch.optim.AdamW(self.head.parameters.values(), lr=rate, weight_decay=0.0)
-        schedule = CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
-        for epoch in range(epochs):
+        schedule = CosineAnnealingLR(optimizer, T_max=self.epochs * len(batches))
+        for epoch in range(self.epochs):
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
             for number in order:
                 self._update(self._run(batches[number]), optimizer)
@@ -260,7 +255,7 @@ class _Training:
 
     def _run(self, batch: _Batch) -> Outcome:
         self.rows_run += len(batch.features)
-        return self.context.group.on_all(lambda: self.step(batch))
+        return self.context.group.on_all(lambda: self.step({_FEATURES: batch.features, **batch.inputs}))
 
     def _update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
         parameters = self.head.parameters
@@ -272,19 +267,3 @@ class _Training:
         optimizer.step()
         for name, parameter in parameters.items():
             parameter.grad = before[name]
-
-
-class _Reordered(Dataset):
-    """Some samples of a data set, in another order."""
-
-    def __init__(self, dataset: Any, rows: Sequence[int]):
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Any:
-        return self.dataset[self.rows[row]]
-
-    def __getitems__(self, rows: Sequence[int]) -> Any:
-        return fetch(self.dataset, [self.rows[row] for row in rows])

@@ -43,8 +43,11 @@ class TrainerHooks(_Trainer):
         return getattr(self.model, "_orig_mod", self.model)  # of what `torch.compile(model)` returns
 
     @property
-    def _freezes(self) -> bool:
-        return not isinstance(self._freeze_policy, NonePolicy)
+    def _is_active(self) -> bool:
+        """Whether a training may be another than that of a plain `Trainer`."""
+        config = self._freeze_config
+        changes_more = bool(config.head_start_epochs) or config.changes_learning_rates
+        return not isinstance(self._freeze_policy, NonePolicy) or changes_more
 
     @property
     def _runs_compiled(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,26 +59,36 @@ class Outcome:
     gradients: Mapping[str, torch.Tensor]
 
 
+#: Runs a trainer's own step on a collated batch, without any update.
+Step = Callable[[Mapping[str, Any]], Outcome]
+#: Makes a context in which such steps run, with gradients of the parameters of these names; of all if None.
+Rehearsing = Callable[[Collection[str] | None], AbstractContextManager[Step]]
+
+
 class Rehearsal:
     """Runs a few rows through a trainer's own step.
 
     Args:
         context: model, samples and settings.
-        step: runs the trainer's step on a collated batch, without any update.
+        rehearsing: makes a context in which the trainer's steps run without any update.
         suspects: what users have overridden in the path of the loss, for messages.
     """
 
-    def __init__(
-        self, context: BuildContext, step: Callable[[Mapping[str, Any]], Outcome], suspects: Sequence[str] = ()
-    ):
+    def __init__(self, context: BuildContext, rehearsing: Rehearsing, suspects: Sequence[str] = ()):
         self.context, self.suspects = context, suspects
-        self._step = step
+        self._rehearsing = rehearsing
         self._cut: int | None = None
 
     @property
     def is_running(self) -> bool:
         """Whether the trainer's step that runs now is a rehearsal."""
         return self._cut is not None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the trainer's steps run on samples, whatever is frozen, and are none of the training's."""
+        with self._running(0):
+            yield
 
     def check(self, cut: int) -> None:
         """Compares the whole step with the replayed one, on exact features: loss, outputs and gradients.
@@ -225,8 +235,8 @@ class Rehearsal:
 
     def _run(self, batch: Mapping[str, Any], what: str) -> Outcome:
         try:
-            with untouched(self.context.model):
-                return self._step(dict(batch))
+            with untouched(self.context.model), self._rehearsing(None) as step:
+                return step(dict(batch))
         except Exception as error:  # the user's own code may raise anything
             advice = self._look_at if isinstance(error, FrozenOutputError) else self._advice()
             raise RehearsalError(f"a training step on {what} fails with {describe_error(error)}{advice}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..model.stand_ins import StandIn
 from ..model.structure import find_tensors
 from ..rng import preserve_rng
 from .hooks import TrainerHooks
-from .rehearsal import Outcome
+from .rehearsal import Outcome, Step
 from .trainer_state import remembering
 
 #: What users override in the path of the loss.
@@ -43,20 +43,36 @@ class RehearsalHooks(TrainerHooks):
             suspects.append("`compute_loss_func`")
         return [*suspects, f"the forward of {type(self._own_model).__name__}"]
 
-    def _rehearsed_step(self, batch: Mapping[str, Any]) -> Outcome:
-        """Runs a training step on a collated batch; the parameters keep their gradients and values."""
+    @contextmanager
+    def _rehearsing(self, names: Collection[str] | None = None) -> Iterator[Step]:
+        """Inside, training steps run on collated batches; parameters keep their gradients, and this trainer its state.
+
+        Args:
+            names: parameters whose gradients are asked for; None: all that are trained.
+
+        Yields:
+            What runs a step on a batch.
+        """
         assert self._session is not None
         model, own = self._session.wrapped_model, self._own_model
         trained = _trained(own)
+        if names is not None:
+            trained = {name: trained[name] for name in names}
         outputs: dict[str, torch.Tensor] = {}
+
+        def run(batch: Mapping[str, Any]) -> Outcome:
+            outputs.clear()
+            batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
+            loss = self.training_step(model, batches[0], num_items_in_batch)
+            gradients = captured.take()
+            return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
+
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:
-            with remembering(self, own), self._alone(model), self._capturing_gradients(trained) as gradients:
-                batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
-                loss = self.training_step(model, batches[0], num_items_in_batch)
+            with remembering(self, own), self._alone(model), self._capturing_gradients(trained) as captured:
+                yield run
         finally:
             hook.remove()
-        return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
 
     def _called_inputs(self, batch: Any) -> dict[str, Any]:
         """What the trainer's step calls the model on, by the names of its arguments; the model itself does not run.
@@ -114,35 +130,20 @@ class RehearsalHooks(TrainerHooks):
                 ddp.require_forward_param_sync = syncs  # `no_sync` has told it to leave out the next one
 
     @contextmanager
-    def _capturing_gradients(self, trained: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
-        """Inside, the backward pass of accelerate fills a dict and leaves parameters alone.
+    def _capturing_gradients(self, trained: Mapping[str, torch.nn.Parameter]) -> Iterator[_Captured]:
+        """Inside, the backward pass of accelerate leaves parameters alone, and gradients are to be taken.
 
         What hangs on the parameters (a wrapper's hooks, optimizers that step in the backward pass) is not concerned.
         """
-        gradients: dict[str, torch.Tensor] = {}
+        captured = _Captured(trained)
         before = {name: parameter.grad for name, parameter in trained.items()}
         steps = vars(self).get("current_gradient_accumulation_steps")
-
-        def add(name: str, gradient: torch.Tensor | None) -> None:
-            if gradient is not None:
-                gradients[name] = gradient if name not in gradients else gradients[name] + gradient
-
-        def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-            if isinstance(loss, StandIn):
-                loss.backward()  # tells what is missing
-            for name, gradient in zip(
-                trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True
-            ):
-                add(name, gradient)
-
         for parameter in trained.values():
             parameter.grad = None
         self.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batches
-        self.accelerator.backward = backward
+        self.accelerator.backward = captured.backward
         try:
-            yield gradients
-            for name, parameter in trained.items():
-                add(name, parameter.grad)  # of a step that calls `loss.backward()` itself
+            yield captured
         finally:
             del self.accelerator.backward
             if steps is None:
@@ -151,6 +152,41 @@ class RehearsalHooks(TrainerHooks):
                 self.current_gradient_accumulation_steps = steps
             for name, parameter in trained.items():
                 parameter.grad = before[name]
+
+
+class _Captured:
+    """Gradients of steps, in place of those in the parameters.
+
+    Args:
+        trained: parameters by name.
+    """
+
+    def __init__(self, trained: Mapping[str, torch.nn.Parameter]):
+        self._trained = trained
+        self._gradients: dict[str, torch.Tensor] = {}
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Stands in for the backward pass of accelerate."""
+        if isinstance(loss, StandIn):
+            loss.backward()  # tells what is missing
+        parameters = list(self._trained.values())
+        if parameters:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for name, gradient in zip(self._trained, gradients, strict=True):
+                self._add(name, gradient)
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The gradients since the last time."""
+        for name, parameter in self._trained.items():
+            self._add(name, parameter.grad)  # of a step that calls `loss.backward()` itself
+            parameter.grad = None
+        gradients, self._gradients = self._gradients, {}
+        return gradients
+
+    def _add(self, name: str, gradient: torch.Tensor | None) -> None:
+        if gradient is not None:
+            before = self._gradients.get(name)
+            self._gradients[name] = gradient if before is None else before + gradient
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -36,7 +36,8 @@ class FreezeStatus:
 @dataclass(frozen=True)
 class Totals:
     """Sums over phases. `train_seconds` is live and replay, `seconds` everything, evaluation included;
-    `plan_seconds` were spent on stores that were not built, `head_start_seconds` on the head alone."""
+    `plan_seconds` were spent on stores that were not built, `head_start_seconds` on the head alone, `trial_seconds` on
+    steps on trial before the training."""
 
     seconds: float
     train_seconds: float
@@ -47,6 +48,7 @@ class Totals:
     peak_memory_bytes: int
     plan_seconds: float = 0.0
     head_start_seconds: float = 0.0
+    trial_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class FreezeCacheReport:
         totals: their sums.
         plain_estimate: what the same steps would have cost without freezing.
         note: why nothing was booked; None if something was.
+        learning_rates: what was done to the learning rates of blocks; None if nothing was.
     """
 
     phases: list[Phase]
     totals: Totals
     plain_estimate: PlainEstimate
     note: str | None = None
+    learning_rates: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -90,6 +94,7 @@ class FreezeCacheReport:
         totals, plain = self.totals, self.plain_estimate
         parts = {
             "head start": totals.head_start_seconds,
+            "trial": totals.trial_seconds,
             "builds": totals.build_seconds,
             "plans of stores that were not built": totals.plan_seconds,
         }
@@ -101,6 +106,7 @@ class FreezeCacheReport:
         estimate += [] if plain.flops is None else [show_flops(plain.flops)]
         if estimate:
             lines.append(f"plain training, estimated: {', '.join(estimate)}")
+        lines += [] if self.learning_rates is None else [self.learning_rates]
         return "\n".join([table, *lines])
 
 
@@ -130,6 +136,7 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
     planning = [phase for phase in phases if phase.mode == "plan"]
     evaluations = [phase for phase in phases if phase.mode == "eval"]
     head_starts = [phase for phase in phases if phase.mode == "head_start"]
+    trials = [phase for phase in phases if phase.mode == "trial"]
     steps = sum(phase.steps for phase in training)
     totals = Totals(
         seconds=sum(phase.seconds for phase in phases),
@@ -138,7 +145,8 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
         eval_seconds=sum(phase.seconds for phase in evaluations),
         plan_seconds=sum(phase.seconds for phase in planning),
         head_start_seconds=sum(phase.seconds for phase in head_starts),
-        flops=sum(phase.flops for phase in training + builds + planning + head_starts),
+        trial_seconds=sum(phase.seconds for phase in trials),
+        flops=sum(phase.flops for phase in training + builds + planning + head_starts + trials),
         eval_flops=sum(phase.flops for phase in evaluations),
         peak_memory_bytes=max((phase.peak_memory_bytes for phase in phases), default=0),
     )

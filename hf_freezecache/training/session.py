@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..augment.mixing import add_noise
@@ -19,21 +19,24 @@ from ..cache.manifest import StoreError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
-from ..policies import Moment, ObservedBlock
-from ..replay.collator import SIZE, take_codes, take_lost
+from ..policies import ComingFreeze, Moment, ObservedBlock, Trial
+from ..replay.collator import take_lost
 from ..replay.dataset import live_batch
 from ..replay.requests import SourceSwitch
 from ..rng import preserve_rng
 from . import before_steps
 from .accounting import Accounts
+from .announcements import describe_other_rates
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .freezing_trial import FreezingTrial
 from .head_start import HeadStart
+from .learning_rates import LearningRates
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
-from .rehearsal import Outcome, Rehearsal
+from .rehearsal import Rehearsal, Rehearsing
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -48,7 +51,7 @@ class FreezeSession:
     Args:
         context: model, samples and settings.
         explicit: whether the user gave the settings.
-        step: runs the trainer's own step without any update, for rehearsals.
+        rehearsing: makes a context in which the trainer's own steps run without any update.
         suspects: what users have put in the path of the loss, for messages.
         why_not_cached: why nothing can be cached in this training; None if it can.
         why_on_images: why evaluations cannot be cached; None if they can.
@@ -67,7 +70,7 @@ class FreezeSession:
         self,
         context: BuildContext,
         explicit: bool,
-        step: Callable[[Mapping[str, Any]], Outcome],
+        rehearsing: Rehearsing,
         suspects: Sequence[str] = (),
         why_not_cached: str | None = None,
         why_on_images: str | None = None,
@@ -84,9 +87,11 @@ class FreezeSession:
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
-        self.proof = Proof(self.context, Rehearsal(self.context, step, suspects))
-        self.head_start = HeadStart(self.context, step)
+        self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
+        self.head_start = HeadStart(self.context, rehearsing, self.meter.see)
+        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
         self.recorder = BlockRecorder(self.chain)
+        self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
         self.loader: Any = None
@@ -108,7 +113,7 @@ class FreezeSession:
         self._mismatch: str | None = None
         self._lost: str | None = None
         # Mode and samples of the last micro-batch.
-        self._last_step: tuple[str, int] | None = None
+        self._last_step: tuple[str, float] | None = None
 
     # Epochs: what the callback calls
 
@@ -126,6 +131,15 @@ class FreezeSession:
 
     def announce(self, message: str) -> None:
         self.announcer.warning_once(message)
+
+    def expect(self, coming: Sequence[ComingFreeze] | None, moment: Moment, steps_per_epoch: int) -> None:
+        if self.learning_rates is not None:
+            self.learning_rates.expect(self.group.broadcast(coming) or (), moment, steps_per_epoch)
+            self.announce(self.learning_rates.describe())
+
+    def begin_step(self, step: int) -> None:
+        if self.learning_rates is not None:
+            self.learning_rates.begin_step(step)
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, samples otherwise."""
@@ -174,12 +188,14 @@ class FreezeSession:
 
     def state_dict(self) -> dict[str, Any]:
         self._check_files()  # a resumed training does as this one, which has not met the loss of a store yet
+        rates = {} if self.learning_rates is None else {"learning_rates": self.learning_rates.settings}
         return {
             "blocks": self.chain.names,
             "source": self.source.state_dict(),
             "stores": self.keeper.state_dict(),
             "phases": self.ledger.state_dict(),
             "flops": self.meter.state_dict(),
+            **rates,
         }
 
     # The training: what the trainer calls
@@ -197,6 +213,9 @@ class FreezeSession:
                 f"other blocks now, {len(self.chain)} from '{self.chain.names[0]}' to '{self.chain.names[-1]}'. Go on "
                 f"with the model, the data and the versions of before, or name the blocks of before: blocks={before}."
             )
+        now = None if self.learning_rates is None else self.learning_rates.settings
+        if (other := describe_other_rates(state.get("learning_rates"), now)) is not None:
+            self.announce(other)
         self.source = load_source(state["source"])
         self.keeper.load_state_dict(state["stores"], cut)
         self.ledger.load_state_dict(state["phases"])
@@ -209,10 +228,14 @@ class FreezeSession:
         self.optimizer, self.wrapped_model = optimizer, wrapped_model
         if self.chain.cut:
             rewrap_ddp(wrapped_model)  # a wrapper kept from an earlier training does not know of this freeze
+        if self.learning_rates is not None:
+            self.group.on_all(partial(self.learning_rates.attach, optimizer))
 
     def stop(self) -> None:
         """The training has ended or broken off; status and report stay."""
         self.ledger.end_all()
+        if self.learning_rates is not None:
+            self.learning_rates.detach()
         if self.evaluation is not None:
             self.evaluation.stop()
             self.evaluation = None
@@ -286,7 +309,8 @@ class FreezeSession:
         if step.features is not None and self.config.feature_noise:
             step = replace(step, features=add_noise(step.features, self.config.feature_noise))
         step = mix(step)
-        self._last_step, self.recorder.active = (step.mode, step.samples), True
+        samples = step.samples * self.meter.relative(self.meter.width_of(step.inputs))
+        self._last_step, self.recorder.active = (step.mode, samples), True
         try:
             with bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
@@ -306,9 +330,9 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def give_head_start(self) -> None:
-        """Before the first step; see `before_steps.give_head_start`."""
-        before_steps.give_head_start(self)
+    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+        """Before the first step; see `before_steps.try_freezing`."""
+        return before_steps.try_freezing(self, cut, max_steps, max_grad_norm)
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""
@@ -424,46 +448,6 @@ class FreezeSession:
                 self.ledger.current.flops += flops
         return flops + self.meter.take_build_flops()
 
-    def live_shapes(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
-
-        The stand-in holds -1 everywhere, which is no padding.
-        """
-        replayed = take_codes(batch)
-        if replayed is None:
-            return batch
-        if self.chain.main_input in replayed.inputs:
-            return replayed.inputs
-        size = replayed.codes.get(SIZE)
-        shape = self.chain.input_shape if size is None else size.shape[1:-1]
-        stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *shape)
-        return {self.chain.main_input: stand_in, **replayed.inputs}
-
-    # Evaluations
-
-    @contextlib.contextmanager
-    def evaluating(self, loader: DataLoader, source: EpochSource) -> Iterator[Callable[[int], None]]:
-        """Books one evaluation; yields a function that takes its number of samples.
-
-        Args:
-            loader: of the evaluation.
-            source: where its batches come from.
-        """
-        with self.ledger.phase(self.chain.cut, "eval") as phase:
-            counts: list[int] = []
-            running = (
-                contextlib.nullcontext() if self.evaluation is None else self.evaluation.replaying(loader, source)
-            )
-            with running:
-                yield counts.append
-            phase.epochs += 1
-            flops = self.meter.per_sample("eval_replay" if isinstance(source, FromStore) else "eval")
-            phase.flops += flops * sum(counts) / self.group.size
-
-    def evaluation_source(self, loader: DataLoader) -> EpochSource:
-        """Where the batches of an evaluation that begins now come from."""
-        return FromImages(self.chain.cut) if self.evaluation is None else self.evaluation.source_of(loader)
-
     # What a person reads
 
     @property
@@ -485,7 +469,10 @@ class FreezeSession:
     def report(self) -> FreezeCacheReport:
         phases = self.ledger.phases
         steps = sum(phase.steps for phase in phases if phase.mode in ("live", "replay"))
-        return make_report(phases, self.meter.plain_per_step(steps))
+        report = make_report(phases, self.meter.plain_per_step(steps))
+        return (
+            report if self.learning_rates is None else replace(report, learning_rates=self.learning_rates.describe())
+        )
 
     def _freeze(self, cut: int) -> None:
         for parameter in self.chain.freeze(cut):

@@ -35,7 +35,7 @@ from ..model.inputs import ModelInputs, main_input_name
 from ..model.probes import check_own_checkpoints
 from ..model.sharing import check_sharing
 from ..model.tokens import TextInputs, token_mask
-from ..policies import FreezePolicy
+from ..policies import FreezePolicy, NonePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import stamp_rows
@@ -43,9 +43,10 @@ from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
 from .data_state import undisturbed
-from .epoch_source import StepInputs
+from .epoch_source import StepInputs, live_shapes
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
+from .learning_rates import check_anneal
 from .preconditions import UntrainedError, check_model, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
@@ -85,7 +86,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
-        if self._freezes:
+        if self._is_active:
             self.add_callback(self._freeze_callback)
 
     def __init_subclass__(cls, **kwargs):
@@ -108,7 +109,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         """What the running or last training has cost, by phase."""
         if self._session is not None:
             return self._session.report()
-        plain = "policy='none'" if not self._freezes else self._why_plain
+        plain = "policy='none'" if not self._is_active else self._why_plain
         return make_report([], None, "no training has run" if plain is None else f"plain training: {plain}")
 
     def build_context(self, dataset: Any, collator: Callable) -> BuildContext:
@@ -248,6 +249,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
 
     def _make_session(self, dataset: Any, collator: Callable) -> FreezeSession:
         why_not_cached = "cache='never'" if self._freeze_config.cache == "never" else None
+        if isinstance(self._freeze_policy, NonePolicy):
+            why_not_cached = "policy='none'"
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
@@ -265,7 +268,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         session = FreezeSession(
             context,
             self._freeze_explicit,
-            lambda batch: trainer._rehearsed_step(batch),
+            lambda names: trainer._rehearsing(names),
             self._suspects(),
             why_not_cached,
             self._why_on_images(),
@@ -274,6 +277,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
         )
+        check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.
         for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():
             check_trainable(session.chain, cut)
@@ -305,7 +309,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             loader = self._get_eval_loader(self._evaluation, dataset, description, batch_size, settings)
             if loader is not None:
                 return loader
-        if not is_training or not self._freezes or not self._starting:
+        if not is_training or not self._is_active or not self._starting:
             return super()._get_dataloader(dataset, description, batch_size, **settings)
         self._starting = False  # a loader that is asked for besides is plain
         inner, collator = self.without_unused_columns(dataset, description)
@@ -386,7 +390,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             self._session.optimizer = self.optimizer
             self._take_checkpoint_state()  # a `create_optimizer` of the user's need not call this class's
             self._session.prepared(self.optimizer, model)
-        elif self._freezes and self._why_plain is None:
+        elif self._is_active and self._why_plain is None:
             self._cannot_freeze(ValueError("`get_train_dataloader` is overridden and does not call `Trainer`'s."))
         return model, train_dataloader
 
@@ -421,7 +425,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
     def _track_num_input_tokens(self, inputs) -> None:
         # A batch of codes counts as the live batch of the same samples.
         if self._session is not None and self.args.include_num_input_tokens_seen != "no":
-            inputs = self._session.live_shapes(inputs)
+            inputs = live_shapes(self._session.chain, inputs)
         super()._track_num_input_tokens(inputs)
 
 

@@ -177,7 +177,7 @@ def test_six_replaced_files_cost_their_ranges_and_give_the_bytes_of_a_build(file
     files.write([2, 3, 13], seed=1)
     spec_maker = maker(tmp_path, files)
     ran = []
-    counting = replace(spec_maker.context, count_run=lambda a, b, samples: ran.append(samples))
+    counting = replace(spec_maker.context, count_run=lambda a, b, samples, width: ran.append(samples))
     spec_maker = SpecMaker(counting)
     renewed, reused = find_or_build(spec_maker)
     assert not reused and renewed.path != first.path and renewed.verify()

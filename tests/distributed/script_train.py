@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit  # noqa: E402
 from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked_one, replayable  # noqa: E402
+from support.policies import Answers  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
 from support.sounds import PadSounds, Sounds, wav2vec2  # noqa: E402
@@ -43,6 +44,16 @@ class PadsOtherwiseAtFirst(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.collator.side = "right"
+
+
+class NotesWeights(TrainerCallback):
+    """Notes the weights of this process after every epoch: where blocks freeze, those of the first one are sent."""
+
+    def __init__(self):
+        self.digests = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.digests.append(tensors_digest(dict(model.named_parameters())))
 
 
 def mirror_in_step(step: int) -> None:
@@ -98,6 +109,9 @@ def main() -> None:
     parser.add_argument("--cache_eval", action="store_true")
     parser.add_argument("--on_mismatch", default="fallback")
     parser.add_argument("--head_start_epochs", type=int, default=0, help="the model is a pretrained one then")
+    parser.add_argument("--anneal", default="none")
+    parser.add_argument("--layer_decay", type=float, default=1.0)
+    parser.add_argument("--main_decides", action="store_true", help="a rule that freezes in the main process alone")
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
     parser.add_argument("--trouble_step", type=int, default=0)
@@ -139,6 +153,7 @@ def train(options: argparse.Namespace) -> None:
         model, dataset, texts = bert_of_questions(), Texts(70, label="span"), {"data_collator": Pad()}
     if options.model == "wav2vec2":
         model, dataset, texts = wav2vec2(), Sounds(70), {"data_collator": PadSounds()}
+    notes = NotesWeights()
     trainer = run(
         model,
         dataset,
@@ -151,9 +166,13 @@ def train(options: argparse.Namespace) -> None:
             materialize=options.materialize,
             on_mismatch=options.on_mismatch,
             head_start_epochs=options.head_start_epochs,
+            anneal=options.anneal,
+            anneal_epochs=int(options.main_decides),
+            layer_decay=options.layer_decay,
             feature_cache_dir=str(options.output / "cache"),
         ),
-        callbacks=callbacks,
+        policy=Answers(*([0, 2, 2, 2] if os.environ["RANK"] == "0" else [0] * 4)) if options.main_decides else None,
+        callbacks=[*callbacks, notes],
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
         per_device_train_batch_size=4,
@@ -177,6 +196,7 @@ def train(options: argparse.Namespace) -> None:
             chain_of(trainer).padding.why_kept(status.cut),
         ],
         "weights": tensors_digest({**dict(trainer.model.named_parameters()), **frozen}),
+        "weights_by_epoch": notes.digests,
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],
         "processes": trainer.accelerator.num_processes,
     }

@@ -52,6 +52,15 @@ def test_two_processes_train_one_head_before_the_first_step(tmp_path):
     assert first["weights"] == second["weights"]
 
 
+@pytest.mark.parametrize("arguments", [["--layer_decay", "0.5"], ["--main_decides"]])
+def test_learning_rates_of_blocks_are_the_same_in_two_processes(arguments, tmp_path):
+    """Also where the processes would decide differently: the main one's decision falls in both."""
+    launch(["--output", tmp_path, "--anneal", "cosine", "--points", "2:2", "--cache", "never", *arguments])
+    first, second = seen_by(tmp_path)
+    assert first["cut"] == second["cut"] == 2
+    assert len(first["weights_by_epoch"]) == 4 and first["weights_by_epoch"] == second["weights_by_epoch"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_padding_that_counts_in_one_process_is_kept_in_both(rank, tmp_path):

@@ -5,20 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import zoo
+from support.helpers import manual, run
 from support.images import picture_dataset, replayable
 from support.sessions import session_of
+from support.token_rows import Pad, Texts, bert, llama
 from support.view_trainings import train
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_freezecache import BlockChain
-from hf_freezecache.training.accounting import (
-    Accounts,
-    Ledger,
-    counting_flops,
-    measure_forward_flops,
-    measure_training_flops,
-)
+from hf_freezecache.training.accounting import Accounts, Ledger
+from hf_freezecache.training.flops import FlopMeter, counting_flops, measure_forward_flops, measure_training_flops
 
 
 class Mlp(nn.Module):
@@ -285,3 +282,53 @@ def test_build_phase_without_a_store_is_a_plan(clock):
         clock(1.0)  # a store was opened
     booked = [(phase.cut, phase.mode, phase.seconds) for phase in accounts.ledger.phases]
     assert booked == [(3, "plan", 2.0), (3, "build", 5.0), (4, "build", 1.0)]
+
+
+def text_batch(width, rows=2):
+    tokens = torch.randint(3, 64, (rows, width), generator=torch.Generator().manual_seed(width))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_flops_of_a_text_follow_the_width_of_its_batch(make):
+    model = make().eval()
+    probe = text_batch(24)
+    meter = FlopMeter(BlockChain.from_model(model, probe=probe), probe)
+    whole = measure_forward_flops(model, probe)
+    for width in (4, 12, 18, 40):
+        counted = measure_forward_flops(model, text_batch(width)) / whole
+        assert meter.relative(meter.width_of(text_batch(width))) == pytest.approx(counted, rel=1e-3)
+
+
+def test_images_have_no_width():
+    model = zoo.make("vit")
+    pixels = {"pixel_values": zoo.pixels(model, 2)}
+    meter = FlopMeter(BlockChain.from_model(model, probe=pixels), pixels)
+    assert meter.width_of(pixels) is None and meter.relative(None) == 1.0
+
+
+@pytest.mark.parametrize("cache", ["never", "always"])
+def test_flops_of_a_training_on_texts_are_those_of_its_batches(cache, tmp_path):
+    widths = []
+
+    class Noting(Pad):
+        def __call__(self, samples):
+            batch = super().__call__(samples)
+            widths.append(batch["input_ids"].shape[-1])
+            return batch
+
+    model, rows = bert(), Texts(32)
+    trainer = run(model, rows, tmp_path, manual("0:3", cache=cache), data_collator=Noting(), num_train_epochs=2)
+    mode = "live" if cache == "never" else "replay"
+    [phase] = [phase for phase in trainer.freeze_cache_report().phases if phase.mode == mode]
+    counted = 0.0
+    for width in widths[-8:]:  # two epochs of four batches
+        batch = {**text_batch(width, 8), "labels": torch.zeros(8, dtype=torch.int64)}
+        chain = trainer._session.chain
+        if cache == "never":
+            counted += 8 * measure_training_flops(model, batch)
+        else:
+            features = chain.prefix(batch, 3)
+            with chain.replay(3, features, batch["input_ids"]):
+                counted += 8 * measure_training_flops(model, batch)
+    assert phase.flops == pytest.approx(counted, rel=0.02)

@@ -21,7 +21,7 @@ class Mover:
     def check_data(self, loader):
         self.checked = loader
 
-    def give_head_start(self):
+    def try_freezing(self, cut, max_steps, max_grad_norm):
         self.started = getattr(self, "started", 0) + 1
 
     def rehearse(self, epochs):
@@ -32,6 +32,12 @@ class Mover:
 
     def broadcast(self, value):
         return value
+
+    def expect(self, coming, moment, steps_per_epoch):
+        self.expected = coming, moment.epoch, steps_per_epoch
+
+    def begin_step(self, step):
+        self.step = step
 
     def begin_epoch(self, moment, epochs_left):
         self.cuts.append(moment.cut)
@@ -44,7 +50,7 @@ class Mover:
 def run_epochs(callback, mover, first, last, max_steps=20, loader=range(4), num_train_epochs=5):
     from types import SimpleNamespace
 
-    args = SimpleNamespace(gradient_accumulation_steps=1)
+    args = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0)
     state = SimpleNamespace(
         epoch=float(first), global_step=4 * first, max_steps=max_steps, num_train_epochs=num_train_epochs
     )

@@ -62,6 +62,17 @@ def test_the_training_behind_it_is_that_of_a_model_with_such_a_head(cache, tmp_p
     assert [entry.keys() for entry in trainer.state.log_history] == [entry.keys() for entry in other.state.log_history]
 
 
+def test_without_freezing_it_is_a_plain_training_of_a_model_with_such_a_head(tmp_path):
+    trainer, after = started(tmp_path / "started", FreezeCacheConfig(policy="none", head_start_epochs=2))
+    assert trainer.freeze_cache_report().phases[0].mode == "head_start"
+    model = pretrained()
+    assert changed(model.state_dict(), after) == {"classifier.weight", "classifier.bias"}
+    model.load_state_dict(after)
+    other, _ = started(tmp_path / "other", FreezeCacheConfig(policy="none"), model)
+    assert losses(trainer) == losses(other)
+    assert_same_weights(weights(trainer), weights(other))
+
+
 def test_what_it_cost_is_in_the_report(tmp_path):
     trainer, _ = started(tmp_path, config())
     report = trainer.freeze_cache_report()

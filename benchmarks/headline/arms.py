@@ -1,0 +1,188 @@
+"""The ways to train that are compared, and one training of one of them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.training.flops import measure_training_flops
+
+from .._common import QUIET, silence
+from .._trainings import EpochClock, accuracy
+from .tasks import ADAPTED, RATES_OF_FEW, Task
+
+ON_GPU = {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}
+#: Epochs of a head start, and of a longer one.
+HEAD_START, LONG_HEAD_START = 2, 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        name: in tables and files.
+        epochs: of the training.
+        head_start: epochs of the head alone before it.
+        points: freeze points, with `half` and `deep` for the task's cuts and `all` for all blocks; None: none.
+        cache: of `FreezeCacheConfig`.
+        settings: further ones.
+        lora: whether the model's own weights are frozen and low-rank matrices are trained beside them.
+        tuned_as: the arm whose learning rate it has; "": its own.
+    """
+
+    name: str
+    epochs: int
+    head_start: int = 0
+    points: str | None = None
+    cache: str = "always"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lora: bool = False
+    tuned_as: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.points is None and not self.settings and not self.lora
+
+    def rates(self, task: Task) -> tuple[float, ...]:
+        """Learning rates that are tried."""
+        return RATES_OF_FEW if self.lora or self.points == "0:all" else task.rates
+
+    def config(self, task: Task) -> FreezeCacheConfig:
+        """The settings of `FreezeCacheTrainer`."""
+        schedule: dict[str, Any] = {"policy": "none"}
+        if self.points is not None:
+            points = self.points.replace("half", str(task.half)).replace("deep", str(task.deep))
+            schedule = {"policy": "manual", "freeze_points": points.replace("all", str(task.blocks))}
+        return FreezeCacheConfig(
+            **{**schedule, "head_start_epochs": self.head_start, "cache": self.cache, **self.settings}
+        )
+
+
+def make_arms() -> list[Arm]:
+    """All arms, in the order in which they are trained: where time is short, the last ones are left out."""
+    half, deep, deep_at_once = "half from 0 of 4, head start", "deep from 2 of 4, head start", "deep from 0 of 4"
+    return [
+        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (4, 3)),
+        Arm(half, 4, HEAD_START, "0:half"),
+        Arm(deep, 4, HEAD_START, "2:deep"),
+        Arm("deep from 0 of 4, head start", 4, HEAD_START, "0:deep"),
+        *(Arm(f"plain {epochs}", epochs) for epochs in (4, 3, 6, 12)),
+        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (6, 12)),
+        Arm("auto of 4, head start", 4, HEAD_START, settings={"policy": "auto"}),
+        Arm("linear of 4, head start", 4, HEAD_START, settings={"policy": "linear"}),
+        Arm("linear of 4", 4, settings={"policy": "linear"}),
+        Arm("half from 0 of 4", 4, 0, "0:half"),
+        Arm(deep_at_once, 4, 0, "0:deep"),
+        Arm("linear probe 12", 12, points="0:all"),
+        Arm(f"{half}, frozen only", 4, HEAD_START, "0:half", cache="never", tuned_as=half),
+        Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
+        Arm(f"{deep_at_once}, frozen only", 4, 0, "0:deep", cache="never", tuned_as=deep_at_once),
+        Arm(f"{deep_at_once}, fp32", 4, 0, "0:deep", settings={"codec": "fp32"}, tuned_as=deep_at_once),
+        Arm(f"{deep_at_once}, int8", 4, 0, "0:deep", settings={"codec": "int8"}, tuned_as=deep_at_once),
+        Arm(f"plain 4, head start of {LONG_HEAD_START}", 4, LONG_HEAD_START),
+        Arm("LoRA 12", 12, lora=True),
+        Arm("layer decay 0.75 of 4", 4, settings={"layer_decay": 0.75}),
+        Arm(f"{deep}, annealed", 4, HEAD_START, "2:deep", settings={"anneal": "cosine"}),
+    ]
+
+
+def train_arm(
+    arm: Arm, rate: float, seed: int, task: Task, train: Dataset, test: Dataset, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains one arm and returns its measurements.
+
+    Args:
+        arm: what to train.
+        rate: the learning rate.
+        seed: of the head, the order of the samples and the dropout.
+        task: what is learned.
+        train: samples to learn from.
+        test: samples to evaluate, once, at the end.
+        options: the settings.
+    """
+    target = Path(options.output_dir) / "trainings" / f"{task.name}-{arm.name}-{rate:g}-{seed}".replace(" ", "_")
+    shutil.rmtree(target, ignore_errors=True)
+    set_seed(seed)
+    model = task.load_model()
+    clock = EpochClock(arm.epochs, set())
+    kwargs: dict[str, Any] = {
+        "args": _make_args(arm, rate, seed, target, task, options),
+        "train_dataset": train,
+        "eval_dataset": test,
+        "data_collator": task.collator,
+        "compute_metrics": accuracy,
+        "callbacks": [clock],
+    }
+    if arm.lora:
+        model = get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=16, target_modules=ADAPTED, modules_to_save=["classifier"])
+        )
+    if arm.is_plain and not arm.head_start or arm.lora:
+        trainer = Trainer(model, **kwargs)
+    else:
+        trainer = FreezeCacheTrainer(model, **kwargs, freeze_cache=arm.config(task))
+    if options.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    silence(trainer).train()
+    seconds = time.perf_counter() - start - clock.eval_seconds
+    result = {
+        "learning_rate": rate,
+        "accuracy": clock.evaluations[-1]["accuracy"],
+        "seconds": seconds,
+        "setup_seconds": clock.setup_seconds,
+        "epoch_seconds": clock.epoch_seconds,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if options.gpu else None,
+    }
+    if isinstance(trainer, FreezeCacheTrainer):
+        report = trainer.freeze_cache_report()
+        result |= {
+            "flops": report.totals.flops,
+            "build_seconds": report.totals.build_seconds,
+            "head_start_seconds": report.totals.head_start_seconds,
+            "trial_seconds": report.totals.trial_seconds,
+            "phases": report.to_dict()["phases"],
+        }
+        result["why"] = getattr(trainer._freeze_policy, "why", None)
+    else:
+        probe = trainer._prepare_inputs(task.collator(_fetch(train, range(2))))
+        result["flops"] = measure_training_flops(trainer.model, probe) * len(train) * arm.epochs
+    del trainer, model
+    gc.collect()
+    shutil.rmtree(target, ignore_errors=True)
+    return result
+
+
+def _fetch(dataset: Any, rows: range) -> Any:
+    return dataset.__getitems__(list(rows)) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
+
+
+def _make_args(
+    arm: Arm, rate: float, seed: int, target: Path, task: Task, options: argparse.Namespace
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(target),
+        num_train_epochs=arm.epochs,
+        per_device_train_batch_size=task.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        # `EpochClock` asks for the evaluation at the end.
+        **{**QUIET, **(ON_GPU if options.gpu else {})},
+        seed=seed,
+    )

@@ -1,0 +1,155 @@
+"""A search for a learning rate, ten trials over one data set: plain, frozen, and from one store that all trials share.
+
+python -m benchmarks.sweep.run --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import time
+from typing import Any
+
+import optuna
+from transformers import Trainer, TrainingArguments
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+
+from .._common import QUIET, REPOSITORY, Claim, make_parser, pick, prepare, silence, write_result
+from .._images import Pixels, add_image_options, as_batch, as_interpolated_batch, load_caltech, load_deit
+from .._trainings import accuracy
+
+ARMS: dict[str, str | None] = {"plain": None, "freeze-only": "never", "cached": "always"}
+
+
+class TrialClock:
+    """Notes when each trial has its model."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.starts = options, []
+
+    def __call__(self) -> Any:
+        self.starts.append(time.perf_counter())
+        return load_deit(self.options)
+
+
+def split_rows(options: argparse.Namespace) -> tuple[Pixels, Pixels]:
+    """Samples to learn from and to choose by: no test images."""
+    rows = load_caltech(options, "train", options.image_size, options.rows)
+    first = round(0.8 * len(rows))
+    return (
+        Pixels(rows.pixel_values[:first], rows.labels[:first]),
+        Pixels(rows.pixel_values[first:], rows.labels[first:]),
+    )
+
+
+def search(arm: str, train: Pixels, validation: Pixels, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs all trials of an arm; seconds of each, evaluation included, and what it has found."""
+    folder = REPOSITORY / "outputs" / "benchmarks" / "sweep" / arm
+    shutil.rmtree(folder, ignore_errors=True)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=64,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        **{**QUIET, "eval_strategy": "epoch"},
+        seed=options.seed,
+    )
+    clock = TrialClock(options)
+    kwargs: dict[str, Any] = {
+        "model_init": clock,
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": validation,
+        "data_collator": as_batch if options.image_size == 224 else as_interpolated_batch,
+        "compute_metrics": accuracy,
+    }
+    cache = ARMS[arm]
+    if cache is None:
+        trainer = Trainer(**kwargs)
+    else:
+        config = FreezeCacheConfig(policy="manual", freeze_points=f"0:{options.cut}", cache=cache)
+        trainer = FreezeCacheTrainer(**kwargs, freeze_cache=config)
+    rates = options.learning_rates
+    tried: list[float] = []
+    found: dict[float, float] = {}
+
+    def space(trial: optuna.Trial) -> dict[str, float]:
+        tried.append(trial.suggest_categorical("learning_rate", rates))
+        return {"learning_rate": tried[-1]}
+
+    def objective(metrics: dict[str, float]) -> float:
+        found[tried[-1]] = metrics["eval_accuracy"]
+        return metrics["eval_accuracy"]
+
+    clock.starts.clear()  # `Trainer` has made a model for itself
+    start = time.perf_counter()
+    silence(trainer).hyperparameter_search(
+        hp_space=space,
+        compute_objective=objective,
+        n_trials=len(rates),
+        direction="maximize",
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}, seed=options.seed),
+    )
+    end = time.perf_counter()
+    ends = [*clock.starts[1:], end]
+    result = {
+        "seconds": end - start,
+        "trial_seconds": [later - begin for begin, later in zip(clock.starts, ends, strict=True)],
+        "accuracy_by_rate": dict(sorted(found.items())),
+        "best_rate": max(sorted(found), key=found.__getitem__),
+        "stores": len(list(folder.rglob("manifest.json"))),
+    }
+    del trainer, kwargs
+    gc.collect()
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{arm}: {result['seconds']:.1f} s, best {result['best_rate']:g}", flush=True)
+    return result
+
+
+def make_claims(results: dict[str, dict[str, Any]]) -> list[Claim]:
+    plain, frozen, cached = (results[arm] for arm in ARMS)
+    pairs = zip(frozen["accuracy_by_rate"].values(), cached["accuracy_by_rate"].values(), strict=True)
+    apart = max(abs(a - b) for a, b in pairs)
+    return [
+        Claim("stores of all trials", cached["stores"], at_most=1),
+        Claim("seconds of the search, plain over cached", plain["seconds"] / cached["seconds"], at_least=2),
+        Claim("seconds of the search, frozen over cached", frozen["seconds"] / cached["seconds"], at_least=1.3),
+        Claim(
+            "largest difference of a trial's accuracy, frozen and cached",
+            apart,
+            at_most=0.01,
+        ),
+        Claim("both find the same best rate", float(frozen["best_rate"] == cached["best_rate"]), at_least=1),
+    ]
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_image_options(parser, 1010, 112)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--cut", type=int, default=10)
+    rates = [round(10 ** (-4.3 + 0.2 * number), 6) for number in range(10)]
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=rates)
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.rows, options.epochs, options.learning_rates = 64, 1, [1e-4, 1e-3]
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    prepare(options)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    train, validation = split_rows(options)
+    results = {arm: search(arm, train, validation, options) for arm in ARMS}
+    settings = pick(options, "rows image_size batch_size epochs cut learning_rates")
+    write_result("sweep", options, settings, results, make_claims(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""A trial before the training: a few steps with frozen blocks and with none, and what they do to held-out samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..build.context import BuildContext
+from ..cache.rows import RowSource
+from ..model.modes import untouched
+from ..policies import Trial
+from ..rng import preserve_rng, seeded_rng
+from .drawn_rows import in_random_order, of_rows
+from .rehearsal import Outcome, Rehearsal, Rehearsing, Step
+
+#: Steps of a trial as a share of the training, and how many they are at least and at most.
+_SHARE, _FEWEST, _MOST = 0.05, 8, 64
+#: Held-out batches, at most, and as a share of all.
+_HELD_OUT, _SHARE_HELD_OUT = 8, 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trial runs, of this process.
+
+    Args:
+        steps: optimizer steps with and without frozen blocks.
+        held_out: batches that are not trained on, of the first rows of `in_random_order`; by a head start neither.
+        training: batches that are, in turn.
+    """
+
+    steps: int
+    held_out: RowSource
+    training: RowSource
+
+    @property
+    def samples_run(self) -> tuple[int, int]:
+        """Samples of the steps of one of the two trainings, and of its held-out batches."""
+        return self.steps * self.training.batch_size, len(self.held_out)
+
+
+class FreezingTrial:
+    """Compares a training with frozen blocks with one without, by a few steps from the same weights.
+
+    Both take the training's own optimizer, as its first step would find it but for a warm-up, the trainer's own loss,
+    and the same samples in the same order. Afterwards weights, buffers, optimizer and generators are what they were.
+
+    Args:
+        context: model, samples and settings.
+        rehearsing: makes a context in which the trainer's own steps run without any update.
+        rehearsal: that the trainer's steps are told to be.
+        see: is told each batch on which the model runs.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        rehearsing: Rehearsing,
+        rehearsal: Rehearsal,
+        see: Callable[[Mapping[str, Any]], None],
+    ):
+        self.context, self._rehearsing, self._rehearsal, self._see = context, rehearsing, rehearsal, see
+
+    def plan(self, max_steps: int) -> Plan | None:
+        """What is run for a training of a number of steps; None if that, or the data set, is too short."""
+        steps = min(_MOST, round(_SHARE * max_steps))
+        source = self.context.source
+        mine, size = in_random_order(source, self.context.group), source.batch_size
+        held_out = min(_HELD_OUT, math.floor(_SHARE_HELD_OUT * (len(mine) // size)))
+        if steps < _FEWEST or not held_out:
+            return None
+        first = held_out * size
+        last = min(first + steps * size, len(mine) // size * size)
+        return Plan(steps, of_rows(source, mine[:first]), of_rows(source, mine[first:last]))
+
+    def run(self, cut: int, plan: Plan, optimizer: Any, max_grad_norm: float | None) -> Trial:
+        """Runs both.
+
+        Args:
+            cut: frozen blocks of the one.
+            plan: what is run.
+            optimizer: of the training, before its first step.
+            max_grad_norm: to which gradients are clipped; None or 0: they are not.
+        """
+        chain, group = self.context.chain, self.context.group
+        live = self._losses(plan, optimizer, max_grad_norm)
+        try:
+            chain.freeze(cut)
+            frozen = self._losses(plan, optimizer, max_grad_norm)
+        finally:
+            chain.unfreeze()
+        samples = sum(group.gather(len(plan.held_out)))
+        gathered = zip(*group.gather((frozen, live)), strict=True)
+        all_frozen, all_live = ([loss for losses in by_rank for loss in losses] for by_rank in gathered)
+        return Trial(cut, plan.steps, samples, all_frozen, all_live)
+
+    def _losses(self, plan: Plan, optimizer: Any, max_grad_norm: float | None) -> list[float]:
+        """Trains what is trainable now, and puts it back; the losses of the held-out batches in between."""
+        model, seed = self.context.chain.model, self.context.source.seed
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        with preserve_rng(), untouched(model), kept(trained), as_at_first(optimizer) as inner, self._rehearsal.whole():
+            with seeded_rng(seed, "trial"), self._rehearsing(None) as step:
+                for number in range(plan.steps):
+                    outcome = self._run(step, plan.training, number % plan.training.num_ranges)
+                    self._update(outcome, trained, inner, max_grad_norm)
+            with seeded_rng(seed, "held out"), self._rehearsing(()) as step:
+                ranges = range(plan.held_out.num_ranges)
+                return [float(self._run(step, plan.held_out, number).loss) for number in ranges]
+
+    def _run(self, step: Step, source: RowSource, number: int) -> Outcome:
+        def run() -> Outcome:
+            batch = source.collate(source.rows(number))
+            self._see(batch)
+            return step(batch)
+
+        return self.context.group.on_all(run)
+
+    def _update(
+        self,
+        outcome: Outcome,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+    ) -> None:
+        gradients = {name: outcome.gradients.get(name) for name in trained}
+        self.context.group.average_tensors([gradient for gradient in gradients.values() if gradient is not None])
+        before = {name: parameter.grad for name, parameter in trained.items()}
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name]
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
+        optimizer.step()
+        for name, parameter in trained.items():
+            parameter.grad = before[name]
+
+
+@contextmanager
+def kept(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Puts back the values of parameters on leaving."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
+@contextmanager
+def as_at_first(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """Inside, an optimizer has no state and its full learning rates; afterwards it is as it was.
+
+    Args:
+        optimizer: of the training, as accelerate has wrapped it.
+
+    Yields:
+        What is wrapped.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state, groups = dict(inner.state), [dict(group) for group in inner.param_groups]
+    inner.state.clear()
+    for group in inner.param_groups:
+        group["lr"] = group.get("initial_lr", group["lr"])  # a warm-up begins with nothing
+    try:
+        yield inner
+    finally:
+        inner.state.clear()
+        inner.state.update(state)
+        for group, before in zip(inner.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)

@@ -1,0 +1,158 @@
+"""The trial before a training: what it measures, and that it leaves nothing behind."""
+
+import re
+
+import pytest
+import torch
+from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
+from support.pretrained import settle
+from torch.nn.functional import cross_entropy
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.policies import AutoPolicy
+from hf_freezecache.training import freezing_trial, head_start
+
+#: 160 steps: a trial of eight, with two batches held out.
+LONG = {"num_train_epochs": 8, "logging_steps": 20}
+
+
+class Remembering(AutoPolicy):
+    """Keeps its trial, and decides as if it had found this difference."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.sign, self.trials = sign, []
+
+    def take_trial(self, trial, num_blocks):
+        self.trials.append(trial)
+        if trial is not None:
+            better, worse = [0.5], [1.0]
+            losses = (better, worse) if self.sign < 0 else (worse, better)
+            trial = type(trial)(trial.cut, trial.steps, trial.samples, *losses)
+        return super().take_trial(trial, num_blocks)
+
+
+def auto(policy, folder, model=None, **settings):
+    model = settle(tiny_vit()) if model is None else model
+    config = FreezeCacheConfig(cache="never")
+    return run(model, pixel_dataset(160), folder, config, policy=policy, **{**LONG, **settings})
+
+
+@pytest.mark.parametrize(
+    ("sign", "points", "settings"),
+    [
+        (-1, "0:2", {}),
+        (1, "4:3", {"optim": "sgd", "lr_scheduler_type": "constant"}),
+        (-1, "0:2", {"warmup_steps": 20, "max_grad_norm": 0.1}),
+    ],
+    ids=["adamw", "sgd", "warm-up"],
+)
+def test_the_training_is_that_of_the_schedule_that_was_chosen(sign, points, settings, tmp_path):
+    trainer = auto(Remembering(sign), tmp_path / "auto", **settings)
+    other = run(
+        settle(tiny_vit()),
+        pixel_dataset(160),
+        tmp_path / "other",
+        manual(points, cache="never"),
+        **{**LONG, **settings},
+    )
+    assert losses(trainer) == losses(other)
+    assert_same_weights(weights(trainer), weights(other))
+
+
+def test_what_it_measures_is_a_training_by_hand(tmp_path):
+    model = settle(tiny_vit(hidden_dropout_prob=0.0), head="none")
+    policy, data = Remembering(-1), pixel_dataset(160)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = FreezeCacheConfig(cache="never")
+    run(model, data, tmp_path, config, policy=policy, optim="sgd", learning_rate=0.05, max_grad_norm=0.0, **LONG)
+    [trial] = policy.trials
+    assert (trial.cut, trial.steps, trial.samples) == (3, 8, 16)
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(3)).tolist()
+    held_out, training = [order[:8], order[8:16]], [order[16 + 8 * step : 24 + 8 * step] for step in range(8)]
+
+    def loss(rows):
+        batch = data[rows]
+        return cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
+
+    for frozen, expected in ((True, trial.frozen), (False, trial.live)):
+        model.load_state_dict(before)
+        trained = [
+            value
+            for name, value in model.named_parameters()
+            if not frozen or not ("embeddings" in name or re.search(r"layers?\.[01]\.", name))
+        ]
+        model.requires_grad_(True)
+        model.train()
+        for rows in training:
+            gradients = torch.autograd.grad(loss(rows), trained)
+            with torch.no_grad():
+                for value, gradient in zip(trained, gradients, strict=True):
+                    value -= 0.05 * gradient
+        assert expected == pytest.approx([float(loss(rows).detach()) for rows in held_out], rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1, 0], ids=["of the training", "of the trial alone"])
+def test_a_head_start_leaves_the_held_out_samples_alone(epochs, tmp_path, monkeypatch):
+    rows = {}
+    for module in (head_start, freezing_trial):
+        seen = rows.setdefault(module, [])
+
+        def noting(source, own, seen=seen, of_rows=module.of_rows):
+            seen.append(own)
+            return of_rows(source, own)
+
+        monkeypatch.setattr(module, "of_rows", noting)
+    config = FreezeCacheConfig(cache="never", head_start_epochs=epochs)
+    policy = Remembering(-1)
+    run(settle(tiny_vit(), head="classifier"), pixel_dataset(160), tmp_path, config, policy=policy, **LONG)
+    [trained_on], [held_out, _] = rows[head_start], rows[freezing_trial]
+    assert len(held_out) == 16 and len(trained_on) == 144 and not set(held_out) & set(trained_on)
+    assert policy.trials[0].samples == 16
+
+
+def test_a_new_head_gets_a_head_start_for_the_trial_alone(tmp_path):
+    policy = Remembering(-1)
+    trainer = auto(policy, tmp_path / "auto", settle(tiny_vit(), head="classifier"))
+    other = run(settle(tiny_vit()), pixel_dataset(160), tmp_path / "other", manual("0:2", cache="never"), **LONG)
+    assert losses(trainer) == losses(other)
+    assert [phase.mode for phase in trainer.freeze_cache_report().phases] == ["trial", "live"]
+    # The head has learned before the steps on trial.
+    assert sum(policy.trials[0].live) / 2 < losses(other)[0]
+
+
+def test_a_resumed_training_does_as_it_would_have_done(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 100}
+    first = Remembering(-1)
+    whole = auto(first, tmp_path / "whole", **settings)
+    again = Remembering(1)
+    resumed = auto(
+        again, tmp_path / "again", settle(tiny_vit()), resume=str(tmp_path / "whole" / "checkpoint-100"), **settings
+    )
+    assert len(first.trials) == 1 and not again.trials
+    assert_same_weights(weights(whole), weights(resumed))
+    assert again.why == first.why
+
+
+def test_a_short_training_has_no_trial(tmp_path):
+    policy = Remembering(-1)
+    trainer = auto(policy, tmp_path, num_train_epochs=4)
+    assert policy.trials == [None] and "too short" in policy.why
+    assert trainer.freeze_status().cut == 3 and "trial" not in [
+        phase.mode for phase in trainer.freeze_cache_report().phases
+    ]
+
+
+def test_its_cost_is_in_the_report(tmp_path):
+    report = auto(AutoPolicy(), tmp_path).freeze_cache_report()
+    [phase] = [phase for phase in report.phases if phase.mode == "trial"]
+    assert phase.steps == 16 and phase.flops > 0
+    assert report.totals.trial_seconds == phase.seconds > 0
+    assert report.totals.flops == pytest.approx(sum(phase.flops for phase in report.phases))
+    assert "trial" in str(report)
+
+
+def test_the_name_is_a_setting(tmp_path):
+    args = make_args(tmp_path)
+    trainer = FreezeCacheTrainer(tiny_vit(), args, freeze_cache=FreezeCacheConfig(policy="auto", max_frozen=0.5))
+    assert isinstance(trainer._freeze_policy, AutoPolicy) and trainer._freeze_policy.max_frozen == 0.5
