@@ -52,8 +52,7 @@ class BlockChain:
         self.cut = 0
         self._trace: Trace | None = None
         self._proved: set[int] = set()
-        # Those of the cut; None: to be found.
-        self._frozen_modules: list[nn.Module] | None = None
+        self._frozen_modules: list[nn.Module] | None = None  # those of the cut; None: to be found
         self._replaying = False
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self.padding = Padding(self)
@@ -442,8 +441,8 @@ class BlockChain:
 
     def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        any_width, any_size = bool(cut and self.padding.ignored(cut)), self.padding.trimmed(cut) is not None
-        if self._trace is None or not self._trace.fits(inputs, any_width, any_size):
+        any_size = self.padding.trimmed(cut) is not None
+        if self._trace is None or not self._trace.fits(inputs, bool(self.padding.ignored(cut)), any_size):
             self.trace(inputs)
 
     def own_trace(self) -> Trace:
