@@ -372,3 +372,9 @@ def test_features_that_come_to_depend_on_the_width_are_seen_at_the_next_epoch(tm
     found = trained("cached", manual("1:3", codec="fp32"))
     assert losses(found) == pytest.approx(losses(frozen), abs=2e-4)
     assert "the width of a batch changes them" in messages(caplog) and not found.freeze_status().replaying
+
+
+def test_a_head_start_on_sounds_of_several_lengths_is_refused_in_words(tmp_path):
+    config = cached("1:4", head_start_epochs=1, head_start="always")
+    with pytest.raises(ValueError, match="head start takes texts, or samples of one size"):
+        train(lambda: settle(wav2vec2()), Sounds(), tmp_path, config, PadSounds())
