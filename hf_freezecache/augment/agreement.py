@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-# Views that are compared in a process, and how many may disagree.
-_VIEWS, _MOST_WRONG = 48, 0.25
-# How far the geometry is moved to see whether another one would agree better: in pixels of the view, and as a share of
-# its sides.
-_SHIFT_PIXELS, _SHIFT = 1.5, 0.03
+# Views that are compared in a process, and those that must tell something of this many.
+_VIEWS, _TOLD = 96, 24
+# Share of the views that may disagree a little. Of 34 right augmentations of photographs, with strong changes of
+# colours, at most 7 % of the views did (crops of 2 to 6 %), of 27 wrong geometries at least 21 % (turned by 10 degrees).
+_MOST_WRONG = 0.12
+# Share of a view's variance by which another geometry is better, a little or clearly. No right one was clearly beaten.
+_BETTER, _CLEARLY = 0.01, 0.1
+# Two views that disagree clearly, or three that do a little, are no accident.
+_FEW_CLEARLY, _FEW = 2, 3
+# How far the geometry is moved to see whether another one would agree better, as a share of the sides
+# of a view.
+_SHIFT = 0.03
 # Positions along a side of a view that are compared at most, and how many must be shown by both.
 _POSITIONS, _FEWEST = 64, 32
-# Share of a view's variance by which another geometry must be better; and by which geometries must differ for the view
-# to tell anything.
-_BETTER, _TELLS = 0.01, 0.03
+# Share by which geometries must differ for a view to tell anything.
+_TELLS = 0.03
 
 
 class GeometryProof:
@@ -25,7 +31,7 @@ class GeometryProof:
     """
 
     def __init__(self) -> None:
-        self.judged = self.wrong = self._seen = 0
+        self.judged = self.wrong = self._clearly = self._seen = 0
         self.refused: str | None = None
 
     @property
@@ -43,15 +49,18 @@ class GeometryProof:
         """
         self._seen += 1
         shares = explained(view, base, points)
-        if shares is None or shares.max() - shares.min() < _TELLS:
-            return
-        self.judged += 1
-        self.wrong += bool(shares[0] < shares[1:].max() - _BETTER)
-        if self.wrong >= 3 and self.wrong > _MOST_WRONG * self.judged:
+        if shares is not None and shares.max() - shares.min() >= _TELLS:
+            self.judged += 1
+            better = shares[1:].max() - shares[0]
+            self.wrong += bool(better > _BETTER)
+            self._clearly += bool(better > _CLEARLY)
+        if self._clearly >= _FEW_CLEARLY or self.wrong >= max(_FEW, _MOST_WRONG * self.judged):
             self.refused = (
-                f"{self.wrong} of the first {self.judged} views do not show what the calls of torchvision that were "
-                "followed say: something else moves the pixels"
+                f"{self.wrong} of {self.judged} views do not show what the followed calls of torchvision say: "
+                "something else moves the pixels"
             )
+        elif self._seen >= _TOLD and not self.judged:
+            self.refused = f"none of {self._seen} views shows enough of its base view to prove its geometry"
 
 
 def explained(view: torch.Tensor, base: torch.Tensor, points: torch.Tensor) -> torch.Tensor | None:
@@ -77,12 +86,8 @@ def explained(view: torch.Tensor, base: torch.Tensor, points: torch.Tensor) -> t
     scale = max(1, -(-max(base.shape[1:]) // _POSITIONS))
     base = F.avg_pool2d(base[None].double(), scale)
     sources = spread.permute(1, 2, 0)
-    moves = [
-        sources,
-        *_moved(sources, shown),
-        sources * sources.new_tensor([-1, 1]),
-        sources * sources.new_tensor([1, -1]),
-    ]
+    mirrored = [sources * sources.new_tensor(signs) for signs in ((-1, 1), (1, -1))]
+    moves = [sources, *_moved(sources, shown), *mirrored]
     for moved in moves:
         shown = shown & (moved.abs() <= 1).all(-1)
     if shown.sum() < _FEWEST:
