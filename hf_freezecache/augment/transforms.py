@@ -1,7 +1,8 @@
 """Augmentation that can be repeated: the same view of the same sample again, and the geometry of the view.
 
 A torchvision v2 pipeline transforms an image and its masks with one draw. For a mask that holds the coordinates of
-every pixel, it returns, for every pixel of the view, the coordinates of the point that this pixel shows.
+every pixel, it returns, for every pixel of the view, the coordinates of the point that this pixel shows. A function of
+rows takes no mask: its calls of torchvision are followed, and the same calls move the coordinates.
 """
 
 from __future__ import annotations
@@ -28,22 +29,33 @@ _SIZES = 1024
 class ReplayableTransform:
     """A transform for `dataset.with_transform` that draws training images so that each draw can be repeated.
 
-    It replaces the image column by `pixel_values` and passes on the other columns. Outside a trainer with a feature
-    cache it draws as the pipeline does. While such a trainer fetches rows, a draw depends on the seed of the training,
-    the sample and the epoch (or the number of the view), but not on batches, workers or earlier draws. Random numbers
-    come from the global generators of Python, NumPy and torch.
+    `train` and `base` are two pipelines of images, or two functions of rows as one gives to `with_transform`. Which of
+    the two a callable is, a row tells: torchvision's `Compose` and modules take images; any other callable is called
+    with the first row, and is a function of rows if it returns a dict with `pixel_values`. No random number is spent
+    on that.
+
+    Pipelines: the image column is replaced by `pixel_values`, the other columns are passed on. Functions of rows: what
+    they return is returned. Outside a trainer with a feature cache it draws as they do. While such a trainer fetches
+    rows, a draw depends on the seed of the training, the sample and the epoch (or the number of the view), but not on
+    batches, workers or earlier draws. Random numbers come from the global generators of Python, NumPy and torch.
+
+    The geometry of a function's views is found by following its calls of torchvision (first or second version), and
+    proved on the first views of a process, whose pixels are compared with the base view moved by the geometry. A
+    function that does something else to an image between these calls has no geometry: whole draws are stored.
 
     Args:
         train: v2 pipeline with the augmentation, `v2.Compose([...])`. It takes a PIL image in RGB or a
-            `tv_tensors.Image` of 3 channels and ends in a tensor `(C, H, W)`.
-        base: the pipeline for the base view, without random transforms, as for evaluation: it resizes and crops, then
-            changes colours. The part of the image that it shows may depend on the size of the image only.
+            `tv_tensors.Image` of 3 channels and ends in a tensor `(C, H, W)`. Or a function that takes a dict of
+            columns and returns one with `pixel_values`, one row for each row.
+        base: the pipeline or function for the base view, without random transforms, as for evaluation: it resizes and
+            crops, then changes colours. The part of the image that it shows may depend on the size of the image only.
         image_column: column of the images: PIL images of 8 or 16 bits a channel, or tensors `(C, H, W)` with 1, 3 or 4
-            channels: uint8, uint16 or floats. 16 bits become 8; floats reach the pipelines as they are.
+            channels: uint8, uint16 or floats. 16 bits become 8; floats reach the pipelines as they are. A function of
+            rows gets its rows as they are.
 
     Raises:
-        ValueError: when called, if there is no image column, if `base` draws random numbers, or if a pipeline does
-            not end in a tensor.
+        ValueError: when called, if there is no image column, if `base` draws random numbers, if a pipeline does not end
+            in a tensor, if a function returns another number of rows, or if the two are not of the same kind.
         TypeError: when called, if an image is neither of these.
 
     Shapes: C channels, H x W pixels.

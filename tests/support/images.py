@@ -90,7 +90,8 @@ def official_functions(size: int = 16) -> tuple[Callable, Callable]:
 
     def val_transforms(example_batch):
         """Apply _val_transforms across a batch."""
-        example_batch["pixel_values"] = [_val_transforms(pil_img.convert("RGB")) for pil_img in example_batch["image"]]
+        images = example_batch["image"]
+        example_batch["pixel_values"] = [_val_transforms(pil_img.convert("RGB")) for pil_img in images]
         return example_batch
 
     return train_transforms, val_transforms
