@@ -33,7 +33,8 @@ from .estimate.costs import Plan, PlanRow
 from .estimate.probing import Prober
 from .estimate.trial_steps import TrialSteps, timed
 from .model.chain import BlockChain
-from .model.modes import override_forward
+from .model.modes import eval_mode, override_forward
+from .model.tokens import blank_padding, token_mask
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer
 from .training.data_state import undisturbed
@@ -120,7 +121,7 @@ class _Planner:
         step_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         batches: int,
     ):
-        self.context, self.batches = context, batches
+        self.context, self.batches, self.steps, self.step_inputs = context, batches, steps, step_inputs
         self.left_out: dict[int, str] = {}
         self.chain, self.source, self.config = context.chain, context.source, context.config
         with preserve_rng():
@@ -136,7 +137,10 @@ class _Planner:
         """What a store at a cut would cost and save; None if its features cannot be stored."""
         # A build traces and proves the cut again, as mixed precision may have been set up meanwhile.
         _, fixed = timed(partial(self._prove_again, cut))
+        if self._loss_reads_padding(cut):
+            self.chain.padding.keep(cut, "the loss reads what is at padding")
         try:
+            self.spec_maker.settle_padding(cut)
             spec = self._settle_geometry(self._draft(cut))
         except OneWidthError as error:
             self.left_out[cut] = str(error)
@@ -172,6 +176,20 @@ class _Planner:
             f"{len(self.source):,} samples at every cut, {workers} loader processes; {augmentation}. {packed}"
             f"The speed of the disk was not measured.{left_out}"
         )
+
+    def _loss_reads_padding(self, cut: int) -> bool:
+        """Whether texts are stored with their padding, as the rehearsal of a training would find."""
+        if not self.chain.padding.ignored(cut):
+            return False
+        model, main_input = self.chain.model, self.chain.main_input
+        with preserve_rng(), torch.no_grad(), eval_mode(model):
+            batch = dict(self.step_inputs(self.source.probe()))
+            mask = token_mask(batch, main_input)
+            assert mask is not None  # of texts
+            features = blank_padding(self.chain.prefix(self.probe, cut), mask)
+            whole = self.steps.loss(model, dict(batch))
+            with self.chain.replay(cut, features, batch[main_input]):
+                return not torch.allclose(whole, self.steps.loss(model, dict(batch)), rtol=1e-3, atol=1e-5)
 
     def _prove_again(self, cut: int) -> None:
         self.chain.trace(self.probe)

@@ -94,6 +94,8 @@ def make_arms() -> list[Arm]:
         Arm(f"{deep_at_once}, int8", 4, 0, "0:deep", settings={"codec": "int8"}, tuned_as=deep_at_once),
         Arm(f"plain 4, head start of {LONG_HEAD_START}", 4, LONG_HEAD_START),
         Arm("LoRA 12", 12, lora=True),
+        Arm("layer decay 0.75 of 4", 4, settings={"layer_decay": 0.75}),
+        Arm(f"{deep}, annealed", 4, HEAD_START, "2:deep", settings={"anneal": "cosine"}),
     ]
 
 

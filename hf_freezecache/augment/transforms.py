@@ -54,8 +54,8 @@ class ReplayableTransform:
             rows gets its rows as they are.
 
     Raises:
-        ValueError: when called, if there is no image column, if `base` draws random numbers, if a pipeline does not end
-            in a tensor, if a function returns another number of rows, or if the two are not of the same kind.
+        ValueError: when called, if there is no image column, if `base` draws random numbers, if a pipeline does not
+            end in a tensor, if a function returns another number of rows, or if the two are not of the same kind.
         TypeError: when called, if an image is neither of these.
 
     Shapes: C channels, H x W pixels.

@@ -13,7 +13,6 @@ import torch
 from transformers.utils import logging
 
 from ..cache.rows import BatchSplit, RowSource, fetch, is_same, split_batch
-from ..cache.texts import split_texts
 from ..distributed import Announcer, describe_error
 from ..rng import seeded_rng
 from .spread_rows import in_batches
@@ -50,7 +49,9 @@ class _Refused(Exception):
     """The collator itself fails on a batch of another size than the training's, which a build need not collate."""
 
 
-def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_texts: bool = False) -> str | None:
+def why_not_by_row(
+    source: RowSource, rows: Sequence[int], main_input: str, split: Callable[[Any], BatchSplit] | None = None
+) -> str | None:
     """Why rows of a collated batch are not the samples one by one; None if they are.
 
     The same samples are collated again in other company: in another order, beside others, in batches of other sizes.
@@ -60,20 +61,19 @@ def why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_
         source: the samples and the collator.
         rows: different rows that stand for the data set, in random order.
         main_input: name of the model's main input in a batch.
-        are_texts: whether samples are texts that are padded to the longest of a batch: their tokens are compared.
+        split: splits a batch into what is compared of it; None: all is.
 
     Returns:
         The reason, as the end of a sentence.
     """
     try:
-        return _why_not_by_row(source, rows, main_input, are_texts)
+        return _why_not_by_row(source, rows, split or partial(split_batch, main_input=main_input))
     except _Dependent as reason:
         return str(reason)
 
 
-def _why_not_by_row(source: RowSource, rows: Sequence[int], main_input: str, are_texts: bool) -> str | None:
+def _why_not_by_row(source: RowSource, rows: Sequence[int], split: Callable[[Any], BatchSplit]) -> str | None:
     size = min(_SIZE, source.batch_size)
-    split = partial(split_texts, texts=source.texts) if are_texts else partial(split_batch, main_input=main_input)
     company = _Company(source, rows, split, min(size, len(rows)))
     reference = []
     for chosen in in_batches(rows, size):

@@ -164,6 +164,8 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
         return f"the features at cut {cut} have another layout by now: {layout}, not {store.codec.layout}"
     if store.codec.layout.is_token:
         return "texts are stored without padding, and run again from their tokens"
+    if store.codec.layout.is_trimmed:
+        return "samples of several widths run again from their own inputs"
     if made_from.get("prefix") != tensors_digest(chain.prefix_state(cut)):
         return f"the {cut} blocks before the store's cut have other weights by now"
     split = split_batch(spec.source.probe(), chain.main_input)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..augment.maps import check_grid
+from ..cache.padded import split_padded
 from ..cache.rows import BatchSplit, RowError, RowSource, split_batch
 from ..cache.texts import split_texts
 from ..distributed import Group
@@ -199,15 +200,21 @@ def split_samples(
     """
     if layout.is_token:
         return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.padding.ignored(cut))
+    if layout.is_trimmed:
+        assert source.rule is not None  # of samples as wide as the widest
+        return split_padded(batch, source.rule.of(chain.inputs_of(cut)))
     return split_batch(batch, chain.main_input)
 
 
 def one_width_only(chain: BlockChain, cut: int) -> str:
-    """Why texts that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
-    why = chain.padding.why_kept(cut) or chain.padding.why_counts(cut)
+    """Why samples that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
+    padding, main = chain.padding, chain.own_trace().probe[chain.main_input]
+    why, not_trimmed = padding.why_kept(cut) or padding.why_counts(cut), padding.why_not_trimmed(cut)
+    more = "" if not_trimmed is None else f", and cannot be stored as wide as the widest and trimmed: {not_trimmed}"
+    what = "texts" if stays_real(main) else "samples"
     return (
-        f"texts have no common width, but the features at cut {cut} include padding ({why}): pad texts to one length "
-        "(padding='max_length'), or use cache='never'."
+        f"{what} have no common width, but the features at cut {cut} include padding ({why}){more}. Pad {what} to one "
+        "length (padding='max_length'), or use cache='never'."
     )
 
 

@@ -13,7 +13,7 @@ from ..cache.codec import make_codec
 from ..cache.fingerprint import fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
-from ..cache.names import TOKENS
+from ..cache.names import TOKENS, WIDEST
 from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowError, RowSource
 from ..cache.store import FeatureStore
@@ -44,6 +44,7 @@ from .survey import (
     tells_geometry,
     why_random_on_device,
 )
+from .trimming import settle_trimming, stored_source
 
 #: Batches from all over the data on which the loss's sensitivity to each channel is measured.
 _WEIGHT_BATCHES = 8
@@ -142,7 +143,7 @@ class SpecMaker:
         context = self.context
 
         def prove() -> None:
-            probe = context.model_inputs(context.source.probe())
+            probe = context.model_inputs(stored_source(context.chain, cut, context.source).probe())
             # Traced again: mixed precision set up since the training began may change the type of the features.
             context.chain.trace(probe)
             context.chain.prove(probe, cut)
@@ -150,6 +151,7 @@ class SpecMaker:
         context.group.on_all(prove)
         agree_on_padding(context.chain, cut, context.group)
         self.look()
+        self.settle_padding(cut)
         self._look_closer()
         made_from = context.group.on_main(
             lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
@@ -157,19 +159,36 @@ class SpecMaker:
         draft = context.group.on_all(lambda: self.draft(cut, codec))
         return self.with_codec(replace(draft, made_from=made_from), codec)
 
-    def _settle_padding(self, cut: int) -> None:
-        """Features include padding where samples are random: views of them are stored whole.
+    def settle_padding(self, cut: int) -> None:
+        """Finds out how features that include padding are stored, on all processes together; `look` comes before.
+
+        Args:
+            cut: from 1 on.
 
         Raises:
-            OneWidthError: if texts are not of one width, and padding counts.
+            OneWidthError: if samples are not of one width, padding counts, and features cannot be trimmed.
+        """
+        if self._includes_padding(cut):
+            settle_trimming(self.context, cut)
+        self._check_width(cut)
+
+    def _check_width(self, cut: int) -> None:
+        """Raises OneWidthError if it is known that features at a cut have no common width."""
+        chain = self.context.chain
+        if self._includes_padding(cut) and chain.padding.why_not_trimmed(cut) is not None:
+            raise OneWidthError(one_width_only(chain, cut))
+
+    def _includes_padding(self, cut: int) -> bool:
+        """Whether samples are padded to the longest of a batch, and features include that.
+
+        They include it, too, where samples are random: views of them are stored whole.
         """
         chain, augmentation = self.context.chain, self.augmentation
         if augmentation is None or not cut:
-            return
+            return False
         if augmentation.random and chain.padding.ignored(cut):
             chain.padding.keep(cut, "samples are random")
-        if augmentation.padded and not chain.padding.ignored(cut):
-            raise OneWidthError(one_width_only(chain, cut))
+        return augmentation.padded and not chain.padding.ignored(cut)
 
     def _look_closer(self) -> None:
         """Looks for rare randomness, once, before anything is stored as if there were none."""
@@ -178,7 +197,8 @@ class SpecMaker:
 
         def look() -> Augmentation | None:
             with preserve_rng():
-                found = look_closer(self.context.source, self._augmentation.padded)
+                main_input = self.context.chain.main_input
+                found = look_closer(self.context.source, main_input if self._augmentation.padded else None)
             return None if found is None else self._with_advice(found)
 
         found = self.context.group.on_main(look)
@@ -203,6 +223,11 @@ class SpecMaker:
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
         agree_on_padding(context.chain, cut, context.group)
+        if context.chain.padding.trimmed(cut) is not None:
+            raise RowError(
+                "the features include padding, and those of the training set are trimmed to the width of a batch: "
+                "stores of evaluation sets have one width"
+            )
         if context.chain.padding.ignored(cut) and answers_by_position(context.chain, probe):
             raise RowError(
                 "the model answers for each position of a text, padding included, which no store holds: a metric may "
@@ -276,8 +301,8 @@ class SpecMaker:
 
     def _draft(self, source: RowSource, cut: int, codec: str, views: ViewSpec) -> StoreSpec:
         context = self.context
-        self._settle_padding(cut)
-        layout = context.chain.stored_layout(cut)
+        self._check_width(cut)
+        layout, source = context.chain.stored_layout(cut), stored_source(context.chain, cut, source)
         return StoreSpec(
             chain=context.chain,
             cut=cut,
@@ -322,11 +347,14 @@ class SpecMaker:
         )
         if self.context.config.reuse == "never":
             inputs[_TRAINING] = self.unknown
+        rule = stored_source(chain, cut, source).rule
+        if rule is not None:
+            inputs[WIDEST] = rule.of(chain.inputs_of(cut)).to_json()
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
         """Measured where the first spec needs them; the same ever after, though the suffix goes on learning."""
-        source = self.context.source
+        source = stored_source(self.context.chain, cut, self.context.source)
 
         def measure() -> torch.Tensor:
             numbers = spread(source.num_ranges, min(_WEIGHT_BATCHES, source.num_ranges))

@@ -16,17 +16,16 @@ from ..augment.maps import check_grid
 from ..augment.sensitivity import SENSITIVITY, SensitivityMeter
 from ..cache.codec import make_codec
 from ..cache.rows import RowError, RowSource, is_same
-from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer
 from ..model.inputs import ModelInputs
 from ..model.layout import FeatureLayout
 from ..model.modes import eval_mode
-from ..model.tokens import token_mask
 from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit
 from .materialize import check_geometry, spread
+from .padded_samples import collator_pads, padded_split, what_is_read
 from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
@@ -59,7 +58,7 @@ class Augmentation:
         why_not: why it cannot.
         own_inputs: whether model inputs besides the main one (labels) may be drawn too.
         declined: why nothing can be cached at all, as the end of a sentence; None if it can.
-        padded: whether samples are texts that the collator pads to the longest of a batch.
+        padded: whether the collator pads samples to the longest of a batch.
     """
 
     random: bool = False
@@ -85,15 +84,8 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
-    padded = collator_pads(source, main_input)
-    if padded:
-        groups = [batch for rows in groups for batch in in_batches(rows, _TOGETHER)]
-        if any(_draws_tokens(source, rows) for rows in groups):
-            return Augmentation(
-                declined="the tokens of a text, or what the frozen blocks read beside them, are drawn at random (by "
-                "the transform or the collator), so that their features are others in every epoch"
-            )
-        return Augmentation(declined=why_not_by_row(source, groups[0], main_input, padded), padded=True)
+    if collator_pads(source, main_input):
+        return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
     try:
         declined = why_not_by_row(source, groups[0], main_input)
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
@@ -121,29 +113,26 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     return Augmentation(True, refused is None, refused)
 
 
-def _draws_tokens(source: RowSource, rows: Sequence[int]) -> bool:
-    """Whether what the frozen blocks read of texts is random. The collator pads them in every epoch: labels may be."""
-    draws = [split_texts(source.draw(rows, view).batch, source.texts).columns for view in range(_MORE_DRAWS)]
-    return any(not is_same(draws[0], draw) for draw in draws[1:])
-
-
-def collator_pads(source: RowSource, main_input: str) -> bool:
-    """Whether samples are texts that the collator pads to the longest of a batch, not to one width.
+def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[int]]) -> Augmentation:
+    """As `survey`, of samples that the collator pads in every epoch: labels may be random, what is stored may not.
 
     Args:
         source: the samples.
         main_input: name of the model's main input in a batch.
+        groups: rows from all over the data set, each as many as are collated together.
     """
     try:
-        chosen = list(spread_rows(source.dataset, _ROWS, source.seed))[: source.batch_size]
-        mask = token_mask(source.collate(chosen), main_input)
-        if mask is None:
-            return False
-        alone = token_mask(source.collate([chosen[int(mask.flatten(1).sum(1).argmin())]]), main_input)
-    except Exception as error:  # whatever a collator raises; what comes next says so in words
-        Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
-        return False
-    return alone is not None and alone.shape[-1] != mask.shape[-1]
+        source, split = padded_split(source, main_input)
+    except RowError as error:
+        return Augmentation(declined=str(error).rstrip("."), padded=True)
+    for rows in groups:
+        draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
+        if any(not is_same(draws[0], draw) for draw in draws[1:]):
+            return Augmentation(
+                declined=f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random "
+                "(by the transform or the collator), so that their features are others in every epoch"
+            )
+    return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
 
 
 def tells_geometry(source: RowSource) -> bool:
@@ -152,23 +141,26 @@ def tells_geometry(source: RowSource) -> bool:
     return drawn.geometry is not None or drawn.refused is not None
 
 
-def look_closer(source: RowSource, padded: bool = False) -> Augmentation | None:
+def look_closer(source: RowSource, padded_input: str | None = None) -> Augmentation | None:
     """Draws some ranges twice, in the loader's processes: what is random in one of hundreds of samples shows there.
 
     Args:
         source: samples in which `survey` has found nothing random.
-        padded: whether samples are texts that the collator pads to the longest of a batch.
+        padded_input: name of the model's main input, where the collator pads it to the longest of a batch; else None.
 
     Returns:
         What was found; None if nothing was.
     """
+    split = None
+    if padded_input is not None:
+        source, split = padded_split(source, padded_input)
     count = _looked_at_twice(source)
     numbers = np.random.default_rng(source.seed).choice(source.num_ranges, count, replace=False)
     for number, (first, second) in source.loader(sorted(numbers.tolist()), views=1):
-        if padded:
-            one, other = (split_texts(drawn.batch, source.texts).columns for drawn in (first, second))
+        if split is not None:
+            one, other = (split(drawn.batch).columns for drawn in (first, second))
             if not is_same(one, other):
-                raise RowError(f"the tokens of some text from sample {source.rows(number)[0]} on are drawn at random.")
+                raise RowError(f"{what_is_read(source)} from sample {source.rows(number)[0]} on are drawn at random.")
         elif not is_same(first.batch, second.batch):
             return OPAQUE
     return None

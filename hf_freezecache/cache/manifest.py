@@ -25,6 +25,7 @@ from .names import (
     MANIFEST,
     PADDING,
     TOKENS,
+    WIDEST,
     is_reserved,
     shard_name,
 )
@@ -160,6 +161,11 @@ class Manifest:
         constants = self.constants.keys() == {PADDING, INPUTS} and all(map(_is_text, self.constants.values()))
         return not self.views and constants and self.inputs == {TOKENS: number, CHECKSUM: number}
 
+    @property
+    def _are_trimmed(self) -> bool:
+        constants = self.constants.keys() == {WIDEST} and isinstance(self.constants[WIDEST], str)
+        return not self.views and constants and self.inputs == {CHECKSUM: InputColumn("int64")}
+
     def _problem(self, begun: bool) -> str | None:
         if digest(self.made_from) != self.fingerprint:
             return "its fingerprint is not that of `made_from`"
@@ -186,6 +192,8 @@ class Manifest:
         bits = 8 * sum(shard.bytes for shard in self.shards) * (BEST_PACKED if self.lossless else 1)
         if layout.is_token and not self._are_texts:
             return "it holds texts, but not what is held of texts"
+        if layout.is_trimmed and not self._are_trimmed:
+            return "its rows are trimmed, but it does not hold what is held of such rows"
         if self.rows * max(1 if layout.is_token else layout.values, 8 * self.views) > bits:
             return f"its shards are too small for {self.rows} rows of shape {layout.shape} and {self.views} views"
         return None
@@ -224,9 +232,10 @@ def _is_codec(value: Any) -> bool:
 
 
 def _is_layout(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() - {"is_token"} != {"shape", "grid", "special_tokens", "dtype"}:
+    flags = {"is_token", "is_trimmed"}
+    if not isinstance(value, dict) or value.keys() - flags != {"shape", "grid", "special_tokens", "dtype"}:
         return False
-    if value.get("is_token", True) is not True:  # written of texts alone
+    if any(value.get(flag, True) is not True for flag in flags):  # written where they are
         return False
     grid = value["grid"]
     if not (grid is None or (_is_shape(grid) and len(grid) == 2)) or not _is_shape(value["shape"]):

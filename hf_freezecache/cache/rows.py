@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from ..model.stand_ins import stays_real
 from ..model.tokens import TextInputs
 from ..rng import seeded_rng
 from .names import is_reserved
+
+if TYPE_CHECKING:
+    from .padded import PaddingRule
 
 #: torch dtype of a column -> NumPy type in which Arrow stores it.
 _STORED_AS = {
@@ -162,6 +165,21 @@ def fetch(dataset: Any, indices: Sequence[int]) -> Any:
     return [dataset[index] for index in indices]
 
 
+def without_last(batch: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """A collated batch without its last sample; entries without one value per sample as they are.
+
+    Args:
+        batch: of a few samples.
+        samples: their number, more than one.
+    """
+
+    def drop(value: Any) -> Any:
+        is_rows = value.ndim > 0 if isinstance(value, torch.Tensor) else isinstance(value, (list, tuple))
+        return value[:-1] if is_rows and len(value) == samples else value
+
+    return {name: drop(value) for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class DrawnBatch:
     """One view of a few samples.
@@ -197,6 +215,9 @@ class RowSource:
 
     Attributes:
         probe_rows: rows that stand for all; None: the first ones.
+        wide: the same samples, each batch as wide as the widest of them; None: nobody has looked for it.
+        rule: of such a source, how its collator pads; else None.
+        is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
     """
 
     def __init__(
@@ -211,6 +232,9 @@ class RowSource:
     ):
         self.texts = TextInputs("input_ids", frozenset({"input_ids"})) if texts is None else texts
         self.probe_rows: Sequence[int] | None = None
+        self.wide: RowSource | None = None
+        self.rule: PaddingRule | None = None
+        self.is_padded: bool | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
@@ -304,6 +328,7 @@ class ChosenRows(RowSource):
             source.multiprocessing_context,
             source.texts,
         )
+        self.rule = source.rule
         self._row_numbers = list(row_numbers)
 
     def __len__(self) -> int:

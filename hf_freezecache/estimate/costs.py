@@ -23,7 +23,8 @@ class Costs:
     Args:
         load: fetching and collating it as a live epoch does.
         prefix: forward pass of the frozen blocks, transfer included.
-        prefix_build: the same in a build, which sorts texts by length; None: it takes as long.
+        prefix_build: the same in a build, which sorts texts by length, or runs samples as wide as the widest; None: it
+            takes as long.
         load_base: fetching and collating the base view, as a build does.
         load_view: the same for an augmented view, its geometry included.
         encode: encoding, writing and checking base view and all others.

@@ -23,6 +23,7 @@ class LoadedRanges:
         live: seconds of a live epoch's draw.
         base_seconds: of every base view.
         view_seconds: of every augmented view, its geometry included.
+        stored: the base views as a build draws them.
     """
 
     rows: list[Sequence[int]]
@@ -31,10 +32,16 @@ class LoadedRanges:
     live: float
     base_seconds: list[float]
     view_seconds: list[float]
+    stored: list[DrawnBatch]
 
 
 def load_ranges(
-    source: RowSource, count: int, with_views: bool, geometry: tuple[str, tuple[int, int]] | None, as_views: bool
+    source: RowSource,
+    count: int,
+    with_views: bool,
+    geometry: tuple[str, tuple[int, int]] | None,
+    as_views: bool,
+    wide: RowSource | None = None,
 ) -> LoadedRanges:
     """Draws some ranges from all over the data, and times it.
 
@@ -44,6 +51,7 @@ def load_ranges(
         with_views: draw an augmented view of each, too.
         geometry: kind and grid of the views' geometry; None: none is asked for.
         as_views: live epochs draw views, and not what base views are.
+        wide: the same samples as wide as the widest, where a build draws them so; else None.
     """
     whole = max(1, len(source) // source.batch_size)
     rows = [source.rows(number) for number in spread(whole, count)]
@@ -56,7 +64,10 @@ def load_ranges(
             drawn, seconds = timed(partial(source.draw, each, 1, geometry))
             views.append(drawn)
             view_seconds.append(seconds)
-    live = median_low(base_seconds)
+    live, stored = median_low(base_seconds), base
+    if wide is not None:
+        drawn_wide = [timed(partial(wide.draw, each)) for each in rows]
+        stored, base_seconds = [drawn for drawn, _ in drawn_wide], [seconds for _, seconds in drawn_wide]
     if as_views:
         live = median_low([timed(partial(source.draw, each, 1))[1] for each in rows[:2]])
-    return LoadedRanges(rows, base, views, live, base_seconds, view_seconds)
+    return LoadedRanges(rows, base, views, live, base_seconds, view_seconds, stored)

@@ -23,7 +23,6 @@ from ..build.feature_sources import ImageFeatures, ViewRun, check_shape
 from ..build.materialize import find_misfit, fit_rows, fit_stride, ranges_run_twice, spread
 from ..build.sizing import spec_bytes
 from ..build.store_spec import StoreSpec
-from ..build.texts_by_length import run_together
 from ..cache.codec import Codec, make_codec
 from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch
@@ -35,6 +34,7 @@ from ..model.tokens import blank_padding
 from ..replay.dataset import choose_views
 from ..replay.decode import replay_features
 from ..rng import preserve_rng
+from .built_features import run_as_built
 from .costs import Costs, PlanRow, Work, decide, make_row, overlapped
 from .fixed_costs import small_build_seconds, solving_seconds, worker_start_seconds
 from .loaded_ranges import LoadedRanges, load_ranges
@@ -88,8 +88,9 @@ class Prober:
             pace: of the live epochs before; None if there were none.
             looks: ranges that are yet to be drawn to see what is random in them.
         """
-        # A build runs texts with less padding than an epoch: by how much must be measured.
-        from_images = isinstance(spec.feature_source, ImageFeatures) and not spec.layout.is_token
+        # A build runs texts with less padding than an epoch, or more: by how much must be measured.
+        has_widths = spec.layout.is_token or spec.layout.is_trimmed
+        from_images = isinstance(spec.feature_source, ImageFeatures) and not has_widths
         return why_hopeless(self.work(spec), epochs_left, from_images, pace, looks)
 
     def refuse(
@@ -211,7 +212,7 @@ class Prober:
     def _row(self, spec: StoreSpec, costs: Costs, limit: int | None) -> PlanRow:
         codec = make_codec(spec.codec, spec.layout)
         if self._split is None:
-            self._split = spec.split(self.source.probe())
+            self._split = spec.split(spec.source.probe())
         both, base = (
             spec_bytes(spec, codec, self._split, self.processes, views, costs.frame_bytes)
             for views in (spec.views, ViewSpec())
@@ -242,10 +243,11 @@ class Prober:
         """
         loaded = self._load(spec, batches)
         features, of_views, prefix = self._run_prefix(spec, loaded)
+        stored, together = run_as_built(self.context, spec, loaded, features)
         costs = Costs(
             load=loaded.live,
             prefix=prefix,
-            prefix_build=self._time_together(spec, loaded) if spec.layout.is_token else None,
+            prefix_build=together,
             load_base=median_low(loaded.base_seconds),
             load_view=median_low(loaded.view_seconds) if loaded.view_seconds else 0.0,
             run=None if isinstance(spec.feature_source, ImageFeatures) else self._time_runs(spec, batches),
@@ -261,10 +263,10 @@ class Prober:
         yield costs
         codec = make_codec(spec.codec, spec.layout)
         fits = not codec.fitted
-        fitting, fitted_here = self._fit(spec, codec, [*features, *of_views]) if fits else (0.0, 0.0)
-        store, encode = self._encode(spec, codec, loaded, features, of_views)
+        fitting, fitted_here = self._fit(spec, codec, [*stored, *of_views]) if fits else (0.0, 0.0)
+        store, encode = self._encode(spec, codec, loaded, stored, of_views)
         read, decode = self._time_replay(store)
-        if spec.layout.is_token:  # the samples are collated in a replay, too
+        if spec.layout.is_token or spec.layout.is_trimmed:  # the samples are collated in a replay, too
             read += costs.load
         packed = store.frame_bytes() if spec.lossless else None
         costs = replace(costs, encode=encode, read=read, decode=decode, fixed=fitting, frame_bytes=packed)
@@ -285,12 +287,13 @@ class Prober:
     def _load(self, spec: StoreSpec, batches: int) -> LoadedRanges:
         views = spec.views
         geometry = None if views.whole else (views.warped.geometry, check_grid(spec.layout))
-        key = (batches, bool(views.count), geometry)
+        wide = spec.source if spec.layout.is_trimmed else None
+        key = (batches, bool(views.count), geometry, wide)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
         # Whole views are drawn as in a live epoch. Where there is none, and none was turned off, nothing is random.
         as_views = geometry is not None or not self.config.views
-        loaded = load_ranges(self.source, batches, bool(views.count), geometry, as_views)
+        loaded = load_ranges(self.source, batches, bool(views.count), geometry, as_views, wide)
         self._loaded = key, loaded
         return loaded
 
@@ -304,7 +307,8 @@ class Prober:
         """
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
-            features, mask = self.chain.prefix(self.model_inputs(drawn.batch), spec.cut), spec.split(drawn.batch).mask
+            features = self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
+            mask = spec.split(drawn.batch).mask if spec.layout.is_token else None
             return features if mask is None else blank_padding(features, mask)
 
         run(loaded.base[0])
@@ -314,17 +318,11 @@ class Prober:
         for computed, batches in ((base, loaded.base), (of_views, loaded.views)):
             for rows, drawn in zip(loaded.rows, batches, strict=False):
                 features, spent = timed(partial(run, drawn))
-                check_shape(features, spec.layout, rows)
+                if not spec.layout.is_trimmed:
+                    check_shape(features, spec.layout, rows)
                 computed.append(features)
                 seconds.append(spent)
         return base, of_views, median_low(seconds)
-
-    def _time_together(self, spec: StoreSpec, loaded: LoadedRanges) -> float:
-        """Seconds of a range of texts that runs together with the others, sorted by length."""
-        features = ImageFeatures(self.chain, spec.cut, self.source, spec.layout, self.model_inputs)
-        probe = self.source.probe()
-        _, seconds = timed(lambda: run_together(features, loaded.rows, loaded.base, probe))
-        return seconds / len(loaded.rows)
 
     def _time_runs(self, spec: StoreSpec, batches: int) -> float:
         """Seconds of a range that does not come from samples; the first of the ranges warms up."""
@@ -363,7 +361,7 @@ class Prober:
     ) -> tuple[FeatureStore, float]:
         """A store of these ranges in memory, and the seconds that one range took."""
         views = ViewColumns(self._standing_for(spec, loaded), codec)
-        splits = [spec.split(drawn.batch) for drawn in loaded.base]
+        splits = [spec.split(drawn.batch) for drawn in loaded.stored]
         sink, seconds = pa.BufferOutputStream(), []
         stream = ShardStream(sink, codec, views, splits[0].describe(), spec.lossless)
         for place, (rows, split) in enumerate(zip(loaded.rows, splits, strict=True)):

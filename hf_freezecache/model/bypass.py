@@ -11,6 +11,7 @@ from torch import nn
 
 from .modes import override_forward
 from .record import Call, TensorSpec
+from .resizing import Resized
 from .routing import Action, replacing
 from .stand_ins import FrozenOutputError, StandIn
 from .structure import Path, argument, find_tensor, leaves, map_leaves, with_argument
@@ -26,6 +27,7 @@ class Bypass:
         features: the feature at the cut; None: the main input of each call of the model is the feature.
         main_input: where features are given, what the model may be called on: a stand-in of its main input, or
             integers.
+        resized: where they are of main inputs of another size than the recorded ones, the cut there.
     """
 
     def __init__(
@@ -34,8 +36,11 @@ class Bypass:
         cut: Cut,
         features: torch.Tensor | None = None,
         main_input: torch.Tensor | None = None,
+        resized: Resized | None = None,
     ):
-        self.trace, self.cut, self.main_input = trace, cut, main_input
+        self.trace, self.main_input = trace, main_input
+        self._resized = Resized(cut, {}) if resized is None else resized
+        self.cut = self._resized.cut
         self._is_given, self._features = features is not None, features
         self._inside_model = 0
 
@@ -87,7 +92,8 @@ class Bypass:
                 handed_through = next((place for place, spec in call.arguments.items() if _is_same(spec, leaf)), None)
                 if handed_through in given:
                     return given[handed_through]
-                return StandIn(leaf.shape_for(samples, wider), leaf.dtype, leaf.device, stands_for)
+                spec = self._resized.spec_of(call, path, leaf)
+                return StandIn(spec.shape_for(samples, wider), spec.dtype, spec.device, stands_for)
 
             return map_leaves(answer, call.output)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .modes import eval_mode
 from .padding import Padding
 from .probes import check_inputs, first_rows, synthetic_probe
 from .proving import prove
+from .resizing import resize
 from .stand_ins import stays_real
 from .trace import Trace
 
@@ -50,8 +52,7 @@ class BlockChain:
         self.cut = 0
         self._trace: Trace | None = None
         self._proved: set[int] = set()
-        # Those of the cut; None: to be found.
-        self._frozen_modules: list[nn.Module] | None = None
+        self._frozen_modules: list[nn.Module] | None = None  # those of the cut; None: to be found
         self._replaying = False
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self.padding = Padding(self)
@@ -187,6 +188,8 @@ class BlockChain:
         Raises:
             ChainError: as `layout`.
         """
+        if self.padding.trimmed(cut) is not None:
+            return replace(self.padding.widest_trace(cut).layout(cut), is_trimmed=True)
         layout = self.layout(cut)
         if not self.padding.ignored(cut):
             return layout
@@ -266,7 +269,8 @@ class BlockChain:
             Those that bar the cut, and those of embedding tables, which do not.
         """
         boundary = self.own_trace().cut(cut).boundary
-        trainable = {name for name, parameter in self.model.named_parameters() if self._was_trainable(parameter)}
+        before = self._requires_grad
+        trainable = {name for name, p in self.model.named_parameters() if before.get(p, p.requires_grad)}
         both = (boundary.shared, boundary.tied)
         return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
 
@@ -274,8 +278,7 @@ class BlockChain:
     def frozen_modes(self) -> Iterator[None]:
         """Inside, what runs before the present cut runs in eval mode, modules that run on behind it included.
 
-        `eval_prefix` cannot reach these: a dropout function in the model's own `forward`, a dropout module
-        that several blocks share.
+        `eval_prefix` cannot reach these: dropout in the model's own `forward`, or of a module that blocks share.
         """
         if not self.cut or self._trace is None or not self.needs_modes(self.cut):
             yield
@@ -317,6 +320,8 @@ class BlockChain:
         if cut not in self._proved:
             self.prove(self.own_trace().probe, cut)
             self.trace_if_new(inputs, cut)
+        if self.padding.trimmed(cut) is not None:
+            resize(self.model, self.own_trace(), cut, inputs)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
 
@@ -393,7 +398,8 @@ class BlockChain:
         main = inputs.get(self.main_input)
         if isinstance(main, torch.Tensor) and stays_real(main):
             return main
-        return self.own_trace().main_stand_in(len(features), features.device)
+        size = None if main is None else tuple(main.shape[1:])
+        return self.own_trace().main_stand_in(len(features), features.device, size)
 
     @contextlib.contextmanager
     def replay(
@@ -425,7 +431,8 @@ class BlockChain:
         self._replaying = True
         try:
             trace = self.own_trace()
-            with Bypass(trace, trace.cut(cut), features, main_input).active(self.model):
+            resized = None if main_input is None else trace.resized.get((cut, tuple(main_input.shape[1:])))
+            with Bypass(trace, trace.cut(cut), features, main_input, resized).active(self.model):
                 yield
         finally:
             self._replaying = False
@@ -434,7 +441,8 @@ class BlockChain:
 
     def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        if self._trace is None or not self._trace.fits(inputs, any_width=bool(cut and self.padding.ignored(cut))):
+        any_size = self.padding.trimmed(cut) is not None
+        if self._trace is None or not self._trace.fits(inputs, bool(self.padding.ignored(cut)), any_size):
             self.trace(inputs)
 
     def own_trace(self) -> Trace:
@@ -478,9 +486,6 @@ class BlockChain:
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
         """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
         return capture_in_training(self.model, self.own_trace(), cut, inputs, self.needs_modes(cut))
-
-    def _was_trainable(self, parameter: nn.Parameter) -> bool:
-        return self._requires_grad.get(parameter, parameter.requires_grad)
 
     def cannot_cut(self, cut: int) -> str:
         """The beginning of a sentence that says why the model cannot be cut there."""

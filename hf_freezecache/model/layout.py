@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: Fields that manifests hold where they are true.
+_FLAGS = ("is_token", "is_trimmed")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class FeatureLayout:
             for feature maps and vectors.
         dtype: float32, float16 or bfloat16.
         is_token: whether this is the layout `(C,)` of a token of a text, of which a sample has as many as it has.
+        is_trimmed: whether this is the layout of the widest batches, of which narrower ones take a part.
 
     Raises:
         ValueError: if the fields contradict each other.
@@ -32,6 +35,7 @@ class FeatureLayout:
     special_tokens: int
     dtype: torch.dtype
     is_token: bool = False
+    is_trimmed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.shape) <= 3 or min(self.shape) < 1:
@@ -48,6 +52,8 @@ class FeatureLayout:
             raise ValueError(f"grid {self.grid} does not cover the {self.positions} positions of shape {self.shape}")
         if self.is_token and len(self.shape) != 1:
             raise ValueError(f"the feature of a token is (C,), got shape {self.shape}")
+        if self.is_token and self.is_trimmed:
+            raise ValueError("the feature of a token has no width to trim")
 
     @property
     def channel_dim(self) -> int:
@@ -93,7 +99,7 @@ class FeatureLayout:
             "special_tokens": self.special_tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        return {**layout, "is_token": True} if self.is_token else layout
+        return layout | {name: True for name in _FLAGS if getattr(self, name)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureLayout":
@@ -109,7 +115,7 @@ class FeatureLayout:
             grid=None if data["grid"] is None else tuple(data["grid"]),
             special_tokens=data["special_tokens"],
             dtype=_DTYPES[data["dtype"]],
-            is_token=data.get("is_token", False),
+            **{name: data[name] for name in _FLAGS if name in data},
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from ..rng import preserve_rng
 from .capture import capture
 from .errors import ChainError
 from .modes import eval_mode
+from .resizing import resize, trimmed_to
+from .stand_ins import stays_real
 from .tokens import SIDES, padded_pair, token_mask
 from .trace import Trace
 
@@ -27,8 +31,21 @@ logger = logging.get_logger(__name__)
 _FINE, _TF32, _COARSE = 3e-4, 1e-2, 5e-2
 
 
+@dataclass(frozen=True)
+class Trimming:
+    """How features that include padding are those of batches of any width.
+
+    Args:
+        side: on which padding is, `right` or `left`: there the features of a narrower batch end.
+        probe: model inputs of a few samples as wide as the widest, whose features stores hold.
+    """
+
+    side: str
+    probe: Mapping[str, Any]
+
+
 class Padding:
-    """Whether padding of texts is part of the features at the cuts of a chain.
+    """Whether padding is part of the features at the cuts of a chain.
 
     Args:
         chain: the model as a chain.
@@ -37,6 +54,8 @@ class Padding:
     def __init__(self, chain: BlockChain):
         self._chain = weakref.proxy(chain)  # which holds this: both are freed at once
         self._why_kept: dict[int, str] = {}
+        self._trimmed: dict[int, Trimming] = {}
+        self._why_not_trimmed: dict[int, str] = {}
 
     def ignored(self, cut: int) -> frozenset[str]:
         """Sides on which padding changes no feature of a token at a cut: stores leave it out.
@@ -44,7 +63,7 @@ class Padding:
         Empty where the feature of a sample is not a vector for each position of its text, the model's inputs have no
         `attention_mask`, or what comes behind the cut reads what is at padding.
         """
-        if not cut or cut in self._why_kept:
+        if not cut or cut in self._why_kept or cut in self._trimmed:
             return frozenset()
         trace = self._chain.own_trace()
         if cut not in trace.ignored_padding:
@@ -54,6 +73,8 @@ class Padding:
     def why_counts(self, cut: int) -> str:
         """Why `ignored` is empty at a cut, as far as the features themselves are the reason; a clause."""
         trace = self._chain.own_trace()
+        if not stays_real(trace.probe[trace.main_input]):
+            return "the frozen blocks read it as they read a sample"
         name = _own_width(trace, cut)
         if name is not None:
             return f"they depend on '{name}', which has a width of its own"
@@ -62,7 +83,7 @@ class Padding:
         return "the features there are not one vector for each token of a text"
 
     def keep(self, cut: int, why: str) -> None:
-        """From now on, features at a cut include padding: texts must have one width there.
+        """From now on, features at a cut include padding: samples must have one width there, unless they are trimmed.
 
         Args:
             cut: from 1 on.
@@ -73,6 +94,59 @@ class Padding:
     def why_kept(self, cut: int) -> str | None:
         """Why features at a cut include padding, as `keep` was told; None if it was not."""
         return self._why_kept.get(cut)
+
+    def trim(self, cut: int, trimming: Trimming) -> None:
+        """From now on, features at a cut include padding, and those of the widest are trimmed to a batch's width.
+
+        Args:
+            cut: from 1 on.
+            trimming: how.
+        """
+        self._trimmed[cut] = trimming
+
+    def stop_trimming(self, cut: int, why: str) -> None:
+        """From now on, features at a cut are not trimmed.
+
+        Args:
+            cut: from 1 on.
+            why: as a clause.
+        """
+        self._trimmed.pop(cut, None)
+        self._why_not_trimmed[cut] = why
+
+    def why_not_trimmed(self, cut: int) -> str | None:
+        """Why features at a cut cannot be trimmed, as `stop_trimming` was told; None if it was not."""
+        return self._why_not_trimmed.get(cut)
+
+    def trimmed(self, cut: int) -> Trimming | None:
+        """How features at a cut are trimmed, as `trim` was told; None if they are not."""
+        return self._trimmed.get(cut)
+
+    def widest_trace(self, cut: int) -> Trace:
+        """The chain's trace, of inputs as wide as the widest; made again if it is of others.
+
+        Args:
+            cut: at which features are trimmed.
+        """
+        trace, probe = self._chain.own_trace(), self._trimmed[cut].probe
+        return trace if trace.size == tuple(probe[trace.main_input].shape[1:]) else self._chain.trace(probe)
+
+    def trim_features(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+        """Features of a batch, from those of the same samples as wide as the widest; replays fit them from then on.
+
+        Args:
+            features: `(B, *layout.shape)` of `BlockChain.stored_layout`.
+            inputs: model inputs of the batch by name; of a main input of real numbers the shape alone counts.
+            cut: at which features are trimmed.
+
+        Raises:
+            ChainError: if the model does not run on inputs of this size.
+
+        Shapes: B samples.
+        """
+        trace = self.widest_trace(cut)
+        own = resize(self._chain.model, trace, cut, inputs)
+        return trimmed_to(own, features, trace.cut(cut), self._trimmed[cut].side)
 
 
 def _ignored_sides(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:

@@ -19,6 +19,7 @@ from .layout import FeatureLayout, token_grid
 from .probes import check_checkpointing
 from .record import Call, TensorSpec, record_run
 from .stand_ins import StandIn, stays_real
+from .structure import Path
 from .tokens import take_columns, token_mask
 
 
@@ -50,8 +51,7 @@ class Part:
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Its shape as a feature of one sample, of at most three dimensions."""
-        shape = (self.rows * self.shape[0], *self.shape[1:]) if self.rows > 1 else self.shape
-        return shape if len(shape) <= 3 else (prod(shape[:-1]), shape[-1])
+        return _feature_shape(self.shape, self.rows)
 
     @classmethod
     def of(cls, places: tuple[Place, ...], texts: int, width: int) -> Part:
@@ -76,10 +76,9 @@ class Part:
         return cls(places, shape, spec.dtype, dim, rows, order, has_tokens, extents)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as a feature: `(B, *feature_shape)`, or `(B, W, C)` of texts of another width."""
+        """The tensor as a feature: `(B, *feature_shape)`; of inputs of another size that of its own shape."""
         rows = tensor.movedim(self.sample_dim, 0)
-        shape = (-1, self.shape[-1]) if self.has_tokens else self.feature_shape
-        return rows.reshape(len(rows) // self.rows, *shape)
+        return rows.reshape(len(rows) // self.rows, *_feature_shape(rows.shape[1:], self.rows))
 
     def unpack(self, feature: torch.Tensor) -> torch.Tensor:
         """The feature as the tensor that crosses."""
@@ -154,6 +153,12 @@ class Cut:
         return next((name for name in self.block_names if f"{call.name}.".startswith(f"{name}.")), call.name)
 
 
+def _feature_shape(shape: Sequence[int], rows: int) -> tuple[int, ...]:
+    """The shape of a feature of one sample, of at most three dimensions, for a tensor with so many rows for each."""
+    shape = (rows * shape[0], *shape[1:]) if rows > 1 else tuple(shape)
+    return shape if len(shape) <= 3 else (prod(shape[:-1]), shape[-1])
+
+
 def _extents(spec: TensorSpec, order: Sequence[int], sample_dim: int) -> tuple[int, ...] | None:
     """See `Part`; None too where the samples have something between them."""
     _, strides = spec.place
@@ -212,18 +217,24 @@ class Trace:
         #: See `BlockChain.needs_modes` and `Padding.ignored`; filled there.
         self.moving: dict[int, bool] = {}
         self.ignored_padding: dict[int, frozenset[str]] = {}
+        #: Cuts in runs on main inputs of other sizes, by cut and size; filled by `resize`.
+        self.resized: dict[tuple[int, tuple[int, ...]], Any] = {}
+        #: What tells calls that give the same shapes, and the shapes that they have given; filled there as well.
+        self.kinds: dict[Call, tuple[Any, ...]] = {}
+        self.shapes: dict[Any, dict[Path, torch.Size]] = {}
 
-    def fits(self, inputs: Mapping[str, Any], any_width: bool = False) -> bool:
+    def fits(self, inputs: Mapping[str, Any], any_width: bool = False, any_size: bool = False) -> bool:
         """Whether the main input has the shape (without the batch), dtype and device of the recorded one.
 
         Args:
             inputs: model inputs by name.
             any_width: texts of other widths fit, too.
+            any_size: all of as many dimensions do.
         """
         probe, new = self.probe[self.main_input], inputs[self.main_input]
         if (probe.dtype, probe.device) != (new.dtype, new.device):
             return False
-        if probe.shape[1:] == new.shape[1:]:
+        if probe.shape[1:] == new.shape[1:] or (any_size and probe.ndim == new.ndim):
             return True
         return any_width and probe.shape[1:-1] == new.shape[1:-1] and token_mask(inputs, self.main_input) is not None
 
@@ -279,15 +290,22 @@ class Trace:
             return self.positional.index(self.main_input)
         raise ValueError(f"a replay takes the features as '{self.main_input}'; the model was called without it.")
 
-    def main_stand_in(self, samples: int, device: torch.device) -> StandIn:
+    def main_stand_in(self, samples: int, device: torch.device, size: Sequence[int] | None = None) -> StandIn:
         """A stand-in of the main input.
 
         Args:
             samples: of the batch.
             device: where it seems to be.
+            size: shape of a sample; None: that of the recorded ones.
         """
         original = self.probe[self.main_input]
-        return StandIn((samples, *original.shape[1:]), original.dtype, device, f"'{self.main_input}'", is_input=True)
+        shape = (samples, *(self.size if size is None else size))
+        return StandIn(shape, original.dtype, device, f"'{self.main_input}'", is_input=True)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the main input of a recorded sample."""
+        return tuple(self.probe[self.main_input].shape[1:])
 
     def layout(self, number: int) -> FeatureLayout:
         """Shape, grid, special tokens and dtype of the feature at a cut."""
@@ -337,6 +355,10 @@ class Trace:
         parts = tuple(Part.of(places, self.texts, self.width) for places in boundary.places)
         if not all(part.has_tokens for part in parts) or not joins_channels(parts):
             parts = tuple(replace(part, has_tokens=False) for part in parts)  # there is no token of the feature
+        return Cut(boundary, self.layout_of(parts), parts, names)
+
+    def layout_of(self, parts: Sequence[Part]) -> FeatureLayout:
+        """The layout of a feature in which these tensors stand side by side."""
         dtypes = {part.dtype for part in parts}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds each of them exactly
         shape = parts[0].feature_shape
@@ -346,7 +368,7 @@ class Trace:
                 shape = (*shape[:dim], sum(part.feature_shape[dim] for part in parts), *shape[dim + 1 :])
             else:
                 shape = (sum(prod(part.feature_shape) for part in parts),)
-        return Cut(boundary, self._layout(shape, dtype), parts, names)
+        return self._layout(shape, dtype)
 
     def _layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> FeatureLayout:
         image = self.probe[self.main_input]

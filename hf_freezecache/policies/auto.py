@@ -24,10 +24,11 @@ class AutoPolicy(FreezePolicy):
     """Freezes from the start where a trial shows that nothing is lost by it; else late, once, and deep.
 
     Before the first step, a few optimizer steps are taken twice from the same weights, with `max_frozen` of the blocks
-    frozen and with all live, and taken back. If the loss on held-out training samples is no larger with frozen blocks,
-    features of the pretrained model suit the data, and two thirds of these blocks are frozen from the start. Else, and
-    where the training is too short for a trial, the early blocks have to adapt first: all of these blocks are frozen
-    at the fraction `end` of the training. Ours; measured in `benchmarks/headline`.
+    frozen and with all live, and taken back. If the loss on held-out training samples is smaller with frozen blocks,
+    by more than its standard error, features of the pretrained model suit the data better than what a few steps make
+    of them, and two thirds of these blocks are frozen from the start. Else, and where the training is too short for a
+    trial, the early blocks have to adapt first: all of these blocks are frozen at the fraction `end` of the training.
+    Ours; measured in `benchmarks/headline`.
 
     Args:
         max_frozen: fraction of the blocks in the deepest cut.
@@ -52,7 +53,7 @@ class AutoPolicy(FreezePolicy):
 
     def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
         deep = self.trial_cut(num_blocks)
-        if trial is not None and trial.difference <= 0:
+        if trial is not None and trial.difference < -trial.error:
             self._points = [FreezePoint(0, round(self.max_frozen * num_blocks * _AT_ONCE))]
             verdict = "features of the model as it is suit these samples, so that blocks are frozen from the start"
         else:

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from ..cache.names import WIDEST
+from ..cache.padded import PaddingRule, why_other_samples
 from ..cache.texts import place_tokens, why_other_texts
+from ..model.stand_ins import stays_real
 from ..model.tokens import MASK, token_mask
 from ..rng import seeded_rng
 from .dataset import BatchRows, CachedRows, DrawnRows, LostRows
 
 #: Prefix of a batch entry that holds codes; no model input has such a name.
 CODE_PREFIX = "freezecache."
+#: Among the codes of features that are trimmed: an empty tensor of the shape of the batch's main input, and 0.
+SIZE = "size"
 #: Prefix of a batch entry that describes live samples which are stored while they train the model.
 DRAWN_PREFIX = "freezecache-drawn."
 #: Entry of a batch whose rows could not be read from the store, or are others by now: why.
@@ -56,9 +61,11 @@ class ReplayCollator:
         return self.collator(features)
 
     def _collate_cached(self, rows: CachedRows) -> dict[str, Any]:
-        if rows.samples is None or rows.texts is None:
+        if rows.samples is None:
             return _name_codes(rows)
         batch = self.collator(rows.samples)
+        if rows.texts is None:
+            return _collate_trimmed(rows, batch)
         why = why_other_texts(rows.rows, batch, rows.texts)
         if why is not None:
             return {LOST: why, **_name_rows(rows.requested)}
@@ -167,6 +174,19 @@ def _split(batch: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[
 
 def _name_rows(rows: BatchRows) -> dict[str, torch.Tensor]:
     return {ROW_PREFIX + field.name: getattr(rows, field.name) for field in fields(rows)}
+
+
+def _collate_trimmed(rows: CachedRows, batch: Any) -> dict[str, Any]:
+    """The batch as the user's collator pads it, with codes of features as wide as the widest sample."""
+    why = why_other_samples(rows.rows, batch)
+    if why is not None:
+        return {LOST: why, **_name_rows(rows.requested)}
+    main_input = PaddingRule.from_json(rows.rows[WIDEST]).main_input
+    main = batch[main_input]
+    # Of numbers that nobody reads any more the shape alone travels on.
+    others = dict(batch) if stays_real(main) else {name: batch[name] for name in batch if name != main_input}
+    codes = {name: rows.rows[name] for name in rows.codes} | {SIZE: main.new_empty(*main.shape, 0)}
+    return {**others, **{CODE_PREFIX + name: value for name, value in codes.items()}, **_name_rows(rows.requested)}
 
 
 def _name_codes(rows: CachedRows) -> dict[str, Any]:

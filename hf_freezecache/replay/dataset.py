@@ -73,8 +73,8 @@ class CachedRows:
         rows: codes and model inputs by name, as `FeatureStore.read_rows` returned them.
         codes: names of the codes among them.
         requested: which rows they are.
-        samples: of texts, the samples for the user's collator, which pads them; else None.
-        texts: what the frozen blocks read of texts; else None.
+        samples: where the user's collator pads them in every epoch, the samples for it; else None.
+        texts: what the frozen blocks read of texts that are stored without padding; else None.
     """
 
     rows: dict[str, Any]
@@ -285,9 +285,11 @@ class ReplayDataset(Dataset):
         except (StoreError, OSError) as error:  # the training goes on from samples
             return LostRows(BatchRows.of(rows), f"{error} ({type(error).__name__})")
         cached = CachedRows(entries, store.code_names(entries), BatchRows.of(rows))
-        if not store.codec.layout.is_token:
+        layout = store.codec.layout
+        if not layout.is_token and not layout.is_trimmed:
             return cached
-        return replace(cached, samples=self._draw_live(rows, fetch_samples), texts=self.texts)
+        samples = self._draw_live(rows, fetch_samples)
+        return replace(cached, samples=samples, texts=self.texts if layout.is_token else None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the store itself.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..build.feature_sources import one_width_only
-from ..build.survey import collator_pads
 from ..cache.rows import split_batch
 from ..cache.texts import split_texts
 from ..model.tokens import token_mask
@@ -95,30 +94,29 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
         epochs: by cut, how many remain from its first one to the end of the training.
 
     Raises:
-        RehearsalError: under explicit settings, if it is not the step on samples.
+        RehearsalError: under explicit settings, if it is not the step on samples; under `cache="always"`, if the
+            features of samples of several widths cannot be stored.
     """
     if session.keeper.why_not_cached is not None or session.chain.cut:
         return
     hopeless = session.keeper.provider.why_hopeless
     with looking_at(session.context.source):
         cuts = [cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None]
-        why = session.proof.rehearse(cuts)
+        why, is_error = session.proof.rehearse(cuts), session.explicit
         if why is None:
-            why = _why_of_one_width(session, cuts)
+            why, is_error = _why_of_one_width(session, cuts), session.config.cache == "always"
         if why is None or session.decline_data():
             return
-    if session.explicit:
+    if is_error:
         raise RehearsalError(why)
     session.decline(why)
 
 
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
-    """Why texts that are padded to the longest of a batch cannot be cached at one of these cuts; None if they can."""
-    source, chain = session.context.source, session.chain
-    kept = [cut for cut in cuts if not chain.padding.ignored(cut)]
-    if not kept or not session.group.on_main(lambda: collator_pads(source, chain.main_input)):
-        return None
-    return one_width_only(chain, kept[0])
+    """Why samples that are padded to the longest of a batch cannot be cached at one of the cuts; None if they can."""
+    padding = session.chain.padding
+    kept = next((cut for cut in cuts if padding.why_not_trimmed(cut) is not None), None)
+    return None if kept is None else one_width_only(session.chain, kept)
 
 
 def check_data(session: FreezeSession, loader: Any) -> None:

@@ -20,7 +20,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
-from ..replay.collator import DrawnViews, take_codes, take_drawn, take_lost
+from ..replay.collator import SIZE, DrawnViews, take_codes, take_drawn, take_lost
 from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
 from ..replay.requests import SourceSwitch, WriteRound, store_number
@@ -166,8 +166,12 @@ class FromStore(EpochSource):
         if replayed is None or not (replayed.rows.stores == store_number(self.store.path)).all():
             return _live(batch, context)
         codes = {name: value.to(context.device, non_blocking=True) for name, value in replayed.codes.items()}
+        inputs, size = replayed.inputs, codes.pop(SIZE, None)
         features = replay_features(self.store, codes)
-        return StepInputs.on_features(context.chain, self.cut, features, replayed.inputs, "replay")
+        if size is not None:
+            inputs = with_main_input(context.chain, inputs, size)
+            features = context.chain.padding.trim_features(features, context.model_inputs(inputs), self.cut)
+        return StepInputs.on_features(context.chain, self.cut, features, inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:
         return {KIND: "store", "cut": self.cut}
@@ -289,6 +293,18 @@ class Writing(EpochSource):
             self.problem = Problem(False, describe_error(error), self.epoch)
 
 
+def with_main_input(chain: BlockChain, inputs: Mapping[str, Any], size: torch.Tensor) -> dict[str, Any]:
+    """A replayed batch with a stand-in for its main input, unless it has one.
+
+    Args:
+        chain: the model.
+        inputs: of the batch, by name.
+        size: of the shape of its main input, and 0.
+    """
+    stand_in = chain.own_trace().main_stand_in(len(size), size.device, tuple(size.shape[1:-1]))
+    return {chain.main_input: stand_in, **inputs}
+
+
 def live_shapes(chain: BlockChain, batch: dict[str, Any]) -> dict[str, Any]:
     """A replayed batch with a stand-in for its main input, of the live batch's shape; other batches as they are.
 
@@ -299,7 +315,9 @@ def live_shapes(chain: BlockChain, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     if chain.main_input in replayed.inputs:
         return replayed.inputs
-    stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *chain.input_shape)
+    size = replayed.codes.get(SIZE)
+    shape = chain.input_shape if size is None else size.shape[1:-1]
+    stand_in = torch.full((1,), -1).expand(len(replayed.rows.numbers), *shape)
     return {chain.main_input: stand_in, **replayed.inputs}
 
 

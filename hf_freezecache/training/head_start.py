@@ -18,6 +18,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..build.context import BuildContext
+from ..build.padded_samples import collator_pads
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
@@ -117,6 +118,13 @@ class HeadStart:
         with self._head.replay(features, main_input):
             yield {**inputs, self.context.chain.main_input: main_input}
 
+    def _has_several_sizes(self) -> bool:
+        """Whether what the collator pads is no tokens; the same on all processes."""
+        chain, source = self.context.chain, self.context.source
+        if stays_real(chain.own_trace().probe[chain.main_input]):
+            return False
+        return self.context.group.on_main(lambda: collator_pads(source, chain.main_input))
+
     def run(self, epochs: int, leave_out: int = 0, most: int | None = None) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
@@ -132,7 +140,7 @@ class HeadStart:
 
         Raises:
             ChainError: if the model cannot be cut before its head.
-            RehearsalError: if the trainer's step does not run on features.
+            RehearsalError: if the trainer's step does not run on features, or samples of several sizes are no tokens.
         """
         config, chain = self.context.config, self.context.chain
         if not epochs or is_untrained(chain.model):
@@ -140,6 +148,13 @@ class HeadStart:
         head = Head(chain, is_new=config.head_start == "new")
         if not head.parameters:
             return None
+        if self._has_several_sizes():
+            if not config.head_start_epochs:  # it was the trial's own
+                return None
+            raise RehearsalError(
+                "a head start takes texts, or samples of one size, and the collator pads these to the longest of a "
+                "batch: pad them to one length, or head_start_epochs=0 is without a head start."
+            )
         began, seed = time.perf_counter(), self.context.source.seed
         with preserve_rng(), seeded_rng(seed, "head start"), untouched(chain.model):
             self._head = head
@@ -213,7 +228,11 @@ class _Training:
     rows_run: int = 0
 
     def choose_rate(self) -> float:
-        """The learning rate with which the loss on held-out batches is the smallest, from the same start."""
+        """The rate below that with which the loss on held-out batches is the smallest, from the same start.
+
+        A head that is trained less leaves more for the blocks to learn: with DeiT-Tiny on Caltech-101 at 112 px, three
+        epochs after a head start at the best rate, 0.01, were a point or two worse than after one at 0.003.
+        """
         batches = self.batches[:_SEARCH_BATCHES]
         held_out = max(1, round(len(batches) * _HELD_OUT))
         if len(batches) < 2:
@@ -224,7 +243,8 @@ class _Training:
             losses[rate] = self.loss(batches[:held_out])
             self.put_back(before)
         finite = [rate for rate in RATES if math.isfinite(losses[rate])]
-        return min(finite, key=losses.__getitem__) if finite else RATES[0]
+        best = min(finite, key=losses.__getitem__) if finite else RATES[0]
+        return RATES[max(0, RATES.index(best) - 1)]
 
     def train(self, batches: Sequence[_Batch], rate: float) -> None:
         """Trains the head, the learning rate falling to 0 as a cosine."""

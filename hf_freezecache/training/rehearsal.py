@@ -13,15 +13,18 @@ from transformers.utils import logging
 from ..build.context import BuildContext
 from ..build.feature_sources import agree_on_padding
 from ..build.materialize import spread
+from ..build.padded_samples import collator_pads
 from ..build.text_lengths import rows_by_length
+from ..build.trimming import settle_trimming
+from ..build.widest import narrow_batch
 from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import eval_mode, untouched
 from ..model.padding import relative_difference, tolerance_of
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..model.tokens import blank_padding, token_mask
-from ..replay.collator import CODE_PREFIX
+from ..replay.collator import CODE_PREFIX, SIZE
 from ..rng import preserve_rng
-from .epoch_source import StepInputs
+from .epoch_source import StepInputs, with_main_input
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +36,8 @@ _TOLERANCE = 1e-2
 _NOISE = 8.0
 #: Name of the only code of a rehearsed batch.
 _REHEARSED = CODE_PREFIX + "rehearsed"
+#: Name of the entry that tells the size of its main input.
+_SIZE = CODE_PREFIX + SIZE
 
 
 class RehearsalError(ValueError):
@@ -97,23 +102,10 @@ class Rehearsal:
         Raises:
             RehearsalError: if the two differ, or the step fails on features.
         """
-        group, chain = self.context.group, self.context.chain
-        batch, on_features, mask = group.on_all(lambda: self._batches(cut))
-        if agree_on_padding(chain, cut, group):
-            self.check(cut)
-            return
-        with self._running(cut):
-            whole = group.on_all(lambda: self._run(batch, "a batch of samples"))
-            replayed = group.on_all(lambda: self._replay(on_features, batch))
-            difference = find_difference(whole, replayed, mask=mask)
-            if not any(group.gather(difference is not None)):
-                return
-            # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
-            again = group.on_all(lambda: self._run(batch, "a batch of samples"))
-        if difference is not None and find_difference(whole, again) is not None:
-            difference = find_difference(whole, replayed, _TOLERANCE, mask, again)
-        found = next((reason for reason in group.gather(difference) if reason is not None), None)
+        chain = self.context.chain
+        found = self._compare(cut)
         if found is None:
+            self._settle_width(cut)
             return
         if chain.padding.ignored(cut):
             chain.padding.keep(cut, f"a training step reads what is at padding: without it, {found}")
@@ -123,21 +115,69 @@ class Rehearsal:
             f"a training step on features of cut {cut} is not the step on samples: {found}.{self._advice()}"
         )
 
+    def _settle_width(self, cut: int) -> None:
+        """Where samples are padded to the longest of a batch, and features include that: whether they can be trimmed.
+
+        If they can, the step is compared once more on narrow samples, with the record of the widest.
+        """
+        context, chain = self.context, self.context.chain
+        if chain.padding.ignored(cut) or chain.padding.why_not_trimmed(cut) is not None:
+            return
+        if not context.group.on_main(lambda: collator_pads(context.source, chain.main_input)):
+            return
+        if settle_trimming(context, cut) is not None:
+            return
+        narrow = context.group.on_all(lambda: narrow_batch(context.source, chain.main_input))
+        found = self._compare(cut, narrow)
+        if found is not None:
+            chain.padding.stop_trimming(cut, f"a training step on those of a narrower batch is not the step: {found}")
+
+    def _compare(self, cut: int, collated: Mapping[str, Any] | None = None) -> str | None:
+        """Where the whole step and the replayed one part on some process, as a clause; None if they agree.
+
+        Args:
+            cut: frozen blocks.
+            collated: a batch of samples; None: rows from all over the data set.
+        """
+        group, chain = self.context.group, self.context.chain
+        batch, on_features, mask = group.on_all(lambda: self._batches(cut, collated))
+        if agree_on_padding(chain, cut, group):
+            return self._compare(cut, collated)
+        with self._running(cut):
+            whole = group.on_all(lambda: self._run(batch, "a batch of samples"))
+            replayed = group.on_all(lambda: self._replay(on_features, batch))
+            difference = find_difference(whole, replayed, mask=mask)
+            if not any(group.gather(difference is not None)):
+                return None
+            # An accelerator's kernels may differ from run to run. Only then is what is close accepted.
+            again = group.on_all(lambda: self._run(batch, "a batch of samples"))
+        if difference is not None and find_difference(whole, again) is not None:
+            difference = find_difference(whole, replayed, _TOLERANCE, mask, again)
+        return next((reason for reason in group.gather(difference) if reason is not None), None)
+
     def step_inputs(self, batch: Mapping[str, Any]) -> StepInputs:
         """The inputs of a rehearsed step."""
         assert self._cut is not None, "called inside `check` only"
         chain, features = self.context.chain, batch.get(_REHEARSED)
         if features is None:
             return StepInputs(dict(batch), 0)
-        others = {name: value for name, value in batch.items() if name != _REHEARSED}
+        others = {name: value for name, value in batch.items() if name not in (_REHEARSED, _SIZE)}
+        if _SIZE in batch:
+            others = with_main_input(chain, others, batch[_SIZE])
         return StepInputs.on_features(chain, self._cut, features, others, "replay")
 
-    def _batches(self, cut: int) -> tuple[Mapping[str, Any], Mapping[str, Any], torch.Tensor | None]:
+    def _batches(
+        self, cut: int, collated: Mapping[str, Any] | None = None
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any], torch.Tensor | None]:
         """A few rows as a batch of samples and as one of features; and where their tokens are, if padding is not kept.
+
+        Args:
+            cut: frozen blocks.
+            collated: the batch; None: rows from all over the data set.
 
         Where no row has padding, nothing would show whether something reads what is there: then it is kept.
         """
-        batch, chain = self._batch(), self.context.chain
+        batch, chain = self._batch() if collated is None else collated, self.context.chain
         with preserve_rng():
             features = chain.prefix(self.context.model_inputs(batch), cut)
             self._check_labels(batch, cut, features)
@@ -148,6 +188,9 @@ class Rehearsal:
         if mask is not None:
             features = blank_padding(features, mask)
         kept = {name: value for name, value in batch.items() if name != chain.main_input or stays_real(value)}
+        if chain.padding.trimmed(cut) is not None:
+            main = batch[chain.main_input]
+            kept[_SIZE] = main.new_empty(*main.shape, 0)
         return batch, {_REHEARSED: features, **kept}, mask
 
     def _check_labels(self, batch: Mapping[str, Any], cut: int, features: torch.Tensor) -> None:

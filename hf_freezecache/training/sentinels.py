@@ -11,12 +11,16 @@ from ..build.context import BuildContext
 from ..build.feature_sources import ImageFeatures
 from ..build.spec_maker import WRITTEN
 from ..build.survey import Augmentation
+from ..build.trimming import stored_source, why_width_counts
+from ..build.widest import sort_by_width
 from ..cache.rows import ChosenRows, DrawnBatch, RowSource
 from ..cache.store import FeatureStore
 from ..rng import hash_key, preserve_rng
 
 #: One row of so many is a sentinel; at least so many rows are, and at most a batch.
 _ONE_IN, _FEWEST = 500, 4
+#: Rows of which the narrowest are compared with what they are beside the widest sample.
+_NARROW_OF = 8
 
 
 def check_sentinels(
@@ -37,7 +41,8 @@ def check_sentinels(
         StoreError: if the store cannot be read.
         Exception: whatever the user's own code raises.
     """
-    chain, cut, source = context.chain, store.manifest.cut, context.source
+    chain, cut = context.chain, store.manifest.cut
+    source = stored_source(chain, cut, context.source)
     generator = np.random.default_rng(hash_key("sentinels", source.seed, epoch, context.group.rank) & 0xFFFFFFFF)
     is_opaque = augmentation.random and not augmentation.replayable
     rows: Sequence[int]
@@ -54,6 +59,12 @@ def check_sentinels(
     drawn_once = is_opaque and WRITTEN in store.manifest.made_from  # in a batch that does not come again
     views = 1 if drawn_once or (store.manifest.views and augmentation.replayable) else 0
     geometry = store.views.spec.geometry if views else None
+    if chain.padding.trimmed(cut) is not None:
+        narrow = sort_by_width(context.source, chain.main_input, rows[:_NARROW_OF])[:2]
+        with preserve_rng():
+            why, _ = why_width_counts(context, cut, narrow)
+        if why is not None:
+            return Difference(rows[0], 0, "features", why)
     with preserve_rng():
         _, view_runs = next(iter(features.run(numbers, views, geometry, own_features=not drawn_once)))
     if drawn_once:

@@ -249,8 +249,8 @@ class StoreProvider:
             if store is not None:
                 return store
             rounds = images.views.count + 1
-            if attempt.writing and images.layout.is_token:
-                reason = "epochs write rows of one size, and texts have several"
+            if attempt.writing and (images.layout.is_token or images.layout.is_trimmed):
+                reason = "epochs write rows of one size, and these samples have several"
                 break
             if attempt.writing and not attempt.decided and attempt.request.epochs_left < rounds + 1:
                 reason = f"writing it takes {rounds} epochs, and {attempt.request.epochs_left:g} remain"

@@ -74,6 +74,7 @@ class StoreWorth:
         """
         if self.is_asked and not self.group.on_main(self._may_be_there):
             self.spec_maker.look()
+            self.spec_maker.settle_padding(cut)
             self._measure(lambda: self._draft(cut), epochs_left, None, pace)
 
     def check(self, spec: StoreSpec, epochs_left: float, limit: int | None, pace: Pace | None) -> None:

@@ -13,9 +13,9 @@ from torch.utils.data import ConcatDataset
 from torchvision.transforms import v2
 from transformers import default_data_collator
 
+from hf_freezecache.build.padded_samples import collator_pads
 from hf_freezecache.build.survey import (
     Augmentation,
-    collator_pads,
     look_closer,
     ranges_drawn,
     survey,

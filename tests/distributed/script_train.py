@@ -17,7 +17,8 @@ from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked
 from support.policies import Answers  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
-from support.token_rows import Pad, Texts, bert  # noqa: E402
+from support.sounds import PadSounds, Sounds, wav2vec2  # noqa: E402
+from support.token_rows import Pad, Texts, bert, bert_of_questions  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer  # noqa: E402
@@ -97,7 +98,7 @@ def communicate(when: str, ranks: str, step: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", choices=["vit", "resnet", "bert"], default="vit")
+    parser.add_argument("--model", choices=["vit", "resnet", "bert", "bert of questions", "wav2vec2"], default="vit")
     parser.add_argument("--cache", default="always")
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
@@ -148,6 +149,10 @@ def train(options: argparse.Namespace) -> None:
         texts = {"data_collator": collator}
         if options.left_at_first == os.environ["RANK"]:
             callbacks.append(PadsOtherwiseAtFirst(collator))
+    if options.model == "bert of questions":
+        model, dataset, texts = bert_of_questions(), Texts(70, label="span"), {"data_collator": Pad()}
+    if options.model == "wav2vec2":
+        model, dataset, texts = wav2vec2(), Sounds(70), {"data_collator": PadSounds()}
     notes = NotesWeights()
     trainer = run(
         model,

@@ -4,7 +4,8 @@ import pytest
 from script_train import augmented
 from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
 from support.launching import launch, seen_by
-from support.token_rows import Pad, Texts, bert
+from support.sounds import PadSounds, Sounds, wav2vec2
+from support.token_rows import Pad, Texts, bert, bert_of_questions
 
 from hf_freezecache import FeatureStore
 
@@ -28,6 +29,28 @@ def test_texts_of_two_processes_are_those_of_one(codec, tmp_path):
     config = manual("0:3", cache="always", codec=codec, feature_cache_dir=str(tmp_path / "alone"))
     settings = dict(per_device_train_batch_size=4, remove_unused_columns=False, data_collator=Pad())
     alone = FeatureStore.open(run(bert(), Texts(70), tmp_path / "run", config, **settings).freeze_status().store_path)
+    assert len(together.manifest.shards) == 2 and alone.path.name == together.path.name
+    assert together.dataset[:] == alone.dataset[:]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "samples", "collator"),
+    [
+        ("bert of questions", bert_of_questions, Texts(70, label="span"), Pad()),
+        ("wav2vec2", wav2vec2, Sounds(70), PadSounds()),
+    ],
+)
+def test_samples_of_several_widths_of_two_processes_are_those_of_one(name, make, samples, collator, tmp_path):
+    """Both find the same widest sample, and trim to batches of widths of their own."""
+    launch(["--output", tmp_path, "--points", "0:3", "--model", name, "--codec", "fp32", "--on_mismatch", "error"])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"] and second["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    together = FeatureStore.open(path)
+    config = manual("0:3", cache="always", codec="fp32", feature_cache_dir=str(tmp_path / "alone"))
+    settings = dict(per_device_train_batch_size=4, remove_unused_columns=False, data_collator=collator)
+    alone = FeatureStore.open(run(make(), samples, tmp_path / "run", config, **settings).freeze_status().store_path)
+    assert together.codec.layout.is_trimmed
     assert len(together.manifest.shards) == 2 and alone.path.name == together.path.name
     assert together.dataset[:] == alone.dataset[:]
 

@@ -30,3 +30,16 @@ def test_layout_survives_json(layout):
 def test_contradictory_layout_is_refused(shape, grid, special, dtype, message):
     with pytest.raises(ValueError, match=message):
         FeatureLayout(shape, grid, special, dtype)
+
+
+@pytest.mark.parametrize("flag", ["is_token", "is_trimmed"])
+def test_flags_of_a_layout_are_written_where_they_are_true(flag):
+    shape = (4,) if flag == "is_token" else (3, 4)
+    plain, flagged = (FeatureLayout(shape, None, 0, torch.float32, **{flag: value}) for value in (False, True))
+    assert flag not in plain.to_json() and flagged.to_json()[flag] is True
+    assert FeatureLayout.from_json(flagged.to_json()) == flagged != plain
+
+
+def test_features_of_tokens_have_no_width_to_trim():
+    with pytest.raises(ValueError, match="no width to trim"):
+        FeatureLayout((4,), None, 0, torch.float32, is_token=True, is_trimmed=True)

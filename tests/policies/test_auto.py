@@ -20,14 +20,15 @@ def chosen(found, **settings):
     return policy, why
 
 
-def test_where_frozen_blocks_do_no_harm_some_are_frozen_from_the_start():
-    policy, why = chosen(trial([0.5, 0.6], [0.6, 0.6]))
+def test_where_frozen_blocks_are_better_some_are_frozen_from_the_start():
+    policy, why = chosen(trial([0.5, 0.52], [0.6, 0.6]))
     assert cuts(policy, 4, 13) == [6] * 4  # two thirds of round(.75 * 13)
-    assert "0.55" in why and "0.6" in why and "-0.05" in why and "from the start" in why
+    assert "0.51" in why and "0.6" in why and "-0.09" in why and "from the start" in why
 
 
-def test_where_they_do_the_early_blocks_adapt_first():
-    policy, why = chosen(trial([0.7, 0.7], [0.6, 0.6]))
+@pytest.mark.parametrize("frozen", [[0.7, 0.7], [0.6, 0.6], [0.3, 0.8]], ids=["worse", "as good", "within the error"])
+def test_where_they_are_not_the_early_blocks_adapt_first(frozen):
+    policy, why = chosen(trial(frozen, [0.6, 0.6]))
     assert cuts(policy, 4, 13) == [0, 0, 10, 10]
     assert cuts(policy, 9, 13) == [0] * 5 + [10] * 4
     assert "late" in why

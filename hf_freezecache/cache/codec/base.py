@@ -140,7 +140,8 @@ class Codec(ABC):
                     f"column {column!r} of codec {self.name!r} must be {dtype} of shape (B, {length}), "
                     f"got {got.dtype} of shape {tuple(got.shape)}"
                 )
-        return self._decode(rows)
+        # Models write to what they get, which they must not if it is a view that was made without gradients.
+        return self._decode(rows).detach()
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

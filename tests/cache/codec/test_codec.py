@@ -409,3 +409,13 @@ def test_wrong_rates_are_refused(name):
 def test_rates_of_codecs_without_one_are_refused(name):
     with pytest.raises(ValueError, match="has no rate; leave '@"):
         make_codec(name, MAP)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_decoded_features_may_be_written_to(name):
+    """As by SpecAugment, whose mask is a parameter."""
+    features = torch.randn(4, 6, 8)
+    codec = make_codec(name, FeatureLayout((6, 8), None, 0, torch.float32)).fit(features)
+    decoded = codec.decode(codec.encode(features))
+    decoded[:, 0] = torch.zeros(8, requires_grad=True)
+    assert decoded.requires_grad

@@ -1,0 +1,83 @@
+"""Samples that a collator pads to the longest of a batch: whether it does, and what the frozen blocks read of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..augment.draws import Draw, use_draw
+from ..cache.padded import split_padded
+from ..cache.rows import BatchSplit, RowSource, fetch
+from ..cache.texts import split_texts
+from ..distributed import Announcer
+from ..model.tokens import token_mask
+from ..rng import seeded_rng
+from .spread_rows import spread_rows
+from .widest import widened
+
+logger = logging.get_logger(__name__)
+
+#: Samples that are looked at.
+_ROWS = 24
+
+
+def collator_pads(source: RowSource, main_input: str) -> bool:
+    """Whether the collator pads samples to the longest of a batch, not to one width; looked at once.
+
+    Args:
+        source: the samples.
+        main_input: name of the model's main input in a batch.
+    """
+    if source.is_padded is None:
+        source.is_padded = _pads(source, main_input)
+    return source.is_padded
+
+
+def _pads(source: RowSource, main_input: str) -> bool:
+    try:
+        chosen = list(spread_rows(source.dataset, _ROWS, source.seed))[: source.batch_size]
+        with seeded_rng(source.seed, "padding"):
+            with use_draw(Draw(source.seed, chosen)):
+                samples = fetch(source.dataset, chosen)
+            # Collators take entries out of samples, and change them in place.
+            batch = source.collator(copy.deepcopy(samples))
+            mask = token_mask(batch, main_input)
+            main = batch.get(main_input) if isinstance(batch, Mapping) else None
+            if not isinstance(main, torch.Tensor) or not isinstance(samples, list):
+                return False
+            # Of texts the shortest one shows it; of others it is not known which that is.
+            singles = samples if mask is None else [samples[int(mask.flatten(1).sum(1).argmin())]]
+            alone = (source.collator([copy.deepcopy(sample)])[main_input] for sample in singles)
+            return any(own.ndim == main.ndim and own.shape[1:] != main.shape[1:] for own in alone)
+    except Exception as error:  # whatever a collator raises; what comes next says so in words
+        Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
+        return False
+
+
+def padded_split(source: RowSource, main_input: str) -> tuple[RowSource, Callable[[Any], BatchSplit]]:
+    """Samples that the collator pads, and what tells what the frozen blocks read of them.
+
+    Of texts these are tokens; of others the numbers of samples, each batch as wide as the widest of all.
+
+    Args:
+        source: the samples.
+        main_input: name of the model's main input in a batch.
+
+    Raises:
+        RowError: if it cannot be told how the collator pads.
+    """
+    if token_mask(source.probe(), main_input) is not None:
+        return source, partial(split_texts, texts=source.texts)
+    wide = widened(source, main_input, source.texts.read)
+    assert wide.rule is not None  # of such samples
+    return wide, partial(split_padded, rule=wide.rule)
+
+
+def what_is_read(source: RowSource) -> str:
+    """What `padded_split` tells of samples, for messages."""
+    return "the tokens of a text" if source.rule is None else "the numbers of a sample"
