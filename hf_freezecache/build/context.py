@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ class BuildContext:
         disable_tqdm: no progress bars.
         count_run: is told `(from_cut, to_cut, samples)` whenever a build has run the blocks between two cuts; of texts
             the positions, too.
+        eval_dataset: the trainer's, whose transform may be the base of the training's.
     """
 
     chain: BlockChain
@@ -46,6 +48,7 @@ class BuildContext:
     precision: str
     disable_tqdm: bool = False
     count_run: Callable[..., None] = _count_nothing
+    eval_dataset: Any = None
 
     @property
     def model(self) -> nn.Module:

@@ -28,10 +28,12 @@ from .deepening import DEEPENED_FROM, StoreFeatures, deepened
 from .errors import OneWidthError
 from .feature_sources import ImageFeatures, agree_on_padding, one_width_only
 from .fisher import fisher_weights
+from .function_pairs import suggest_replayable
 from .materialize import spread
 from .reuse import StoreReuse, file_notes
 from .store_spec import StoreSpec
 from .survey import (
+    OPAQUE,
     Augmentation,
     choose_channels,
     count_sensitive,
@@ -112,7 +114,17 @@ class SpecMaker:
         with preserve_rng():
             found = survey(context.source, context.chain.main_input)
             on_device = why_random_on_device(context.model_inputs, context.source.probe())
-        return found if on_device is None or found.declined is not None else Augmentation(declined=on_device)
+        if on_device is not None and found.declined is None:
+            return Augmentation(declined=on_device)
+        return self._with_advice(found)
+
+    def _with_advice(self, found: Augmentation) -> Augmentation:
+        if found != OPAQUE:
+            return found
+        line = suggest_replayable(self.context.source.dataset, self.context.eval_dataset)
+        if line is None:
+            return found
+        return replace(found, why_not=f"{found.why_not} (set_transform({line}) on the train data makes it one)")
 
     @property
     def ranges_to_look_at(self) -> float:
@@ -186,7 +198,8 @@ class SpecMaker:
         def look() -> Augmentation | None:
             with preserve_rng():
                 main_input = self.context.chain.main_input
-                return look_closer(self.context.source, main_input if self._augmentation.padded else None)
+                found = look_closer(self.context.source, main_input if self._augmentation.padded else None)
+            return None if found is None else self._with_advice(found)
 
         found = self.context.group.on_main(look)
         self.augmentation, self._looked_closer = found or self.augmentation, True

@@ -70,7 +70,7 @@ class Augmentation:
 
 
 #: What a random transform is that is not a `ReplayableTransform`.
-_OPAQUE = Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
+OPAQUE = Augmentation(True, why_not="the random transform is not a `ReplayableTransform`", own_inputs=True)
 
 
 def survey(source: RowSource, main_input: str) -> Augmentation:
@@ -102,7 +102,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     drawn = [view for look in looks for view in look.views]
     refused = next((view.refused for view in drawn if view.refused is not None), None)
     if refused is None and drawn[0].geometry is None:
-        return _OPAQUE if differ or any(look.differs_from_base for look in looks) else Augmentation()
+        return OPAQUE if differ or any(look.differs_from_base for look in looks) else Augmentation()
     _check_pipelines(base[main_input], view[main_input], differ)
     if any(look.base_is_random(1 if place else _BASE_DRAWS) for place, look in enumerate(looks)):
         return Augmentation(True, why_not="the data collator is random, or not only the transform", own_inputs=True)
@@ -162,7 +162,7 @@ def look_closer(source: RowSource, padded_input: str | None = None) -> Augmentat
             if not is_same(one, other):
                 raise RowError(f"{what_is_read(source)} from sample {source.rows(number)[0]} on are drawn at random.")
         elif not is_same(first.batch, second.batch):
-            return _OPAQUE
+            return OPAQUE
     return None
 
 

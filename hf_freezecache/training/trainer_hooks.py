@@ -159,6 +159,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
             model_inputs=model_inputs,
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
+            eval_dataset=self.eval_dataset,
         )
 
     def _inputs_by_name(self, batch: Any) -> Mapping[str, Any]:

@@ -103,7 +103,9 @@ class StoreWorth:
     ) -> PlanRow:
         def measure() -> tuple[str | None, PlanRow | None]:
             try:
-                return self._prober.refuse(make_spec(), epochs_left, limit, pace, self.spec_maker.ranges_to_look_at)
+                looks = self.spec_maker.ranges_to_look_at
+                refusal, row = self._prober.refuse(make_spec(), epochs_left, limit, pace, looks)
+                return refusal and refusal + self._of_whole_draws(), row
             except (RuntimeError, OSError) as error:  # out of memory is not worth a training
                 Announcer.trace(logger, "What a store would save could not be measured", error)
                 return f"the time that it would save could not be measured: {describe_error(error)}", None
@@ -112,6 +114,13 @@ class StoreWorth:
         if reason is not None or row is None:
             raise Declined(reason)
         return row
+
+    def _of_whole_draws(self) -> str:
+        """What makes a store larger than it need be, as the end of a sentence; known to the main process."""
+        found = self.spec_maker.augmentation
+        if found is None or not found.random or found.replayable:
+            return ""
+        return f" (of whole draws, because {found.why_not})"
 
     def _may_be_there(self) -> bool:
         """Whether there are stores, of which one may be the right one."""

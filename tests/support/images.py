@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import datasets
 import numpy as np
 import torch
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from hf_freezecache import ReplayableTransform
@@ -70,3 +73,31 @@ class OpaqueFlip:
     def __call__(self, rows):
         pixels = [v2.Compose([v2.RandomHorizontalFlip(), *TO_PIXELS])(image) for image in rows["image"]]
         return {"pixel_values": pixels, "labels": rows["labels"]}
+
+
+def official_functions(size: int = 16) -> tuple[Callable, Callable]:
+    """The two functions of Transformers' `run_image_classification.py`, for the column `image`."""
+    normalize = v1.Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+    _train_transforms = v1.Compose([v1.RandomResizedCrop(size), v1.RandomHorizontalFlip(), v1.ToTensor(), normalize])
+    _val_transforms = v1.Compose([v1.Resize(size), v1.CenterCrop(size), v1.ToTensor(), normalize])
+
+    def train_transforms(example_batch):
+        """Apply _train_transforms across a batch."""
+        example_batch["pixel_values"] = [
+            _train_transforms(pil_img.convert("RGB")) for pil_img in example_batch["image"]
+        ]
+        return example_batch
+
+    def val_transforms(example_batch):
+        """Apply _val_transforms across a batch."""
+        images = example_batch["image"]
+        example_batch["pixel_values"] = [_val_transforms(pil_img.convert("RGB")) for pil_img in images]
+        return example_batch
+
+    return train_transforms, val_transforms
+
+
+def official_collate(examples):
+    """The collator of the same script."""
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixel_values, "labels": torch.tensor([example["labels"] for example in examples])}
