@@ -19,6 +19,8 @@ _FEW_CLEARLY, _FEW = 2, 3
 _SHIFT = 0.03
 # Positions along a side of a view that are compared at most, and how many must be shown by both.
 _POSITIONS, _FEWEST = 64, 32
+# So many that another geometry is not clearly better by accident.
+_MANY = 400
 # Share by which geometries must differ for a view to tell anything.
 _TELLS = 0.03
 
@@ -26,11 +28,16 @@ _TELLS = 0.03
 class GeometryProof:
     """Compares the first views of a process with their base images.
 
+    Args:
+        is_trusted: whether the geometry is right unless it is clearly disproved, as that of torchvision's own
+            pipelines: they move images and masks alike, unless a transform of the user's is among theirs.
+
     Attributes:
         refused: why the geometry is not that of the views; None as long as they agree.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_trusted: bool = False) -> None:
+        self._is_trusted = is_trusted
         self.judged = self.wrong = self._clearly = self._seen = 0
         self.refused: str | None = None
 
@@ -48,13 +55,19 @@ class GeometryProof:
             points: `(H, W, 2)`, the point of the base image that each pixel of the view shows, see `encode_geometry`.
         """
         self._seen += 1
-        shares = explained(view, base, points)
+        shares = explained(view, base, points, _MANY if self._is_trusted else _FEWEST)
         if shares is not None and shares.max() - shares.min() >= _TELLS:
             self.judged += 1
             better = shares[1:].max() - shares[0]
             self.wrong += bool(better > _BETTER)
             self._clearly += bool(better > _CLEARLY)
-        if self._clearly >= _FEW_CLEARLY or self.wrong >= max(_FEW, _MOST_WRONG * self.judged):
+        if self._is_trusted:
+            if self._clearly >= max(_FEW_CLEARLY, _MOST_WRONG * self.judged):
+                self.refused = (
+                    f"{self._clearly} of {self.judged} views do not show what the pipeline does to masks: a transform "
+                    "moves the pixels of images alone"
+                )
+        elif self._clearly >= _FEW_CLEARLY or self.wrong >= max(_FEW, _MOST_WRONG * self.judged):
             self.refused = (
                 f"{self.wrong} of {self.judged} views do not show what the followed calls of torchvision say: "
                 "something else moves the pixels"
@@ -63,7 +76,9 @@ class GeometryProof:
             self.refused = f"none of {self._seen} views shows enough of its base view to prove its geometry"
 
 
-def explained(view: torch.Tensor, base: torch.Tensor, points: torch.Tensor) -> torch.Tensor | None:
+def explained(
+    view: torch.Tensor, base: torch.Tensor, points: torch.Tensor, fewest: int = _FEWEST
+) -> torch.Tensor | None:
     """How much of a view follows from its base image, by its geometry and by others.
 
     The colours of a view are fitted by those of the base image and their squares, so that changes of colours do not
@@ -71,6 +86,7 @@ def explained(view: torch.Tensor, base: torch.Tensor, points: torch.Tensor) -> t
 
     Args:
         view, base, points: see `GeometryProof.add`.
+        fewest: positions that must be shown by both.
 
     Returns:
         Share of the view's variance, by the geometry and by it moved left, right, up and down and mirrored in both
@@ -90,7 +106,7 @@ def explained(view: torch.Tensor, base: torch.Tensor, points: torch.Tensor) -> t
     moves = [sources, *_moved(sources, shown), *mirrored]
     for moved in moves:
         shown = shown & (moved.abs() <= 1).all(-1)
-    if shown.sum() < _FEWEST:
+    if shown.sum() < fewest:
         return None
     targets = view[:, shown].T
     targets = targets - targets.mean(0)

@@ -113,6 +113,7 @@ class ReplayableTransform:
             if not len(rows[self.image_column]):  # tells nothing about the callables
                 return ImageDrawer(self.train, self.base, self.image_column)
             self._drawer = make_drawer(self.train, self.base, self.image_column, rows)
+            self._proof = GeometryProof(is_trusted=not self._drawer.is_followed)
         return self._drawer
 
     def _draw_sample(self, drawer: Drawer, sample: Any, draw: Draw) -> Any:
@@ -149,7 +150,7 @@ class ReplayableTransform:
         # The larger of the two sides of an image's pixel in the base view.
         side = matrix[:2, :2].abs().sum(1).max().item()
         points = map_points(matrix.float(), points)
-        if drawer.is_followed and self._proof.wants_more:
+        if self._proof.wants_more:
             base = self._draw_base(drawer, sample).pixels
             assert base is not None and drawn.pixels is not None  # they have geometries
             self._proof.add(drawn.pixels, base, points)

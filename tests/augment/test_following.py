@@ -21,6 +21,7 @@ from augment.test_transforms import (
 )
 from torch.nn.functional import interpolate
 from torchvision import transforms as v1
+from torchvision import tv_tensors
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
@@ -303,3 +304,34 @@ def test_stacked_pixels_are_recognized():
 
     transform = ReplayableTransform(stacked, of_rows([]))
     assert fetch(transform, [textured()], view=1, geometry=(PROJECTIVE, (4, 4)))[1].refused is None
+
+
+class MovesImagesAlone(v2.Transform):
+    """A transform of the user's that forgets masks."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt, params):
+        return inpt.flip(2) if random.random() < 0.5 else inpt
+
+
+class Brightens(MovesImagesAlone):
+    """Leaves masks alone as it should."""
+
+    def transform(self, inpt, params):
+        return inpt * random.uniform(0.5, 1.5)
+
+
+@pytest.mark.parametrize(("own", "is_refused"), [(MovesImagesAlone(), True), (Brightens(), False)])
+def test_a_pipeline_that_moves_images_and_leaves_masks_is_found_by_the_proof(own, is_refused):
+    pixels = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    crop = v2.RandomResizedCrop(GRID, scale=(0.5, 1.0))
+    transform = ReplayableTransform(
+        train=v2.Compose([*pixels, crop, own]), base=v2.Compose([v2.Resize(GRID), *pixels])
+    )
+    images = [textured(seed) for seed in range(24)]
+    _, drawn = fetch(transform, images, view=1, geometry=(PROJECTIVE, (4, 4)))
+    if is_refused:
+        assert "moves the pixels of images alone" in drawn.refused
+    else:
+        assert drawn.refused is None
