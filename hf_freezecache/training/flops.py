@@ -148,12 +148,14 @@ class FlopMeter:
                 self._by_width = self._measure_by_width(self._width)
         return max(0.0, float(np.polyval(self._by_width, width / self._width)))
 
-    def width_of(self, inputs: Mapping[str, Any]) -> int | None:
-        """Positions of the texts of a batch; None where the samples are no texts."""
+    def width_of(self, inputs: Any) -> int | None:
+        """Positions of the texts of a batch, of any type; None where the samples are no texts, or it does not say."""
+        if self._width is None or not isinstance(inputs, Mapping):
+            return None
         main = inputs.get(self.chain.main_input)
-        return None if self._width is None or main is None else main.shape[-1]
+        return main.shape[-1] if isinstance(main, torch.Tensor) else None
 
-    def see(self, inputs: Mapping[str, Any]) -> None:
+    def see(self, inputs: Any) -> None:
         """Takes note of the width of a batch, for `mean_seen`."""
         self._seen.append(self.relative(self.width_of(inputs)))
 

@@ -12,8 +12,13 @@ from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
 from hf_freezecache.training import freezing_trial, head_start
 
-#: 160 steps: a trial of eight, with two batches held out.
-LONG = {"num_train_epochs": 8, "logging_steps": 20}
+#: 40 steps: with a fifth of them on trial, a trial of eight, with two batches held out.
+LONG = {"num_train_epochs": 2, "logging_steps": 20}
+
+
+@pytest.fixture(autouse=True)
+def longer_trials(monkeypatch):
+    monkeypatch.setattr(freezing_trial, "_SHARE", 0.2)
 
 
 class Remembering(AutoPolicy):
@@ -42,7 +47,7 @@ def auto(policy, folder, model=None, **settings):
     ("sign", "points", "settings"),
     [
         (-1, "0:2", {}),
-        (1, "4:3", {"optim": "sgd", "lr_scheduler_type": "constant"}),
+        (1, "1:3", {"optim": "sgd", "lr_scheduler_type": "constant"}),
         (-1, "0:2", {"warmup_steps": 20, "max_grad_norm": 0.1}),
     ],
     ids=["adamw", "sgd", "warm-up"],
@@ -122,21 +127,22 @@ def test_a_new_head_gets_a_head_start_for_the_trial_alone(tmp_path):
 
 
 def test_a_resumed_training_does_as_it_would_have_done(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 100}
+    settings = {"save_strategy": "steps", "save_steps": 30}
     first = Remembering(-1)
     whole = auto(first, tmp_path / "whole", **settings)
     again = Remembering(1)
     resumed = auto(
-        again, tmp_path / "again", settle(tiny_vit()), resume=str(tmp_path / "whole" / "checkpoint-100"), **settings
+        again, tmp_path / "again", settle(tiny_vit()), resume=str(tmp_path / "whole" / "checkpoint-30"), **settings
     )
     assert len(first.trials) == 1 and not again.trials
     assert_same_weights(weights(whole), weights(resumed))
     assert again.why == first.why
 
 
-def test_a_short_training_has_no_trial(tmp_path):
+def test_a_short_training_has_no_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(freezing_trial, "_SHARE", 0.05)
     policy = Remembering(-1)
-    trainer = auto(policy, tmp_path, num_train_epochs=4)
+    trainer = auto(policy, tmp_path)
     assert policy.trials == [None] and "too short" in policy.why
     assert trainer.freeze_status().cut == 3 and "trial" not in [
         phase.mode for phase in trainer.freeze_cache_report().phases
