@@ -108,7 +108,7 @@ def test_ways_to_train_on_trimmed_features(settings, tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["fp16", "int8", "int4", "mixed"])
-@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("lossless", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_codecs_of_trimmed_features(codec, lossless, tmp_path):
     frozen = train(bert_of_questions, Texts(label="span"), tmp_path / "a", manual("1:3", cache="never"), Pad())
     config = manual("1:3", codec=codec, lossless=lossless, on_mismatch="error")
@@ -121,7 +121,7 @@ def test_codecs_of_trimmed_features(codec, lossless, tmp_path):
     ("make", "letters", "points"),
     [(wav2vec2, False, "1:4"), (wav2vec2, False, "1:6"), (wav2vec2_of_letters, True, "1:5")],
 )
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sounds_of_several_lengths_are_trimmed(make, letters, points, workers, tmp_path):
     """Their positions follow from their lengths by the strides of convolutions."""
     sounds, settings = Sounds(letters=letters), dict(per_device_train_batch_size=4, dataloader_num_workers=workers)
@@ -252,7 +252,10 @@ def test_padding_of_several_values_is_refused_before_the_first_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "samples", "collator", "points"),
-    [(bert_of_questions, Texts(label="span"), Pad(), "1:3"), (wav2vec2, Sounds(), PadSounds(), "1:4")],
+    [
+        (bert_of_questions, Texts(label="span"), Pad(), "1:3"),
+        pytest.param(wav2vec2, Sounds(), PadSounds(), "1:4", marks=pytest.mark.slow),
+    ],
     ids=["texts", "sounds"],
 )
 class TestStores:

@@ -20,7 +20,7 @@ def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
     assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
 
 
-@pytest.mark.parametrize("codec", ["int4", "fp32"])
+@pytest.mark.parametrize("codec", ["int4", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_texts_of_two_processes_are_those_of_one(codec, tmp_path):
     """Ranges on either side of where their parts meet run together, sorted by length."""
     launch(["--output", tmp_path, "--points", "0:3", "--model", "bert", "--codec", codec])
@@ -37,7 +37,7 @@ def test_texts_of_two_processes_are_those_of_one(codec, tmp_path):
     ("name", "make", "samples", "collator"),
     [
         ("bert of questions", bert_of_questions, Texts(70, label="span"), Pad()),
-        ("wav2vec2", wav2vec2, Sounds(70), PadSounds()),
+        pytest.param("wav2vec2", wav2vec2, Sounds(70), PadSounds(), marks=pytest.mark.slow),
     ],
 )
 def test_samples_of_several_widths_of_two_processes_are_those_of_one(name, make, samples, collator, tmp_path):

@@ -52,7 +52,9 @@ def test_two_processes_train_one_head_before_the_first_step(tmp_path):
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize("arguments", [["--layer_decay", "0.5"], ["--main_decides"]])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(["--layer_decay", "0.5"], marks=pytest.mark.slow), ["--main_decides"]]
+)
 def test_learning_rates_of_blocks_are_the_same_in_two_processes(arguments, tmp_path):
     """Also where the processes would decide differently: the main one's decision falls in both."""
     launch(["--output", tmp_path, "--anneal", "cosine", "--points", "2:2", "--cache", "never", *arguments])
