@@ -105,6 +105,15 @@ def test_line_is_suggested_for_two_functions_of_the_same_kind(transform, evaluat
     assert suggest_replayable(data.with_transform(transform), None) is None
 
 
+def test_transform_that_fails_suggests_nothing_and_is_traced(caplog):
+    caplog.set_level("DEBUG", logger=suggest_replayable.__module__)
+    data = picture_dataset(4)
+    failing = data.with_transform(lambda rows: rows["no such column"])
+    assert suggest_replayable(data.with_transform(lambda rows: {"pixel_values": rows["image"]}), failing) is None
+    records = [record for record in caplog.records if "No ReplayableTransform is suggested" in record.getMessage()]
+    assert "KeyError" in records[0].getMessage() and isinstance(records[-1].exc_info[1], KeyError)
+
+
 def test_suggested_line_names_the_image_column():
     def train_transforms(rows):
         return {"pixel_values": [F.to_tensor(image) for image in rows["picture"]]}

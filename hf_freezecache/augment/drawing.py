@@ -15,10 +15,13 @@ from torch import nn
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
+from transformers.utils import logging
 
 from ..rng import preserve_rng, seed_rng
 from .coordinate_grid import GridRefusedError, make_grid, read_grid
 from .following import follow
+
+logger = logging.get_logger(__name__)
 
 PIXELS = "pixel_values"
 _CAST = "scale it to 8 bits"
@@ -304,6 +307,7 @@ def _draw_grid(pipeline: Callable, image: Any, pixels: torch.Tensor, key: tuple,
             outputs = pipeline(image, make_grid(height, width))
         except Exception as error:  # the image alone caused no error, so the grid did
             reason = str(error).partition("\n")[0]
+            logger.debug("The %s pipeline does not take an image with a mask", name, exc_info=error)
             raise GridRefusedError(
                 f"the {name} pipeline does not take an image with a mask: {type(error).__name__}: {reason}"
             ) from error

@@ -23,8 +23,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import functional as v1
 from torchvision.transforms.v2 import functional as v2
 from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY, _get_kernel
+from transformers.utils import logging
 
 from .coordinate_grid import CoordinateGrid, GridRefusedError
+
+logger = logging.get_logger(__name__)
 
 # Kinds of images, whose kernels are watched; those of masks move grids.
 _IMAGES = (torch.Tensor, PIL.Image.Image, tv_tensors.Image)
@@ -106,6 +109,7 @@ class Followed:
         try:
             return move(known)
         except Exception as error:  # the image alone caused no error, so the grid did
+            logger.debug("`%s` does not take a mask", name, exc_info=error)
             return f"`{name}` does not take a mask: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
     def _keep(self, name: str, result: Any, moved: CoordinateGrid | str) -> None:

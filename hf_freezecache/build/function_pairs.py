@@ -9,7 +9,7 @@ import datasets
 from transformers.utils import logging
 
 from ..augment.drawing import PIXELS
-from ..distributed import describe_error
+from ..distributed import Announcer
 from ..rng import preserve_rng
 
 logger = logging.get_logger(__name__)
@@ -37,7 +37,7 @@ def suggest_replayable(train: Any, evaluation: Any) -> str | None:
         try:
             makes_pixels = all(PIXELS in dataset[0] for dataset in (train, evaluation))
         except Exception as error:  # whatever a transform raises for rows that nobody has asked for
-            logger.debug("No transform is suggested: %s", describe_error(error))
+            Announcer.survived(logger, "No ReplayableTransform is suggested", error)
             return None
     if not makes_pixels:
         return None

@@ -128,8 +128,9 @@ class FreezingTrial:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
     ) -> None:
-        gradients = {name: outcome.gradients.get(name) for name in trained}
-        self.context.group.average_tensors([gradient for gradient in gradients.values() if gradient is not None])
+        # A process whose batch has left a parameter out takes part in its mean, too.
+        gradients = {name: outcome.gradients.get(name, torch.zeros_like(value)) for name, value in trained.items()}
+        self.context.group.average_tensors(list(gradients.values()))
         before = {name: parameter.grad for name, parameter in trained.items()}
         for name, parameter in trained.items():
             parameter.grad = gradients[name]

@@ -28,6 +28,7 @@ from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 
 from hf_freezecache import ReplayableTransform
 from hf_freezecache.augment import following
+from hf_freezecache.augment.coordinate_grid import GridRefusedError, make_grid
 from hf_freezecache.augment.geometry import DENSE, PROJECTIVE
 
 KINDS = (PROJECTIVE, DENSE)
@@ -127,6 +128,20 @@ def numpy_end(image):
 
 def four_corners(image):
     return v1.FiveCrop(SIZE)(F.to_tensor(image))[random.randrange(5)]
+
+
+def test_call_that_fails_for_a_mask_is_told_with_its_traceback(caplog):
+    def fail(grid, *args, **kwargs):
+        raise TypeError("no masks here")
+
+    image, grid = textured(), make_grid(45, 61)
+    caplog.set_level("DEBUG", logger=following.__name__)
+    followed = following.Followed(image, grid)
+    flipped = followed.call("flip", image, lambda: image.copy(), fail)
+    with pytest.raises(GridRefusedError, match="`flip` does not take a mask: TypeError: no masks here"):
+        followed.grid_of(flipped)
+    [record] = [record for record in caplog.records if "does not take a mask" in record.getMessage()]
+    assert isinstance(record.exc_info[1], TypeError)
 
 
 @pytest.mark.parametrize(

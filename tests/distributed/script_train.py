@@ -21,9 +21,10 @@ from support.sounds import PadSounds, Sounds, wav2vec2  # noqa: E402
 from support.token_rows import Pad, Texts, bert, bert_of_questions  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
-from hf_freezecache import FreezeCacheTrainer  # noqa: E402
+from hf_freezecache import FreezeCacheTrainer, FreezePolicy  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
-from hf_freezecache.training import step_state  # noqa: E402
+from hf_freezecache.policies import AutoPolicy  # noqa: E402
+from hf_freezecache.training import freezing_trial, step_state  # noqa: E402
 from hf_freezecache.training.proof import MismatchError  # noqa: E402
 from hf_freezecache.training.rehearsal import RehearsalError  # noqa: E402
 
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--head_start_epochs", type=int, default=0, help="the model is a pretrained one then")
     parser.add_argument("--anneal", default="none")
     parser.add_argument("--layer_decay", type=float, default=1.0)
+    parser.add_argument("--tries_freezing", action="store_true", help="policy auto, with a longer trial")
     parser.add_argument("--main_decides", action="store_true", help="a rule that freezes in the main process alone")
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
@@ -141,7 +143,7 @@ def train(options: argparse.Namespace) -> None:
     has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
     callbacks = [TROUBLES[options.trouble](options.trouble_step)] if has_trouble else []
     model, size = (tiny_resnet(), 32) if options.model == "resnet" else (tiny_vit(), 16)
-    model = settle(model) if options.head_start_epochs else model
+    model = settle(model) if options.head_start_epochs or options.tries_freezing else model
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     texts = {}
     if options.model == "bert":
@@ -154,6 +156,11 @@ def train(options: argparse.Namespace) -> None:
     if options.model == "wav2vec2":
         model, dataset, texts = wav2vec2(), Sounds(70), {"data_collator": PadSounds()}
     notes = NotesWeights()
+    policy: FreezePolicy | None = None
+    if options.main_decides:
+        policy = Answers(*([0, 2, 2, 2] if os.environ["RANK"] == "0" else [0] * 4))
+    if options.tries_freezing:
+        policy, freezing_trial._SHARE, freezing_trial._SHARE_HELD_OUT = AutoPolicy(), 0.4, 0.2
     trainer = run(
         model,
         dataset,
@@ -171,7 +178,7 @@ def train(options: argparse.Namespace) -> None:
             layer_decay=options.layer_decay,
             feature_cache_dir=str(options.output / "cache"),
         ),
-        policy=Answers(*([0, 2, 2, 2] if os.environ["RANK"] == "0" else [0] * 4)) if options.main_decides else None,
+        policy=policy,
         callbacks=[*callbacks, notes],
         eval_dataset=pixel_dataset(30, size, seed=5) if options.cache_eval else None,
         eval_strategy="epoch" if options.cache_eval else "no",
@@ -197,6 +204,7 @@ def train(options: argparse.Namespace) -> None:
         ],
         "weights": tensors_digest({**dict(trainer.model.named_parameters()), **frozen}),
         "weights_by_epoch": notes.digests,
+        "why": getattr(policy, "why", None),
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],
         "processes": trainer.accelerator.num_processes,
     }

@@ -45,6 +45,15 @@ def test_cached_is_freeze_only_in_two_processes(tmp_path):
     assert cached["weights"] == frozen["weights"]
 
 
+def test_two_processes_try_freezing_together(tmp_path):
+    """With a head start of the trial alone; the held-out samples of both count."""
+    launch(["--output", tmp_path, "--tries_freezing", "--cache", "never"])
+    first, second = seen_by(tmp_path)
+    assert first["modes"][0] == "trial" and "on 8 held-out training samples" in first["why"]
+    assert first["why"] == second["why"] and first["cut"] == second["cut"] > 0
+    assert first["weights_by_epoch"] == second["weights_by_epoch"]
+
+
 def test_two_processes_train_one_head_before_the_first_step(tmp_path):
     launch(["--output", tmp_path, "--head_start_epochs", "2", "--points", "1:2", "--cache", "never"])
     first, second = seen_by(tmp_path)
