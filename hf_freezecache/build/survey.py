@@ -25,7 +25,7 @@ from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit
 from .materialize import check_geometry, spread
-from .padded_samples import collator_pads, padded_split, what_is_read
+from .padded_samples import has_widths, padded_split, what_is_read
 from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
@@ -58,7 +58,7 @@ class Augmentation:
         why_not: why it cannot.
         own_inputs: whether model inputs besides the main one (labels) may be drawn too.
         declined: why nothing can be cached at all, as the end of a sentence; None if it can.
-        padded: whether the collator pads samples to the longest of a batch.
+        padded: whether the collator pads samples to the longest of a batch, or each batch has a size of its own.
     """
 
     random: bool = False
@@ -84,7 +84,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
-    if collator_pads(source, main_input):
+    if has_widths(source, main_input):
         return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
     try:
         declined = why_not_by_row(source, groups[0], main_input)
@@ -114,7 +114,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
 
 
 def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[int]]) -> Augmentation:
-    """As `survey`, of samples that the collator pads in every epoch: labels may be random, what is stored may not.
+    """As `survey`, of samples that are collated in every epoch: labels may be random, what is stored may not.
 
     Args:
         source: the samples.

@@ -19,6 +19,7 @@ from .names import is_reserved
 
 if TYPE_CHECKING:
     from .padded import PaddingRule
+    from .sized import SizeRule
 
 #: torch dtype of a column -> NumPy type in which Arrow stores it.
 _STORED_AS = {
@@ -215,9 +216,12 @@ class RowSource:
 
     Attributes:
         probe_rows: rows that stand for all; None: the first ones.
-        wide: the same samples, each batch as wide as the widest of them; None: nobody has looked for it.
-        rule: of such a source, how its collator pads; else None.
+        wide: the same samples as stores hold them where they are not of one width: each batch as wide as the widest
+            of all, or samples of equal size together; None: nobody has looked for it.
+        rule: of such a source, how its collator pads, or what is read of samples that have sizes of their own; else
+            None.
         is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
+        sizes: rows by the size of their main input, see `rows_by_size`; None: nobody has looked.
     """
 
     def __init__(
@@ -233,13 +237,28 @@ class RowSource:
         self.texts = TextInputs("input_ids", frozenset({"input_ids"})) if texts is None else texts
         self.probe_rows: Sequence[int] | None = None
         self.wide: RowSource | None = None
-        self.rule: PaddingRule | None = None
+        self.rule: PaddingRule | SizeRule | None = None
         self.is_padded: bool | None = None
+        self.sizes: Sequence[Sequence[int]] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def collated_by(self, collator: Callable) -> RowSource:
+        """The same samples with another collator."""
+        other = RowSource(
+            self.dataset,
+            collator,
+            self.batch_size,
+            self.seed,
+            self.num_workers,
+            self.multiprocessing_context,
+            self.texts,
+        )
+        other.probe_rows = self.probe_rows
+        return other
 
     @property
     def num_ranges(self) -> int:

@@ -66,7 +66,7 @@ def test_features_are_trimmed_on_the_side_of_the_padding(side):
     chain = BlockChain.from_model(bert_of_questions().eval(), probe=probe)
     chain.padding.trim(2, Trimming(side, probe))
     features = torch.randn(4, 20, 32)
-    own = chain.padding.trim_features(features, inputs(Pad(side, width=15)([*Texts(4)])), 2)
+    own = chain.padding.fit_features(features, inputs(Pad(side, width=15)([*Texts(4)])), 2)
     assert torch.equal(own, features[:, :15] if side == "right" else features[:, 5:])
     layout = chain.stored_layout(2)
     assert layout.is_trimmed and layout.shape == (20, 32)
@@ -77,7 +77,7 @@ def test_features_of_choices_are_trimmed_text_by_text():
     chain = BlockChain.from_model(bert_of_choices().eval(), probe=probe)
     chain.padding.trim(2, Trimming("right", probe))
     features = torch.randn(4, 3 * 20, 32)
-    own = chain.padding.trim_features(features, inputs(PadChoices(width=15)([*Choices(4)])), 2)
+    own = chain.padding.fit_features(features, inputs(PadChoices(width=15)([*Choices(4)])), 2)
     assert torch.equal(own, features.unflatten(1, (3, 20))[:, :, :15].flatten(1, 2))
 
 
