@@ -68,7 +68,7 @@ def has_widths(source: RowSource, main_input: str) -> bool:
         source: the samples.
         main_input: name of the model's main input in a batch.
     """
-    return bool(rows_by_size(source, main_input)) or collator_pads(source, main_input)
+    return collator_pads(source, main_input) or bool(rows_by_size(source, main_input))
 
 
 def padded_split(source: RowSource, main_input: str) -> tuple[RowSource, Callable[[Any], BatchSplit]]:

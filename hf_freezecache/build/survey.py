@@ -25,7 +25,8 @@ from ..rng import preserve_rng, seed_rng
 from .company import why_not_by_row
 from .errors import GeometryMisfit
 from .materialize import check_geometry, spread
-from .padded_samples import has_widths, padded_split, what_is_read
+from .padded_samples import collator_pads, padded_split, what_is_read
+from .several_sizes import rows_by_size
 from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
@@ -84,11 +85,14 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
-    if has_widths(source, main_input):
+    if collator_pads(source, main_input) or (source.batch_size == 1 and rows_by_size(source, main_input)):
         return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
     try:
         declined = why_not_by_row(source, groups[0], main_input)
+        source.sizes = ()  # the collator puts them together
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
+        if rows_by_size(source, main_input):
+            return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
         reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
@@ -123,16 +127,16 @@ def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[
     """
     try:
         source, split = padded_split(source, main_input)
+        for rows in groups:
+            draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
+            if any(not is_same(draws[0], draw) for draw in draws[1:]):
+                return Augmentation(
+                    declined=f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random "
+                    "(by the transform or the collator), so that their features are others in every epoch"
+                )
+        return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
     except RowError as error:
         return Augmentation(declined=str(error).rstrip("."), padded=True)
-    for rows in groups:
-        draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
-        if any(not is_same(draws[0], draw) for draw in draws[1:]):
-            return Augmentation(
-                declined=f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random "
-                "(by the transform or the collator), so that their features are others in every epoch"
-            )
-    return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
 
 
 def tells_geometry(source: RowSource) -> bool:
