@@ -320,9 +320,12 @@ def test_planned_bytes_are_those_of_the_store(codec, tmp_path):
     assert row.bytes == store_of(tmp_path / "cached").bytes
 
 
-def test_a_budget_holds_for_features_of_several_sizes(tmp_path):
-    with pytest.raises(ValueError, match="cache_budget"):
-        train_sized(tiny_resnet, SizedImages(), tmp_path, cached(cache_budget="10kB"))
+def test_a_budget_holds_for_features_of_several_sizes(tmp_path, caplog):
+    for name, budget in (("large", "50kB"), ("small", "10kB")):
+        config = manual("1:3", codec="int8", cache_budget=budget)
+        trained = train_sized(tiny_resnet, SizedImages(), tmp_path / name, config)
+        assert trained.freeze_status().replaying == (name == "large")
+    assert "it needs 14.5 kB even with codec `int3`, but only 10 kB of `cache_budget` are left" in messages(caplog)
 
 
 def test_other_ways_to_make_a_store_fall_back_to_builds(tmp_path, caplog):

@@ -97,7 +97,7 @@ def sized(source: RowSource, main_input: str, read: Collection[str]) -> RowSourc
     before = source.wide.rule if source.wide is not None else None
     known = before.read if isinstance(before, SizeRule) else frozenset()
     if source.wide is None or not known >= {*read}:
-        source.wide = source.collated_by(BySize(source.collator, main_input))
+        source.wide = source.collated_by(BySize(source.collator, main_input, source.batch_size))
         source.wide.rule = SizeRule(main_input, known | {main_input, *read})
     return source.wide
 

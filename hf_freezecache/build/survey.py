@@ -141,7 +141,8 @@ def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[
 
 def tells_geometry(source: RowSource) -> bool:
     """Whether a `ReplayableTransform` draws the first samples."""
-    drawn = source.draw(range(min(2, len(source))), 1, (PROJECTIVE, (1, 1)))
+    rows = range(min(2, len(source))) if source.probe_rows is None else source.probe_rows[: source.batch_size]
+    drawn = source.draw(rows, 1, (PROJECTIVE, (1, 1)))
     return drawn.geometry is not None or drawn.refused is not None
 
 

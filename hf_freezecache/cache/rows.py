@@ -181,6 +181,22 @@ def without_last(batch: Mapping[str, Any], samples: int) -> dict[str, Any]:
     return {name: drop(value) for name, value in batch.items()}
 
 
+def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """A collated batch of one sample as one of the same sample several times; other entries as they are.
+
+    Args:
+        batch: of one sample.
+        times: how often.
+    """
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == 1:
+            return value[[0] * times]
+        return list(value) * times if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+    return {name: repeat(value) for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class DrawnBatch:
     """One view of a few samples.
@@ -302,8 +318,11 @@ class RowSource:
         return self.draw(indices, view).batch
 
     def probe(self, rows: int = 2) -> Mapping[str, Any]:
-        """The base view of a few rows as a batch."""
-        return self.collate(range(min(rows, len(self))) if self.probe_rows is None else self.probe_rows[:rows])
+        """The base view of a few rows as a batch; where batches are one sample of any size, of one row, repeated."""
+        chosen = range(min(rows, len(self))) if self.probe_rows is None else self.probe_rows[:rows]
+        if self.sizes and self.batch_size == 1:
+            return repeated(self.collate(chosen[:1]), rows)
+        return self.collate(chosen)
 
     def loader(
         self, numbers: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None

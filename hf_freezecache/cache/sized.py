@@ -73,10 +73,11 @@ class BySize:
     Args:
         collator: the user's.
         main_input: name of the model's main input in a batch.
+        most: samples of a batch.
     """
 
-    def __init__(self, collator: Callable, main_input: str):
-        self.collator, self.main_input = collator, main_input
+    def __init__(self, collator: Callable, main_input: str, most: int):
+        self.collator, self.main_input, self.most = collator, main_input, most
 
     def __call__(self, samples: Any) -> SizedBatch:
         if not isinstance(samples, list):
@@ -86,10 +87,11 @@ class BySize:
         places: dict[tuple[int, ...], list[int]] = {}
         for place, batch in enumerate(alone):
             places.setdefault(size_of(batch, self.main_input), []).append(place)
+        parts = [own[i : i + self.most] for own in places.values() for i in range(0, len(own), self.most)]
         return SizedBatch(
             [
-                (own, alone[own[0]] if len(own) == 1 else self.collator([samples[place] for place in own]))
-                for own in places.values()
+                (part, alone[part[0]] if len(part) == 1 else self.collator([samples[place] for place in part]))
+                for part in parts
             ]
         )
 

@@ -73,8 +73,9 @@ class FreezingTrial:
         """What is run for a training of a number of steps; None if that, or the data set, is too short."""
         steps = min(_MOST, round(_SHARE * max_steps))
         source = self.context.source
-        if rows_by_size(source, self.context.chain.main_input):
-            source = source.collated_by(BySize(source.collator, self.context.chain.main_input))
+        main_input = self.context.chain.main_input
+        if rows_by_size(source, main_input):
+            source = source.collated_by(BySize(source.collator, main_input, source.batch_size))
         mine, size = in_random_order(source, self.context.group), source.batch_size
         held_out = min(_HELD_OUT, math.floor(_SHARE_HELD_OUT * (len(mine) // size)))
         if steps < _FEWEST or not held_out:
