@@ -130,10 +130,9 @@ def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[
         for rows in groups:
             draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
             if any(not is_same(draws[0], draw) for draw in draws[1:]):
-                return Augmentation(
-                    declined=f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random "
-                    "(by the transform or the collator), so that their features are others in every epoch"
-                )
+                what = f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random"
+                why = "(by the transform or the collator), so that their features are others in every epoch"
+                return Augmentation(declined=f"{what} {why}")
         return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
     except RowError as error:
         return Augmentation(declined=str(error).rstrip("."), padded=True)
