@@ -17,6 +17,7 @@ from support.helpers import (
 from support.pretrained import settle
 from support.sized_images import SizedImages, interpolating, train_sized
 from support.sounds import Sounds, wav2vec2
+from support.token_rows import Texts, gpt2
 from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback, default_data_collator
 
 from hf_freezecache import FeatureStore, FreezeCacheConfig, FreezeCacheTrainer, plan, wrap_classifier
@@ -142,15 +143,29 @@ def test_several_cuts_are_stored_one_after_the_other(tmp_path):
     assert losses(found) == pytest.approx(losses(expected), abs=2e-4)
 
 
-@pytest.mark.parametrize("points", ["1:4", "1:6"])
-def test_sounds_without_padding_are_stored_in_their_own_lengths(points, tmp_path):
-    def alone(samples):
-        (sample,) = samples
-        return {"input_values": sample["input_values"][None], "labels": torch.tensor([sample["labels"]])}
+def sound_alone(samples):
+    (sample,) = samples
+    return {"input_values": sample["input_values"][None], "labels": torch.tensor([sample["labels"]])}
 
-    settings = dict(data_collator=alone, per_device_train_batch_size=1, trainer_class=FreezeCacheTrainer)
-    expected = train_sized(wav2vec2, Sounds(12), tmp_path / "frozen", frozen(points), **settings)
-    found = train_sized(wav2vec2, Sounds(12), tmp_path / "cached", cached(points), **settings)
+
+def text_alone(samples):
+    (sample,) = samples
+    return {"input_ids": torch.tensor([sample["input_ids"]]), "labels": torch.tensor([sample["labels"]])}
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "collator", "points"),
+    [
+        (wav2vec2, Sounds(12), sound_alone, "1:4"),
+        (wav2vec2, Sounds(12), sound_alone, "1:6"),
+        (gpt2, Texts(12), text_alone, "1:3"),
+    ],
+)
+def test_samples_without_padding_are_stored_in_their_own_lengths(make, samples, collator, points, tmp_path):
+    """The collator takes a single sample."""
+    settings = dict(data_collator=collator, per_device_train_batch_size=1, trainer_class=FreezeCacheTrainer)
+    expected = train_sized(make, samples, tmp_path / "frozen", frozen(points), **settings)
+    found = train_sized(make, samples, tmp_path / "cached", cached(points), **settings)
     assert found.freeze_status().replaying
     assert losses(found) == losses(expected)
     assert_same_weights(weights(found), weights(expected))

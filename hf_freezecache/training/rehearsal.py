@@ -14,7 +14,7 @@ from ..build.context import BuildContext
 from ..build.feature_sources import agree_on_padding
 from ..build.materialize import spread
 from ..build.padded_samples import has_widths
-from ..build.several_sizes import one_of_each_size
+from ..build.several_sizes import one_of_each_size, rows_by_size
 from ..build.text_lengths import rows_by_length
 from ..build.trimming import settle_trimming
 from ..build.widest import narrow_batch
@@ -224,10 +224,9 @@ class Rehearsal:
     def _batch(self) -> Mapping[str, Any]:
         source = self.context.source
         count = min(_ROWS, len(source))
-        if source.sizes:
-            common = max(source.sizes, key=len)
-            return source.collate(common[: min(count, source.batch_size)])
         with preserve_rng():
+            if source.sizes:
+                return self._of_common_size(source.sizes)
             try:
                 batch = source.collate(spread(len(source), count))
                 if token_mask(batch, self.context.chain.main_input) is None:
@@ -236,7 +235,12 @@ class Rehearsal:
                 return source.collate([by_length[place] for place in spread(len(by_length), count)])
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
                 Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
-                return self._neighbours(count)
+                sizes = rows_by_size(source, self.context.chain.main_input)
+                return self._of_common_size(sizes) if sizes else self._neighbours(count)
+
+    def _of_common_size(self, sizes: Sequence[Sequence[int]]) -> Mapping[str, Any]:
+        source = self.context.source
+        return source.collate(max(sizes, key=len)[: min(_ROWS, source.batch_size)])
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:
         try:
