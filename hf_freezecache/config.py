@@ -143,6 +143,14 @@ class FreezeCacheConfig:
             "files; never uses no store but those of this training, also when it is resumed."
         },
     )
+    share_store: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the train data set is a selection of rows (`select`, `filter`, `shuffle`, torch's Subset), "
+            "the store of blocks frozen from the start holds all rows of its table and is kept, so that trainings on "
+            "other selections, such as the folds of a cross-validation, read it instead of building their own."
+        },
+    )
     codec: str = field(
         default="int4", metadata={"help": f"Encoding of the stored features: one of {', '.join(CODEC_NAMES)}."}
     )

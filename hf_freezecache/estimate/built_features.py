@@ -29,12 +29,14 @@ def run_as_built(
         loaded: the ranges.
         features: of them as an epoch runs them.
     """
-    built = ImageFeatures(context.chain, spec.cut, spec.source, spec.layout, context.model_inputs)
-    if spec.layout.is_token and spec.source is context.source:
+    has_rule = spec.source.rule is not None
+    source = spec.source if has_rule else context.source
+    built = ImageFeatures(context.chain, spec.cut, source, spec.layout, context.model_inputs)
+    if spec.layout.is_token and not has_rule:
         probe = context.source.probe()
         together, spent = timed(lambda: run_together(built, loaded.rows, loaded.base, probe))
         return together, spent / len(loaded.rows)
-    if spec.source is not context.source:
+    if has_rule:
         pairs = zip(loaded.stored, loaded.rows, strict=True)
         runs = [timed(partial(built.run_view, drawn, rows)) for drawn, rows in pairs]
         return [run for run, _ in runs], median_low([seconds for _, seconds in runs])

@@ -288,7 +288,7 @@ class Prober:
     def _load(self, spec: StoreSpec, batches: int) -> LoadedRanges:
         views = spec.views
         geometry = None if views.whole else (views.warped.geometry, check_grid(spec.layout))
-        wide = None if spec.source is self.source else spec.source
+        wide = None if spec.source.rule is None else spec.source
         key = (batches, bool(views.count), geometry, wide)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
@@ -309,7 +309,7 @@ class Prober:
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
             features = self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
-            is_text = spec.layout.is_token and spec.source is self.source
+            is_text = spec.layout.is_token and spec.source.rule is None
             mask = spec.split(drawn.batch).mask if is_text else None
             return features if mask is None else blank_padding(features, mask)
 
@@ -320,7 +320,7 @@ class Prober:
         for computed, batches in ((base, loaded.base), (of_views, loaded.views)):
             for rows, drawn in zip(loaded.rows, batches, strict=False):
                 features, spent = timed(partial(run, drawn))
-                if spec.source is self.source:
+                if spec.source.rule is None:
                     check_shape(features, spec.layout, rows)
                 computed.append(features)
                 seconds.append(spent)
