@@ -65,11 +65,11 @@ class CountLive(TrainerCallback):
 
 
 MODELS = [
-    (tiny_resnet, default_data_collator, "1:2"),
+    pytest.param(tiny_resnet, default_data_collator, "1:2", marks=pytest.mark.slow),
     (tiny_resnet, default_data_collator, "1:5"),
     (convnext, default_data_collator, "1:3"),
-    (timm_convnext, default_data_collator, "1:3"),
-    (tiny_vit, interpolating, "1:1"),
+    pytest.param(timm_convnext, default_data_collator, "1:3", marks=pytest.mark.slow),
+    pytest.param(tiny_vit, interpolating, "1:1", marks=pytest.mark.slow),
     (tiny_vit, interpolating, "1:3"),
 ]
 

@@ -263,7 +263,7 @@ class SpecMaker:
         """The spec of the store of all rows that the samples are selected from; nobody owns it.
 
         None if they are not selected, that is the spec itself, or the samples have not the same features there: where
-        something is drawn for a row number, or rows are as wide as the widest.
+        something is drawn for a row number, rows are as wide as the widest, or have sizes of their own.
 
         Args:
             spec: what `make` returned.
