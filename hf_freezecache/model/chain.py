@@ -441,8 +441,8 @@ class BlockChain:
 
     def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        widths, sizes = bool(self.padding.ignored(cut)), self.padding.is_any_size(cut)
-        if self._trace is None or not self._trace.fits(inputs, widths, sizes):
+        padding, trace = self.padding, self._trace
+        if trace is None or not trace.fits(inputs, bool(padding.ignored(cut)), padding.is_any_size(cut)):
             self.trace(inputs)
 
     def own_trace(self) -> Trace:
