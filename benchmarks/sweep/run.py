@@ -1,4 +1,4 @@
-"""A search for a learning rate, ten trials over one data set: plain, frozen, and from one store that all trials share.
+"""Trainings that share a store: ten trials of a search for a learning rate, and the folds of a cross-validation.
 
 python -m benchmarks.sweep.run --threads 1
 """
@@ -9,10 +9,13 @@ import argparse
 import gc
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import optuna
-from transformers import Trainer, TrainingArguments
+from sklearn.model_selection import KFold
+from torch.utils.data import Subset
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 
@@ -44,10 +47,8 @@ def split_rows(options: argparse.Namespace) -> tuple[Pixels, Pixels]:
     )
 
 
-def search(arm: str, train: Pixels, validation: Pixels, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs all trials of an arm; seconds of each, evaluation included, and what it has found."""
-    folder = REPOSITORY / "outputs" / "benchmarks" / "sweep" / arm
-    shutil.rmtree(folder, ignore_errors=True)
+def trainer_arguments(folder: Path, train: Any, validation: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What all arms share."""
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -58,21 +59,32 @@ def search(arm: str, train: Pixels, validation: Pixels, options: argparse.Namesp
         **{**QUIET, "eval_strategy": "epoch"},
         seed=options.seed,
     )
-    clock = TrialClock(options)
-    kwargs: dict[str, Any] = {
-        "model_init": clock,
+    return {
         "args": args,
         "train_dataset": train,
         "eval_dataset": validation,
         "data_collator": as_batch if options.image_size == 224 else as_interpolated_batch,
         "compute_metrics": accuracy,
     }
+
+
+def make_trainer(arm: str, kwargs: dict[str, Any], options: argparse.Namespace, **settings: Any) -> Trainer:
+    """The trainer of an arm."""
     cache = ARMS[arm]
     if cache is None:
-        trainer = Trainer(**kwargs)
-    else:
-        config = FreezeCacheConfig(policy="manual", freeze_points=f"0:{options.cut}", cache=cache)
-        trainer = FreezeCacheTrainer(**kwargs, freeze_cache=config)
+        return Trainer(**kwargs)
+    points = f"0:{options.cut}"
+    config = FreezeCacheConfig(policy="manual", freeze_points=points, cache=cache, report="none", **settings)
+    return FreezeCacheTrainer(**kwargs, freeze_cache=config)
+
+
+def search(arm: str, train: Pixels, validation: Pixels, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs all trials of an arm; seconds of each, evaluation included, and what it has found."""
+    folder = REPOSITORY / "outputs" / "benchmarks" / "sweep" / arm
+    shutil.rmtree(folder, ignore_errors=True)
+    clock = TrialClock(options)
+    kwargs = {"model_init": clock, **trainer_arguments(folder, train, validation, options)}
+    trainer = make_trainer(arm, kwargs, options)
     rates = options.learning_rates
     tried: list[float] = []
     found: dict[float, float] = {}
@@ -111,8 +123,33 @@ def search(arm: str, train: Pixels, validation: Pixels, options: argparse.Namesp
     return result
 
 
+def cross_validate(arm: str, rows: Pixels, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains a model for each fold, the rest of the rows held out; seconds of each, evaluation included."""
+    folder = REPOSITORY / "outputs" / "benchmarks" / "sweep" / f"folds-{arm}"
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds, accuracies = [], []
+    for train_rows, held_out in KFold(options.folds, shuffle=True, random_state=0).split(range(len(rows))):
+        train, validation = Subset(rows, train_rows.tolist()), Subset(rows, held_out.tolist())
+        kwargs = trainer_arguments(folder, train, validation, options)
+        kwargs["args"].learning_rate = options.fold_rate
+        set_seed(options.seed)
+        start = time.perf_counter()
+        trainer = make_trainer(arm, {"model": load_deit(options), **kwargs}, options, share_store=True)
+        silence(trainer).train()
+        seconds.append(time.perf_counter() - start)
+        accuracies.append(trainer.state.log_history[-2]["eval_accuracy"])
+        del trainer, kwargs
+        gc.collect()
+    stores = len(list(folder.rglob("manifest.json")))
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{arm}, folds: {sum(seconds):.1f} s", flush=True)
+    return {"seconds": sum(seconds), "fold_seconds": seconds, "accuracy_by_fold": accuracies, "stores": stores}
+
+
 def make_claims(results: dict[str, dict[str, Any]]) -> list[Claim]:
     plain, frozen, cached = (results[arm] for arm in ARMS)
+    folds = [results[f"{arm}, folds"] for arm in ARMS]
+    fold_pairs = zip(folds[1]["accuracy_by_fold"], folds[2]["accuracy_by_fold"], strict=True)
     pairs = zip(frozen["accuracy_by_rate"].values(), cached["accuracy_by_rate"].values(), strict=True)
     apart = max(abs(a - b) for a, b in pairs)
     return [
@@ -124,6 +161,14 @@ def make_claims(results: dict[str, dict[str, Any]]) -> list[Claim]:
             apart,
             at_most=0.01,
         ),
+        Claim("stores of all folds", folds[2]["stores"], at_most=1),
+        Claim("seconds of the folds, plain over cached", folds[0]["seconds"] / folds[2]["seconds"], at_least=2),
+        Claim("seconds of the folds, frozen over cached", folds[1]["seconds"] / folds[2]["seconds"], at_least=1.3),
+        Claim(
+            "largest difference of a fold's accuracy, frozen and cached",
+            max(abs(a - b) for a, b in fold_pairs),
+            at_most=0.01,
+        ),
         Claim("both find the same best rate", float(frozen["best_rate"] == cached["best_rate"]), at_least=1),
     ]
 
@@ -133,6 +178,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add_image_options(parser, 1010, 112)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--cut", type=int, default=10)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--fold_rate", type=float, default=4e-4, help="learning rate of the folds")
     rates = [round(10 ** (-4.3 + 0.2 * number), 6) for number in range(10)]
     parser.add_argument("--learning_rates", type=float, nargs="+", default=rates)
     options = parser.parse_args(argv)
@@ -147,7 +194,9 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     train, validation = split_rows(options)
     results = {arm: search(arm, train, validation, options) for arm in ARMS}
-    settings = pick(options, "rows image_size batch_size epochs cut learning_rates")
+    rows = load_caltech(options, "train", options.image_size, options.rows)
+    results |= {f"{arm}, folds": cross_validate(arm, rows, options) for arm in ARMS}
+    settings = pick(options, "rows image_size batch_size epochs cut learning_rates folds fold_rate")
     write_result("sweep", options, settings, results, make_claims(results))
 
 

@@ -7,6 +7,7 @@ read, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,21 +43,26 @@ def _choose(options: argparse.Namespace) -> Callable[[], None]:
     if options.command == "plan":
         from .plan import plan_images
 
-        return lambda: print(plan_images(options))
+        return lambda: print(json.dumps(plan_images(options).to_dict()) if options.json else plan_images(options))
+    if options.command == "report":
+        from .report import report
+
+        return partial(report, options.directories, options.output, options.metric, options.json)
     from . import stores
 
     if options.command == "inspect":
         picture = (options.output or "sensitivity.png") if options.sensitivity else None
-        return partial(stores.inspect, options.directory, picture)
+        return partial(stores.inspect, options.directory, picture, options.json)
     if options.command == "verify":
-        return partial(stores.verify, options.directory)
-    return partial(stores.clean, options.directory, options.yes)
+        return partial(stores.verify, options.directory, options.json)
+    return partial(stores.clean, options.directory, options.yes, options.json)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands, without importing what they need."""
     parser = argparse.ArgumentParser(
-        prog="freezecache", description="Plans feature stores, and inspects, verifies and removes them."
+        prog="freezecache",
+        description="Plans feature stores, inspects, verifies and removes them, and reports on trainings.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -74,6 +80,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder of the stores (feature_cache_dir), or the output folder of a training",
     )
+    report = commands.add_parser("report", help="make a page on a training, or on several side by side")
+    report.add_argument("directories", metavar="DIR", nargs="+", help="output folders of trainings")
+    report.add_argument(
+        "--output", metavar="HTML", default="freeze_cache_report.html", help="file of the page (default: %(default)s)"
+    )
+    report.add_argument("--metric", metavar="NAME", help="what is compared (default: the first metric of evaluations)")
+    report.add_argument("--json", action="store_true", help="print the records as JSON in place of a page")
+    for command in (inspect, verify, clean):
+        command.add_argument("--json", action="store_true", help="print JSON in place of a table")
     mode = clean.add_mutually_exclusive_group()
     mode.add_argument("--yes", action="store_true", help="remove them; without this option they are only listed")
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")
@@ -113,6 +128,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="smallest share of an image that a random crop shows (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON in place of a table")
     measuring = parser.add_argument_group("measurement")
     measuring.add_argument(
         "--cuts", type=_numbers, help="cuts to measure: numbers of frozen blocks, e.g. 4,8 (default: all)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -21,20 +23,25 @@ from .plots import plot_sensitivity
 _SENSITIVITY_FILE = note_file(SENSITIVITY)
 
 
-def inspect(directory: str | os.PathLike, picture: str | os.PathLike | None) -> None:
+def inspect(directory: str | os.PathLike, picture: str | os.PathLike | None, as_json: bool = False) -> None:
     """Prints what a store holds; draws the sensitivity of its channels if a file for the picture is given.
+
+    Args:
+        directory: of the store.
+        picture: file of the picture; None: there is none.
+        as_json: print the manifest as JSON in place of a table.
 
     Raises:
         StoreError: if the store is missing or damaged, or nothing was measured that could be drawn.
         ImportError: if a picture is wanted and matplotlib is not installed.
     """
     store = FeatureStore.open(directory)
-    print(describe(store))
+    print(json.dumps({"path": str(store.path), **asdict(store.manifest)}) if as_json else describe(store))
     if picture is not None:
         draw_sensitivity(store, picture)
 
 
-def verify(directory: str | os.PathLike) -> None:
+def verify(directory: str | os.PathLike, as_json: bool = False) -> None:
     """Reads a whole store, compares every checksum and prints that the store is undamaged.
 
     Raises:
@@ -42,15 +49,16 @@ def verify(directory: str | os.PathLike) -> None:
     """
     store = FeatureStore.open(directory)
     store.verify()
-    print(f"{store.path}: ok")
+    print(json.dumps({"path": str(store.path), "ok": True}) if as_json else f"{store.path}: ok")
 
 
-def clean(directory: str | os.PathLike, yes: bool) -> None:
+def clean(directory: str | os.PathLike, yes: bool, as_json: bool = False) -> None:
     """Lists the stores in a directory and the leftovers of builds, and removes them if `yes`.
 
     Args:
         directory: of the stores; or the output folder of a training, whose own stores are found as well.
         yes: whether to remove them.
+        as_json: print JSON in place of a table.
 
     Raises:
         OSError: if it is no directory, or something cannot be removed.
@@ -59,6 +67,10 @@ def clean(directory: str | os.PathLike, yes: bool) -> None:
     inside = Path(directory) / CACHE_FOLDER
     if inside.is_dir():
         stores += find_stores(inside)
+    if as_json:
+        found = [{"path": str(store.path), "bytes": store.bytes, "state": _state(store)} for store in stores]
+        print(json.dumps({"found": found, "removed_bytes": remove(stores) if yes else 0}))
+        return
     if not stores:
         print(f"{directory}: no stores, and none in a folder {CACHE_FOLDER} of it")
         return

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..units import format_table, show_bytes, show_epochs, show_seconds
 
@@ -171,6 +172,13 @@ class Plan:
     live_step_seconds: float
     live_epoch_seconds: float
     probed: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values, what follows from its rows included; None for what is infinite."""
+        derived = ("bytes", "needed", "seconds_saved_per_epoch", "break_even_epochs", "verdict")
+        rows = [{**asdict(row), **{name: getattr(row, name) for name in derived}} for row in self.rows]
+        finite = [{name: None if value == math.inf else value for name, value in row.items()} for row in rows]
+        return {**asdict(self), "rows": finite}
 
     def __str__(self) -> str:
         table = format_table([_HEADER, *(_cells(row) for row in self.rows)], [_HEADER.index(name) for name in _LEFT])

@@ -48,6 +48,23 @@ def facts(text):
     return {name: value.strip() for name, value in rows}
 
 
+def test_commands_print_json_on_request(plain, tmp_path, capsys):
+    folder = tmp_path / "stores"
+    shutil.copytree(plain.path, folder / plain.path.name)
+    store = str(folder / plain.path.name)
+    assert main(["inspect", store, "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert (manifest["path"], manifest["cut"], manifest["codec"], manifest["rows"]) == (store, 2, "int4", 22)
+    assert main(["verify", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": store, "ok": True}
+    size = sum(file.stat().st_size for file in (folder / plain.path.name).iterdir())
+    for options, removed in (([], 0), (["--yes"], size)):
+        assert main(["clean", str(folder), "--json", *options]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed == {"found": [{"path": store, "bytes": size, "state": "store"}], "removed_bytes": removed}
+    assert not list(folder.iterdir())
+
+
 def test_inspect_prints_the_facts_of_the_manifest(plain, capsys):
     assert main(["inspect", str(plain.path)]) == 0
     found = facts(capsys.readouterr().out)

@@ -1,5 +1,7 @@
 """`freezecache plan`: a table on the terminal, and nothing on the disk."""
 
+import json
+
 import pytest
 from support import helpers, images
 from transformers import ViTImageProcessor
@@ -41,6 +43,14 @@ def test_plan_prints_a_line_a_cut_and_writes_nothing(classifier, parquet, tmp_pa
     assert lines[4].startswith("Plain training") and "1 view beside the base view" in lines[5]
     assert "of 8 of 20 samples" in lines[5]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_as_json(classifier, parquet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (line,) = plan_lines(capsys, classifier, "--data", parquet, "--batch-size", 8, "--cuts", 2, "--json")
+    (row,) = json.loads(line)["rows"]
+    assert (row["cut"], row["block"], row["codec"]) == (2, "vit.layers.0", "int4")
+    assert row["bytes"] == row["base_bytes"] + row["view_bytes"] and row["verdict"]
 
 
 def test_plan_takes_a_folder_and_the_settings_of_the_cache(classifier, tmp_path, capsys):
