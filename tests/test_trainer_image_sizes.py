@@ -1,7 +1,10 @@
-"""Images of several sizes as patches of one number, with a mask (NaFlex)."""
+"""Images of several sizes as patches: of one number, with a mask (NaFlex), or one after the other (Qwen2-VL)."""
 
+import pytest
 import torch
-from support.helpers import CLASSES, assert_same_weights, losses, manual, run, weights
+from support.helpers import CLASSES, assert_same_weights, losses, manual, messages, run, weights
+from support.packed_patches import Described, pack, qwen2_vl
+from support.pretrained import settle
 from torch.utils.data import Dataset
 from transformers import (
     Siglip2Config,
@@ -11,6 +14,9 @@ from transformers import (
     Siglip2VisionConfig,
     default_data_collator,
 )
+
+from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.model.errors import ChainError
 
 PATCHES, PATCH = 20, 4
 #: Heights and widths; the processor resizes them to grids of up to 20 patches, each of its own shape.
@@ -55,3 +61,19 @@ def test_images_as_padded_patches_of_several_grids_are_cached(tmp_path):
     trained = run(siglip(), images, tmp_path / "cached", config, **settings)
     assert trained.freeze_status().replaying and losses(trained) == losses(frozen)
     assert_same_weights(weights(trained), weights(frozen))
+
+
+@pytest.mark.parametrize("cache", ["always", "auto", "never"])
+def test_patches_of_all_images_one_after_the_other_are_refused_in_words(cache, tmp_path):
+    """Qwen2-VL: an image has no row of its own in a batch."""
+    settings = dict(data_collator=pack, remove_unused_columns=False, num_train_epochs=2)
+    with pytest.raises(ChainError, match="'pixel_values' has .* rows, and 'input_ids' .* cannot be taken apart"):
+        run(qwen2_vl(), Described(), tmp_path, manual("1:3", cache=cache), **settings)
+
+
+def test_defaults_train_on_patches_one_after_the_other_as_a_trainer_does(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    settings = dict(data_collator=pack, remove_unused_columns=False, num_train_epochs=2)
+    plain = run(settle(qwen2_vl()), Described(), tmp_path / "plain", FreezeCacheConfig(policy="none"), **settings)
+    found = run(settle(qwen2_vl()), Described(), tmp_path / "default", None, **settings)
+    assert losses(found) == losses(plain) and "cannot be taken apart" in messages(caplog)

@@ -163,7 +163,7 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
         layout = chain.stored_layout(cut)
         return f"the features at cut {cut} have another layout by now: {layout}, not {store.codec.layout}"
     if store.codec.layout.is_token:
-        return "texts are stored without padding, and run again from their tokens"
+        return "texts without padding, and samples of several sizes, run again from their own inputs"
     if store.codec.layout.is_trimmed:
         return "samples of several widths run again from their own inputs"
     if made_from.get("prefix") != tensors_digest(chain.prefix_state(cut)):

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from ..augment.maps import check_grid
-from ..cache.padded import split_padded
-from ..cache.rows import BatchSplit, RowError, RowSource, split_batch
+from ..cache.names import TOKENS
+from ..cache.padded import PaddingRule, split_padded
+from ..cache.rows import BatchSplit, DrawnBatch, RowError, RowSource, split_batch
+from ..cache.sized import SizedBatch, SizeRule, split_sized
 from ..cache.texts import split_texts
 from ..distributed import Group
 from ..model.chain import BlockChain
-from ..model.layout import FeatureLayout
+from ..model.layout import FeatureLayout, to_positions
 from ..model.stand_ins import stays_real
 from ..model.tokens import why_not_padded
 
@@ -27,12 +29,14 @@ class ViewRun:
     Args:
         columns: model inputs besides the main one that belong to the rows.
         constants: model inputs that are the same for every batch.
-        features: `(B, *layout.shape)`, of texts those of all their tokens, `(N, C)`; None if they were not asked for.
+        features: `(B, *layout.shape)`; of texts those of all tokens, and of samples with sizes of their own those of
+            all positions, `(N, C)`; None if they were not asked for.
         geometry: `(B, G)`, where the view looks in the base view, if it was asked for and could be told.
         refused: why it could not be told.
-        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; else None.
+        mask: where the tokens of texts are that are stored without padding, as `token_mask` tells; of samples with
+            sizes of their own `(B, P)`, as many positions from the left as each has; else None.
 
-    Shapes: B samples, G values of geometry, N tokens of all texts, C channels.
+    Shapes: B samples, G values of geometry, N tokens of all texts, C channels, P most positions of a sample.
     """
 
     columns: dict[str, Any]
@@ -127,19 +131,46 @@ class ImageFeatures:
     ) -> Iterator[tuple[int, list[ViewRun]]]:
         kind_and_grid = None if geometry is None else (geometry, check_grid(self.layout))
         for number, batches in self.source.loader(numbers, views, kind_and_grid):
-            view_runs = []
-            for view, drawn in enumerate(batches):
-                rows, features = self.source.rows(number), None
-                split = self.split(drawn.batch, rows)
-                if view == 0 or own_features:
-                    features = self.compute(self.model_inputs(drawn.batch), rows)
-                    features = features if split.mask is None else features[split.mask.flatten(1).to(features.device)]
-                view_runs.append(
-                    ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused, split.mask)
-                )
-            yield number, view_runs
+            rows = self.source.rows(number)
+            runs = (self.run_view(drawn, rows, view == 0 or own_features) for view, drawn in enumerate(batches))
+            yield number, list(runs)
 
-    def split(self, batch: Mapping[str, Any], rows: Sequence[int]) -> BatchSplit:
+    def run_view(self, drawn: DrawnBatch, rows: Sequence[int], own_features: bool = True) -> ViewRun:
+        """A view of a range.
+
+        Args:
+            drawn: the view.
+            rows: numbers of its samples.
+            own_features: whether its features are computed.
+
+        Raises:
+            RowError: as `split`.
+            ValueError: as `compute`.
+        """
+        if isinstance(drawn.batch, SizedBatch):
+            return self._run_sizes(drawn.batch, rows)
+        split, features = self.split(drawn.batch, rows), None
+        if own_features:
+            features = self.compute(self.model_inputs(drawn.batch), rows)
+            features = features if split.mask is None else features[split.mask.flatten(1).to(features.device)]
+        return ViewRun(split.columns, split.constants, features, drawn.geometry, drawn.refused, split.mask)
+
+    def _run_sizes(self, batch: SizedBatch, rows: Sequence[int]) -> ViewRun:
+        """Samples that have sizes of their own, each size for itself."""
+        split, found = self.split(batch, rows), [torch.empty(0)] * len(rows)
+        for places, part in batch.parts:
+            inputs = self.model_inputs(part)
+            vectors = to_positions(self.chain.prefix(inputs, self.cut))
+            check_shape(vectors, self.layout, [rows[place] for place in places])
+            if self.count_run is not None:
+                self.count_run(0, self.cut, len(vectors), None)
+            for place, own in zip(places, vectors, strict=True):
+                found[place] = own
+        positions = torch.tensor([len(own) for own in found])
+        mask = torch.arange(int(positions.max())) < positions[:, None]
+        return ViewRun({**split.columns, TOKENS: positions}, split.constants, torch.cat(found), mask=mask)
+
+    def split(self, batch: Any, rows: Sequence[int]) -> BatchSplit:
         """A collated batch as the store holds it.
 
         Args:
@@ -183,9 +214,7 @@ class ImageFeatures:
         return features
 
 
-def split_samples(
-    batch: Mapping[str, Any], chain: BlockChain, cut: int, source: RowSource, layout: FeatureLayout
-) -> BatchSplit:
+def split_samples(batch: Any, chain: BlockChain, cut: int, source: RowSource, layout: FeatureLayout) -> BatchSplit:
     """Splits a collated batch as a store of a layout holds it.
 
     Args:
@@ -198,16 +227,22 @@ def split_samples(
     Raises:
         RowError: if it cannot be stored per row.
     """
+    if isinstance(source.rule, SizeRule):
+        return split_sized(batch, source.rule.of(chain.inputs_of(cut)))
+    if isinstance(source.rule, PaddingRule):
+        return split_padded(batch, source.rule.of(chain.inputs_of(cut)))
     if layout.is_token:
         return split_texts(batch, source.texts.of(chain.inputs_of(cut)), chain.padding.ignored(cut))
-    if layout.is_trimmed:
-        assert source.rule is not None  # of samples as wide as the widest
-        return split_padded(batch, source.rule.of(chain.inputs_of(cut)))
     return split_batch(batch, chain.main_input)
 
 
-def one_width_only(chain: BlockChain, cut: int) -> str:
-    """Why samples that are padded to the longest of a batch cannot be cached at a cut, as a sentence."""
+def one_width_only(chain: BlockChain, cut: int, source: RowSource) -> str:
+    """Why samples without a common width cannot be cached at a cut, as a sentence."""
+    if source.sizes:
+        return (
+            f"samples have several sizes, and their features at cut {cut} cannot be stored in these: "
+            f"{chain.padding.why_not_trimmed(cut)}. Resize the samples to one size, or use cache='never'."
+        )
     padding, main = chain.padding, chain.own_trace().probe[chain.main_input]
     why, not_trimmed = padding.why_kept(cut) or padding.why_counts(cut), padding.why_not_trimmed(cut)
     more = "" if not_trimmed is None else f", and cannot be stored as wide as the widest and trimmed: {not_trimmed}"

@@ -9,6 +9,7 @@ import torch
 
 from ..cache.codec.haar import to_bands
 from ..model.chain import BlockChain
+from ..model.layout import to_positions
 from ..model.modes import eval_mode
 from ..model.structure import first_tensor
 from ..model.tokens import token_mask
@@ -50,7 +51,9 @@ def fisher_weights(
             layout = chain.stored_layout(cut)
             gradient = _gradient(chain, cut, inputs, features, generator)
             # The transform is orthonormal: a channel's mean square is that of its bands.
-            if layout.is_token:
+            if chain.padding.has_sizes(cut):
+                gradient = to_positions(gradient).flatten(0, 1)
+            elif layout.is_token:
                 mask = token_mask(inputs, chain.main_input)
                 gradient = gradient if mask is None else gradient[mask.flatten(1)]
             squares = to_bands(layout.body(gradient), layout).double().square().mean(3)

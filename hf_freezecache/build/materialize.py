@@ -334,7 +334,7 @@ def fit_codec(spec: StoreSpec, codec: Codec) -> dict[int, list[ViewRun]]:
 def run_views(spec: StoreSpec, numbers: Sequence[int]) -> Iterator[tuple[int, list[ViewRun]]]:
     """Ranges of samples with the views that the spec stores of them."""
     views, features = spec.views, spec.feature_source
-    if spec.layout.is_token and isinstance(features, ImageFeatures):
+    if spec.layout.is_token and spec.source.rule is None and isinstance(features, ImageFeatures):
         return run_by_length(features, numbers, partial(ranges_together, spec))
     return features.run(numbers, views.count, views.geometry, views.needs_features(spec.layout))
 

@@ -1,4 +1,4 @@
-"""Samples that a collator pads to the longest of a batch: whether it does, and what the frozen blocks read of them."""
+"""Samples without a common width: whether they are such, and what the frozen blocks read of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from transformers.utils import logging
 
 from ..augment.draws import Draw, use_draw
-from ..cache.padded import split_padded
+from ..cache.padded import PaddingRule, split_padded
 from ..cache.rows import BatchSplit, RowSource, fetch
+from ..cache.sized import SizeRule, split_sized
 from ..cache.texts import split_texts
 from ..distributed import Announcer
 from ..model.tokens import token_mask
 from ..rng import seeded_rng
+from .several_sizes import rows_by_size, sized
 from .spread_rows import spread_rows
 from .widest import widened
 
@@ -59,10 +61,21 @@ def _pads(source: RowSource, main_input: str) -> bool:
         return False
 
 
-def padded_split(source: RowSource, main_input: str) -> tuple[RowSource, Callable[[Any], BatchSplit]]:
-    """Samples that the collator pads, and what tells what the frozen blocks read of them.
+def has_widths(source: RowSource, main_input: str) -> bool:
+    """Whether samples have no common width: the collator pads them, or each batch has a size of its own.
 
-    Of texts these are tokens; of others the numbers of samples, each batch as wide as the widest of all.
+    Args:
+        source: the samples.
+        main_input: name of the model's main input in a batch.
+    """
+    return collator_pads(source, main_input) or bool(rows_by_size(source, main_input))
+
+
+def padded_split(source: RowSource, main_input: str) -> tuple[RowSource, Callable[[Any], BatchSplit]]:
+    """Samples without a common width, and what tells what the frozen blocks read of them.
+
+    Of texts these are tokens; of others the numbers of samples: each batch as wide as the widest of all, or samples of
+    equal size together.
 
     Args:
         source: the samples.
@@ -71,10 +84,14 @@ def padded_split(source: RowSource, main_input: str) -> tuple[RowSource, Callabl
     Raises:
         RowError: if it cannot be told how the collator pads.
     """
+    if rows_by_size(source, main_input):
+        own = sized(source, main_input, source.texts.read)
+        assert isinstance(own.rule, SizeRule)  # of such samples
+        return own, partial(split_sized, rule=own.rule)
     if token_mask(source.probe(), main_input) is not None:
         return source, partial(split_texts, texts=source.texts)
     wide = widened(source, main_input, source.texts.read)
-    assert wide.rule is not None  # of such samples
+    assert isinstance(wide.rule, PaddingRule)  # of such samples
     return wide, partial(split_padded, rule=wide.rule)
 
 

@@ -13,10 +13,11 @@ from ..cache.codec import make_codec
 from ..cache.fingerprint import dataset_inputs, fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
-from ..cache.names import TOKENS, WIDEST
+from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowError, RowSource
 from ..cache.selections import selection_of
+from ..cache.sized import SizedBatch, SizeRule, parts_of
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
@@ -99,8 +100,8 @@ class SpecMaker:
         self._notes: Mapping[str, Any] = {}
         self.selection = selection_of(context.source.dataset)
         self._whole = None if self.selection is None else self.selection.source(context.source)
-        #: By data set.
-        self._tokens: dict[int, tuple[RowSource, float]] = {}
+        #: By data set, and by cut where that counts.
+        self._tokens: dict[tuple[int, int], tuple[RowSource, float]] = {}
 
     def look(self) -> Augmentation:
         """What is random in the samples, on all processes.
@@ -147,7 +148,12 @@ class SpecMaker:
         context = self.context
 
         def prove() -> None:
-            probe = context.model_inputs(stored_source(context.chain, cut, context.source).probe())
+            samples = (
+                context.source
+                if context.chain.padding.has_sizes(cut)
+                else stored_source(context.chain, cut, context.source)
+            )
+            probe = context.model_inputs(samples.probe())
             # Traced again: mixed precision set up since the training began may change the type of the features.
             context.chain.trace(probe)
             context.chain.prove(probe, cut)
@@ -180,7 +186,7 @@ class SpecMaker:
         """Raises OneWidthError if it is known that features at a cut have no common width."""
         chain = self.context.chain
         if self._includes_padding(cut) and chain.padding.why_not_trimmed(cut) is not None:
-            raise OneWidthError(one_width_only(chain, cut))
+            raise OneWidthError(one_width_only(chain, cut, self.context.source))
 
     def _includes_padding(self, cut: int) -> bool:
         """Whether samples are padded to the longest of a batch, and features include that.
@@ -227,10 +233,10 @@ class SpecMaker:
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
         agree_on_padding(context.chain, cut, context.group)
-        if context.chain.padding.trimmed(cut) is not None:
+        if context.chain.padding.is_any_size(cut):
             raise RowError(
-                "the features include padding, and those of the training set are trimmed to the width of a batch: "
-                "stores of evaluation sets have one width"
+                "the features of the training set are those of batches of several sizes: stores of evaluation sets "
+                "have one"
             )
         if context.chain.padding.ignored(cut) and answers_by_position(context.chain, probe):
             raise RowError(
@@ -257,14 +263,14 @@ class SpecMaker:
         """The spec of the store of all rows that the samples are selected from; nobody owns it.
 
         None if they are not selected, that is the spec itself, or the samples have not the same features there: where
-        something is drawn for a row number, or rows are as wide as the widest.
+        something is drawn for a row number, rows are as wide as the widest, or have sizes of their own.
 
         Args:
             spec: what `make` returned.
         """
         whole = self._whole
         context, is_drawn = self.context, self._augmentation.random
-        if whole is None or self.is_of_whole(spec) or is_drawn or context.chain.padding.trimmed(spec.cut) is not None:
+        if whole is None or self.is_of_whole(spec) or is_drawn or context.chain.padding.is_any_size(spec.cut):
             return None
         inputs = context.group.on_main(lambda: dataset_inputs(whole, self.unknown))
         draft = context.group.on_all(lambda: self._draft(whole, spec.cut, spec.codec, spec.views))
@@ -344,17 +350,26 @@ class SpecMaker:
             feature_source=ImageFeatures(context.chain, cut, source, layout, context.model_inputs, context.count_run),
             disable_tqdm=context.disable_tqdm,
             lossless=context.config.lossless,
-            tokens=self._mean_tokens(source) if layout.is_token else 1.0,
+            tokens=self._mean_tokens(source, cut) if layout.is_token else 1.0,
         )
 
-    def _mean_tokens(self, source: RowSource) -> float:
-        """Mean number of tokens of a sample, of ranges from all over the data; the same on all processes."""
-        if id(source) not in self._tokens:
+    def _mean_tokens(self, source: RowSource, cut: int) -> float:
+        """Mean number of tokens, or positions, of samples from all over the data; the same on all processes."""
+        key = id(source), cut if isinstance(source.rule, SizeRule) else 0
+        if key not in self._tokens:
             with preserve_rng():
                 batches = [source.collate(source.rows(number)) for number in spread(source.num_ranges, _TOKEN_RANGES)]
-            lengths = [split_texts(batch, source.texts).columns[TOKENS] for batch in batches]
-            self._tokens[id(source)] = source, float(torch.cat(lengths).double().mean())
-        return self._tokens[id(source)][1]
+                lengths = [self._count_tokens(batch, source, cut) for batch in batches]
+            self._tokens[key] = source, float(torch.cat(lengths).double().mean())
+        return self._tokens[key][1]
+
+    def _count_tokens(self, batch: Any, source: RowSource, cut: int) -> torch.Tensor:
+        if not isinstance(batch, SizedBatch):
+            return split_texts(batch, source.texts).columns[TOKENS]
+        padding, inputs = self.context.chain.padding, self.context.model_inputs
+        return torch.cat(
+            [torch.full((len(places),), padding.positions(inputs(part), cut)) for places, part in batch.parts]
+        )
 
     def _made_from(
         self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any], draws: Collection[str]
@@ -378,7 +393,7 @@ class SpecMaker:
             inputs[_TRAINING] = self.unknown
         rule = stored_source(chain, cut, source).rule
         if rule is not None:
-            inputs[WIDEST] = rule.of(chain.inputs_of(cut)).to_json()
+            inputs |= rule.of(chain.inputs_of(cut)).constants
         return {**inputs, **LOSSLESS} if self.context.config.lossless else inputs
 
     def _channel_weights(self, cut: int) -> torch.Tensor:
@@ -387,7 +402,8 @@ class SpecMaker:
 
         def measure() -> torch.Tensor:
             numbers = spread(source.num_ranges, min(_WEIGHT_BATCHES, source.num_ranges))
-            batches = (self.context.model_inputs(source.collate(source.rows(number))) for number in numbers)
+            drawn = (source.collate(source.rows(number)) for number in numbers)
+            batches = (self.context.model_inputs(part) for batch in drawn for part in parts_of(batch))
             return fisher_weights(self.context.chain, cut, batches, source.seed, bands=True)
 
         if cut not in self.weights:

@@ -26,6 +26,7 @@ from .company import why_not_by_row
 from .errors import GeometryMisfit
 from .materialize import check_geometry, spread
 from .padded_samples import collator_pads, padded_split, what_is_read
+from .several_sizes import rows_by_size
 from .spread_rows import in_batches, spread_rows
 from .store_spec import StoreSpec
 
@@ -58,7 +59,7 @@ class Augmentation:
         why_not: why it cannot.
         own_inputs: whether model inputs besides the main one (labels) may be drawn too.
         declined: why nothing can be cached at all, as the end of a sentence; None if it can.
-        padded: whether the collator pads samples to the longest of a batch.
+        padded: whether the collator pads samples to the longest of a batch, or each batch has a size of its own.
     """
 
     random: bool = False
@@ -84,11 +85,14 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
-    if collator_pads(source, main_input):
+    if collator_pads(source, main_input) or (source.batch_size == 1 and rows_by_size(source, main_input)):
         return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
     try:
         declined = why_not_by_row(source, groups[0], main_input)
+        source.sizes = ()  # the collator puts them together
     except Exception as error:  # whatever a collator raises about samples that the training may never put together
+        if rows_by_size(source, main_input):
+            return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))
         Announcer.survived(logger, "Samples from all over the data set cannot be collated together", error)
         groups = [source.rows(number)[:_TOGETHER] for number in spread(source.num_ranges, _RANGES)]
         reasons = (why_not_by_row(source, rows, main_input) for rows in groups)
@@ -114,7 +118,7 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
 
 
 def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[int]]) -> Augmentation:
-    """As `survey`, of samples that the collator pads in every epoch: labels may be random, what is stored may not.
+    """As `survey`, of samples that are collated in every epoch: labels may be random, what is stored may not.
 
     Args:
         source: the samples.
@@ -123,21 +127,21 @@ def survey_padded(source: RowSource, main_input: str, groups: Sequence[Sequence[
     """
     try:
         source, split = padded_split(source, main_input)
+        for rows in groups:
+            draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
+            if any(not is_same(draws[0], draw) for draw in draws[1:]):
+                what = f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random"
+                why = "(by the transform or the collator), so that their features are others in every epoch"
+                return Augmentation(declined=f"{what} {why}")
+        return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
     except RowError as error:
         return Augmentation(declined=str(error).rstrip("."), padded=True)
-    for rows in groups:
-        draws = [split(source.draw(rows, view).batch).columns for view in range(_MORE_DRAWS)]
-        if any(not is_same(draws[0], draw) for draw in draws[1:]):
-            return Augmentation(
-                declined=f"{what_is_read(source)}, or what the frozen blocks read beside them, are drawn at random "
-                "(by the transform or the collator), so that their features are others in every epoch"
-            )
-    return Augmentation(declined=why_not_by_row(source, groups[0], main_input, split), padded=True)
 
 
 def tells_geometry(source: RowSource) -> bool:
     """Whether a `ReplayableTransform` draws the first samples."""
-    drawn = source.draw(range(min(2, len(source))), 1, (PROJECTIVE, (1, 1)))
+    rows = range(min(2, len(source))) if source.probe_rows is None else source.probe_rows[: source.batch_size]
+    drawn = source.draw(rows, 1, (PROJECTIVE, (1, 1)))
     return drawn.geometry is not None or drawn.refused is not None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
+from ..cache.padded import PaddingRule
 from ..cache.rows import RowError, RowSource
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
@@ -19,6 +20,7 @@ from ..model.probes import first_rows
 from ..rng import preserve_rng
 from .context import BuildContext
 from .materialize import spread
+from .several_sizes import rows_by_size, why_not_of_several_sizes
 from .widest import rows_by_width, widened, widest_of
 
 logger = logging.get_logger(__name__)
@@ -28,22 +30,26 @@ _WIDTHS = 9
 
 
 def settle_trimming(context: BuildContext, cut: int) -> str | None:
-    """Finds out, once for each cut, whether features can be trimmed; if so, they are from now on.
+    """Finds out, once for each cut, whether features can be trimmed, or stored in their own sizes.
 
-    All processes find the same.
+    If so, they are from now on. All processes find the same.
 
     Args:
-        context: the training, whose collator pads samples to the widest of a batch.
+        context: the training, whose collator pads samples to the widest of a batch, or whose batches differ in size.
         cut: from 1 on, at which features include padding.
 
     Returns:
         Why they cannot, as a clause; None if they can.
     """
     padding, group = context.chain.padding, context.group
-    if padding.trimmed(cut) is not None or padding.why_not_trimmed(cut) is not None:
+    if padding.is_any_size(cut) or padding.why_not_trimmed(cut) is not None:
         return padding.why_not_trimmed(cut)
-    widest = group.on_main(lambda: _widest_row(context))
-    found = group.gather(_why_not(context, cut, widest))
+    context.source.sizes = group.on_main(lambda: rows_by_size(context.source, context.chain.main_input))
+    if context.source.sizes:
+        found = group.gather(why_not_of_several_sizes(context, cut))
+    else:
+        widest = group.on_main(lambda: _widest_row(context))
+        found = group.gather(_why_not(context, cut, widest))
     why = next((reason for reason in found if reason is not None), None)
     if why is not None:
         padding.stop_trimming(cut, why)
@@ -51,8 +57,8 @@ def settle_trimming(context: BuildContext, cut: int) -> str | None:
 
 
 def stored_source(chain: BlockChain, cut: int, source: RowSource) -> RowSource:
-    """The samples as stores at a cut hold them: as wide as the widest of them, where features are trimmed."""
-    if chain.padding.trimmed(cut) is None:
+    """The samples as stores at a cut hold them: as wide as the widest where features are trimmed, or by their size."""
+    if not chain.padding.is_any_size(cut):
         return source
     assert source.wide is not None  # it was found with the proof
     return source.wide
@@ -75,7 +81,7 @@ def _why_not(context: BuildContext, cut: int, widest: int | str) -> str | None:
     try:
         with preserve_rng():
             wide = widened(source, chain.main_input, chain.inputs_of(cut), widest)
-            assert wide.rule is not None  # of such a source
+            assert isinstance(wide.rule, PaddingRule)  # of such a source
             probe = context.model_inputs(wide.probe())
             chain.padding.trim(cut, Trimming(wide.rule.side, first_rows(chain.model, probe)))
             chain.trace(probe)
@@ -90,7 +96,7 @@ def _why_not(context: BuildContext, cut: int, widest: int | str) -> str | None:
 
 def _why_differs(context: BuildContext, cut: int, wide: RowSource) -> str | None:
     """Compares features of batches of several widths with those of the same samples beside the widest."""
-    assert wide.rule is not None  # of such a source
+    assert isinstance(wide.rule, PaddingRule)  # of such a source
     rows = rows_by_width(context.source, context.chain.main_input)
     others = [rows[place] for place in spread(len(rows), min(_WIDTHS, len(rows)))][1:]
     narrower = 0
@@ -117,7 +123,7 @@ def why_width_counts(context: BuildContext, cut: int, rows: Sequence[int]) -> tu
     inputs, beside = (context.model_inputs(each.collate(rows)) for each in (source, stored_source(chain, cut, source)))
     size = tuple(inputs[chain.main_input].shape[1:])
     own, whole = chain.prefix(inputs, cut), chain.prefix(beside, cut)
-    trimmed = chain.padding.trim_features(whole, inputs, cut)
+    trimmed = chain.padding.fit_features(whole, inputs, cut)
     if own.shape != trimmed.shape:
         shapes = f"{tuple(own.shape[1:])}, not {tuple(trimmed.shape[1:])}"
         return f"those of a narrower batch have the shape {shapes}", size

@@ -36,12 +36,12 @@ def widened(source: RowSource, main_input: str, read: Collection[str], widest: i
         RowError: if it cannot be told how the collator pads.
         Exception: whatever the collator raises.
     """
-    wide = source.wide
-    if wide is None or wide.rule is None or not set(read) <= wide.rule.entries.keys():
+    rule = None if source.wide is None else source.wide.rule
+    known = rule.entries.keys() if isinstance(rule, PaddingRule) else set()
+    if source.wide is None or not set(read) <= known:
         row = widest_of(source, main_input) if widest is None else widest
-        names = set(read) if wide is None or wide.rule is None else {*read, *wide.rule.entries}
-        source.wide = wide = _widen(source, main_input, names, row)
-    return wide
+        source.wide = _widen(source, main_input, {*read, *known}, row)
+    return source.wide
 
 
 def widest_of(source: RowSource, main_input: str) -> int:
@@ -111,16 +111,7 @@ def narrow_batch(source: RowSource, main_input: str) -> Mapping[str, Any]:
 
 
 def _widen(source: RowSource, main_input: str, read: Collection[str], widest: int) -> RowSource:
-    wide = RowSource(
-        source.dataset,
-        BesideWidest(source.collator, source.dataset, widest),
-        source.batch_size,
-        source.seed,
-        source.num_workers,
-        source.multiprocessing_context,
-        source.texts,
-    )
-    wide.probe_rows = source.probe_rows
+    wide = source.collated_by(BesideWidest(source.collator, source.dataset, widest))
     with preserve_rng():
         narrowest = rows_by_width(source, main_input)[: max(2, _ALONE // 4)]
         beside = wide.collate(narrowest)

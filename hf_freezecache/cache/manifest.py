@@ -24,6 +24,7 @@ from .names import (
     INPUTS,
     MANIFEST,
     PADDING,
+    SIZES,
     TOKENS,
     WIDEST,
     is_reserved,
@@ -162,6 +163,12 @@ class Manifest:
         return not self.views and constants and self.inputs == {TOKENS: number, CHECKSUM: number}
 
     @property
+    def _have_sizes(self) -> bool:
+        number = InputColumn("int64")
+        constants = self.constants.keys() == {SIZES} and isinstance(self.constants[SIZES], str)
+        return not self.views and constants and self.inputs == {TOKENS: number, CHECKSUM: number}
+
+    @property
     def _are_trimmed(self) -> bool:
         constants = self.constants.keys() == {WIDEST} and isinstance(self.constants[WIDEST], str)
         return not self.views and constants and self.inputs == {CHECKSUM: InputColumn("int64")}
@@ -190,8 +197,8 @@ class Manifest:
             return f"its shards do not have {self.rows} rows"
         # A value of a row takes a bit at least, a view a byte; zstd packs at most so much better.
         bits = 8 * sum(shard.bytes for shard in self.shards) * (BEST_PACKED if self.lossless else 1)
-        if layout.is_token and not self._are_texts:
-            return "it holds texts, but not what is held of texts"
+        if layout.is_token and not self._are_texts and not self._have_sizes:
+            return "it holds texts, or samples of several sizes, but not what is held of such"
         if layout.is_trimmed and not self._are_trimmed:
             return "its rows are trimmed, but it does not hold what is held of such rows"
         if self.rows * max(1 if layout.is_token else layout.values, 8 * self.views) > bits:

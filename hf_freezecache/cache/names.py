@@ -19,6 +19,7 @@ A store has these columns; views count from 1:
 | `view_special_<v>` | special tokens of view v |
 | `geometry_<v>` | geometry of view v |
 | `tokens`, `checksum` | of a text: number of its tokens, each of which has codes; a checksum of what was read |
+| `tokens`, `checksum` | also of a sample that has a size of its own: number of the positions of its features |
 | `checksum` | also of a sample whose features include padding, and of which a batch takes as much as it is wide |
 | `<input>` | a model input as the user's collator returned it |
 | `view_<v>.<input>` | a model input that view v has for itself |
@@ -158,12 +159,14 @@ BASE, SPECIAL = "base", "special"
 VIEW, VIEW_SPECIAL, GEOMETRY = "view", "view_special", "geometry"
 #: Entry of a batch, not a column: which view a row has.
 VIEW_INDEX = "view_index"
-#: Number of tokens of a text, and a checksum of what was read of it.
+#: Number of tokens of a text, or of positions of a sample with a size of its own, and a checksum of what was read.
 TOKENS, CHECKSUM = "tokens", "checksum"
 #: Constants of a store of texts: the sides on which padding may be at replay, and the inputs that were read.
 PADDING, INPUTS = "padding", "inputs"
 #: Constant of a store whose rows are as wide as the widest sample: how the collator pads.
 WIDEST = "widest"
+#: Constant of a store of samples of several sizes: the inputs that were read.
+SIZES = "sizes"
 
 _VIEW_COLUMN = re.compile(rf"(?P<entry>{VIEW}|{VIEW_SPECIAL}|{GEOMETRY})_(?P<view>[1-9][0-9]*)")
 _OWN_INPUT = re.compile(r"view_(?P<view>[1-9][0-9]*)\.(?P<input>.*)", re.DOTALL)

@@ -48,16 +48,17 @@ class PaddingRule:
     size: tuple[int, ...]
     entries: Mapping[str, PaddedEntry | None]
 
-    def to_json(self) -> str:
-        """The rule as text, for a store."""
+    @property
+    def constants(self) -> dict[str, str]:
+        """What a store tells replays."""
         entries = {
             name: None if entry is None else [entry.dim, entry.filling] for name, entry in sorted(self.entries.items())
         }
-        return json.dumps([self.main_input, self.side, self.size, entries])
+        return {WIDEST: json.dumps([self.main_input, self.side, self.size, entries])}
 
     @classmethod
     def from_json(cls, text: str) -> PaddingRule:
-        """Reads what `to_json` has written."""
+        """Reads what `constants` has written."""
         main_input, side, size, entries = json.loads(text)
         return cls(
             main_input,
@@ -104,7 +105,7 @@ def split_padded(batch: Any, rule: PaddingRule) -> BatchSplit:
     missing = next((name for name in rule.entries if not isinstance(batch, Mapping) or name not in batch), None)
     if missing is not None:
         raise RowError(f"the collator does not return '{missing}' any more, which the frozen blocks read.")
-    return BatchSplit(batch[rule.main_input], {CHECKSUM: checksums(batch, rule)}, {WIDEST: rule.to_json()})
+    return BatchSplit(batch[rule.main_input], {CHECKSUM: checksums(batch, rule)}, rule.constants)
 
 
 def checksums(batch: Mapping[str, Any], rule: PaddingRule) -> torch.Tensor:
@@ -117,22 +118,42 @@ def checksums(batch: Mapping[str, Any], rule: PaddingRule) -> torch.Tensor:
     Shapes: B samples.
     """
     samples = len(batch[rule.main_input])
+    contents = {
+        name: _contents(batch[name], entry, rule.side, samples) for name, entry in sorted(rule.entries.items())
+    }
+    return digest_rows(contents, samples)
+
+
+def digest_rows(contents: Mapping[str, Sequence[bytes]], samples: int) -> torch.Tensor:
+    """A number for each sample, int64 `(B,)`.
+
+    Args:
+        contents: by name, what there is of each sample.
+        samples: their number.
+
+    Shapes: B samples.
+    """
     digests = [hashlib.blake2b(digest_size=8) for _ in range(samples)]
-    for name, entry in sorted(rule.entries.items()):
-        for digest, content in zip(digests, _contents(batch[name], entry, rule.side, samples), strict=True):
+    for name, rows in contents.items():
+        for digest, content in zip(digests, rows, strict=True):
             digest.update(f"{name} {len(content)} ".encode())
             digest.update(content)
     return torch.tensor([int.from_bytes(digest.digest(), "big", signed=True) for digest in digests])
 
 
-def _contents(value: Any, entry: PaddedEntry | None, side: str, samples: int) -> Sequence[Any]:
+def whole_rows(value: Any, samples: int) -> Sequence[bytes]:
+    """What an entry of a batch has of each sample, as bytes; where it is not a row for each, all of it."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == samples:
+        return [_bytes(row) for row in value.detach().cpu()]
+    rows = value if isinstance(value, (list, tuple)) and len(value) == samples else [value] * samples
+    return [repr(row.tolist() if isinstance(row, torch.Tensor) else row).encode() for row in rows]
+
+
+def _contents(value: Any, entry: PaddedEntry | None, side: str, samples: int) -> Sequence[bytes]:
     """What there is of each sample, without padding, as bytes."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != samples:
-        rows = value if isinstance(value, (list, tuple)) and len(value) == samples else [value] * samples
-        return [repr(row.tolist() if isinstance(row, torch.Tensor) else row).encode() for row in rows]
+    if entry is None or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != samples:
+        return whole_rows(value, samples)
     tensor = value.detach().cpu()
-    if entry is None:
-        return [_bytes(row) for row in tensor]
     if tensor.ndim <= entry.dim + 1:
         raise RowError(f"an entry of a batch that the collator pads has rows of {tuple(tensor.shape[1:])} now.")
     tensor = tensor.movedim(entry.dim + 1, 1).contiguous()

@@ -19,6 +19,7 @@ from .names import is_reserved
 
 if TYPE_CHECKING:
     from .padded import PaddingRule
+    from .sized import SizeRule
 
 #: torch dtype of a column -> NumPy type in which Arrow stores it.
 _STORED_AS = {
@@ -180,6 +181,22 @@ def without_last(batch: Mapping[str, Any], samples: int) -> dict[str, Any]:
     return {name: drop(value) for name, value in batch.items()}
 
 
+def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """A collated batch of one sample as one of the same sample several times; other entries as they are.
+
+    Args:
+        batch: of one sample.
+        times: how often.
+    """
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == 1:
+            return value[[0] * times]
+        return list(value) * times if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+    return {name: repeat(value) for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class DrawnBatch:
     """One view of a few samples.
@@ -215,9 +232,12 @@ class RowSource:
 
     Attributes:
         probe_rows: rows that stand for all; None: the first ones.
-        wide: the same samples, each batch as wide as the widest of them; None: nobody has looked for it.
-        rule: of such a source, how its collator pads; else None.
+        wide: the same samples as stores hold them where they are not of one width: each batch as wide as the widest
+            of all, or samples of equal size together; None: nobody has looked for it.
+        rule: of such a source, how its collator pads, or what is read of samples that have sizes of their own; else
+            None.
         is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
+        sizes: rows by the size of their main input, see `rows_by_size`; None: nobody has looked.
     """
 
     def __init__(
@@ -233,13 +253,28 @@ class RowSource:
         self.texts = TextInputs("input_ids", frozenset({"input_ids"})) if texts is None else texts
         self.probe_rows: Sequence[int] | None = None
         self.wide: RowSource | None = None
-        self.rule: PaddingRule | None = None
+        self.rule: PaddingRule | SizeRule | None = None
         self.is_padded: bool | None = None
+        self.sizes: Sequence[Sequence[int]] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def collated_by(self, collator: Callable) -> RowSource:
+        """The same samples with another collator."""
+        other = RowSource(
+            self.dataset,
+            collator,
+            self.batch_size,
+            self.seed,
+            self.num_workers,
+            self.multiprocessing_context,
+            self.texts,
+        )
+        other.probe_rows = self.probe_rows
+        return other
 
     @property
     def num_ranges(self) -> int:
@@ -283,8 +318,11 @@ class RowSource:
         return self.draw(indices, view).batch
 
     def probe(self, rows: int = 2) -> Mapping[str, Any]:
-        """The base view of a few rows as a batch."""
-        return self.collate(range(min(rows, len(self))) if self.probe_rows is None else self.probe_rows[:rows])
+        """The base view of a few rows as a batch; where batches are one sample of any size, of one row, repeated."""
+        chosen = range(min(rows, len(self))) if self.probe_rows is None else self.probe_rows[:rows]
+        if self.sizes and self.batch_size == 1:
+            return repeated(self.collate(chosen[:1]), rows)
+        return self.collate(chosen)
 
     def loader(
         self, numbers: Sequence[int], views: int = 0, geometry: tuple[str, tuple[int, int]] | None = None

@@ -34,7 +34,7 @@ class Selection:
             source: the selection.
         """
         whole = copy.copy(source)
-        whole.dataset, whole.wide, whole.rule = self.whole, None, None
+        whole.dataset, whole.wide, whole.rule, whole.sizes = self.whole, None, None, None
         if source.probe_rows is not None:
             whole.probe_rows = self.rows[np.asarray(source.probe_rows)].tolist()
         return whole

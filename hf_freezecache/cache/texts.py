@@ -162,7 +162,8 @@ def decode_rows(codec: Codec, codes: Mapping[str, torch.Tensor]) -> torch.Tensor
 
     Args:
         codec: of the store.
-        codes: rows of its columns; of texts padded, `(B, W, length)`, and `attention_mask`.
+        codes: rows of its columns; of texts padded, `(B, W, length)`, and `attention_mask`; without this mask all are
+            as wide.
 
     Returns:
         `(B, *layout.shape)`; of texts `(B, W, C)`, with 0 at padding.
@@ -174,6 +175,6 @@ def decode_rows(codec: Codec, codes: Mapping[str, torch.Tensor]) -> torch.Tensor
     """
     if not codec.layout.is_token:
         return codec.decode(codes)
-    mask = codes[MASK]
     tokens = codec.decode({name: codes[name].flatten(0, 1) for name in codec.columns})
-    return blank_padding(tokens.unflatten(0, mask.flatten(1).shape), mask)
+    tokens = tokens.unflatten(0, codes[BASE].shape[:2])
+    return blank_padding(tokens, codes[MASK]) if MASK in codes else tokens

@@ -8,7 +8,7 @@ from statistics import median_low
 import torch
 
 from ..build.context import BuildContext
-from ..build.feature_sources import ImageFeatures
+from ..build.feature_sources import ImageFeatures, ViewRun
 from ..build.store_spec import StoreSpec
 from ..build.texts_by_length import run_together
 from .loaded_ranges import LoadedRanges
@@ -17,10 +17,11 @@ from .trial_steps import timed
 
 def run_as_built(
     context: BuildContext, spec: StoreSpec, loaded: LoadedRanges, features: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], float | None]:
-    """Features of the ranges as a build stores them, and seconds of a run in it; None: it is that of an epoch.
+) -> tuple[list[ViewRun], float | None]:
+    """The ranges as a build stores them, and seconds of a run in it; None: it is that of an epoch.
 
-    Texts without padding run together, sorted by length; samples whose features are trimmed as wide as the widest.
+    Texts without padding run together, sorted by length; samples whose features are trimmed as wide as the widest;
+    those that have sizes of their own, each size for itself.
 
     Args:
         context: the training.
@@ -28,13 +29,16 @@ def run_as_built(
         loaded: the ranges.
         features: of them as an epoch runs them.
     """
-    built = ImageFeatures(context.chain, spec.cut, context.source, spec.layout, context.model_inputs)
-    if spec.layout.is_token:
+    has_rule = spec.source.rule is not None
+    source = spec.source if has_rule else context.source
+    built = ImageFeatures(context.chain, spec.cut, source, spec.layout, context.model_inputs)
+    if spec.layout.is_token and not has_rule:
         probe = context.source.probe()
-        _, seconds = timed(lambda: run_together(built, loaded.rows, loaded.base, probe))
-        return features, seconds / len(loaded.rows)
-    if not spec.layout.is_trimmed:
-        return features, None
-    pairs = zip(loaded.stored, loaded.rows, strict=True)
-    runs = [timed(partial(built.compute, context.model_inputs(drawn.batch), rows)) for drawn, rows in pairs]
-    return [found for found, _ in runs], median_low([seconds for _, seconds in runs])
+        together, spent = timed(lambda: run_together(built, loaded.rows, loaded.base, probe))
+        return together, spent / len(loaded.rows)
+    if has_rule:
+        pairs = zip(loaded.stored, loaded.rows, strict=True)
+        runs = [timed(partial(built.run_view, drawn, rows)) for drawn, rows in pairs]
+        return [run for run, _ in runs], median_low([seconds for _, seconds in runs])
+    splits = (spec.split(drawn.batch) for drawn in loaded.stored)
+    return [ViewRun(split.columns, split.constants, own) for split, own in zip(splits, features, strict=True)], None

@@ -263,7 +263,8 @@ class Prober:
         yield costs
         codec = make_codec(spec.codec, spec.layout)
         fits = not codec.fitted
-        fitting, fitted_here = self._fit(spec, codec, [*stored, *of_views]) if fits else (0.0, 0.0)
+        pooled = [*(run.need_features() for run in stored), *of_views]
+        fitting, fitted_here = self._fit(spec, codec, pooled) if fits else (0.0, 0.0)
         store, encode = self._encode(spec, codec, loaded, stored, of_views)
         read, decode = self._time_replay(store)
         if spec.layout.is_token or spec.layout.is_trimmed:  # the samples are collated in a replay, too
@@ -287,7 +288,7 @@ class Prober:
     def _load(self, spec: StoreSpec, batches: int) -> LoadedRanges:
         views = spec.views
         geometry = None if views.whole else (views.warped.geometry, check_grid(spec.layout))
-        wide = spec.source if spec.layout.is_trimmed else None
+        wide = None if spec.source.rule is None else spec.source
         key = (batches, bool(views.count), geometry, wide)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
@@ -308,7 +309,8 @@ class Prober:
 
         def run(drawn: DrawnBatch) -> torch.Tensor:
             features = self.chain.prefix(self.model_inputs(drawn.batch), spec.cut)
-            mask = spec.split(drawn.batch).mask if spec.layout.is_token else None
+            is_text = spec.layout.is_token and spec.source.rule is None
+            mask = spec.split(drawn.batch).mask if is_text else None
             return features if mask is None else blank_padding(features, mask)
 
         run(loaded.base[0])
@@ -318,7 +320,7 @@ class Prober:
         for computed, batches in ((base, loaded.base), (of_views, loaded.views)):
             for rows, drawn in zip(loaded.rows, batches, strict=False):
                 features, spent = timed(partial(run, drawn))
-                if not spec.layout.is_trimmed:
+                if spec.source.rule is None:
                     check_shape(features, spec.layout, rows)
                 computed.append(features)
                 seconds.append(spent)
@@ -345,8 +347,7 @@ class Prober:
         """Fits the codec; seconds that it takes on as many rows as a build fits it on, and on these."""
         rows = fit_rows(spec)
         stride = fit_stride(rows, spec.layout)
-        # Of texts, padding takes as long as tokens.
-        fitted_rows, pooled = -(-rows // stride), torch.cat([_rows_of(each, spec) for each in features])
+        fitted_rows, pooled = -(-rows // stride), torch.cat(features)
         pooled = pooled[:: max(1, len(pooled) // fitted_rows)]
         _, seconds = timed(lambda: codec.fit(pooled))
         return seconds * max(1.0, fitted_rows / len(pooled)), seconds
@@ -356,34 +357,32 @@ class Prober:
         spec: StoreSpec,
         codec: Codec,
         loaded: LoadedRanges,
-        features: list[torch.Tensor],
+        stored: list[ViewRun],
         of_views: list[torch.Tensor],
     ) -> tuple[FeatureStore, float]:
         """A store of these ranges in memory, and the seconds that one range took."""
         views = ViewColumns(self._standing_for(spec, loaded), codec)
-        splits = [spec.split(drawn.batch) for drawn in loaded.stored]
+        split = spec.split(loaded.stored[0].batch)
         sink, seconds = pa.BufferOutputStream(), []
-        stream = ShardStream(sink, codec, views, splits[0].describe(), spec.lossless)
-        for place, (rows, split) in enumerate(zip(loaded.rows, splits, strict=True)):
+        stream = ShardStream(sink, codec, views, split.describe(), spec.lossless)
+        for place, (rows, run) in enumerate(zip(loaded.rows, stored, strict=True)):
             geometry = _geometry(spec, loaded.views[place], rows) if loaded.views and not spec.views.whole else None
             view_features = of_views[place] if of_views else None
 
-            def write(rows=rows, split=split, geometry=geometry, view_features=view_features, base=features[place]):
-                tokens = base if split.mask is None else base[split.mask.flatten(1).to(base.device)]
-                run = ViewRun(split.columns, split.constants, tokens, mask=split.mask)
+            def write(rows=rows, run=run, geometry=geometry, view_features=view_features):
                 codes = codec.encode(run.need_features(), sample_ids=run.samples_of(rows))
-                inputs = dict(split.columns)
+                inputs = dict(run.columns)
                 for view in range(1, spec.views.count + 1):
                     codes |= views.encode(view, view_features, geometry, rows)
                     if spec.views.own_inputs:
-                        inputs |= {own_input(view, name): value for name, value in split.columns.items()}
+                        inputs |= {own_input(view, name): value for name, value in run.columns.items()}
                 stream.write(rows[0], codes, inputs)
 
             seconds.append(timed(write)[1])
         stream.close()
         buffer = sink.getvalue()
         _, hashing = timed(lambda: hashlib.sha256(buffer).hexdigest())
-        store = store_in_memory(spec, codec, views, splits[0], stream.rows, buffer)
+        store = store_in_memory(spec, codec, views, split, stream.rows, buffer)
         return store, median_low(seconds) + hashing / len(loaded.rows)
 
     def _count_maps(self, spec: StoreSpec, loaded: LoadedRanges) -> int:
@@ -454,11 +453,6 @@ class Prober:
 
 
 _NOTHING = Costs(load=0.0, prefix=0.0, load_base=0.0)
-
-
-def _rows_of(features: torch.Tensor, spec: StoreSpec) -> torch.Tensor:
-    """Features as a codec takes them."""
-    return features.flatten(0, 1) if spec.layout.is_token else features
 
 
 def _passes(spec: StoreSpec) -> int:

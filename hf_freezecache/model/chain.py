@@ -183,7 +183,7 @@ class BlockChain:
         return self.own_trace().layout(cut)
 
     def stored_layout(self, cut: int) -> FeatureLayout:
-        """The layout in which stores hold the feature at `cut`: that of a token, where they leave out padding.
+        """The layout in which stores hold the feature at `cut`: that of a token, where samples have several sizes.
 
         Raises:
             ChainError: as `layout`.
@@ -191,9 +191,9 @@ class BlockChain:
         if self.padding.trimmed(cut) is not None:
             return replace(self.padding.widest_trace(cut).layout(cut), is_trimmed=True)
         layout = self.layout(cut)
-        if not self.padding.ignored(cut):
+        if not self.padding.ignored(cut) and not self.padding.has_sizes(cut):
             return layout
-        return FeatureLayout(layout.shape[1:], None, 0, layout.dtype, is_token=True)
+        return FeatureLayout((layout.channels,), None, 0, layout.dtype, is_token=True)
 
     def share(self, cut: int) -> float:
         """FLOPs that a replay at `cut` leaves out, relative to a forward pass of the model."""
@@ -320,7 +320,7 @@ class BlockChain:
         if cut not in self._proved:
             self.prove(self.own_trace().probe, cut)
             self.trace_if_new(inputs, cut)
-        if self.padding.trimmed(cut) is not None:
+        if self.padding.is_any_size(cut):
             resize(self.model, self.own_trace(), cut, inputs)
         with torch.no_grad(), eval_mode(self.model):
             return self.capture(inputs, cut)
@@ -441,8 +441,8 @@ class BlockChain:
 
     def trace_if_new(self, inputs: Mapping[str, Any], cut: int) -> None:
         """Traces the model unless it was traced on inputs of this size, or its features have none."""
-        any_size = self.padding.trimmed(cut) is not None
-        if self._trace is None or not self._trace.fits(inputs, bool(self.padding.ignored(cut)), any_size):
+        padding, trace = self.padding, self._trace
+        if trace is None or not trace.fits(inputs, bool(padding.ignored(cut)), padding.is_any_size(cut)):
             self.trace(inputs)
 
     def own_trace(self) -> Trace:

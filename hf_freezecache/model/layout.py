@@ -1,5 +1,6 @@
 """Shape and meaning of one sample's feature."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,7 +22,8 @@ class FeatureLayout:
         special_tokens: number of leading tokens that are no positions of an image (CLS, distillation, registers); 0
             for feature maps and vectors.
         dtype: float32, float16 or bfloat16.
-        is_token: whether this is the layout `(C,)` of a token of a text, of which a sample has as many as it has.
+        is_token: whether this is the layout `(C,)` of a token of a text, of which a sample has as many as it has; or
+            of a position of a sample that has a size of its own.
         is_trimmed: whether this is the layout of the widest batches, of which narrower ones take a part.
 
     Raises:
@@ -117,6 +119,38 @@ class FeatureLayout:
             dtype=_DTYPES[data["dtype"]],
             **{name: data[name] for name in _FLAGS if name in data},
         )
+
+
+def to_positions(features: torch.Tensor) -> torch.Tensor:
+    """Features as vectors of channels, one for each position; a feature that is one vector has one position.
+
+    Args:
+        features: `(B, T, C)`, `(B, C, H, W)` or `(B, C)`.
+
+    Returns:
+        `(B, P, C)`.
+
+    Shapes: B samples, T tokens, C channels, H x W positions of a map, P positions, T, H * W or 1.
+    """
+    if features.ndim == 4:
+        return features.flatten(2).transpose(1, 2)
+    return features.unsqueeze(1) if features.ndim == 2 else features
+
+
+def from_positions(vectors: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Features of a shape from what `to_positions` gives.
+
+    Args:
+        vectors: `(B, P, C)`.
+        shape: of a sample's feature.
+
+    Returns:
+        `(B, *shape)`.
+
+    Shapes: B samples, P positions, C channels.
+    """
+    ordered = vectors.transpose(1, 2) if len(shape) == 3 else vectors
+    return ordered.reshape(len(vectors), *shape)
 
 
 def token_grid(

@@ -15,6 +15,7 @@ from ..distributed import Announcer
 from ..rng import preserve_rng
 from .capture import capture
 from .errors import ChainError
+from .layout import from_positions
 from .modes import eval_mode
 from .resizing import resize, trimmed_to
 from .stand_ins import stays_real
@@ -56,6 +57,7 @@ class Padding:
         self._why_kept: dict[int, str] = {}
         self._trimmed: dict[int, Trimming] = {}
         self._why_not_trimmed: dict[int, str] = {}
+        self._sized: set[int] = set()
 
     def ignored(self, cut: int) -> frozenset[str]:
         """Sides on which padding changes no feature of a token at a cut: stores leave it out.
@@ -63,7 +65,7 @@ class Padding:
         Empty where the feature of a sample is not a vector for each position of its text, the model's inputs have no
         `attention_mask`, or what comes behind the cut reads what is at padding.
         """
-        if not cut or cut in self._why_kept or cut in self._trimmed:
+        if not cut or cut in self._why_kept or self.is_any_size(cut):
             return frozenset()
         trace = self._chain.own_trace()
         if cut not in trace.ignored_padding:
@@ -104,18 +106,35 @@ class Padding:
         """
         self._trimmed[cut] = trimming
 
+    def keep_sizes(self, cut: int) -> None:
+        """From now on, samples have features of their own sizes at a cut, and those of a batch one size.
+
+        Args:
+            cut: from 1 on.
+        """
+        self._sized.add(cut)
+
+    def has_sizes(self, cut: int) -> bool:
+        """Whether samples have features of their own sizes at a cut, as `keep_sizes` was told."""
+        return cut in self._sized
+
+    def is_any_size(self, cut: int) -> bool:
+        """Whether features at a cut are those of inputs of any size: trimmed, or of their own sizes."""
+        return cut in self._trimmed or cut in self._sized
+
     def stop_trimming(self, cut: int, why: str) -> None:
-        """From now on, features at a cut are not trimmed.
+        """From now on, features at a cut have one size: they are not trimmed, and have no sizes of their own.
 
         Args:
             cut: from 1 on.
             why: as a clause.
         """
         self._trimmed.pop(cut, None)
+        self._sized.discard(cut)
         self._why_not_trimmed[cut] = why
 
     def why_not_trimmed(self, cut: int) -> str | None:
-        """Why features at a cut cannot be trimmed, as `stop_trimming` was told; None if it was not."""
+        """Why features at a cut must have one size, as `stop_trimming` was told; None if it was not."""
         return self._why_not_trimmed.get(cut)
 
     def trimmed(self, cut: int) -> Trimming | None:
@@ -131,22 +150,44 @@ class Padding:
         trace, probe = self._chain.own_trace(), self._trimmed[cut].probe
         return trace if trace.size == tuple(probe[trace.main_input].shape[1:]) else self._chain.trace(probe)
 
-    def trim_features(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        """Features of a batch, from those of the same samples as wide as the widest; replays fit them from then on.
+    def positions(self, inputs: Mapping[str, Any], cut: int) -> int:
+        """Number of positions of the features of samples that have sizes of their own.
 
         Args:
-            features: `(B, *layout.shape)` of `BlockChain.stored_layout`.
+            inputs: model inputs of a batch of one size.
+            cut: from 1 on.
+
+        Raises:
+            ChainError: if the model does not run on inputs of this size.
+        """
+        layout = resize(self._chain.model, self._chain.own_trace(), cut, inputs).layout
+        return layout.values // layout.channels
+
+    def fit_features(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
+        """Features of a batch from what a store has of them; replays fit inputs of its size from then on.
+
+        Args:
+            features: where they are trimmed, those of the same samples as wide as the widest, `(B, *layout.shape)` of
+                `BlockChain.stored_layout`; where samples have sizes of their own, `(B, P, C)`.
             inputs: model inputs of the batch by name; of a main input of real numbers the shape alone counts.
-            cut: at which features are trimmed.
+            cut: at which features have any size.
 
         Raises:
             ChainError: if the model does not run on inputs of this size.
 
-        Shapes: B samples.
+        Shapes: B samples, P positions, C channels.
         """
-        trace = self.widest_trace(cut)
+        trace = self._chain.own_trace() if self.has_sizes(cut) else self.widest_trace(cut)
         own = resize(self._chain.model, trace, cut, inputs)
-        return trimmed_to(own, features, trace.cut(cut), self._trimmed[cut].side)
+        if not self.has_sizes(cut):
+            return trimmed_to(own, features, trace.cut(cut), self._trimmed[cut].side)
+        if features[0].numel() != own.layout.values:
+            size = tuple(inputs[trace.main_input].shape[1:])
+            raise ChainError(
+                f"inputs of shape {size} have features of shape {own.layout.shape} at cut {cut}, and the store "
+                f"{features.shape[1]} positions of {features.shape[2]} channels"
+            )
+        return from_positions(features, own.layout.shape)
 
 
 def _ignored_sides(model: nn.Module, trace: Trace, cut: int) -> frozenset[str]:

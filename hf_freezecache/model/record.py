@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..distributed import Announcer
 from ..rng import preserve_rng
 from .errors import ChainError
+from .inputs import main_input_name
 from .modes import ModuleStates, eval_mode, override_forward
 from .repeats import Repeats, Value, is_plain, watching_reads
 from .structure import Path, leaves, map_leaves
@@ -214,7 +215,7 @@ class _Recorder(TorchDispatchMode):
         watching = (
             contextlib.nullcontext() if self._repeats is None else watching_reads(self._is_unknown, self._repeats.need)
         )
-        with _recording(model, self), watching:
+        with _recording(model, self, inputs), watching:
             with self if operations else contextlib.nullcontext():
                 output = model(**inputs)
             self.answers = frozenset(self.value(tensor) for tensor in answers_of(output).values())
@@ -407,7 +408,7 @@ def with_one_more_sample(inputs: Mapping[str, Any], samples: int) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _recording(model: nn.Module, recorder: _Recorder, inputs: Mapping[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng())
         stack.enter_context(torch.no_grad())
@@ -418,7 +419,21 @@ def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the model's own code may raise anything
-            raise ChainError(f"{type(model).__name__} could not be run on a probe batch: {error!r}") from error
+            why = f"{type(model).__name__} could not be run on a probe batch: {error!r}"
+            raise ChainError(why + _describe_packed(model, inputs)) from error
+
+
+def _describe_packed(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Says which input has other rows than one for each sample, as a sentence to append; empty if none has."""
+    samples = len(inputs[main_input_name(model)])
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) not in (1, samples):
+            return (
+                f". '{name}' has {len(value)} rows, and '{main_input_name(model)}' {samples}: samples whose parts lie "
+                "one after the other in a batch (patches of images of several sizes) cannot be taken apart, and no "
+                "block can be frozen. policy='none' trains as `Trainer` does"
+            )
+    return ""
 
 
 def _with_specs(output: Any, specs: Mapping[Path, TensorSpec]) -> Any:

@@ -87,7 +87,8 @@ class Part:
         inverse = sorted(range(rows.ndim), key=self.memory_order.__getitem__)
         ordered = rows.movedim(0, self.sample_dim).permute(self.memory_order)
         if self.extents is None:
-            return ordered.contiguous().permute(inverse)
+            # Kernels look at the stride of a single row, too, which `contiguous` leaves as it is.
+            return ordered.contiguous().flatten().view(ordered.shape).permute(inverse)
         # Kernels choose their order of operations by strides.
         whole = ordered.new_zeros(ordered.shape[0], *self.extents)
         part = whole[tuple(slice(size) for size in ordered.shape)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..cache.names import WIDEST
+from ..cache.names import SIZES, TOKENS, WIDEST
 from ..cache.padded import PaddingRule, why_other_samples
+from ..cache.sized import SizeRule, why_other_sizes
 from ..cache.texts import place_tokens, why_other_texts
 from ..model.stand_ins import stays_real
 from ..model.tokens import MASK, token_mask
@@ -18,7 +19,7 @@ from .dataset import BatchRows, CachedRows, DrawnRows, LostRows
 
 #: Prefix of a batch entry that holds codes; no model input has such a name.
 CODE_PREFIX = "freezecache."
-#: Among the codes of features that are trimmed: an empty tensor of the shape of the batch's main input, and 0.
+#: Among the codes of features of batches of any size: an empty tensor of the shape of the batch's main input, and 0.
 SIZE = "size"
 #: Prefix of a batch entry that describes live samples which are stored while they train the model.
 DRAWN_PREFIX = "freezecache-drawn."
@@ -64,8 +65,11 @@ class ReplayCollator:
         if rows.samples is None:
             return _name_codes(rows)
         batch = self.collator(rows.samples)
-        if rows.texts is None:
+        if SIZES in rows.rows:
+            return _collate_sized(rows, batch)
+        if WIDEST in rows.rows:
             return _collate_trimmed(rows, batch)
+        assert rows.texts is not None  # beside samples
         why = why_other_texts(rows.rows, batch, rows.texts)
         if why is not None:
             return {LOST: why, **_name_rows(rows.requested)}
@@ -182,10 +186,23 @@ def _collate_trimmed(rows: CachedRows, batch: Any) -> dict[str, Any]:
     if why is not None:
         return {LOST: why, **_name_rows(rows.requested)}
     main_input = PaddingRule.from_json(rows.rows[WIDEST]).main_input
+    return _with_size(rows, batch, main_input, {name: rows.rows[name] for name in rows.codes})
+
+
+def _collate_sized(rows: CachedRows, batch: Any) -> dict[str, Any]:
+    """The batch as the user's collator makes it, with codes of features of its size."""
+    why = why_other_sizes(rows.rows, batch)
+    if why is not None:
+        return {LOST: why, **_name_rows(rows.requested)}
+    codes = {name: rows.rows[name].unflatten(0, (len(rows.rows[TOKENS]), -1)) for name in rows.codes}
+    return _with_size(rows, batch, SizeRule.from_json(rows.rows[SIZES]).main_input, codes)
+
+
+def _with_size(rows: CachedRows, batch: Any, main_input: str, codes: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A batch with codes in the place of its main input, of whose numbers nobody reads the shape alone travels on."""
     main = batch[main_input]
-    # Of numbers that nobody reads any more the shape alone travels on.
     others = dict(batch) if stays_real(main) else {name: batch[name] for name in batch if name != main_input}
-    codes = {name: rows.rows[name] for name in rows.codes} | {SIZE: main.new_empty(*main.shape, 0)}
+    codes = {**codes, SIZE: main.new_empty(*main.shape, 0)}
     return {**others, **{CODE_PREFIX + name: value for name, value in codes.items()}, **_name_rows(rows.requested)}
 
 

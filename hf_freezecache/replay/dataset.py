@@ -75,7 +75,7 @@ class CachedRows:
         codes: names of the codes among them.
         requested: which rows they are.
         samples: where the user's collator pads them in every epoch, the samples for it; else None.
-        texts: what the frozen blocks read of texts that are stored without padding; else None.
+        texts: what the frozen blocks read of texts, if there are samples for the user's collator; else None.
     """
 
     rows: dict[str, Any]
@@ -288,8 +288,7 @@ class ReplayDataset(Dataset):
         layout = store.codec.layout
         if not layout.is_token and not layout.is_trimmed:
             return cached
-        samples = self._draw_live(rows, fetch_samples)
-        return replace(cached, samples=samples, texts=self.texts if layout.is_token else None)
+        return replace(cached, samples=self._draw_live(rows, fetch_samples), texts=self.texts)
 
     def _open(self, path: Path, handle: StoreHandle | None) -> FeatureStore:
         store = FeatureStore.open(path) if handle is None else handle.open()

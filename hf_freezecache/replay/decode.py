@@ -27,7 +27,8 @@ def replay_features(store: FeatureStore, codes: Mapping[str, torch.Tensor]) -> t
         codes: the batch's codes by entry, as `FeatureStore.read_rows` returns them, on the device of the model.
 
     Returns:
-        Features `(B, *layout.shape)`; of texts `(B, W, C)`, with 0 at padding.
+        Features `(B, *layout.shape)`; of texts `(B, W, C)`, with 0 at padding; so, too, of samples that have sizes of
+        their own.
 
     Raises:
         ValueError: if an entry is missing or has another shape or dtype than the store's.

@@ -113,10 +113,10 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
 
 
 def _why_of_one_width(session: FreezeSession, cuts: Sequence[int]) -> str | None:
-    """Why samples that are padded to the longest of a batch cannot be cached at one of the cuts; None if they can."""
+    """Why samples without a common width cannot be cached at one of the cuts; None if they can."""
     padding = session.chain.padding
     kept = next((cut for cut in cuts if padding.why_not_trimmed(cut) is not None), None)
-    return None if kept is None else one_width_only(session.chain, kept)
+    return None if kept is None else one_width_only(session.chain, kept, session.context.source)
 
 
 def check_data(session: FreezeSession, loader: Any) -> None:

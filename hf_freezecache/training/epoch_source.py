@@ -170,7 +170,7 @@ class FromStore(EpochSource):
         features = replay_features(self.store, codes)
         if size is not None:
             inputs = with_main_input(context.chain, inputs, size)
-            features = context.chain.padding.trim_features(features, context.model_inputs(inputs), self.cut)
+            features = context.chain.padding.fit_features(features, context.model_inputs(inputs), self.cut)
         return StepInputs.on_features(context.chain, self.cut, features, inputs, "replay")
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ..build.context import BuildContext
+from ..build.several_sizes import rows_by_size
 from ..cache.rows import RowSource
+from ..cache.sized import BySize, parts_of
 from ..model.modes import untouched
 from ..policies import Trial
 from ..rng import preserve_rng, seeded_rng
@@ -71,6 +73,9 @@ class FreezingTrial:
         """What is run for a training of a number of steps; None if that, or the data set, is too short."""
         steps = min(_MOST, round(_SHARE * max_steps))
         source = self.context.source
+        main_input = self.context.chain.main_input
+        if rows_by_size(source, main_input):
+            source = source.collated_by(BySize(source.collator, main_input, source.batch_size))
         mine, size = in_random_order(source, self.context.group), source.batch_size
         held_out = min(_HELD_OUT, math.floor(_SHARE_HELD_OUT * (len(mine) // size)))
         if steps < _FEWEST or not held_out:
@@ -115,7 +120,7 @@ class FreezingTrial:
 
     def _run(self, step: Step, source: RowSource, number: int) -> Outcome:
         def run() -> Outcome:
-            batch = source.collate(source.rows(number))
+            batch = max(parts_of(source.collate(source.rows(number))), key=_rows_of)
             self._see(batch)
             return step(batch)
 
@@ -139,6 +144,11 @@ class FreezingTrial:
         optimizer.step()
         for name, parameter in trained.items():
             parameter.grad = before[name]
+
+
+def _rows_of(batch: Any) -> int:
+    tensors = (value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+    return max((len(tensor) for tensor in tensors), default=0)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..build.context import BuildContext
-from ..build.padded_samples import collator_pads
+from ..build.padded_samples import has_widths
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
@@ -119,11 +119,11 @@ class HeadStart:
             yield {**inputs, self.context.chain.main_input: main_input}
 
     def _has_several_sizes(self) -> bool:
-        """Whether what the collator pads is no tokens; the same on all processes."""
+        """Whether samples have no common width, and are no tokens; the same on all processes."""
         chain, source = self.context.chain, self.context.source
         if stays_real(chain.own_trace().probe[chain.main_input]):
             return False
-        return self.context.group.on_main(lambda: collator_pads(source, chain.main_input))
+        return self.context.group.on_main(lambda: has_widths(source, chain.main_input))
 
     def run(self, epochs: int, leave_out: int = 0, most: int | None = None) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
@@ -152,8 +152,8 @@ class HeadStart:
             if not config.head_start_epochs:  # it was the trial's own
                 return None
             raise RehearsalError(
-                "a head start takes texts, or samples of one size, and the collator pads these to the longest of a "
-                "batch: pad them to one length, or head_start_epochs=0 is without a head start."
+                "a head start takes texts, or samples of one size, and these have several: pad or resize them to one, "
+                "or head_start_epochs=0 is without a head start."
             )
         began, seed = time.perf_counter(), self.context.source.seed
         with preserve_rng(), seeded_rng(seed, "head start"), untouched(chain.model):

@@ -13,7 +13,8 @@ from transformers.utils import logging
 from ..build.context import BuildContext
 from ..build.feature_sources import agree_on_padding
 from ..build.materialize import spread
-from ..build.padded_samples import collator_pads
+from ..build.padded_samples import has_widths
+from ..build.several_sizes import one_of_each_size, rows_by_size
 from ..build.text_lengths import rows_by_length
 from ..build.trimming import settle_trimming
 from ..build.widest import narrow_batch
@@ -116,21 +117,28 @@ class Rehearsal:
         )
 
     def _settle_width(self, cut: int) -> None:
-        """Where samples are padded to the longest of a batch, and features include that: whether they can be trimmed.
+        """Where samples have no common width, and features include that: whether they can be trimmed, or keep sizes.
 
-        If they can, the step is compared once more on narrow samples, with the record of the widest.
+        If they can, the step is compared once more on narrow samples, with the record of the widest; or on some of the
+        smallest and of the largest size.
         """
         context, chain = self.context, self.context.chain
         if chain.padding.ignored(cut) or chain.padding.why_not_trimmed(cut) is not None:
             return
-        if not context.group.on_main(lambda: collator_pads(context.source, chain.main_input)):
+        if not context.group.on_main(lambda: has_widths(context.source, chain.main_input)):
             return
         if settle_trimming(context, cut) is not None:
             return
-        narrow = context.group.on_all(lambda: narrow_batch(context.source, chain.main_input))
-        found = self._compare(cut, narrow)
-        if found is not None:
-            chain.padding.stop_trimming(cut, f"a training step on those of a narrower batch is not the step: {found}")
+        for batch in context.group.on_all(self._other_sizes):
+            found = self._compare(cut, batch)
+            if found is not None:
+                why = f"a training step on those of a batch of another size is not the step: {found}"
+                chain.padding.stop_trimming(cut, why)
+                return
+
+    def _other_sizes(self) -> Sequence[Mapping[str, Any]]:
+        source, main_input = self.context.source, self.context.chain.main_input
+        return one_of_each_size(source, 2) if source.sizes else [narrow_batch(source, main_input)]
 
     def _compare(self, cut: int, collated: Mapping[str, Any] | None = None) -> str | None:
         """Where the whole step and the replayed one part on some process, as a clause; None if they agree.
@@ -188,7 +196,7 @@ class Rehearsal:
         if mask is not None:
             features = blank_padding(features, mask)
         kept = {name: value for name, value in batch.items() if name != chain.main_input or stays_real(value)}
-        if chain.padding.trimmed(cut) is not None:
+        if chain.padding.is_any_size(cut):
             main = batch[chain.main_input]
             kept[_SIZE] = main.new_empty(*main.shape, 0)
         return batch, {_REHEARSED: features, **kept}, mask
@@ -217,6 +225,8 @@ class Rehearsal:
         source = self.context.source
         count = min(_ROWS, len(source))
         with preserve_rng():
+            if source.sizes:
+                return self._of_common_size(source.sizes)
             try:
                 batch = source.collate(spread(len(source), count))
                 if token_mask(batch, self.context.chain.main_input) is None:
@@ -225,7 +235,12 @@ class Rehearsal:
                 return source.collate([by_length[place] for place in spread(len(by_length), count)])
             except Exception as error:  # rows from far apart may not be collated together: of several sizes, say
                 Announcer.survived(logger, "Rows from all over the data set cannot be collated together", error)
-                return self._neighbours(count)
+                sizes = rows_by_size(source, self.context.chain.main_input)
+                return self._of_common_size(sizes) if sizes else self._neighbours(count)
+
+    def _of_common_size(self, sizes: Sequence[Sequence[int]]) -> Mapping[str, Any]:
+        source = self.context.source
+        return source.collate(max(sizes, key=len)[: min(_ROWS, source.batch_size)])
 
     def _neighbours(self, count: int) -> Mapping[str, Any]:
         try:

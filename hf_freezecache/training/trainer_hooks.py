@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..augment.mixing import Mixer, soft_cross_entropy
 from ..build.context import BuildContext
+from ..build.several_sizes import use_common_size
 from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
@@ -181,6 +182,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, ReportH
                 f"the data set's transform reads the column {error.args[0]!r}, which a Trainer drops, as no argument "
                 "of the model has this name: set remove_unused_columns=False in TrainingArguments."
             ) from error
+        except Exception:  # whatever a collator raises about samples of several sizes
+            if not use_common_size(source, main_input_name(self._own_model)):
+                raise
+            return source.probe()
 
     def without_unused_columns(self, dataset: Any, description: str = "training") -> tuple[Any, Callable]:
         """A data set and its collator without the columns that the model does not take."""

@@ -23,6 +23,7 @@ from hf_freezecache.build.survey import (
 )
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.model.inputs import ModelInputs
+from hf_freezecache.model.tokens import TextInputs
 
 
 def test_deterministic_samples_are_not_random():
@@ -185,18 +186,19 @@ def test_survey_reads_tens_of_rows():
     assert len(Counting.seen) <= 24 and Counting.reads <= 200
 
 
-def test_samples_that_are_never_collated_together_are_looked_at_range_by_range():
+def test_samples_of_several_sizes_are_looked_at_by_their_size():
     class Sizes(Part):
         def __getitem__(self, row):
             pixels = super().__getitem__(row)["pixel_values"]
             return {"pixel_values": pixels[..., : 8 if row < 32 else 16], "labels": row}
 
     def look(is_noisy, collator=collate):
-        return survey(RowSource(Sizes(64, is_noisy), collator, 8, 0), "pixel_values")
+        texts = TextInputs("pixel_values", frozenset({"pixel_values"}))
+        return survey(RowSource(Sizes(64, is_noisy), collator, 8, 0, texts=texts), "pixel_values")
 
-    assert look(never) == Augmentation()
-    assert look(lambda row: row > 55).random
-    assert "sorts" in look(never, lambda samples: collate(samples[::-1])).declined
+    assert look(never) == Augmentation(padded=True)
+    assert "drawn at random" in look(lambda row: row > 55).declined
+    assert "rest of the batch" in look(never, lambda samples: collate(samples[::-1])).declined
 
 
 # On the device

@@ -17,6 +17,7 @@ from support.images import FlipAndErase, picture_dataset, pictures_with_a_marked
 from support.policies import Answers  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sessions import chain_of  # noqa: E402
+from support.sized_images import GroupingTrainer, SizedImages  # noqa: E402
 from support.sounds import PadSounds, Sounds, wav2vec2  # noqa: E402
 from support.token_rows import Pad, Texts, bert, bert_of_questions  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
@@ -99,7 +100,8 @@ def communicate(when: str, ranks: str, step: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", choices=["vit", "resnet", "bert", "bert of questions", "wav2vec2"], default="vit")
+    models = ["vit", "resnet", "resnet of sizes", "bert", "bert of questions", "wav2vec2"]
+    parser.add_argument("--model", choices=models, default="vit")
     parser.add_argument("--cache", default="always")
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--find_unused", choices=["true", "false"], default=None)
@@ -155,6 +157,8 @@ def train(options: argparse.Namespace) -> None:
         model, dataset, texts = bert_of_questions(), Texts(70, label="span"), {"data_collator": Pad()}
     if options.model == "wav2vec2":
         model, dataset, texts = wav2vec2(), Sounds(70), {"data_collator": PadSounds()}
+    if options.model == "resnet of sizes":
+        model, dataset, texts = tiny_resnet(), SizedImages(70), {"trainer_class": GroupingTrainer}
     notes = NotesWeights()
     policy: FreezePolicy | None = None
     if options.main_decides:

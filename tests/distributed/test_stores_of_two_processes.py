@@ -2,8 +2,9 @@
 
 import pytest
 from script_train import augmented
-from support.helpers import losses, manual, pixel_dataset, run, tiny_vit
+from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit
 from support.launching import launch, seen_by
+from support.sized_images import SizedImages, train_sized
 from support.sounds import PadSounds, Sounds, wav2vec2
 from support.token_rows import Pad, Texts, bert, bert_of_questions
 
@@ -51,6 +52,20 @@ def test_samples_of_several_widths_of_two_processes_are_those_of_one(name, make,
     settings = dict(per_device_train_batch_size=4, remove_unused_columns=False, data_collator=collator)
     alone = FeatureStore.open(run(make(), samples, tmp_path / "run", config, **settings).freeze_status().store_path)
     assert together.codec.layout.is_trimmed
+    assert len(together.manifest.shards) == 2 and alone.path.name == together.path.name
+    assert together.dataset[:] == alone.dataset[:]
+
+
+def test_images_of_several_sizes_of_two_processes_are_those_of_one(tmp_path):
+    shared = ["--points", "0:3", "--model", "resnet of sizes", "--codec", "fp32", "--on_mismatch", "error"]
+    launch(["--output", tmp_path, *shared])
+    first, second = seen_by(tmp_path)
+    assert first["weights"] == second["weights"] and first["replaying"] and second["replaying"]
+    [path] = (tmp_path / "cache").iterdir()
+    together = FeatureStore.open(path)
+    config = manual("0:3", codec="fp32", feature_cache_dir=str(tmp_path / "alone"))
+    trained = train_sized(tiny_resnet, SizedImages(70), tmp_path / "run", config)
+    alone = FeatureStore.open(trained.freeze_status().store_path)
     assert len(together.manifest.shards) == 2 and alone.path.name == together.path.name
     assert together.dataset[:] == alone.dataset[:]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from support.codec_cases import EXAMPLES, layouts
 
-from hf_freezecache.model.layout import FeatureLayout
+from hf_freezecache.model.layout import FeatureLayout, from_positions, to_positions
 
 
 @EXAMPLES
@@ -43,3 +43,10 @@ def test_flags_of_a_layout_are_written_where_they_are_true(flag):
 def test_features_of_tokens_have_no_width_to_trim():
     with pytest.raises(ValueError, match="no width to trim"):
         FeatureLayout((4,), None, 0, torch.float32, is_token=True, is_trimmed=True)
+
+
+@pytest.mark.parametrize(("shape", "positions"), [((5, 3), 5), ((3, 4, 2), 8), ((3,), 1)])
+def test_features_as_vectors_of_their_positions_and_back(shape, positions):
+    features = torch.randn(2, *shape)
+    vectors = to_positions(features)
+    assert vectors.shape == (2, positions, 3) and torch.equal(from_positions(vectors, shape), features)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from support.helpers import tiny_resnet
 from support.sounds import PadSounds, Sounds, wav2vec2
 from support.token_rows import Choices, Pad, PadChoices, Texts, bert_of_choices, bert_of_questions
 
 from hf_freezecache import BlockChain
+from hf_freezecache.model.errors import ChainError
+from hf_freezecache.model.layout import to_positions
 from hf_freezecache.model.padding import Trimming
 from hf_freezecache.model.resizing import resize
 
@@ -66,7 +69,7 @@ def test_features_are_trimmed_on_the_side_of_the_padding(side):
     chain = BlockChain.from_model(bert_of_questions().eval(), probe=probe)
     chain.padding.trim(2, Trimming(side, probe))
     features = torch.randn(4, 20, 32)
-    own = chain.padding.trim_features(features, inputs(Pad(side, width=15)([*Texts(4)])), 2)
+    own = chain.padding.fit_features(features, inputs(Pad(side, width=15)([*Texts(4)])), 2)
     assert torch.equal(own, features[:, :15] if side == "right" else features[:, 5:])
     layout = chain.stored_layout(2)
     assert layout.is_trimmed and layout.shape == (20, 32)
@@ -77,7 +80,7 @@ def test_features_of_choices_are_trimmed_text_by_text():
     chain = BlockChain.from_model(bert_of_choices().eval(), probe=probe)
     chain.padding.trim(2, Trimming("right", probe))
     features = torch.randn(4, 3 * 20, 32)
-    own = chain.padding.trim_features(features, inputs(PadChoices(width=15)([*Choices(4)])), 2)
+    own = chain.padding.fit_features(features, inputs(PadChoices(width=15)([*Choices(4)])), 2)
     assert torch.equal(own, features.unflatten(1, (3, 20))[:, :, :15].flatten(1, 2))
 
 
@@ -86,3 +89,23 @@ def test_trace_of_the_widest_is_made_again_where_another_one_has_taken_its_place
     chain.trace(sounds_of(70))
     assert chain.stored_layout(4).shape[0] == ((200 - 5) // 3 + 1 - 3) // 2 + 1
     assert chain.own_trace().size == (200,)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_features_of_images_of_any_size_are_those_of_a_run(cut):
+    chain = BlockChain.from_model(tiny_resnet().eval(), probe={"pixel_values": torch.randn(2, 3, 32, 32)})
+    chain.padding.keep_sizes(cut)
+    layout = chain.stored_layout(cut)
+    assert layout.is_token and layout.shape == (chain.layout(cut).channels,)
+    trace = chain.own_trace()
+    for size in ((32, 48), (64, 32), (40, 56), (32, 32)):
+        images = {"pixel_values": torch.randn(3, 3, *size)}
+        features = chain.prefix(images, cut)
+        shapes = {"pixel_values": trace.main_stand_in(3, torch.device("cpu"), (3, *size))}
+        assert chain.padding.positions(shapes, cut) == features.shape[2] * features.shape[3]
+        fitted = chain.padding.fit_features(to_positions(features), shapes, cut)
+        assert torch.equal(fitted, features) and chain.own_trace() is trace
+        with torch.no_grad():
+            assert torch.equal(chain.suffix(fitted, images, cut).logits, chain.model(**images).logits)
+    with pytest.raises(ChainError, match="and the store 7 positions of"):
+        chain.padding.fit_features(torch.randn(3, 7, layout.channels), images, cut)
