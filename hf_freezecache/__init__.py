@@ -24,6 +24,7 @@ _EXPORTS = {
     "FreezePolicy": "policies",
     "FreezeStatus": "training.report",
     "FrozenOutputError": "model.stand_ins",
+    "HeadError": "hub.errors",
     "MismatchError": "training.proof",
     "Moment": "policies",
     "ObservedBlock": "policies",
@@ -33,8 +34,10 @@ _EXPORTS = {
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
     "StoreError": "cache.manifest",
+    "load_head": "hub.loading",
     "make_codec": "cache.codec",
     "plan": "planning",
+    "save_head": "hub.saving",
     "wrap_classifier": "model.classifiers",
 }
 
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
     from .cache.store import FeatureStore
     from .config import FreezeCacheConfig
     from .estimate.costs import Plan, PlanRow
+    from .hub.errors import HeadError
+    from .hub.loading import load_head
+    from .hub.saving import save_head
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
     from .model.classifiers import wrap_classifier
@@ -76,6 +82,7 @@ __all__ = [
     "FreezePolicy",
     "FreezeStatus",
     "FrozenOutputError",
+    "HeadError",
     "MismatchError",
     "Moment",
     "ObservedBlock",
@@ -85,8 +92,10 @@ __all__ = [
     "ReplayCollator",
     "ReplayableTransform",
     "StoreError",
+    "load_head",
     "make_codec",
     "plan",
+    "save_head",
     "wrap_classifier",
 ]
 

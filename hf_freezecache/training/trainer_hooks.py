@@ -112,6 +112,23 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks):
         plain = "policy='none'" if not self._is_active else self._why_plain
         return make_report([], None, "no training has run" if plain is None else f"plain training: {plain}")
 
+    @property
+    def freeze_settings(self) -> FreezeCacheConfig:
+        """When blocks are frozen, and how features are kept."""
+        return self._freeze_config
+
+    def find_chain(self) -> BlockChain:
+        """The model as blocks: those of the running or last training, else those that one would have.
+
+        Raises:
+            ValueError: if there is no training data to find them with, or the model cannot be split.
+        """
+        if self._session is not None:
+            return self._session.chain
+        if self.train_dataset is None:
+            raise ValueError("the blocks of the model are found with a training batch: pass train_dataset.")
+        return self.build_context(*self.without_unused_columns(self.train_dataset)).chain
+
     def build_context(self, dataset: Any, collator: Callable) -> BuildContext:
         """Model, samples and settings as stores of a training on a data set would be built from them.
 
