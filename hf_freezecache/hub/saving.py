@@ -31,7 +31,6 @@ from .rebuild import Source, assign, base_of, build, build_on, recipe_of
 from .subject import Subject, subject_of
 from .tensors import (
     Part,
-    check_plain,
     dtype_name,
     named_tensors,
     prefix_parts,
@@ -103,7 +102,6 @@ def save_head(
     if subject.trainer is not None and not subject.trainer.is_world_process_zero():
         return Path(directory)
     model = subject.model
-    check_plain(model)
     saved = saved_names(model)
     tensors = {name: value.detach() for name, value in named_tensors(model).items()}
     parts = prefix_parts(subject.chain, subject.cut)
@@ -231,7 +229,8 @@ def _difference(twin: nn.Module | None, subject: Subject, tensors: Mapping[str, 
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in subject.chain.own_trace().probe.items()
     }
-    with torch.no_grad(), eval_mode(subject.model), _without_autocast(subject.model):
+    precision = contextlib.nullcontext() if subject.trainer is None else subject.trainer.accelerator.autocast()
+    with torch.no_grad(), eval_mode(subject.model), _own_forward(subject.model), precision:
         expected = answers_of(subject.model(**probe))
         found = answers_of(twin.to(device).eval()(**probe))
     same = expected.keys() == found.keys() and all(torch.equal(expected[path], found[path]) for path in expected)
@@ -240,10 +239,12 @@ def _difference(twin: nn.Module | None, subject: Subject, tensors: Mapping[str, 
     return "a model of the same settings and weights answers otherwise"
 
 
-def _without_autocast(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Inside, a model that accelerate has prepared for mixed precision runs in its own."""
+def _own_forward(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, a model that accelerate has prepared for mixed precision answers as it does itself."""
     original = vars(model).get("_original_forward")
-    return contextlib.nullcontext() if original is None else override_forward(model, lambda _: original)
+    if original is None:
+        return contextlib.nullcontext()
+    return override_forward(model, lambda _: lambda *args, **kwargs: original(*args, **kwargs))
 
 
 def _write(

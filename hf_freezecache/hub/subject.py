@@ -13,6 +13,7 @@ from ..config import FreezeCacheConfig
 from ..model.chain import BlockChain
 from ..rng import preserve_rng
 from .errors import HeadError
+from .tensors import check_plain
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ def subject_of(
         processor: image processor or tokenizer; None: that of the trainer.
 
     Raises:
-        HeadError: if there is no cut, or the model is in several pieces.
+        HeadError: if there is no cut, the model is in several pieces, or its tensors are not plain ones.
         TypeError: if it is neither.
         ChainError: if the model has no such blocks, or cannot be cut there.
     """
@@ -79,6 +80,9 @@ def subject_of(
         raise TypeError(f"pass a trainer or a model, not {type(trainer_or_model).__name__}.")
     if trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise HeadError("FSDP and DeepSpeed keep a model in pieces: save the whole model (trainer.save_model).")
+    model: Any = trainer_or_model if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "_orig_mod", model)  # of what `torch.compile(model)` returns
+    check_plain(model)
     freezing = trainer if isinstance(trainer, FreezingTrainer) else None
     if cut is None:
         cut = freezing.freeze_status().cut if freezing is not None else 0
@@ -88,9 +92,9 @@ def subject_of(
     if freezing is not None and blocks is None and probe is None:
         chain = freezing.find_chain()
     else:
-        model: Any = trainer_or_model if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
         with preserve_rng():
-            chain = BlockChain.from_model(getattr(model, "_orig_mod", model), blocks, probe)
+            chain = BlockChain.from_model(model, blocks, probe)
+            chain.own_trace()  # which parameters outside the blocks run before the cut is seen in a run only
     if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut <= len(chain):
         raise HeadError(f"cut={cut!r}: {type(chain.model).__name__} has {len(chain)} blocks, a cut is from 1 to that.")
     if processor is None and trainer is not None:

@@ -61,7 +61,8 @@ def probe_of(model: nn.Module, seed: int = 5) -> dict[str, Any]:
         mask = torch.ones_like(tokens)
         mask[1, 5:] = 0
         return {"input_ids": tokens, "attention_mask": mask}
-    size = getattr(model.config, "image_size", None) or (160 if "timm" in type(model).__name__.lower() else 32)
+    is_timm = "timm" in type(model).__name__.lower() or hasattr(getattr(model, "model", None), "pretrained_cfg")
+    size = getattr(getattr(model, "config", None), "image_size", None) or (160 if is_timm else 32)
     pixels = torch.randn(3, 3, size, size, generator=generator)
     return {"pixel_values": pixels.to(next(model.parameters()).dtype)}
 
