@@ -30,6 +30,7 @@ _EXPORTS = {
     "ObservedBlock": "policies",
     "Plan": "estimate.costs",
     "PlanRow": "estimate.costs",
+    "PushError": "hub.errors",
     "RehearsalError": "training.rehearsal",
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
@@ -37,6 +38,7 @@ _EXPORTS = {
     "load_head": "hub.loading",
     "make_codec": "cache.codec",
     "plan": "planning",
+    "push_head_to_hub": "hub.pushing",
     "save_head": "hub.saving",
     "wrap_classifier": "model.classifiers",
 }
@@ -49,8 +51,9 @@ if TYPE_CHECKING:
     from .cache.store import FeatureStore
     from .config import FreezeCacheConfig
     from .estimate.costs import Plan, PlanRow
-    from .hub.errors import HeadError
+    from .hub.errors import HeadError, PushError
     from .hub.loading import load_head
+    from .hub.pushing import push_head_to_hub
     from .hub.saving import save_head
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
@@ -88,6 +91,7 @@ __all__ = [
     "ObservedBlock",
     "Plan",
     "PlanRow",
+    "PushError",
     "RehearsalError",
     "ReplayCollator",
     "ReplayableTransform",
@@ -95,6 +99,7 @@ __all__ = [
     "load_head",
     "make_codec",
     "plan",
+    "push_head_to_hub",
     "save_head",
     "wrap_classifier",
 ]

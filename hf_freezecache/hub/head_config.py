@@ -76,6 +76,7 @@ class HeadConfig:
         num_labels: outputs of a classifier; None if it is none.
         id2label: their names.
         libraries: versions with which it was made.
+        processor_files: files of an image processor or tokenizer beside it.
     """
 
     recipe: Recipe
@@ -91,6 +92,12 @@ class HeadConfig:
     num_labels: int | None = None
     id2label: dict[str, str] | None = None
     libraries: dict[str, str] = field(default_factory=dict)
+    processor_files: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        """All files of the head, in the order in which they are written."""
+        return [*self.processor_files, CARD, HEAD_CONFIG, HEAD_WEIGHTS]
 
     @property
     def sha256(self) -> str:
@@ -290,6 +297,15 @@ def _is_numbers_of_labels(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_count(number) for number in value.values())
 
 
+def _is_files(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(name, str)
+        and all(map(_is_name, name.split("/")))
+        and not {CARD, HEAD_CONFIG, HEAD_WEIGHTS} & {name}
+        for name in value
+    )
+
+
 def _is_versions(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _is_name(name) and isinstance(version, str) and len(version) <= 100 and version.isprintable()
@@ -311,6 +327,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "num_labels": lambda value: value is None or _is_count(value),
     "id2label": _is_labels,
     "libraries": _is_versions,
+    "processor_files": _is_files,
 }
 _RECIPE: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: isinstance(value, str) and value in KINDS,

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
 from transformers.utils import logging
 
-from .errors import HeadError
+from .errors import HeadError, shortened
 from .head_config import HEAD_CONFIG, HEAD_WEIGHTS, HeadConfig, is_repo_id
 from .rebuild import Source, assign, build, build_on, check_size, check_tensors
 from .saving import file_sha256
@@ -63,7 +63,7 @@ def load_head(
             f"{config.recipe.architecture} is no model that can be made of settings: pass one, with the weights that "
             "it had when the training began: load_head(…, base=model)."
         )
-    _check_weights(folder / HEAD_WEIGHTS, config)
+    check_weights(folder / HEAD_WEIGHTS, config)
     if given is None:
         check_size(config.recipe, config.names, {name: shape for name, (_, shape) in config.tensors.items()})
     weights = safetensors.torch.load_file(folder / HEAD_WEIGHTS)
@@ -102,12 +102,16 @@ def _fetch(
             "from_pretrained of its class."
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise HeadError(f"the head {name} cannot be read from the Hub: {_shortened(error)}") from error
+        raise HeadError(f"the head {name} cannot be read from the Hub: {shortened(error, token)}") from error
     return Path(files[0]).parent
 
 
-def _check_weights(path: Path, config: HeadConfig) -> None:
-    """Checks that the file is the one that the configuration describes, before its content is read."""
+def check_weights(path: Path, config: HeadConfig) -> None:
+    """Checks that the file is the one that the configuration describes, before its content is read.
+
+    Raises:
+        HeadError: if it is missing, damaged, or another one.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}
@@ -226,7 +230,3 @@ def _named(config: HeadConfig) -> str:
 
 def _versions(config: HeadConfig) -> str:
     return ", ".join(f"{name} {version}" for name, version in config.libraries.items())
-
-
-def _shortened(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

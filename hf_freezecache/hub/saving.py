@@ -259,6 +259,8 @@ def _write(
         config = replace(config, weights_sha256=file_sha256(weights))
         if subject.processor is not None:
             subject.processor.save_pretrained(aside)
+            found = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+            config = replace(config, processor_files=[name for name in found if name != HEAD_WEIGHTS])
         shown = Shown(
             type(subject.model).__name__,
             config.base,
@@ -272,8 +274,9 @@ def _write(
         (aside / HEAD_CONFIG).write_text(config.to_json(), encoding="utf-8")
         HeadConfig.read(aside / HEAD_CONFIG)  # what would be refused when it is loaded is not written
         # The weights last: until they are there, the digest says that they do not belong together.
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == HEAD_WEIGHTS):
-            os.replace(path, directory / path.name)
+        for name in config.files:
+            (directory / name).parent.mkdir(exist_ok=True, parents=True)
+            os.replace(aside / name, directory / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
