@@ -87,6 +87,7 @@ class Shown:
         head_bytes: size of the head's file.
         whole_bytes: size of the whole model.
         has_processor: whether an image processor or tokenizer is beside it.
+        is_loadable: whether a whole model is loaded by the `from_pretrained` of its class.
     """
 
     architecture: str
@@ -96,6 +97,7 @@ class Shown:
     head_bytes: int = 0
     whole_bytes: int = 0
     has_processor: bool = True
+    is_loadable: bool = True
 
 
 def render_card(shown: Shown, trainer: Any, facts: CardFacts) -> str:
@@ -284,12 +286,17 @@ def _metadata(
     )
 
 
-def _snippet(shown: Shown, facts: CardFacts) -> str:
+def _snippet(shown: Shown, facts: CardFacts) -> str | None:
+    """The code that loads the model; None if that takes the user's own."""
     place = facts.repo_id or "."
     config = shown.config
     if config is None:
-        package = "transformers"
-        return f'from {package} import {shown.architecture}\n\nmodel = {shown.architecture}.from_pretrained("{place}")'
+        name = shown.architecture
+        return (
+            f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{place}")'
+            if shown.is_loadable
+            else None
+        )
     base = ', base="folder or id of the base"' if config.base is None and config.needs_base else ""
     if config.recipe.kind == "own":
         base = f", base=model)  # a {config.recipe.architecture} as it was before the training"

@@ -321,4 +321,3 @@ def settings_for(hub: Hub, home: Any, token: str | None = WRITER) -> dict[str, s
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return settings if token is None else {**settings, "HF_TOKEN": token}
-
