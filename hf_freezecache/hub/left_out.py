@@ -1,9 +1,9 @@
-"""Feature stores are never uploaded, in whatever folder they lie."""
+"""Feature stores are never uploaded, in whatever folder they lie, and no file with a token."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -31,13 +31,14 @@ def store_patterns(folder: Path, cache_dir: Path) -> list[str]:
 
 
 @contextmanager
-def stores_left_out(cache_dir: Path) -> Iterator[None]:
+def stores_left_out(cache_dir: Path, others: Sequence[str] = ()) -> Iterator[None]:
     """Inside, a folder that is uploaded to the Hub is uploaded without feature stores, in the background as well.
 
     `Trainer` leaves out what begins with `_` only, and takes no patterns of others.
 
     Args:
         cache_dir: where the training keeps its stores.
+        others: names of files that are left out as well.
     """
     upload = HfApi.upload_folder
 
@@ -47,6 +48,7 @@ def stores_left_out(cache_dir: Path) -> Iterator[None]:
     ) -> Any:
         ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else [*(ignore_patterns or ())]
         ignored += store_patterns(Path(folder_path), cache_dir)
+        ignored += [f"{start}{name}" for name in others for start in ("", "*/")]
         return upload(api, folder_path=folder_path, ignore_patterns=ignored, **settings)
 
     HfApi.upload_folder = upload_without_stores  # type: ignore[method-assign, assignment]

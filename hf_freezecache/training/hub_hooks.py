@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from transformers import PretrainedConfig
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -36,7 +38,7 @@ class HubHooks(TrainerHooks):
 
     def push_to_hub(self, *args, **kwargs):
         if not self._freeze_config.push_head_only:
-            with stores_left_out(self._feature_cache_dir):
+            with self._left_out():
                 return super().push_to_hub(*args, **kwargs)
         given = _arguments(super().push_to_hub, args, kwargs)
         card = {**given.pop("kwargs", {})}
@@ -56,7 +58,7 @@ class HubHooks(TrainerHooks):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._freeze_config.push_head_only:
-            with stores_left_out(self._feature_cache_dir):
+            with self._left_out():
                 super()._push_from_checkpoint(checkpoint_folder)
             return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -81,6 +83,13 @@ class HubHooks(TrainerHooks):
         job: Future = HfApi().run_as_future(push_folder, folder, push)
         job.add_done_callback(_tell_failure)
         self.push_in_progress = PushInProgress([job])  # type: ignore[assignment, arg-type]  # of lists, as `Trainer` does
+
+    def _left_out(self) -> AbstractContextManager:
+        """Inside, `Trainer` uploads neither feature stores nor the token, which it writes with its arguments."""
+        names = [] if self.args.hub_token is None else [TRAINING_ARGS_NAME]
+        if names:
+            logger.warning_once(f"{TRAINING_ARGS_NAME} is not pushed: it contains hub_token.")
+        return stores_left_out(self._feature_cache_dir, names)
 
     @property
     def _head_repo(self) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.heads import load_base, logits, make_base
 from support.helpers import assert_same_weights, make_args, manual, messages, pixel_dataset, weights
-from support.hub_server import OWNER, Fault
+from support.hub_server import OWNER, WRITER, Fault
 from transformers import ViTForImageClassification
 
 from hf_freezecache import FreezeCacheTrainer, PushError, load_head
@@ -42,7 +42,7 @@ def is_of_store(path):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
-@pytest.mark.parametrize("place", ["", "features", "checkpoint-2/deep/features", "[odd] *names?", ".", ".."])
+@pytest.mark.parametrize("place", ["", "features", "checkpoint-4/deep/features", "[odd] *names?", ".", ".."])
 def test_feature_store_is_never_uploaded(strategy, place, base, hub, tmp_path):
     """Wherever it lies, in and around the output folder."""
     folder = tmp_path / "out/run"
@@ -93,6 +93,18 @@ def test_patterns_know_every_name_of_a_store(tmp_path):
             file = (inside / "data.arrow").as_posix()
             assert any(fnmatch(file, pattern) for pattern in store_patterns(tmp_path, tmp_path.parent)), file
     assert not any(fnmatch("model/weights.bin", pattern) for pattern in store_patterns(tmp_path, tmp_path.parent))
+
+
+def test_token_of_the_arguments_is_not_uploaded(base, hub, tmp_path, caplog):
+    """`Trainer` writes all its arguments to training_args.bin."""
+    trainer = make(base, tmp_path / "run", hub_token=WRITER, hub_strategy="all_checkpoints", hub_always_push=True)
+    trainer.train()
+    wait(trainer)
+    trainer.push_to_hub()
+    files = hub.repos[NAME].branches["main"]
+    assert "model.safetensors" in files and any("optimizer.pt" in path for path in files)
+    assert not [path for path, content in files.items() if WRITER.encode() in content]
+    assert "training_args.bin is not pushed: it contains hub_token" in messages(caplog)
 
 
 # Heads

@@ -10,12 +10,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import transformers.utils.hub
+from huggingface_hub import constants
 
 WRITER, READER = "hf_mayWriteAndRead0123456789", "hf_mayOnlyRead0123456789"
 OWNER = "ann"
@@ -309,6 +312,22 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_client_to(url: str, cache: Any, put: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Makes the server the Hub of this process, which has imported the client already.
+
+    Args:
+        url: of the server.
+        cache: folder of downloads.
+        put: how an attribute is set, e.g. so that it is set back.
+    """
+    put(constants, "ENDPOINT", url)
+    put(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    put(constants, "HF_HUB_OFFLINE", False)
+    put(constants, "HF_HUB_DISABLE_XET", True)
+    put(constants, "HF_HUB_CACHE", str(cache))
+    put(transformers.utils.hub, "_hf_api", None)
 
 
 def settings_for(hub: Hub, home: Any, token: str | None = WRITER) -> dict[str, str]:
