@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.modelcard import METRIC_TAGS, extract_hyperparameters_from_trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer, infer_metric_tags_from_eval_results
 from transformers.utils import logging
 
 from ..cache.manifest import StoreError
@@ -258,7 +258,7 @@ def _metrics(trainer: Any) -> dict[str, float]:
 def _metadata(
     facts: CardFacts, base: str | None, title: str, metrics: Mapping[str, float], tasks: Sequence[str]
 ) -> ModelCardData:
-    known = {name: value for name, value in metrics.items() if name in METRIC_TAGS}
+    known = {tag: metrics[name] for tag, name in infer_metric_tags_from_eval_results(metrics).items()}
     data = facts.dataset or ", ".join(facts.dataset_tags)
     results = [
         EvalResult(

@@ -55,7 +55,7 @@ def load_head(
         HeadError: if head and base do not fit; the message says what differs and what to do. A model that was given is
             unchanged then.
     """
-    folder = _fetch(directory_or_id, revision, token, cache_dir)
+    folder = fetch_head(directory_or_id, revision, token, cache_dir)
     config = HeadConfig.read(folder / HEAD_CONFIG)
     given = base if isinstance(base, nn.Module) else None
     if given is None and config.recipe.kind == "own":
@@ -81,10 +81,25 @@ def load_head(
     return model
 
 
-def _fetch(
-    directory_or_id: str | os.PathLike, revision: str | None, token: Any, cache_dir: str | os.PathLike | None
+def fetch_head(
+    directory_or_id: str | os.PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    with_processor: bool = False,
 ) -> Path:
-    """The folder with the files of a head."""
+    """The folder with the files of a head, those on the Hub downloaded.
+
+    Args:
+        directory_or_id: this and those that follow as for `load_head`.
+        revision: on the Hub.
+        token: for the Hub.
+        cache_dir: of downloads.
+        with_processor: whether the files of the image processor or tokenizer are wanted as well.
+
+    Raises:
+        HeadError: if there is none.
+    """
     name = os.fspath(directory_or_id)
     if os.path.isdir(name):
         return Path(name)
@@ -92,10 +107,13 @@ def _fetch(
         raise HeadError(f"there is no head in {name}: it is no folder, and no id on the Hub (owner/name).")
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
-        files = [
-            hf_hub_download(name, file, revision=revision, token=token, cache_dir=cache)
-            for file in (HEAD_CONFIG, HEAD_WEIGHTS)
-        ]
+
+        def download(file: str) -> Path:
+            return Path(hf_hub_download(name, file, revision=revision, token=token, cache_dir=cache))
+
+        config = download(HEAD_CONFIG)
+        for file in (HEAD_WEIGHTS, *(HeadConfig.read(config).processor_files if with_processor else ())):
+            download(file)
     except EntryNotFoundError as error:
         raise HeadError(
             f"{name} on the Hub holds no head ({HEAD_CONFIG}, {HEAD_WEIGHTS}). A whole model is loaded with the "
@@ -103,7 +121,7 @@ def _fetch(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise HeadError(f"the head {name} cannot be read from the Hub: {shortened(error, token)}") from error
-    return Path(files[0]).parent
+    return config.parent
 
 
 def check_weights(path: Path, config: HeadConfig) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from transformers import PretrainedConfig
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -29,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 #: Folder of the head in a training's output folder; `Trainer` uploads nothing that begins with `_`.
 HEAD_FOLDER = "_head"
+#: Where `Trainer` writes its arguments.
+_ARGUMENTS_FILE = "training_args.bin"
 #: Kinds of files that `datasets` was made of, which are no data sets on the Hub.
 _FILES = {None, "csv", "json", "pandas", "parquet", "text", "generator", "imagefolder", "audiofolder", "arrow"}
 
@@ -86,9 +87,9 @@ class HubHooks(TrainerHooks):
 
     def _left_out(self) -> AbstractContextManager:
         """Inside, `Trainer` uploads neither feature stores nor the token, which it writes with its arguments."""
-        names = [] if self.args.hub_token is None else [TRAINING_ARGS_NAME]
+        names = [] if self.args.hub_token is None else [_ARGUMENTS_FILE]
         if names:
-            logger.warning_once(f"{TRAINING_ARGS_NAME} is not pushed: it contains hub_token.")
+            logger.warning_once(f"{_ARGUMENTS_FILE} is not pushed: it contains hub_token.")
         return stores_left_out(self._feature_cache_dir, names)
 
     @property
