@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import extract_hyperparameters_from_trainer, infer_metric_tags_from_eval_results
 from transformers.utils import logging
 
+from .. import __version__
 from ..cache.manifest import StoreError
 from ..cache.store import FeatureStore
 from ..config import FreezeCacheConfig
@@ -161,11 +164,14 @@ class _Training:
 
 
 def _training(trainer: Any) -> _Training:
-    shown = _Training(limits=["It was trained for the data named above, and tried on no other."])
+    shown = _Training(limits=["It was tried on no other data than those of its training and evaluation."])
     if trainer is None:
         shown.missing.append("what the training took")
         return shown
-    shown.hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    shown.hyperparameters = {
+        **extract_hyperparameters_from_trainer(trainer),
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+    }
     shown.facts["hardware"] = _hardware(trainer)
     if not isinstance(trainer, FreezingTrainer):
         shown.missing.append("what the training took")
@@ -297,23 +303,29 @@ def _snippet(shown: Shown, facts: CardFacts) -> str | None:
             if shown.is_loadable
             else None
         )
-    base = ', base="folder or id of the base"' if config.base is None and config.needs_base else ""
+    base = ""
+    if config.base is None and config.needs_base:
+        base = f', base="{facts.finetuned_from or "folder or id of the base"}"'
     if config.recipe.kind == "own":
-        base = f", base=model)  # a {config.recipe.architecture} as it was before the training"
-    return f'from hf_freezecache import load_head\n\nmodel = load_head("{place}"{base}' + (
-        "" if config.recipe.kind == "own" else ")"
-    )
+        base = ", base=model"  # as it was before the training
+    return f'from hf_freezecache import load_head\n\nmodel = load_head("{place}"{base})'
 
 
 def _hardware(trainer: Any) -> str:
     if torch.device(trainer.args.device).type == "cuda":
         device = torch.cuda.get_device_name(trainer.args.device)
     else:
-        device = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"CPU ({platform.machine()}), {threads} thread{'' if threads == 1 else 's'}"
     return f"{trainer.args.world_size} x {device}"
 
 
 def _libraries(config: HeadConfig | None) -> str:
-    if config is None:
-        return ""
-    return ", ".join(f"{name} {version}" for name, version in config.libraries.items())
+    versions = library_versions() if config is None else config.libraries
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def library_versions() -> dict[str, str]:
+    """The installed releases of what a training runs on."""
+    names = {"hf_freezecache": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {**names, "datasets": datasets.__version__}

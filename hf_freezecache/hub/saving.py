@@ -14,17 +14,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import transformers
 from torch import nn
 from transformers.utils import logging
 
-from .. import __version__
 from ..model.modes import eval_mode, override_forward
 from ..model.proving import are_close
 from ..model.record import answers_of
 from ..rng import preserve_rng
 from ..units import show_bytes
-from .card import CardFacts, Shown, render_card
+from .card import CardFacts, Shown, library_versions, render_card
 from .errors import HeadError
 from .head_config import CARD, HEAD_CONFIG, HEAD_WEIGHTS, HeadConfig, Recipe
 from .rebuild import Source, assign, base_of, build, build_on, recipe_of
@@ -309,11 +307,7 @@ def _labels_of(model: nn.Module) -> dict[str, str] | None:
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    versions = {
-        "hf_freezecache": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+    versions = library_versions()
     if recipe.kind == "timm" or recipe.model_type == "timm_wrapper":
         import timm
 
