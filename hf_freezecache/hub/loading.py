@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .errors import HeadError, shortened
 from .head_config import HEAD_CONFIG, HEAD_WEIGHTS, HeadConfig, is_repo_id
-from .rebuild import Source, assign, build, build_on, check_size, check_tensors
+from .rebuild import Source, assign, build, build_on, check_base_size, check_size, check_tensors
 from .saving import file_sha256
 from .tensors import Part, check_plain, dtype_name, named_tensors, tensors_sha256, total_sha256
 
@@ -64,15 +64,17 @@ def load_head(
             "it had when the training began: load_head(…, base=model)."
         )
     check_weights(folder / HEAD_WEIGHTS, config)
-    if given is None:
-        check_size(config.recipe, config.names, {name: shape for name, (_, shape) in config.tensors.items()})
-    weights = safetensors.torch.load_file(folder / HEAD_WEIGHTS)
     if given is not None:
+        weights = safetensors.torch.load_file(folder / HEAD_WEIGHTS)
         return _put_on_model(given, config, weights, dtype, device_map)
+    source = _source(config, base, token, cache_dir)
+    values = check_size(config.recipe, config.names, {name: shape for name, (_, shape) in config.tensors.items()})
+    if source is not None:
+        check_base_size(source, values)
+    weights = safetensors.torch.load_file(folder / HEAD_WEIGHTS)
     kind = _dtype(dtype)
     trained_kind = getattr(torch, config.recipe.dtype)
     other = kind is not None and kind != trained_kind
-    source = _source(config, base, token, cache_dir)
     model = _make(config, source, None if other else device_map)
     _check_base(model, config, weights, str(getattr(source, "name", None)))
     if other:

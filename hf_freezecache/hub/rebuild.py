@@ -14,17 +14,21 @@ import psutil
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file, logging
 
 from ..model.classifiers import ImageClassifier, wrap_classifier
 from ..rng import preserve_rng
 from ..units import show_bytes
-from .errors import HeadError
+from .errors import HeadError, cause_to_show, shortened
 from .head_config import ATTENTIONS, Recipe, is_repo_id, passive_settings
 from .tensors import dtype_name, named_tensors
+
+#: Values of buffers that a library computes, for which a base need not have a byte each.
+_MOST_COMPUTED = 2**26
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def base_of(model: nn.Module) -> str | None:
     return name if Path(name).is_dir() or is_repo_id(name) else None
 
 
-def check_size(recipe: Recipe, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_size(recipe: Recipe, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Checks, before anything takes memory, that a recipe makes a model with the tensors that a head speaks of.
 
     Args:
@@ -122,12 +126,46 @@ def check_size(recipe: Recipe, names: set[str], shapes: Mapping[str, tuple[int, 
         names: of all its tensors.
         shapes: of those that are known.
 
+    Returns:
+        Number of values in all others, which the base has, or the library computes.
+
     Raises:
         HeadError: if it cannot be made, has other tensors, or would not fit this machine.
     """
     with _limited(4 * len(names) + 100, psutil.virtual_memory().total):
         twin = build(recipe, device="meta")
-    check_tensors(named_tensors(twin), names, shapes, f"a {recipe.architecture} of this release of its library")
+    tensors = named_tensors(twin)
+    check_tensors(tensors, names, shapes, f"a {recipe.architecture} of this release of its library")
+    return sum(value.numel() for name, value in tensors.items() if name not in shapes)
+
+
+def check_base_size(source: Source, values: int) -> None:
+    """Checks that a base has as many values as are wanted of it: what it has not would be made up, of any size.
+
+    Args:
+        source: the base.
+        values: that it must have; a few more are computed.
+
+    Raises:
+        HeadError: if it has less, or no safetensors.
+    """
+    try:
+        bytes_of_base = _bytes_of_weights(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_loaded(source, error) from cause_to_show(error, source.token)
+    if values > bytes_of_base + _MOST_COMPUTED:
+        raise HeadError(
+            f"the base {source.name} is too small for the head: {values:,} values are wanted of it, and its weights "
+            f"have {show_bytes(bytes_of_base)}. Pass the base that the head was trained on: load_head(…, base=…)."
+        )
+
+
+def _bytes_of_weights(source: Source) -> int:
+    try:
+        return source.download(SAFE_WEIGHTS_NAME).stat().st_size
+    except (FileNotFoundError, EntryNotFoundError):
+        index = json.loads(source.download(SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return sum(source.download(name).stat().st_size for name in sorted(set(index["weight_map"].values())))
 
 
 def check_tensors(
@@ -200,6 +238,7 @@ def build_on(recipe: Recipe, source: Source, **loading: Any) -> nn.Module:
         with preserve_rng(), quiet():
             if recipe.kind == "timm":
                 return _build_timm(recipe, source, dtype, loading.get("device_map"))
+            _refuse_adapters(source)
             return class_of(recipe).from_pretrained(
                 source.name,
                 config=config_of(recipe),
@@ -213,11 +252,15 @@ def build_on(recipe: Recipe, source: Source, **loading: Any) -> nn.Module:
     except HeadError:
         raise
     except Exception as error:  # whatever a library makes of files that anybody may have written
-        raise HeadError(
-            f"the base {source.name}{'' if source.revision is None else f' at {source.revision}'} cannot be loaded "
-            f"({type(error).__name__}: {str(error)[:500]}). Only safetensors are read. If it is elsewhere, or another "
-            "name: load_head(…, base=folder or id)."
-        ) from error
+        raise _not_loaded(source, error) from cause_to_show(error, source.token)
+
+
+def _not_loaded(source: Source, error: Exception) -> HeadError:
+    return HeadError(
+        f"the base {source.name}{'' if source.revision is None else f' at {source.revision}'} cannot be loaded "
+        f"({type(error).__name__}: {shortened(error, source.token)}). Only safetensors are read. If it is elsewhere, "
+        "or has another name: load_head(…, base=folder or id)."
+    )
 
 
 def class_of(recipe: Recipe) -> type[PreTrainedModel]:
@@ -277,6 +320,18 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _refuse_adapters(source: Source) -> None:
+    """`from_pretrained` would load adapters beside a base, and take another base that they name."""
+    found = find_adapter_config_file(
+        source.name, revision=source.revision, token=source.token, cache_dir=source.cache_dir
+    )
+    if found is not None:
+        raise HeadError(
+            f"the base {source.name} has adapters of PEFT beside it: pass a base without, or load a model yourself: "
+            "load_head(…, base=model)."
+        )
 
 
 def _build_timm(recipe: Recipe, source: Source, dtype: torch.dtype, device_map: Any) -> nn.Module:

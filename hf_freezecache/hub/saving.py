@@ -107,7 +107,7 @@ def save_head(
     name = base if base is not None else base_of(model)
     with preserve_rng():
         comparison = _compare(recipe, None if name is None else Source(name, token=token))
-        parts, differing = _mark(parts, tensors, comparison, subject)
+        parts, differing = _mark(parts, tensors, saved, comparison, subject)
         _tell(parts, tensors, comparison, subject, include_prefix)
         recipe = _proved(recipe, comparison.twin, subject, tensors)
     before = {name for part in parts if not part.included for name in part.tensors}
@@ -156,12 +156,20 @@ def _compare(recipe: Recipe, source: Source | None) -> Comparison:
 
 
 def _mark(
-    parts: list[Part], tensors: Mapping[str, torch.Tensor], comparison: Comparison, subject: Subject
+    parts: list[Part],
+    tensors: Mapping[str, torch.Tensor],
+    saved: set[str],
+    comparison: Comparison,
+    subject: Subject,
 ) -> tuple[list[Part], set[str]]:
-    """The parts with a mark on those that the base does not have so; and the names of all tensors that differ."""
+    """The parts with a mark on those that the base does not have so.
+
+    Also the names of what differs in them, and of computed buffers that differ anywhere.
+    """
     if comparison.unread is None and comparison.twin is not None:
         others = named_tensors(comparison.twin)
-        differing = {name for name, value in tensors.items() if not _is_same(value, others.get(name))}
+        compared = {name for part in parts for name in part.tensors} | (tensors.keys() - saved)
+        differing = {name for name in compared if not _is_same(tensors[name], others.get(name))}
         return [replace(part, included=bool(differing & {*part.tensors})) for part in parts], differing
     if subject.trained_from is None:
         return [replace(part, included=True) for part in parts], set()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import safetensors.torch
@@ -203,6 +204,14 @@ def test_pickled_weights_are_not_read(base, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(HeadError, match="Only safetensors are read"):
         load_head(folder, base=tmp_path / "pickled")
+
+
+def test_adapters_beside_a_base_are_not_loaded(base, tmp_path):
+    folder = save_head(trained(base, CUT), tmp_path / "head", cut=CUT)
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/model"}))
+    with pytest.raises(HeadError, match="has adapters of PEFT beside it: pass a base without"):
+        load_head(folder, base=tmp_path / "base")
 
 
 # Dtypes, shared weights, what is beside the tensors
