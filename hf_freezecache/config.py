@@ -29,6 +29,7 @@ CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
 MismatchMode = Literal["fallback", "error"]
+ReportMode = Literal["none", "json", "html"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
@@ -141,6 +142,21 @@ class FreezeCacheConfig:
             "help": "Whether stores of earlier runs are used: proved computes rows all over a store again, compares "
             "them, and compares size and time of every file that a row is read from; content reads and compares the "
             "files; never uses no store but those of this training, also when it is resumed."
+        },
+    )
+    share_store: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the train data set is a selection of rows (`select`, `filter`, `shuffle`, torch's Subset), "
+            "the store of blocks frozen from the start holds all rows of its table and is kept, so that trainings on "
+            "other selections, such as the folds of a cross-validation, read it instead of building their own."
+        },
+    )
+    report: ReportMode = field(
+        default="json",
+        metadata={
+            "help": "At the end of a training: json writes freeze_cache_report.json to output_dir, html a picture and "
+            "a page as well, which need matplotlib; both log a table, and freeze/... beside the loss. none: nothing."
         },
     )
     codec: str = field(
@@ -276,6 +292,7 @@ class FreezeCacheConfig:
         _one_of("deepen", self.deepen, DeepenMode)
         _one_of("on_mismatch", self.on_mismatch, MismatchMode)
         _one_of("reuse", self.reuse, ReuseMode)
+        _one_of("report", self.report, ReportMode)
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import inspect
 import logging
 import pickle
@@ -27,6 +28,10 @@ _BUFFER_SYNC = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
+
+
+#: Is told what the main process says; None: nobody listens.
+_LISTENER: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("listener", default=None)
 
 
 @dataclass(frozen=True)
@@ -215,10 +220,23 @@ class Announcer:
         logger.debug(message, exc_info=error)
 
     def _log(self, level: int, message: str, **settings: Any) -> None:
+        listener = _LISTENER.get()
+        if listener is not None and level >= logging.WARNING:
+            listener(message)
         if self.group.is_main:
             # Where a bar is drawn, it goes away for the line and comes back below it, as `tqdm.write` does.
             with tqdm.external_write_mode(file=sys.stderr):
                 self.logger.log(level, message, **settings)
+
+
+@contextlib.contextmanager
+def hearing(listener: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a listener is told every message that users see."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 def describe_error(error: BaseException) -> str:

@@ -34,12 +34,14 @@ class Arm:
         points: freeze points; None is plain `Trainer`.
         cache: of `FreezeCacheConfig`.
         branch: epochs that are shared with the plain arm: training resumes from its checkpoint.
+        config: whole settings in place of these; they freeze nothing.
     """
 
     name: str
     points: str | None = None
     cache: str = "never"
     branch: int = 0
+    config: FreezeCacheConfig | None = None
 
 
 def make_arms(options: argparse.Namespace) -> list[Arm]:
@@ -124,17 +126,17 @@ def train_arm(
         "compute_metrics": accuracy,
         "callbacks": [clock],
     }
-    if arm.points is None:
+    if arm.points is None and arm.config is None:
         trainer = Trainer(**kwargs)
         probe = trainer._prepare_inputs(as_interpolated_batch(data.train.__getitems__(range(2))))
         flops_per_epoch = measure_training_flops(trainer.model, probe) * len(data.train)
     else:
-        config = FreezeCacheConfig(policy="manual", freeze_points=arm.points, cache=arm.cache, codec=options.codec)
-        trainer = FreezeCacheTrainer(**kwargs, freeze_cache=config)
+        manual = {"policy": "manual", "freeze_points": arm.points, "cache": arm.cache, "codec": options.codec}
+        trainer = FreezeCacheTrainer(**kwargs, freeze_cache=arm.config or FreezeCacheConfig(**manual))
     checkpoint = checkpoint_folder(folder, arm.branch * steps) if arm.branch else None
     silence(trainer).train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     result = {"seed": seed, "arm": arm.name, "branch": arm.branch, **_times(arm, clock, plain)}
-    if arm.points is None:
+    if arm.points is None and arm.config is None:
         result |= {"build_seconds": 0.0, "flops_per_epoch": flops_per_epoch, "flops": flops_per_epoch * options.epochs}
     else:
         report = trainer.freeze_cache_report()

@@ -34,7 +34,7 @@ class Arm:
 
     Args:
         name: in tables and files.
-        epochs: of the training.
+        epochs: of the training, in units of `Task.epochs`.
         head_start: epochs of the head alone before it.
         points: freeze points, with `half` and `deep` for the task's cuts and `all` for all blocks; None: none.
         cache: of `FreezeCacheConfig`.
@@ -56,6 +56,11 @@ class Arm:
     def is_plain(self) -> bool:
         return self.points is None and not self.settings and not self.lora
 
+    def suits(self, task: Task) -> bool:
+        """Whether it can be trained: what keeps pretrained weights needs some."""
+        keeps = self.head_start or self.lora or self.points == "0:all" or "layer_decay" in self.settings
+        return task.is_pretrained or not keeps
+
     def rates(self, task: Task) -> tuple[float, ...]:
         """Learning rates that are tried."""
         return RATES_OF_FEW if self.lora or self.points == "0:all" else task.rates
@@ -64,8 +69,9 @@ class Arm:
         """The settings of `FreezeCacheTrainer`."""
         schedule: dict[str, Any] = {"policy": "none"}
         if self.points is not None:
-            points = self.points.replace("half", str(task.half)).replace("deep", str(task.deep))
-            schedule = {"policy": "manual", "freeze_points": points.replace("all", str(task.blocks))}
+            start, cut = self.points.split(":")
+            cuts = {"half": task.half, "deep": task.deep, "all": task.blocks}
+            schedule = {"policy": "manual", "freeze_points": f"{int(start) * task.epochs}:{cuts[cut]}"}
         return FreezeCacheConfig(
             **{**schedule, "head_start_epochs": self.head_start, "cache": self.cache, **self.settings}
         )
@@ -84,6 +90,9 @@ def make_arms() -> list[Arm]:
         Arm("auto of 4, head start", 4, HEAD_START, settings={"policy": "auto"}),
         Arm("linear of 4, head start", 4, HEAD_START, settings={"policy": "linear"}),
         Arm("linear of 4", 4, settings={"policy": "linear"}),
+        Arm("linear of 12", 12, settings={"policy": "linear"}),
+        Arm("deep from 2 of 4", 4, 0, "2:deep"),
+        Arm("deep from 6 of 12", 12, 0, "6:deep"),
         Arm("half from 0 of 4", 4, 0, "0:half"),
         Arm(deep_at_once, 4, 0, "0:deep"),
         Arm("linear probe 12", 12, points="0:all"),
@@ -117,7 +126,7 @@ def train_arm(
     shutil.rmtree(target, ignore_errors=True)
     set_seed(seed)
     model = task.load_model()
-    clock = EpochClock(arm.epochs, set())
+    clock = EpochClock(arm.epochs * task.epochs, set())
     kwargs: dict[str, Any] = {
         "args": _make_args(arm, rate, seed, target, task, options),
         "train_dataset": train,
@@ -159,7 +168,7 @@ def train_arm(
         result["why"] = getattr(trainer._freeze_policy, "why", None)
     else:
         probe = trainer._prepare_inputs(task.collator(_fetch(train, range(2))))
-        result["flops"] = measure_training_flops(trainer.model, probe) * len(train) * arm.epochs
+        result["flops"] = measure_training_flops(trainer.model, probe) * len(train) * arm.epochs * task.epochs
     del trainer, model
     gc.collect()
     shutil.rmtree(target, ignore_errors=True)
@@ -175,7 +184,7 @@ def _make_args(
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(target),
-        num_train_epochs=arm.epochs,
+        num_train_epochs=arm.epochs * task.epochs,
         per_device_train_batch_size=task.batch_size,
         per_device_eval_batch_size=64,
         learning_rate=rate,

@@ -106,10 +106,11 @@ def run_task(name: str, options: argparse.Namespace) -> list[str]:
     """Tunes, trains and evaluates all arms of a task; returns what has failed."""
     global _TASK
     deadline = time.time() + options.seconds
-    arms = [arm for arm in make_arms() if not options.arms or arm.name in options.arms]
-    missing = {arm.tuned_as for arm in arms if arm.tuned_as} - {arm.name for arm in arms}
-    tuned = arms + [arm for arm in make_arms() if arm.name in missing]
     _TASK = load_task(name, options)
+    suitable = [arm for arm in make_arms() if arm.suits(_TASK)]
+    arms = [arm for arm in suitable if not options.arms or arm.name in options.arms]
+    missing = {arm.tuned_as for arm in arms if arm.tuned_as} - {arm.name for arm in arms}
+    tuned = arms + [arm for arm in suitable if arm.name in missing]
     failures = run_jobs(tuning_jobs(tuned, _TASK), deadline, options)
     rates = chosen_rates(options, name, tuned)
     arms = [arm for arm in arms if (arm.tuned_as or arm.name) in rates]

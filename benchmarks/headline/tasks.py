@@ -14,7 +14,17 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_
 
 from hf_freezecache import ReplayableTransform
 
-from .._images import FINISH, Pixels, as_batch, as_interpolated_batch, load_caltech, load_caltech_files, load_deit
+from .._images import (
+    FINISH,
+    Pixels,
+    as_batch,
+    as_interpolated_batch,
+    load_caltech,
+    load_caltech_files,
+    load_cifar10,
+    load_deit,
+)
+from .._resnet import CifarResNet, block_names
 from ..text.sources import load_minilm, load_questions, tokenized
 
 #: Share of the training samples by which learning rates are chosen. All sets are shuffled.
@@ -22,6 +32,7 @@ VALIDATION = 0.2
 #: Learning rates that every arm is tried with, of all parameters or of what was added to a frozen model.
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 RATES_OF_TEXTS = (2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES_FROM_SCRATCH = (1e-3, 2e-3, 4e-3, 8e-3)
 RATES_OF_FEW = (5e-4, 1e-3, 2e-3, 4e-3)
 _TO_TENSOR = [v2.PILToTensor(), *FINISH]
 #: Linear layers that LoRA adapts, by the end of their names.
@@ -43,18 +54,22 @@ class Task:
         half: the cut that the arms call half: about half of the blocks.
         deep: the cut that the arms call deep.
         rates: learning rates that are tried, of all parameters.
+        epochs: how many epochs stand for one of an arm: networks without pretrained weights take more.
+        is_pretrained: whether the model has learned something before.
     """
 
     name: str
     train: Dataset
     test: Dataset
-    load_model: Callable[[], PreTrainedModel]
+    load_model: Callable[[], PreTrainedModel | CifarResNet]
     collator: Callable
     batch_size: int
     blocks: int
     half: int
     deep: int
     rates: tuple[float, ...] = RATES
+    epochs: int = 1
+    is_pretrained: bool = True
 
     def split(self) -> tuple[Dataset, Dataset]:
         """The training samples without those for validation, and these."""
@@ -138,6 +153,32 @@ def _banking(name: str, options: argparse.Namespace) -> Task:
     )
 
 
+def _from_scratch(name: str, options: argparse.Namespace) -> Task:
+    base = v2.Compose(_TO_TENSOR)
+    random = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *_TO_TENSOR])
+    train, test = (
+        load_cifar10(options, split, rows).rename_column("label", "labels").with_transform(transform)
+        for split, rows, transform in (
+            ("train", options.rows or 5000, ReplayableTransform(train=random, base=base)),
+            ("test", options.test_rows or 2000, ReplayableTransform(train=base, base=base)),
+        )
+    )
+    return Task(
+        name,
+        train,
+        test,
+        lambda: CifarResNet(20),
+        default_data_collator,
+        options.batch_size,
+        len(block_names(20)),
+        5,
+        8,
+        RATES_FROM_SCRATCH,
+        epochs=5,
+        is_pretrained=False,
+    )
+
+
 TASKS: dict[str, Callable[[str, argparse.Namespace], Task]] = {
     "caltech-224": lambda name, options: _caltech(name, options, 224),
     "caltech-224-augmented": lambda name, options: _augmented(name, options, 224),
@@ -145,4 +186,5 @@ TASKS: dict[str, Callable[[str, argparse.Namespace], Task]] = {
     "caltech-112-augmented": lambda name, options: _augmented(name, options, 112),
     "orientation-224": lambda name, options: _caltech(name, options, 224, rotated=True),
     "banking77": _banking,
+    "cifar10-resnet20": _from_scratch,
 }

@@ -26,6 +26,7 @@ from ..cache.view_columns import ViewColumns
 from ..distributed import Announcer, Group
 from ..model.layout import FeatureLayout
 from ..rng import preserve_rng
+from ..units import show_bytes
 from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
 from .feature_sources import ImageFeatures, ViewRun
 from .sizing import spec_bytes
@@ -257,7 +258,12 @@ class _Build:
         spec, group = self.spec, self.group
         mine = group.my_ranges(spec.source.num_ranges)
         fresh = run_views(spec, [number for number in mine if number not in self.in_memory])
-        bar = tqdm(total=len(mine), desc="Building feature store", disable=spec.disable_tqdm or not group.is_main)
+        bar = tqdm(
+            total=sum(len(spec.source.rows(number)) for number in mine),
+            desc="Building feature store",
+            unit=" samples",
+            disable=spec.disable_tqdm or not group.is_main,
+        )
         path = aside / shard_name(group.rank, group.size)
         with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
             for number in mine:
@@ -267,7 +273,8 @@ class _Build:
                 writer.write(rows[0], codes, inputs)
                 if spec.layout.is_token:  # how many tokens there are is seen only now
                     check_limit(spec, writer.bytes)
-                bar.update()
+                bar.set_postfix_str(show_bytes(writer.bytes), refresh=False)
+                bar.update(len(rows))
         return writer.shard()
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from ..cache.codec import make_codec
-from ..cache.fingerprint import fingerprint_inputs, tensors_digest
+from ..cache.fingerprint import dataset_inputs, fingerprint_inputs, tensors_digest
 from ..cache.lossless import LOSSLESS
 from ..cache.manifest import FORMAT_VERSION
 from ..cache.names import TOKENS, WIDEST
 from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowError, RowSource
+from ..cache.selections import selection_of
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
@@ -77,6 +78,7 @@ class SpecMaker:
         unknown: stands in fingerprints for what cannot be digested. A resumed training has the same, so that it finds
             its stores again.
         reuse: opens stores of earlier runs.
+        selection: of which larger data set the samples are rows; None if they are not.
 
     Raises:
         ValueError: if the pipelines of a `ReplayableTransform` do not fit each other.
@@ -95,6 +97,8 @@ class SpecMaker:
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
         self.reuse = StoreReuse(context, self._draws_once)
         self._notes: Mapping[str, Any] = {}
+        self.selection = selection_of(context.source.dataset)
+        self._whole = None if self.selection is None else self.selection.source(context.source)
         #: By data set.
         self._tokens: dict[int, tuple[RowSource, float]] = {}
 
@@ -248,6 +252,31 @@ class SpecMaker:
         """
         views = self._view_spec(self.context.chain.stored_layout(cut), codec)
         return self._draft(self.context.source, cut, codec, views)
+
+    def of_whole(self, spec: StoreSpec) -> StoreSpec | None:
+        """The spec of the store of all rows that the samples are selected from; nobody owns it.
+
+        None if they are not selected, that is the spec itself, or the samples have not the same features there: where
+        something is drawn for a row number, or rows are as wide as the widest.
+
+        Args:
+            spec: what `make` returned.
+        """
+        whole = self._whole
+        context, is_drawn = self.context, self._augmentation.random
+        if whole is None or self.is_of_whole(spec) or is_drawn or context.chain.padding.trimmed(spec.cut) is not None:
+            return None
+        inputs = context.group.on_main(lambda: dataset_inputs(whole, self.unknown))
+        draft = context.group.on_all(lambda: self._draft(whole, spec.cut, spec.codec, spec.views))
+        return replace(draft, made_from={**spec.made_from, **inputs}, weights=spec.weights)
+
+    def is_of_whole(self, spec: StoreSpec) -> bool:
+        """Whether the spec's store has all rows that the samples are selected from."""
+        return self._whole is not None and spec.source is self._whole
+
+    def rows_of(self, store: FeatureStore, spec: StoreSpec) -> FeatureStore:
+        """A store of a spec as the rows of the samples."""
+        return store.select(self.selection.rows) if self.selection and self.is_of_whole(spec) else store
 
     def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
         """The same features with another codec."""

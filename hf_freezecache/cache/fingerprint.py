@@ -76,6 +76,16 @@ def fingerprint_inputs(
     return {**inputs, **{name: getattr(source, name) for name in draws}}
 
 
+def dataset_inputs(source: RowSource, unknown: str | None = None) -> dict[str, Any]:
+    """What of `fingerprint_inputs` depends on which rows there are, as JSON values.
+
+    Args:
+        source, unknown: see `fingerprint_inputs`.
+    """
+    values = _value_digest(unknown or uuid.uuid4().hex, known_files(source.dataset))
+    return {"dataset": values.hex(source.dataset), "rows": len(source)}
+
+
 def digest(inputs: Mapping[str, Any]) -> str:
     """The fingerprint: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]

@@ -60,8 +60,12 @@ class FeatureStore:
         self._files = files
         self._shards = [file for name, file in files.items() if is_shard(name)]
         self._columns = open_columns(self._shards, manifest, codec, views, path) if self._shards else {}
-        self._key = uuid.uuid4().hex
+        self._selected: np.ndarray | None = None
         self._lease: Lease | None = None
+        self._enter()
+
+    def _enter(self) -> None:
+        self._key = uuid.uuid4().hex
         _OPENED[self._key] = self
 
     @classmethod
@@ -86,17 +90,46 @@ class FeatureStore:
 
     def __reduce__(self):
         # Open files cannot be pickled: the other process opens those of this one.
-        return StoreHandle.open, (self.handle,)
+        return _reopen, (self.handle, self._selected)
 
     def __len__(self) -> int:
-        return self.manifest.rows
+        return self.manifest.rows if self._selected is None else len(self._selected)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> FeatureStore:
+        """The same store, whose row numbers are places in a selection; manifest, files and notes are those of it all.
+
+        Args:
+            rows: row numbers of this store `(N,)`, in any order.
+
+        Raises:
+            IndexError: if a row does not exist.
+
+        Shapes: N rows of the selection.
+        """
+        chosen = FeatureStore.__new__(FeatureStore)
+        vars(chosen).update(vars(self))
+        chosen._selected, chosen._lease = self._numbers(rows), None
+        chosen._enter()
+        return chosen
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it is what `select` returned."""
+        return self._selected is not None
+
+    def _numbers(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Row numbers of the whole store."""
+        rows = np.asarray(indices, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.path}, which has {len(self)}.")
+        return rows if self._selected is None else self._selected[rows]
 
     @property
     def handle(self) -> StoreHandle:
         """What a process that this one has started, or starts, opens the store with."""
         files = {name: file for name, file in self._files.items() if isinstance(file, HeldFile)}
         held = tuple((file.path.name, file.descriptor, file.state) for file in files.values())
-        return StoreHandle(self.path, self._key, os.getpid(), files[MANIFEST].sha256, held)
+        return StoreHandle(self.path, self._key, os.getpid(), files[MANIFEST].sha256, held, self.is_selection)
 
     @property
     def bytes(self) -> int:
@@ -202,7 +235,7 @@ class FeatureStore:
         Shapes: B samples.
         """
         self.check_unchanged()
-        rows = np.asarray(indices, dtype=np.int64)
+        rows = self._numbers(indices)
         # A tensor that torch has pinned must itself go into the batch: torch reuses its memory once no copy to a GPU
         # is under way, and knows of copies by the tensor.
         lengths = {} if self.codec.layout.is_token else self.codec.columns
@@ -239,7 +272,7 @@ class FeatureStore:
 
         Shapes: B samples.
         """
-        rows = np.asarray(indices, dtype=np.int64)
+        rows = self._numbers(indices)
         return {name: torch.from_numpy(self._columns[name].take(rows)) for name in names}
 
     def read_input(self, name: str, column: InputColumn, indices: Sequence[int] | np.ndarray) -> Any:
@@ -256,7 +289,9 @@ class FeatureStore:
 
         Shapes: B samples.
         """
-        rows = np.asarray(indices, dtype=np.int64)
+        return self._take_input(name, column, self._numbers(indices))
+
+    def _take_input(self, name: str, column: InputColumn, rows: np.ndarray) -> Any:
         values = self._columns[name].take(rows)
         if not column.is_list:
             return column.to_tensor(values)
@@ -295,12 +330,12 @@ class FeatureStore:
         )
 
     def _read_input(self, name: str, column: InputColumn, rows: np.ndarray, views: np.ndarray | None) -> Any:
-        values = self.read_input(name, column, rows)
+        values = self._take_input(name, column, rows)
         if views is None or not self.manifest.own_inputs:
             return values
         for view in np.unique(views[views > 0]):
             positions = np.flatnonzero(views == view)
-            own = self.read_input(own_input(view, name), column, rows[positions])
+            own = self._take_input(own_input(view, name), column, rows[positions])
             for position, value in zip(positions, own, strict=True):
                 values[position] = value
         return values
@@ -330,6 +365,7 @@ class StoreHandle:
         process: number of the process.
         manifest: sha256 of the manifest.
         files: name, descriptor and verified state of each file.
+        is_selection: whether it is some of its rows; which ones, the data set tells.
     """
 
     path: Path
@@ -337,9 +373,10 @@ class StoreHandle:
     process: int
     manifest: str
     files: tuple[tuple[str, int, FileState], ...]
+    is_selection: bool = False
 
     def open(self) -> FeatureStore:
-        """Opens the store in this process, or returns it if it is open here.
+        """Opens the store in this process, with all of its rows, or returns it if it is open here.
 
         Raises:
             StoreError: if it cannot be opened, or is another one by now.
@@ -373,6 +410,11 @@ class StoreHandle:
         if opened.files[MANIFEST].sha256 != self.manifest:
             raise StoreError(f"{self.path} is another store by now: it was built again while it was in use.")
         return FeatureStore(self.path, *opened)
+
+
+def _reopen(handle: StoreHandle, rows: np.ndarray | None) -> FeatureStore:
+    store = handle.open()
+    return store if rows is None or store.is_selection else store.select(rows)
 
 
 def _sizes(manifest: Manifest) -> dict[str, int]:

@@ -49,6 +49,10 @@ def _choose(options: argparse.Namespace) -> Callable[[], None]:
         from . import heads
 
         return partial(getattr(heads, options.action), options)
+    if options.command == "report":
+        from .report import report
+
+        return partial(report, options.directories, options.output, options.metric, options.json)
     from . import stores
 
     if options.command == "inspect":
@@ -63,7 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands, without importing what they need."""
     parser = argparse.ArgumentParser(
         prog="freezecache",
-        description="Plans feature stores, inspects, verifies and removes them; saves, loads and pushes heads.",
+        description="Plans feature stores, inspects, verifies and removes them; saves, loads and pushes heads; "
+        "reports on trainings.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -81,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder of the stores (feature_cache_dir), or the output folder of a training",
     )
+    report = commands.add_parser("report", help="make a page on a training, or on several side by side")
+    report.add_argument("directories", metavar="DIR", nargs="+", help="output folders of trainings")
+    report.add_argument(
+        "--output", metavar="HTML", default="freeze_cache_report.html", help="file of the page (default: %(default)s)"
+    )
+    report.add_argument("--metric", metavar="NAME", help="what is compared (default: the first metric of evaluations)")
+    report.add_argument("--json", action="store_true", help="print the records as JSON in place of a page")
     mode = clean.add_mutually_exclusive_group()
     mode.add_argument("--yes", action="store_true", help="remove them; without this option they are only listed")
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")

@@ -44,7 +44,7 @@ _TASKS = {
 #: What `Trainer` logs beside the metrics of an evaluation.
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 #: Settings that name places of a machine, or what a card says elsewhere.
-_NOT_SHOWN = ("feature_cache_dir", "push_head_only")
+_NOT_SHOWN = ("feature_cache_dir", "push_head_only", "report")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..augment.draws import Draw, use_draw
 from ..augment.geometry import geometry_column
 from ..cache.manifest import StoreError
 from ..cache.rows import RowSource, fetch
+from ..cache.selections import selection_of
 from ..cache.store import FeatureStore, StoreHandle
 from ..model.tokens import TextInputs
 from ..rng import hash_key, seeded_rng
@@ -277,8 +278,7 @@ class ReplayDataset(Dataset):
         try:
             key = origin.store, origin.handle
             if self._store is None or self._store[0] != key:
-                opened = FeatureStore.open(origin.store) if origin.handle is None else origin.handle.open()
-                self._store = key, opened
+                self._store = key, self._open(origin.store, origin.handle)
             store = self._store[1]
             views = choose_views(self.seed, origin.epoch, numbers, store.manifest.views, _occurrences(rows))
             entries = store.read_rows(numbers, views, self.pinned and get_worker_info() is None)
@@ -290,6 +290,14 @@ class ReplayDataset(Dataset):
             return cached
         samples = self._draw_live(rows, fetch_samples)
         return replace(cached, samples=samples, texts=self.texts if layout.is_token else None)
+
+    def _open(self, path: Path, handle: StoreHandle | None) -> FeatureStore:
+        store = FeatureStore.open(path) if handle is None else handle.open()
+        if handle is None or not handle.is_selection or store.is_selection:
+            return store
+        selection = selection_of(self.inner)
+        assert selection is not None  # where the handle comes from, the data set was one
+        return store.select(selection.rows)
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the store itself.

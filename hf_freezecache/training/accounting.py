@@ -70,7 +70,7 @@ class Ledger:
 
     def begin(self, cut: int, mode: str) -> Phase:
         """Opens a phase; the surrounding one's clock stops until `end`."""
-        self._settle()
+        self.settle()
         phase = self._phases.setdefault((cut, mode), Phase(cut, mode))
         self._open.append(phase)
         if torch.cuda.is_initialized():
@@ -81,7 +81,7 @@ class Ledger:
     def end(self) -> None:
         """Closes the innermost phase."""
         self.sample_memory(ends=True)
-        self._settle()
+        self.settle()
         self._open.pop()
 
     def end_all(self) -> None:
@@ -123,14 +123,15 @@ class Ledger:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The phases as JSON values, up to this moment."""
-        self._settle()
+        self.settle()
         return [asdict(phase) for phase in self.phases]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Continues from `state_dict()`."""
         self._phases = {(entry["cut"], entry["mode"]): Phase(**entry) for entry in state}
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Books the seconds of the open phase up to now."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()

@@ -1,9 +1,10 @@
-"""What a training says of its schedule, before its first step."""
+"""What a training says of its schedule, before its first step, and of its stores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..cache.store import FeatureStore
 from ..policies import FreezePolicy, FrozenFromStart, NonePolicy
 
 
@@ -86,3 +87,14 @@ def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks
 
 def _epochs(count: int) -> str:
     return f"{count} epoch{'' if count == 1 else 's'}"
+
+
+def describe_views(store: FeatureStore) -> str:
+    """The augmented views that a store holds, as the end of a list; empty if it has none."""
+    views, layout = store.views.spec, store.codec.layout
+    if not views.count:
+        return ""
+    text = f", {views.count} augmented view{'s' if views.count > 1 else ''} each"
+    if views.whole or views.channels is None:
+        return f"{text}, whole"
+    return f"{text}, {len(views.channels)} of {layout.channels} channels of it"

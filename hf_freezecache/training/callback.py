@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 
 from ..policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock, Trial
 from .announcements import describe_freeze, describe_other_rule, describe_schedule
+from .journal import Journal
 
 #: Version of the entry in `trainer_state.json`.
 STATE_VERSION = 2
@@ -62,6 +63,10 @@ class RunningTraining(Protocol):
     @property
     def batches(self) -> int:
         """Batches of an epoch, by the loader that `Trainer` has made."""
+
+    @property
+    def journal(self) -> Journal:
+        """What happens when."""
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
@@ -203,6 +208,10 @@ class FreezeCallback(TrainerCallback, ExportableState):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._session is not None:
             self._session.end_epoch()
+
+    def on_log(self, args, state, control, **kwargs):
+        if self._session is not None:
+            self._session.journal.log(len(state.log_history))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._session is not None:

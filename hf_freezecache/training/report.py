@@ -158,6 +158,30 @@ def make_report(phases: list[Phase], plain_flops_per_step: float | None, note: s
     return FreezeCacheReport(list(phases), totals, estimate, note)
 
 
+def epoch_numbers(report: FreezeCacheReport, phase: Phase) -> dict[str, float]:
+    """What is logged beside the loss.
+
+    Args:
+        report: of the training so far.
+        phase: of the running epoch.
+
+    Returns:
+        By name: `freeze/cut` (frozen blocks), `freeze/replaying` (0 or 1), `freeze/cache_gb` (of the store that it has
+        read, in 10^9 bytes), `freeze/flops_saved` (share of what the steps so far would have taken without freezing,
+        builds counted), and `freeze/step_speedup` (a live step without frozen blocks over a step of this epoch, in
+        seconds) where there was one of both.
+    """
+    is_replay = phase.mode == "replay"
+    numbers: dict[str, float] = {"freeze/cut": phase.cut, "freeze/replaying": int(is_replay)}
+    numbers["freeze/cache_gb"] = phase.store_bytes / 1e9 if is_replay else 0.0
+    if report.plain_estimate.flops:
+        numbers["freeze/flops_saved"] = 1 - report.totals.flops / report.plain_estimate.flops
+    plain = next((each for each in report.phases if each.cut == 0 and each.mode == "live" and each.steps), None)
+    if plain is not None and phase.steps and phase.seconds:
+        numbers["freeze/step_speedup"] = plain.seconds / plain.steps / (phase.seconds / phase.steps)
+    return numbers
+
+
 def count_trainable(model: nn.Module) -> int:
     """Number of parameter values that get a gradient."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -32,12 +32,13 @@ from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypass
 from .evaluation import EvaluationCache
 from .freezing_trial import FreezingTrial
 from .head_start import HeadStart
+from .journal import Journal
 from .learning_rates import LearningRates
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Rehearsal, Rehearsing
-from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
+from .report import FreezeCacheReport, FreezeStatus, count_trainable, epoch_numbers, make_report
 from .step_state import StepState
 from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
@@ -90,7 +91,7 @@ class FreezeSession:
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
         self.head_start = HeadStart(self.context, rehearsing, self.meter.see)
         self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
-        self.recorder = BlockRecorder(self.chain)
+        self.recorder, self.journal = BlockRecorder(self.chain), Journal()
         self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
@@ -168,6 +169,7 @@ class FreezeSession:
         phase = self.accounts.begin_epoch(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
+        self.journal.begin_epoch(moment.epoch, self.chain.cut, self.source.mode, self.source.store_bytes)
 
     def end_epoch(self) -> None:
         if self.ledger.current is not None:
@@ -179,6 +181,7 @@ class FreezeSession:
         if self.ledger.current is not None:
             self.ledger.current.steps += 1
             self.ledger.sample_memory()
+            self.journal.end_step()
 
     def watch(self, signals: frozenset[str]) -> None:
         self.recorder.watch(signals)
@@ -195,6 +198,7 @@ class FreezeSession:
             "stores": self.keeper.state_dict(),
             "phases": self.ledger.state_dict(),
             "flops": self.meter.state_dict(),
+            "journal": self.journal.state_dict(),
             **rates,
         }
 
@@ -220,6 +224,7 @@ class FreezeSession:
         self.keeper.load_state_dict(state["stores"], cut)
         self.ledger.load_state_dict(state["phases"])
         self.meter.load_state_dict(state["flops"])
+        self.journal.load_state_dict(state.get("journal"))
         if cut:
             self._freeze(cut)
 
@@ -473,6 +478,12 @@ class FreezeSession:
         return (
             report if self.learning_rates is None else replace(report, learning_rates=self.learning_rates.describe())
         )
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged beside a loss of the running epoch; nothing between epochs. See `epoch_numbers`."""
+        phase = self.ledger.current
+        self.ledger.settle()
+        return {} if phase is None else epoch_numbers(self.report(), phase)
 
     def _freeze(self, cut: int) -> None:
         for parameter in self.chain.freeze(cut):

@@ -136,7 +136,7 @@ class StoreKeeper:
             return FromImages(cut)
         with self.accounts.building(cut) as phase:
             pace = self.accounts.pace(cut, self.provider.source.num_workers)
-            request = Request(cut, epochs_left, phase, _parent(previous), pace)
+            request = Request(cut, epochs_left, phase, _parent(previous), pace, is_first=epoch == 0)
             source = self._take(step, request, previous, epoch, problems)
             if not isinstance(source, Writing):
                 self.provider.remove_outdated(cut, source.store.path if isinstance(source, FromStore) else None)

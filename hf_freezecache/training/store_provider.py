@@ -25,6 +25,7 @@ from ..distributed import Announcer, describe_error
 from ..estimate.pace import Pace
 from ..units import show_bytes
 from .accounting import Phase
+from .announcements import describe_views
 from .budget import StoreBudget
 from .worth import Declined, StoreWorth
 
@@ -58,6 +59,7 @@ class Request:
         phase: books what is built.
         parent: the store that was replayed before, or its cut if it is not open; None if there was none.
         pace: of the live epochs before; None if there were none.
+        is_first: whether no step was trained yet, so that other trainings have the same frozen blocks.
     """
 
     cut: int
@@ -65,6 +67,7 @@ class Request:
     phase: Phase
     parent: FeatureStore | int | None = None
     pace: Pace | None = None
+    is_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class StoreProvider:
         self.budget = StoreBudget(self.config, self.group, self.cache_dir)
         self.holdings = self.budget.holdings
         self.decisions: dict[int, Decision] = {}
-        # Whether the running request has deleted the stores of earlier cuts, because the budget does not hold both.
+        # Whether the running request has deleted the stores of earlier cuts: the budget does not hold both.
         self._parent_deleted = False
         self.worth = StoreWorth(spec_maker, self.announcer)
 
@@ -241,6 +244,8 @@ class StoreProvider:
         if attempt.is_open:
             self.worth.check_early(cut, attempt.request.epochs_left, attempt.request.pace)
         first, reason = self.spec_maker.make(cut, codec), ""
+        if self.config.share_store and attempt.request.is_first:
+            first = self.spec_maker.of_whole(first) or first
         if self.config.cutmix_alpha and first.layout.grid is None:
             raise Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
         for candidate in [codec] if attempt.writing else self.budget.codecs(codec, first):
@@ -249,6 +254,9 @@ class StoreProvider:
             if store is not None:
                 return store
             rounds = images.views.count + 1
+            if attempt.writing and self.spec_maker.is_of_whole(images):
+                reason = "epochs write the rows of this training, not all that share_store stores"
+                break
             if attempt.writing and (images.layout.is_token or images.layout.is_trimmed):
                 reason = "epochs write rows of one size, and these samples have several"
                 break
@@ -279,21 +287,28 @@ class StoreProvider:
             spec = images if parent is None else self.spec_maker.deepened_name(images, parent)
         else:
             spec = self._deepened(images, attempt)
-        spec, images = (replace(each, owner=self.holdings.owner) for each in (spec, images))
-        reuse = self.spec_maker.reuse
-        store = reuse.open(spec)
-        if store is None and attempt.writing and attempt.accept_built:
-            store = reuse.open(images)
+        spec, images = self._owned(spec), self._owned(images)
+        store = self._open(spec)
+        if store is None and (not attempt.writing or attempt.accept_built):
+            store = (self._open(images) if attempt.writing else None) or self._open(self.spec_maker.of_whole(images))
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
             self.announcer.warning(
                 f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}, {store.manifest.codec}, "
-                f"{len(store)} samples{_describe_views(store)}): training does not run {cut} of {len(self.chain)} "
+                f"{len(store)} samples{describe_views(store)}): training does not run {cut} of {len(self.chain)} "
                 "blocks any more."
             )
             self._register(store)
             return store
-        return PartialStore.reopen(reuse.current(spec), self.group) if attempt.writing else None
+        return PartialStore.reopen(self.spec_maker.reuse.current(spec), self.group) if attempt.writing else None
+
+    def _owned(self, spec: StoreSpec) -> StoreSpec:
+        """The spec as this training's; a store that others share is nobody's."""
+        return spec if self.spec_maker.is_of_whole(spec) else replace(spec, owner=self.holdings.owner)
+
+    def _open(self, spec: StoreSpec | None) -> FeatureStore | None:
+        store = None if spec is None else self.spec_maker.reuse.open(spec)
+        return None if store is None or spec is None else self.spec_maker.rows_of(store, spec)
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -319,7 +334,7 @@ class StoreProvider:
                     continue  # one could not be deleted
                 spec = self.spec_maker.written(images) if attempt.writing else images
             try:
-                return self._make(replace(spec, limit=limit, owner=self.holdings.owner), images, attempt)
+                return self._make(replace(self._owned(spec), limit=limit), images, attempt)
             except OverLimit as error:
                 problem = error
         raise problem or OverLimit(self.budget.needed(spec), self.budget.limit() or 0)
@@ -343,7 +358,7 @@ class StoreProvider:
                     partial_store = PartialStore.begin(settled, self.group)
                     self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))
                     return partial_store
-                store = materialize(settled, self.group)
+                store = self.spec_maker.rows_of(materialize(settled, self.group), settled)
             except GeometryMisfit as misfit:
                 spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
             else:
@@ -463,7 +478,7 @@ class StoreProvider:
 
     def _announce_built(self, store: FeatureStore) -> None:
         manifest = store.manifest
-        if not self.holdings.has_built(store.path):
+        if not self.holdings.has_built(store.path) and not store.is_selection:
             self.announcer.warning(f"Using the feature store {store.path}, which another run has built meanwhile.")
             return
         configured = self.config.codec_at(manifest.cut, len(self.chain))
@@ -473,16 +488,6 @@ class StoreProvider:
         origin = "from the store before it, " if DEEPENED_FROM in manifest.made_from else ""
         self.announcer.warning(
             f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {len(store)} "
-            f"samples{_describe_views(store)}): training does not run {manifest.cut} of {len(self.chain)} blocks any "
+            f"samples{describe_views(store)}): training does not run {manifest.cut} of {len(self.chain)} blocks any "
             "more."
         )
-
-
-def _describe_views(store: FeatureStore) -> str:
-    views, layout = store.views.spec, store.codec.layout
-    if not views.count:
-        return ""
-    text = f", {views.count} augmented view{'s' if views.count > 1 else ''} each"
-    if views.whole or views.channels is None:
-        return f"{text}, whole"
-    return f"{text}, {len(views.channels)} of {layout.channels} channels of it"

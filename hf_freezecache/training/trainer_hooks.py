@@ -50,12 +50,13 @@ from .learning_rates import check_anneal
 from .preconditions import UntrainedError, check_model, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
+from .report_hooks import ReportHooks
 from .session import FreezeSession
 
 logger = logging.get_logger(__name__)
 
 
-class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHooks):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHooks, ReportHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -241,7 +242,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         self._freeze_callback.attach(None)
         self._freeze_callback.was_untrained = False
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            with self._recorded():
+                return super()._inner_training_loop(*args, **kwargs)
         finally:
             if self._session is not None:
                 self._session.stop()
@@ -296,6 +298,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
         )
+        self._begin_record(session)
         check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.
         for _, cut in self._freeze_policy.changes(session.num_blocks, 1) or ():

@@ -1,0 +1,1 @@
+"""What a training leaves for people to look at: its record as JSON, pictures, and a page of HTML."""

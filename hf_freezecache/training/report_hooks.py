@@ -1,0 +1,129 @@
+"""What a training leaves for people: its record, pictures and a page at the end, numbers in the logs on its way."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..cache.store import FeatureStore
+from ..config import FreezeCacheConfig
+from ..distributed import Announcer, hearing
+from ..reporting.charts import draw_run, make_figure
+from ..reporting.page import make_page
+from ..reporting.run_record import RunRecord
+from .hooks import TrainerHooks
+from .journal import Journal
+from .session import FreezeSession
+
+logger = logging.get_logger(__name__)
+
+#: Files beside the record.
+PICTURE, PAGE = "freeze_cache_report.png", "freeze_cache_report.html"
+_PACKAGES = ("hf_freezecache", "transformers", "accelerate", "datasets", "torch")
+
+
+class ReportHooks(TrainerHooks):
+    """Keeps a journal of each training and writes its record, as `FreezeCacheConfig.report` says."""
+
+    # Of the running or last training.
+    _journal: Journal
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Inside, a training; its record is written where it does not break off.
+
+        Raises:
+            ImportError: before it begins, if the pictures that are asked for cannot be drawn.
+        """
+        self._journal, kind = Journal(), self._freeze_config.report
+        if kind == "html":
+            make_figure(1, 1)
+        with hearing(self._journal.note):
+            yield
+        if self._session is not None and kind != "none" and self.is_world_process_zero():
+            self._write_report(self._session)
+
+    def _begin_record(self, session: FreezeSession) -> None:
+        """Puts the journal in a session's hands, before it does anything."""
+        session.journal = self._journal
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._session is not None and self._freeze_config.report != "none":
+            logs = {**logs, **self._session.numbers()}
+        super().log(logs, *args, **kwargs)
+
+    def _write_report(self, session: FreezeSession) -> None:
+        announcer, folder = Announcer(session.group, logger), Path(str(self.args.output_dir))
+        announcer.warning(f"What the training has cost:\n{session.report()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            record = self._make_record(session)
+            record.write(folder)
+            if self._freeze_config.report == "html":
+                draw_run(record, folder / PICTURE)
+                (folder / PAGE).write_text(make_page(record), encoding="utf-8")
+        except OSError as error:  # the training is done, and its model is worth more
+            announcer.failure(f"The report could not be written to {folder}", error)
+
+    def _make_record(self, session: FreezeSession) -> RunRecord:
+        model, journal = self._own_model, self._journal
+        base = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+        run = {
+            "name": self.args.run_name or Path(str(self.args.output_dir)).name,
+            "model": type(model).__name__ + (f" ({Path(base).name if Path(base).exists() else base})" if base else ""),
+            "policy": self._freeze_policy.describe(),
+            "samples": len(session.context.source),
+            "batch_size": self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "settings": {name: repr(value) for name, value in changed_settings(self._freeze_config).items()},
+            "versions": {name: version(name) for name in _PACKAGES} | describe_hardware(),
+        }
+        return RunRecord(
+            run,
+            session.chain.names,
+            journal.epochs,
+            journal.logs(self.state.log_history),
+            journal.notes,
+            store=None if session.store is None else describe_store(session.store),
+            **session.report().to_dict(),
+        )
+
+
+def describe_store(store: FeatureStore) -> dict[str, Any]:
+    """Facts of a store for people, by name; sizes in bytes end with `bytes`."""
+    manifest, views = store.manifest, store.views.spec
+    facts: dict[str, Any] = {
+        "cut": manifest.cut,
+        "samples": len(store),
+        "codec": manifest.codec,
+        "shape of a feature": " x ".join(map(str, store.codec.layout.shape)),
+        "bits a value": f"{store.codec.bits_per_value:.3g}",
+        "Arrow files, bytes": store.bytes,
+        "augmented views": views.count,
+    }
+    if views.count:
+        stored = "whole" if views.whole or views.channels is None else f"{len(views.channels)} channels"
+        facts |= {"stored of each view": stored, "geometry of a view": views.geometry or "none"}
+    return facts
+
+
+def changed_settings(config: FreezeCacheConfig) -> dict[str, Any]:
+    """The settings that are not the defaults, by name; folders are left out: they say nothing elsewhere."""
+    defaults = FreezeCacheConfig()
+    names = [entry.name for entry in fields(config) if entry.name != "feature_cache_dir"]
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+
+
+def describe_hardware() -> dict[str, str]:
+    """The accelerators, or the processor where there are none."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return {"accelerators": ", ".join(names)}
+    return {"processor": f"{platform.machine()}, {torch.get_num_threads()} threads of torch; no accelerator"}
