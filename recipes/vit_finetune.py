@@ -14,8 +14,9 @@
 # Fine-tunes a Vision Transformer with `FreezeCacheTrainer`, looks at what that cost, saves the part that was trained,
 # loads it again on its base, and pushes it to the Hub.
 #
-# As it stands it runs offline in a minute on a CPU: scikit-learn's handwritten digits, and a small ViT that was trained
-# on CIFAR-10 and comes with this repository. Each cell that you change for real use says how. On Colab, run this first:
+# As it stands it runs offline in a minute on a CPU: scikit-learn's handwritten digits, and a small ViT that was
+# trained on CIFAR-10 and comes with this repository. Each cell that you change for real use says how. On Colab, run
+# this first:
 #
 # ```python
 # !git clone https://github.com/<owner>/hf_freezecache && pip install "./hf_freezecache[recipes]"
@@ -68,8 +69,8 @@ train_set, test_set = (splits[name].with_transform(transform) for name in ("trai
 # %% [markdown]
 # ## What would freezing cost and save?
 #
-# `plan` measures a few batches at every cut: how large a store is, how long it takes to build, after how many epochs it
-# has paid. Nothing is written.
+# `plan` measures a few batches at every cut: how large a store is, how long it takes to build, after how many epochs
+# it has paid. Nothing is written.
 
 # %%
 labels = splits["train"].features["label"].names
