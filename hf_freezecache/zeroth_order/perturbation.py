@@ -73,15 +73,27 @@ class Perturbation:
             rate: the learning rate.
             decay: of the weights, decoupled: `rate * decay` of them goes.
         """
-        directions = list(gradients)
-        for pieces in zip(*(self._pieces(parameter, direction) for direction in directions), strict=True):
-            target = pieces[0][0]
-            total = torch.zeros(target.shape, device=target.device)
-            for direction, (_, piece) in zip(directions, pieces, strict=True):
-                total.add_(self._take(target, piece), alpha=gradients[direction] * self.scale(direction))
+        for target, total in self._sums(parameter, gradients):
             if decay:
                 total.add_(target, alpha=decay)
             target.add_(total, alpha=-rate)
+
+    @torch.no_grad()
+    def combine(self, parameter: torch.Tensor, gradients: Mapping[int, float]) -> torch.Tensor:
+        """The sum of directions, each times its factor, as a tensor like a parameter."""
+        parts = [total.to(parameter.dtype) for _, total in self._sums(parameter, gradients)]
+        return torch.cat([part.flatten() for part in parts]).view(parameter.shape)
+
+    def _sums(
+        self, parameter: torch.Tensor, gradients: Mapping[int, float]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Parts of a parameter, as views, and the sum of directions there, float32."""
+        for parts in zip(*(self._pieces(parameter, direction) for direction in gradients), strict=True):
+            target = parts[0][0]
+            total = torch.zeros(target.shape, device=target.device)
+            for (direction, gradient), (_, piece) in zip(gradients.items(), parts, strict=True):
+                total.add_(self._take(target, piece), alpha=gradient * self.scale(direction))
+            yield target, total
 
     def scale(self, direction: int) -> float:
         """What the numbers of a direction are multiplied by."""
