@@ -91,6 +91,11 @@ class ZeroOrderConfig:
         check_bits(self.number_bits)
         self._make_numbers(length=1, seed=0)  # raises if there are no such
 
+    @property
+    def forward_passes(self) -> int:
+        """Losses that a step takes of a batch."""
+        return self.estimates + 1 if self.estimator == "one_sided" else 2 * self.estimates
+
     def make_perturbation(self, parameters: Sequence[torch.Tensor], seed: int) -> Perturbation:
         """The directions of a training.
 

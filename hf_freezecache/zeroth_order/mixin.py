@@ -14,7 +14,6 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..distributed import Announcer, Group
-from ..policies import FreezePolicy
 from .config import ZeroOrderConfig
 from .estimates import Estimate, look_around
 from .optimizer import ZeroOrderOptimizer
@@ -22,8 +21,6 @@ from .perturbation import Displacement
 from .preconditions import check_freezing, check_trainer, why_hard
 
 if TYPE_CHECKING:
-    from ..config import FreezeCacheConfig
-
     _Trainer = Trainer
 else:
     _Trainer = object  # what stands behind the mixin is known where they are mixed
@@ -45,15 +42,18 @@ class ZeroOrderMixin(_Trainer):
         ValueError: at `train()`, if the trainer's settings or the model do not go with it.
     """
 
-    # Set by `FreezeCacheMixin`: what freezes, and how.
-    _freeze_policy: FreezePolicy | None = None
-    _freeze_config: FreezeCacheConfig | None = None
+    # Set by `FreezeCacheMixin`: a `FreezePolicy` and a `FreezeCacheConfig`. Without it there are none.
+    _freeze_policy: Any = None
+    _freeze_config: Any = None
+    # Read by `FreezeCacheMixin`, which counts FLOPs.
+    _forward_passes: int | None
     # Set by `FreezeCacheMixin` while it runs steps for what they compute: the gradients that the training would follow
     # ("own"), or those of the loss ("exact"). None: the step that runs is one of the training.
     _captures: Literal["own", "exact"] | None = None
 
     def __init__(self, *args, zero_order: ZeroOrderConfig | None = None, **kwargs):
         self._zero_order = ZeroOrderConfig() if zero_order is None else zero_order
+        self._forward_passes = self._zero_order.forward_passes
         # Losses of the batches since the last step of the optimizer, summed; and what the last full step has found.
         self._losses: torch.Tensor | None = None
         self._estimate: Estimate | None = None
@@ -63,7 +63,7 @@ class ZeroOrderMixin(_Trainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         check_trainer(self)
-        if self._freeze_policy is not None and self._freeze_config is not None:
+        if self._freeze_policy is not None:
             check_freezing(self._freeze_policy, self._freeze_config)
         self._losses, self._estimate = None, None
         if self.optimizer is None:
@@ -94,11 +94,8 @@ class ZeroOrderMixin(_Trainer):
     def _announcer(self) -> Announcer:
         return Announcer(Group(self.accelerator.process_index, self.accelerator.num_processes), logger)
 
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
-        """What `max_grad_norm` says of a gradient's norm holds for its estimate."""
-        if self._estimate is not None and self._estimate.is_finite:
-            self._own_optimizer.gradients = self._estimate.gradients(self.args.max_grad_norm)
-        return None
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """There is no gradient; the estimate was clipped where it was made."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         return float("nan") if self._estimate is None else self._estimate.norm
@@ -163,7 +160,7 @@ class ZeroOrderMixin(_Trainer):
         Group(self.accelerator.process_index, self.accelerator.num_processes).average_tensors([losses])
         self._estimate = self._estimate_from(losses)
         if self._estimate.is_finite:
-            self._own_optimizer.gradients = self._estimate.gradients()
+            self._own_optimizer.gradients = self._estimate.gradients(self.args.max_grad_norm)
         else:
             self._announcer.warning(
                 f"Step {self.state.global_step} has a loss that is no number ({self._estimate.losses}): the weights "

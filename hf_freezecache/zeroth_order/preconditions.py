@@ -53,7 +53,8 @@ def check_trainer(trainer: Any) -> None:
         found = trainer.optimizer_cls_and_kwargs[0]
         if not found.__module__.startswith(__package__):
             raise ValueError(
-                f"a zeroth-order training has its own optimizer: leave out `optimizer_cls_and_kwargs` ({found.__name__})."
+                f"a zeroth-order training has its own optimizer: leave out {found.__name__} in "
+                "`optimizer_cls_and_kwargs`."
             )
 
 

@@ -27,9 +27,7 @@ def main() -> None:
         model=tiny_vit(),
         args=make_args(options.output / "run", per_device_train_batch_size=options.batch, learning_rate=1e-2),
         train_dataset=pixel_dataset(rows=48),
-        freeze_cache=manual(
-            "1:2", codec="fp32", cache=options.cache, feature_cache_dir=str(options.output / "cache")
-        ),
+        freeze_cache=manual("1:2", codec="fp32", cache=options.cache, feature_cache_dir=str(options.output / "cache")),
         zero_order=ZeroOrderConfig(number_reuse="pool", pool_size=1023),
     )
     exchanged, reduce = [], torch.distributed.all_reduce

@@ -60,7 +60,7 @@ def weights_of(model):
 
 
 def train(folder, trainer_class=PlainZeroOrder, model=None, config=None, resume=None, zero_order=None, **settings):
-    names = ("callbacks", "optimizers", "policy", "train_dataset")
+    names = ("callbacks", "eval_dataset", "optimizers", "policy", "train_dataset")
     own = {name: settings.pop(name) for name in names if name in settings}
     if issubclass(trainer_class, FreezeCacheMixin):
         own["freeze_cache"] = config
@@ -162,7 +162,9 @@ def test_nothing_but_losses_is_made(tmp_path):
     class Watched(PlainZeroOrder):
         def training_step(self, *args, **kwargs):
             before = RngState()
-            with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda value: kept.append(value) or value, lambda value: value
+            ):
                 loss = super().training_step(*args, **kwargs)
             generators.append(before.is_current())
             return loss
@@ -179,6 +181,30 @@ def test_same_loss_twice_although_the_model_drops_out(tmp_path):
     [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert abs(entry["zero_order/loss_ahead"] - entry["zero_order/loss_behind"]) < 0.05
     assert trainer.model.training
+
+
+class AutocastsOutside(PlainZeroOrder):
+    """Autocast remembers the weights that it has cast until its context ends."""
+
+    def compute_loss_context_manager(self):
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        return stack
+
+
+@pytest.mark.parametrize("trainer_class", [PlainZeroOrder, AutocastsOutside])
+def test_autocast_sees_weights_that_have_moved(trainer_class, tmp_path):
+    exact = train(tmp_path / "fp32", zero_order={"eps": 0.05}, max_steps=1)
+    cast = train(tmp_path / "bf16", trainer_class, zero_order={"eps": 0.05}, max_steps=1, bf16=True)
+    slopes = [trainer.state.log_history[0]["zero_order/projected_gradient"] for trainer in (exact, cast)]
+    assert slopes[1] == pytest.approx(slopes[0], rel=0.2) and slopes[1] != slopes[0]
+
+
+def test_loss_that_takes_labels_out_of_the_batch_gets_them_every_time(tmp_path):
+    trainer = train(tmp_path, label_smoothing_factor=0.1, eval_strategy="epoch", eval_dataset=pixel_dataset(rows=8))
+    found = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(found) == 6 and all(abs(entry["zero_order/projected_gradient"]) > 0 for entry in found)
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
 
 
 def test_batch_norm_statistics_stay(tmp_path):
@@ -286,7 +312,10 @@ def test_loss_that_is_no_number_leaves_the_weights(tmp_path, caplog):
 @pytest.mark.parametrize("kind", ["gaussian", "pool", "on the fly", "one-sided"])
 def test_training_on_features_is_the_frozen_training_bit_for_bit(trainer_class, kind, tmp_path):
     runs = {}
-    for name, config in {"cached": manual("1:2,2:3", codec="fp32"), "frozen": manual("1:2,2:3", cache="never")}.items():
+    for name, config in {
+        "cached": manual("1:2,2:3", codec="fp32"),
+        "frozen": manual("1:2,2:3", cache="never"),
+    }.items():
         runs[name] = train(
             tmp_path / name,
             trainer_class,
@@ -318,6 +347,15 @@ def test_steps_on_features_run_the_suffix_alone(tmp_path):
         num_train_epochs=1,
     )
     assert calls == [2, 2]  # ahead and behind
+
+
+def test_report_counts_forward_passes_alone(tmp_path):
+    config = manual("1:3", codec="fp32")
+    trainer = train(tmp_path, ZeroOrderTrainer, config=config, zero_order={"estimator": "one_sided", "estimates": 3})
+    phases = {phase.mode: phase for phase in trainer.freeze_cache_report().phases}
+    meter = trainer._session.meter
+    assert phases["live"].flops == pytest.approx(4 * 24 * meter.per_sample("eval"))
+    assert phases["replay"].flops == pytest.approx(4 * 24 * meter.per_sample("eval_replay"))
 
 
 def test_resumed_training_on_features_is_the_same_bit_for_bit(tmp_path):
@@ -413,7 +451,11 @@ def test_other_optimizers_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
-    [("distributed_type", "DEEPSPEED", "DEEPSPEED"), ("distributed_type", "FSDP", "FSDP"), ("scaler", 1, "GradScaler")],
+    [
+        ("distributed_type", "DEEPSPEED", "DEEPSPEED"),
+        ("distributed_type", "FSDP", "FSDP"),
+        ("scaler", 1, "GradScaler"),
+    ],
 )
 def test_accelerators_that_do_not_go_with_it_are_refused(attribute, value, message, tmp_path, monkeypatch):
     trainer = PlainZeroOrder(model=tiny_vit(), args=make_args(tmp_path), train_dataset=pixel_dataset(rows=8))
