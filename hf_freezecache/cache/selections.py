@@ -44,7 +44,7 @@ def selection_of(dataset: Any) -> Selection | None:
     """The rows that a data set is; None if it is no selection of another one.
 
     `Dataset.select`, `shuffle`, `sort`, `filter` and `train_test_split`, and torch's `Subset`, also of each other, are
-    understood. A `Subset` of a data set without a length, or whose `indices` are not row numbers from 0 on (but keys, or
+    understood. A `Subset` of a data set without a length, or whose `indices` are no row numbers from 0 on (keys, or
     numbers counted from the end), is none: what else its data set answers is its own affair.
 
     Args:
