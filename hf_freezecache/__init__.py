@@ -24,17 +24,22 @@ _EXPORTS = {
     "FreezePolicy": "policies",
     "FreezeStatus": "training.report",
     "FrozenOutputError": "model.stand_ins",
+    "HeadError": "hub.errors",
     "MismatchError": "training.proof",
     "Moment": "policies",
     "ObservedBlock": "policies",
     "Plan": "estimate.costs",
     "PlanRow": "estimate.costs",
+    "PushError": "hub.errors",
     "RehearsalError": "training.rehearsal",
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
     "StoreError": "cache.manifest",
+    "load_head": "hub.loading",
     "make_codec": "cache.codec",
     "plan": "planning",
+    "push_head_to_hub": "hub.pushing",
+    "save_head": "hub.saving",
     "wrap_classifier": "model.classifiers",
 }
 
@@ -46,6 +51,10 @@ if TYPE_CHECKING:
     from .cache.store import FeatureStore
     from .config import FreezeCacheConfig
     from .estimate.costs import Plan, PlanRow
+    from .hub.errors import HeadError, PushError
+    from .hub.loading import load_head
+    from .hub.pushing import push_head_to_hub
+    from .hub.saving import save_head
     from .model.chain import BlockChain
     from .model.checkpoint import CheckpointError
     from .model.classifiers import wrap_classifier
@@ -76,17 +85,22 @@ __all__ = [
     "FreezePolicy",
     "FreezeStatus",
     "FrozenOutputError",
+    "HeadError",
     "MismatchError",
     "Moment",
     "ObservedBlock",
     "Plan",
     "PlanRow",
+    "PushError",
     "RehearsalError",
     "ReplayCollator",
     "ReplayableTransform",
     "StoreError",
+    "load_head",
     "make_codec",
     "plan",
+    "push_head_to_hub",
+    "save_head",
     "wrap_classifier",
 ]
 

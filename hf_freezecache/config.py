@@ -247,6 +247,14 @@ class FreezeCacheConfig:
             "the stored ones (one map for mirrored views, one for others); else each channel is only warped."
         },
     )
+    push_head_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the head alone to the Hub, where Trainer pushes the whole model: what comes behind the cut, "
+            "and blocks before it that differ from the base. load_head puts it on the base again. hub_strategy is "
+            "every_save or end then, as the others push whole checkpoints."
+        },
+    )
     feature_noise: float = field(
         default=0.0, metadata={"help": "Standard deviation of Gaussian noise on replayed features."}
     )

@@ -23,7 +23,8 @@ from metrics import make_compute_metrics
 from torchvision.transforms import v2
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, set_seed
 
-from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, save_head
+from hf_freezecache.hub.card import CardFacts
 from hf_freezecache.training.flops import measure_training_flops
 
 with recipes_extra():
@@ -137,7 +138,33 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict:
         result["phases"] = [phase for phase in report["phases"] if phase["mode"] != "eval"]
     if trainer.is_world_process_zero():
         write_json(Path(options.output_dir) / f"{arm}.json", result)
+        if arm == "cached":
+            save_with_card(trainer, options)
     return result
+
+
+def save_with_card(trainer: FreezeCacheTrainer, options: argparse.Namespace) -> None:
+    """Saves what was trained, with a card; plain training's accuracy is on it if it was measured in the same way."""
+    output = Path(options.output_dir)
+    facts = CardFacts(
+        model_name="Tiny ViT on handwritten digits",
+        dataset="the handwritten digits of scikit-learn (1,797 images of 8x8 pixels; 360 of them for evaluation)",
+        license="apache-2.0",
+        plain=plain_metrics(output / "plain.json", options),
+        limits=["Its base was trained on CIFAR-10 for 58.2 % accuracy: it shows how heads work, no more."],
+    )
+    folder = save_head(trainer, output / "head", card=facts)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"saved the head in {folder}: {size / 1e6:.2f} MB")
+
+
+def plain_metrics(path: Path, options: argparse.Namespace) -> dict[str, float]:
+    """What plain training has reached with the same seed, epochs and images; empty if that was not measured."""
+    if not path.exists():
+        return {}
+    result = json.loads(path.read_text())
+    same = (result["seed"], result["epochs"]) == (options.seed, options.epochs) and options.limit is None
+    return {"accuracy": result["accuracy"]} if same else {}
 
 
 def run_arm_apart(arm: str, options: argparse.Namespace) -> dict:
@@ -204,6 +231,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/quickstart")
     parser.add_argument("--arm", choices=["both", "plain", "cached", "none"], default="both")
+    parser.add_argument("--card", help="copy the head's card to this file, and the results beside it")
     # The stem and three of six layers stay as they were pretrained.
     parser.add_argument("--freeze_points", default="0:4", help="of the cached arm")
     return parser.parse_args(argv)
@@ -225,6 +253,9 @@ def main(argv: list[str]) -> list[dict]:
         write_json(Path(options.output_dir) / "results.json", {"results": results})
         plot(results, Path(options.output_dir) / "comparison.png")
         print(f"wrote {options.output_dir}/results.json and comparison.png")
+        if options.card is not None:
+            shutil.copyfile(Path(options.output_dir) / "head" / "README.md", options.card)
+            shutil.copyfile(Path(options.output_dir) / "results.json", Path(options.card).with_suffix(".json"))
     return results
 
 

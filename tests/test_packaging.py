@@ -32,7 +32,8 @@ def test_help_of_the_command_does_not_wait_for_large_packages(tmp_path):
 import contextlib, io, sys
 from hf_freezecache.cli.main import main
 large = {{"accelerate", "datasets", "numpy", "pyarrow", "torch", "torchvision", "transformers"}}
-for arguments in (["--help"], *([command, "--help"] for command in ("plan", "inspect", "verify", "clean"))):
+commands = ["plan"], ["inspect"], ["verify"], ["clean"], ["head"], ["head", "save"], ["head", "load"], ["head", "push"]
+for arguments in (["--help"], *([*command, "--help"] for command in commands)):
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         main(arguments)
     assert text.getvalue().startswith("usage: freezecache"), arguments

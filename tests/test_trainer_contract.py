@@ -12,6 +12,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -179,13 +180,17 @@ def test_override_takes_what_trainer_gives(name):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """A plain trainer that has made a step and its loaders, kept for their workers."""
+    """A plain trainer that has made a step, its loaders, kept for their workers, and a repository on a Hub."""
     args = make_args(
         tmp_path_factory.mktemp("run"), max_steps=1, dataloader_num_workers=1, dataloader_persistent_workers=True
     )
     trainer = Trainer(model=tiny_vit(), args=args, train_dataset=pixel_dataset(), eval_dataset=pixel_dataset())
     trainer.train()
     trainer.get_eval_dataloader()
+    with pytest.MonkeyPatch.context() as patch:
+        repo = SimpleNamespace(repo_id="ann/run")
+        patch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(create_repo=lambda *_, **__: repo))
+        trainer.init_hf_repo()
     return trainer
 
 

@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit code: 0, or 1 if a store is missing or damaged, or an input is wrong or missing; the reason is on stderr.
+        Exit code: 0, or 1 if a store or a head is missing or damaged, an input is wrong or missing, or the Hub refuses
+        something; the reason is on stderr.
     """
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -29,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = _choose(options)
     from ..cache.manifest import StoreError
+    from ..hub.errors import HeadError
 
     try:
         run()
-    except (StoreError, OSError, ImportError, ValueError) as error:
+    except (StoreError, HeadError, OSError, ImportError, ValueError) as error:
         print(f"freezecache: {error}", file=sys.stderr)
         return 1
     return 0
@@ -44,6 +46,10 @@ def _choose(options: argparse.Namespace) -> Callable[[], None]:
         from .plan import plan_images
 
         return lambda: print(json.dumps(plan_images(options).to_dict()) if options.json else plan_images(options))
+    if options.command == "head":
+        from . import heads
+
+        return partial(getattr(heads, options.action), options)
     if options.command == "report":
         from .report import report
 
@@ -62,7 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands, without importing what they need."""
     parser = argparse.ArgumentParser(
         prog="freezecache",
-        description="Plans feature stores, inspects, verifies and removes them, and reports on trainings.",
+        description="Plans feature stores, inspects, verifies and removes them; saves, loads and pushes heads; "
+        "reports on trainings.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -92,7 +99,49 @@ def make_parser() -> argparse.ArgumentParser:
     mode = clean.add_mutually_exclusive_group()
     mode.add_argument("--yes", action="store_true", help="remove them; without this option they are only listed")
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")
+    _add_head(commands)
     return parser
+
+
+def _add_head(commands: argparse._SubParsersAction) -> None:
+    head = commands.add_parser("head", help="save, load or push what was trained behind the frozen blocks")
+    actions = head.add_subparsers(dest="action", required=True, metavar="ACTION")
+    save = actions.add_parser(
+        "save",
+        help="save the head of a trained model",
+        description="Saves what comes behind the cut of a model, and blocks before it that differ from the base.",
+    )
+    save.add_argument("model", metavar="MODEL", help="folder of the trained model, such as a checkpoint of a training")
+    save.add_argument("output", metavar="DIR", help="folder of the head")
+    save.add_argument(
+        "--base", required=True, metavar="BASE", help="what it was trained from: folder or id on the Hub"
+    )
+    save.add_argument(
+        "--cut", type=int, metavar="N", help="blocks before the head, stem included (default: that of the checkpoint)"
+    )
+    save.add_argument("--no-prefix", action="store_true", help="refuse where blocks before the head were trained")
+    load = actions.add_parser(
+        "load",
+        help="put a head on its base and save the whole model",
+        description="Puts a head on its base and saves the model as its library does.",
+    )
+    load.add_argument("head", metavar="HEAD", help="folder or id on the Hub")
+    load.add_argument("output", metavar="DIR", help="folder of the whole model")
+    load.add_argument("--base", metavar="BASE", help="folder or id on the Hub (default: the one that the head names)")
+    load.add_argument("--revision", metavar="NAME", help="commit, branch or tag of the head on the Hub")
+    push = actions.add_parser(
+        "push",
+        help="push a saved head to the Hub",
+        description="Pushes a saved head. The token is that of `hf auth login`, or of the variable HF_TOKEN.",
+    )
+    push.add_argument("head", metavar="DIR", help="folder of the head")
+    push.add_argument("repo", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="make a private repository")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
+    push.add_argument("--revision", metavar="BRANCH", help="branch (default: the main one)")
+    for action in (save, load, push):
+        action.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:

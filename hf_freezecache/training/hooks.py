@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
 
-from ..config import FreezeCacheConfig
+from ..config import CACHE_FOLDER, FreezeCacheConfig
 from ..model.modes import is_compiled
 from ..policies import FreezePolicy, NonePolicy
 from .callback import FreezeCallback
@@ -48,6 +49,12 @@ class TrainerHooks(_Trainer):
         config = self._freeze_config
         changes_more = bool(config.head_start_epochs) or config.changes_learning_rates
         return not isinstance(self._freeze_policy, NonePolicy) or changes_more
+
+    @property
+    def _feature_cache_dir(self) -> Path:
+        configured = self._freeze_config.feature_cache_dir
+        assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
+        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
 
     @property
     def _runs_compiled(self) -> bool:

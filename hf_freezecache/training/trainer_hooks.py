@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,7 +27,7 @@ from ..build.several_sizes import use_common_size
 from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..config import CACHE_FOLDER, FreezeCacheConfig, read_settings
+from ..config import FreezeCacheConfig, read_settings
 from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.classifiers import ImageClassifier
@@ -47,6 +46,7 @@ from .data_state import undisturbed
 from .epoch_source import StepInputs, live_shapes
 from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
+from .hub_hooks import HubHooks
 from .learning_rates import check_anneal
 from .preconditions import UntrainedError, check_model, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
@@ -57,7 +57,7 @@ from .session import FreezeSession
 logger = logging.get_logger(__name__)
 
 
-class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, ReportHooks):
+class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHooks, ReportHooks):
     """Adds freezing, caching and replay to a `Trainer`: `class MyTrainer(FreezeCacheMixin, AnyTrainerSubclass)`.
 
     Takes the arguments of the trainer behind it as they are, and two more. Samplers, collator, optimizer, schedule,
@@ -85,6 +85,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, ReportH
         self._starting = False
         self._checkpoint_state, self._operations_before_loss = None, 0
         super().__init__(*args, **kwargs)
+        self._check_hub_strategy()
         self._mixer = self._make_mixer()
         _follow_log_level(self.args)
         self._freeze_callback = FreezeCallback(self._freeze_policy)
@@ -113,6 +114,23 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, ReportH
             return self._session.report()
         plain = "policy='none'" if not self._is_active else self._why_plain
         return make_report([], None, "no training has run" if plain is None else f"plain training: {plain}")
+
+    @property
+    def freeze_settings(self) -> FreezeCacheConfig:
+        """When blocks are frozen, and how features are kept."""
+        return self._freeze_config
+
+    def find_chain(self) -> BlockChain:
+        """The model as blocks: those of the running or last training, else those that one would have.
+
+        Raises:
+            ValueError: if there is no training data to find them with, or the model cannot be split.
+        """
+        if self._session is not None:
+            return self._session.chain
+        if self.train_dataset is None:
+            raise ValueError("the blocks of the model are found with a training batch: pass train_dataset.")
+        return self.build_context(*self.without_unused_columns(self.train_dataset)).chain
 
     def build_context(self, dataset: Any, collator: Callable) -> BuildContext:
         """Model, samples and settings as stores of a training on a data set would be built from them.
@@ -301,12 +319,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, ReportH
         self._why_plain = describe_error(error)
         self._freeze_callback.was_untrained = isinstance(error, UntrainedError)
         Announcer(self._group, logger).failure("Nothing is frozen or cached, this is plain training", error)
-
-    @property
-    def _feature_cache_dir(self) -> Path:
-        configured = self._freeze_config.feature_cache_dir
-        assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
 
     # Data: the source of the train loader's samples can turn to a store
 

@@ -57,9 +57,9 @@ def check_options(words: list[str], text: str) -> None:
 
 
 @cache
-def freezecache_help(command: str) -> str:
+def freezecache_help(*command: str) -> str:
     module, function = re.search(r'^freezecache = "(.+):(.+)"$', PYPROJECT, re.MULTILINE).groups()
-    return help_of(lambda: getattr(importlib.import_module(module), function)([command, "--help"]))
+    return help_of(lambda: getattr(importlib.import_module(module), function)([*command, "--help"]))
 
 
 @cache
@@ -87,7 +87,8 @@ def check_python(words: list[str]) -> None:
 
 
 def check_freezecache(words: list[str]) -> None:
-    check_options(words[1:], freezecache_help(words[0]))
+    depth = 2 if words[0] == "head" else 1
+    check_options(words[depth:], freezecache_help(*words[:depth]))
 
 
 def check_make(words: list[str]) -> None:
@@ -136,6 +137,7 @@ def test_command_names_what_exists(command):
     "command",
     [
         "freezecache plan MODEL --data photos --no-such-option 3",
+        "freezecache head push head ann/head --no-such-option",
         "python recipes/quickstart.py --epoch_count 3",
         "torchrun --nproc_per_node 2 recipes/quickstart.py --no_such_option",
         "make everything",

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import DeiTConfig, DeiTForImageClassification
 
 import hf_freezecache
+from hf_freezecache.units import show_bytes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
@@ -70,3 +72,20 @@ def test_headline_of_readme_is_the_committed_result():
 def test_api_page_shows_every_public_name():
     shown = set(re.findall(r"^::: hf_freezecache\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
     assert set(hf_freezecache.__all__) <= shown
+
+
+def test_sizes_of_heads_in_the_documents_are_those_of_deit_tiny(tmp_path):
+    """Sizes do not depend on the weights."""
+    config = DeiTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=101
+    )
+    DeiTForImageClassification(config).save_pretrained(tmp_path / "base")
+    model = DeiTForImageClassification.from_pretrained(tmp_path / "base")
+    sizes = [show_bytes((tmp_path / "base/model.safetensors").stat().st_size)]
+    for cut in (9, 13):
+        folder = hf_freezecache.save_head(model, tmp_path / f"head-{cut}", cut=cut)
+        sizes.append(show_bytes((folder / "head.safetensors").stat().st_size))
+    page = (ROOT / "docs/hub.md").read_text()
+    whole, head, last = sizes
+    assert f"has {whole}; its head behind 9 of 13 blocks has {head}, the one behind all blocks {last}" in page
+    assert f"A DeiT-Tiny has {whole}, its head behind 9 of 13 blocks {head}" in README

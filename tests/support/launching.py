@@ -18,14 +18,17 @@ SCRIPT = Path(__file__).parents[1] / "distributed" / "script_train.py"
 _ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(arguments: Sequence[object], processes: int = 2, timeout: float = 240, fails: bool = False) -> str:
-    """Runs `script_train.py` in several processes, with all that `torchrun` gives them; returns what they printed.
+def launch(
+    arguments: Sequence[object], processes: int = 2, timeout: float = 240, fails: bool = False, script: Path = SCRIPT
+) -> str:
+    """Runs a script in several processes, with all that `torchrun` gives them; returns what they printed.
 
     Args:
         arguments: of the script.
         processes: how many.
         timeout: in seconds.
         fails: whether a process must end with an error; else none may.
+        script: that is run.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     group = {
@@ -39,7 +42,7 @@ def launch(arguments: Sequence[object], processes: int = 2, timeout: float = 240
     }
     ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     output = Path(arguments[arguments.index("--output") + 1])
-    done = run_together(run_as_main, [(SCRIPT, arguments)] * processes, output, ranks, timeout)
+    done = run_together(run_as_main, [(script, arguments)] * processes, output, ranks, timeout)
     log = "".join(process.stdout + process.stderr for process in done)
     assert any(process.returncode for process in done) == fails, log[-20000:]
     return log

@@ -1,0 +1,1 @@
+"""Heads: what was trained behind the cut, saved, loaded and pushed without the frozen part that everybody has."""
