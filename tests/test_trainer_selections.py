@@ -18,7 +18,7 @@ from support.helpers import (
 )
 from support.images import OpaqueFlip, picture_dataset
 from support.token_rows import Pad, Texts, bert
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from hf_freezecache import FeatureStore
 from hf_freezecache.cache.names import OWNER
@@ -159,3 +159,78 @@ def test_changed_row_of_the_table_is_not_replayed(tmp_path):
     assert_as_frozen(changed.select(rows), tmp_path, shared(tmp_path), num_train_epochs=2)
     assert len(stores(tmp_path / "shared")) == 2
     assert not torch.equal(changed[0]["pixel_values"], table[0]["pixel_values"])
+
+
+# Selections of data sets that are more than a table
+
+
+class Rows(Dataset):
+    """Rows that are read by key, without a length."""
+
+    def __init__(self, keys):
+        self.rows = dict(zip(keys, pixel_dataset(ROWS), strict=True))
+
+    def __getitem__(self, key):
+        return dict(self.rows[key])
+
+
+class Keyed(Rows):
+    def __len__(self):
+        return len(self.rows)
+
+
+class Readable(Keyed):
+    """Some rows cannot be read: they are left out of the selection."""
+
+    def __getitem__(self, row):
+        if row % 7 == 3:
+            raise OSError(f"row {row} cannot be read")
+        return super().__getitem__(row)
+
+
+class ReadableTexts(Texts):
+    def __getitem__(self, row):
+        if row % 7 == 3:
+            raise OSError(f"text {row} cannot be read")
+        return super().__getitem__(row)
+
+
+def names(rows):
+    return [f"row {row}" for row in rows]
+
+
+INTACT = [row for row in range(ROWS) if row % 7 != 3]
+SELECTED = {
+    "keys": lambda: Subset(Keyed(names(range(ROWS))), names(INTACT)),
+    "without a length": lambda: Subset(Rows(range(ROWS)), INTACT),
+    "counted from the end": lambda: Subset(pixel_dataset(ROWS), [row - ROWS for row in INTACT]),
+    "others cannot be read": lambda: Subset(Readable(range(ROWS)), INTACT),
+    "several times": lambda: Subset(pixel_dataset(ROWS), [1, 1, 2, 2, 3, 3, 3, 9] * 4),
+}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("selected", SELECTED)
+def test_selections_of_any_data_set_are_cached(selected, share, tmp_path, caplog):
+    run(tiny_vit(), pixel_dataset(ROWS), tmp_path / "whole", shared(tmp_path), num_train_epochs=1)
+    config = shared(tmp_path) if share else manual("0:2", codec="fp32", feature_cache_dir=str(tmp_path / "shared"))
+    trainer = assert_as_frozen(SELECTED[selected](), tmp_path, config, num_train_epochs=2, remove_unused_columns=False)
+    assert trainer.freeze_status().replaying
+    refused = "a store of all rows, which share_store asks for, cannot be made"
+    assert (refused in messages(caplog)) == (share and selected == "others cannot be read")
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_texts_that_are_left_out_need_not_be_readable(share, tmp_path):
+    config = manual("0:2", share_store=share)
+    chosen = Subset(ReadableTexts(ROWS), INTACT)
+    assert run(bert(), chosen, tmp_path, config, data_collator=Pad()).freeze_status().replaying
+
+
+def test_all_rows_that_do_not_fit_are_not_shared(tmp_path, caplog):
+    rows = np.arange(0, ROWS, 10)
+    config = shared(tmp_path, cache_budget="14kB")
+    trainer = assert_as_frozen(pixel_dataset(ROWS).select(rows), tmp_path, config, num_train_epochs=2)
+    store = FeatureStore.open(trainer.freeze_status().store_path)
+    assert (store.manifest.rows, store.manifest.codec) == (len(rows), "fp32")
+    assert "a store of all rows, which share_store asks for, cannot be made" in messages(caplog)

@@ -171,6 +171,19 @@ def test_samples_without_padding_are_stored_in_their_own_lengths(make, samples, 
     assert_same_weights(weights(found), weights(expected))
 
 
+def test_features_of_several_sizes_are_mixed(tmp_path):
+    """Mixup of features is not mixup of images; which samples are mixed, and how much, is drawn the same."""
+    trained = {
+        name: train_sized(tiny_resnet, SizedImages(16), tmp_path / name, config)
+        for name, config in (
+            ("cached", cached(mixup_alpha=0.2)),
+            ("frozen", manual("1:3", cache="never", mixup_alpha=0.2)),
+        )
+    }
+    assert trained["cached"].freeze_status().replaying
+    assert losses(trained["cached"]) == pytest.approx(losses(trained["frozen"]), abs=0.05)
+
+
 # What is refused
 
 

@@ -48,7 +48,9 @@ def files_of(dataset: Any, depth: int = 0) -> Files | None:
         if all(files is None for _, files in parts):
             return None
         return [row for part, files in parts for row in (files if files is not None else [()] * len(part))]
-    return _files_of_attributes(dataset, depth) if hasattr(dataset, "__dict__") else None
+    return (
+        _files_of_attributes(dataset, depth) if hasattr(dataset, "__dict__") and hasattr(dataset, "__len__") else None
+    )
 
 
 def known_files(dataset: Any) -> frozenset[str]:

@@ -44,7 +44,8 @@ def selection_of(dataset: Any) -> Selection | None:
     """The rows that a data set is; None if it is no selection of another one.
 
     `Dataset.select`, `shuffle`, `sort`, `filter` and `train_test_split`, and torch's `Subset`, also of each other, are
-    understood.
+    understood. A `Subset` of a data set without a length, or whose `indices` are no row numbers from 0 on (keys, or
+    numbers counted from the end), is none: what else its data set answers is its own affair.
 
     Args:
         dataset: map-style data set.
@@ -53,9 +54,15 @@ def selection_of(dataset: Any) -> Selection | None:
         return None if dataset._indices is None else _selection_of_table(dataset)
     if type(dataset) is not Subset:  # a class made from it may read other rows than its `indices`
         return None
-    rows = np.asarray(dataset.indices, dtype=np.int64)
-    inner = selection_of(dataset.dataset)
+    rows = np.asarray(dataset.indices)
+    if rows.dtype.kind not in "iu" or not _are_rows(rows, dataset.dataset):
+        return None
+    rows, inner = rows.astype(np.int64), selection_of(dataset.dataset)
     return Selection(dataset.dataset, rows) if inner is None else Selection(inner.whole, inner.rows[rows])
+
+
+def _are_rows(rows: np.ndarray, dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and len(rows) > 0 and 0 <= int(rows.min()) and int(rows.max()) < len(dataset)
 
 
 def _selection_of_table(dataset: datasets.Dataset) -> Selection:

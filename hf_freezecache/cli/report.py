@@ -32,7 +32,7 @@ def report(folders: Sequence[str], output: str, metric: str | None, as_json: boo
         print(json.dumps([{"folder": name, **asdict(record)} for name, record in named]))
         return
     page = make_page(records[0]) if len(records) == 1 else make_comparison(named, metric)
-    Path(output).write_text(page, encoding="utf-8")
+    Path(output).write_text(page, encoding="utf-8", errors="replace")
     metric = metric or common_metric(records)
     rows = [comparison_cells(name, record, metric) for name, record in named]
     headings = [metric if heading == "metric" else heading for heading in COMPARISON_HEADINGS]

@@ -15,7 +15,7 @@ from ..distributed import Announcer
 from ..rng import preserve_rng
 from .capture import capture
 from .errors import ChainError
-from .layout import from_positions
+from .layout import FeatureLayout, from_positions
 from .modes import eval_mode
 from .resizing import resize, trimmed_to
 from .stand_ins import stays_real
@@ -150,6 +150,21 @@ class Padding:
         trace, probe = self._chain.own_trace(), self._trimmed[cut].probe
         return trace if trace.size == tuple(probe[trace.main_input].shape[1:]) else self._chain.trace(probe)
 
+    def layout_of(self, inputs: Mapping[str, Any], cut: int) -> FeatureLayout:
+        """The layout of the features of a batch, in its own size where features have any.
+
+        Args:
+            inputs: model inputs of the batch by name; its main input may be a stand-in.
+            cut: from 1 on.
+
+        Raises:
+            ChainError: if the model does not run on inputs of this size.
+        """
+        if not self.is_any_size(cut):
+            return self._chain.layout(cut)
+        trace = self._chain.own_trace() if self.has_sizes(cut) else self.widest_trace(cut)
+        return resize(self._chain.model, trace, cut, inputs).layout
+
     def positions(self, inputs: Mapping[str, Any], cut: int) -> int:
         """Number of positions of the features of samples that have sizes of their own.
 
@@ -160,7 +175,7 @@ class Padding:
         Raises:
             ChainError: if the model does not run on inputs of this size.
         """
-        layout = resize(self._chain.model, self._chain.own_trace(), cut, inputs).layout
+        layout = self.layout_of(inputs, cut)
         return layout.values // layout.channels
 
     def fit_features(self, features: torch.Tensor, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:

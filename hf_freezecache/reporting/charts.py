@@ -6,10 +6,11 @@ extra `recipes`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .run_record import RunRecord
@@ -57,14 +58,26 @@ def make_figure(width: float, height: float) -> Any:
     return figure
 
 
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Inside, figures are drawn as they are here, whatever style the user has set; names are no formulas.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    make_figure(1, 1)
+    import matplotlib.style
+
+    # In SVG text stays text, and nothing in it differs between two runs.
+    own = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "hf_freezecache"}
+    with matplotlib.style.context(["default", own]):
+        yield
+
+
 def as_svg(figure: Any) -> str:
     """A figure as an SVG element whose colours are variables of the page that it stands in."""
-    import matplotlib
-
     target = io.StringIO()
-    # Text stays text, and nothing in it differs between two runs.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_freezecache"}):
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     text = target.getvalue()
     text = text[text.index("<svg") :]
     for name, colour in COLOURS.items():
@@ -74,6 +87,7 @@ def as_svg(figure: Any) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
 
+@own_style()
 def draw_run(record: RunRecord, path: str | os.PathLike) -> None:
     """All charts of a training as one PNG.
 
@@ -81,7 +95,7 @@ def draw_run(record: RunRecord, path: str | os.PathLike) -> None:
         ImportError: without matplotlib.
     """
     figure = make_figure(12, 8.5)
-    figure.suptitle(record.name, fontsize=13, color=COLOURS["ink"])
+    figure.suptitle(_drawable(record.name), fontsize=13, color=COLOURS["ink"])
     grid = figure.subplots(3, 2)
     draw_timeline(grid[0][0], record)
     draw_costs(grid[0][1], record)
@@ -198,7 +212,7 @@ def draw_comparison(axes: Any, records: Sequence[tuple[str, RunRecord]], metric:
             linestyle=("-", "--", ":")[number // len(RUNS) % 3],
             marker="o",
             markersize=4,
-            label=name,
+            label=_drawable(name),
         )
     axes.set(xlabel="seconds since the training began", ylabel=show_name(metric).lower())
     axes.set_xlim(left=0)
@@ -207,7 +221,13 @@ def draw_comparison(axes: Any, records: Sequence[tuple[str, RunRecord]], metric:
 
 def show_name(metric: str) -> str:
     """The name of a logged number for people: `eval_accuracy` -> `Accuracy`."""
-    return metric.removeprefix("eval_").replace("_", " ").capitalize()
+    return _drawable(metric.removeprefix("eval_").replace("_", " ").capitalize())
+
+
+def _drawable(text: str) -> str:
+    """A text as matplotlib draws it: without halves of characters; an underscore at its beginning would hide it."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _finish(axes: Any, title: str) -> None:

@@ -12,6 +12,7 @@ from . import charts
 from .run_record import RunRecord
 
 
+@charts.own_style()
 def make_page(record: RunRecord) -> str:
     """The page of a training.
 
@@ -35,6 +36,7 @@ def make_page(record: RunRecord) -> str:
     )
 
 
+@charts.own_style()
 def make_comparison(records: Sequence[tuple[str, RunRecord]], metric: str | None = None) -> str:
     """The page of several trainings side by side.
 
@@ -66,11 +68,10 @@ def make_comparison(records: Sequence[tuple[str, RunRecord]], metric: str | None
 
 def common_metric(records: Sequence[RunRecord]) -> str:
     """The first metric that all trainings have evaluated; the loss of evaluations or of training if there is none."""
-    metrics = [record.metric for record in records]
-    first = next((metric for metric in metrics if metric is not None), None)
-    if first is not None and all(record.curve(first) for record in records):
-        return first
-    return "eval_loss" if all(record.curve("eval_loss") for record in records) else "loss"
+    for metric in [*(records[0].metrics if records else ()), "eval_loss"]:
+        if all(record.curve(metric) for record in records):
+            return metric
+    return "loss"
 
 
 def comparison_cells(name: str, record: RunRecord, metric: str) -> list[str]:

@@ -17,7 +17,15 @@ FORMAT = 1
 #: The largest file that is read: far more than the logs of any training.
 _MOST_BYTES = 1 << 28
 #: Logged numbers that are no metric of the model.
-_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "loss", "epoch", "jit_compilation_time")
+_NO_METRIC = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "loss",
+    "epoch",
+    "jit_compilation_time",
+    "model_preparation_time",
+)
 
 
 class RecordError(ValueError):
@@ -62,8 +70,13 @@ class RunRecord:
     @property
     def metric(self) -> str | None:
         """Name of the first metric of evaluations that is neither the loss nor a time; None if there is none."""
-        names = [name for entry in self.logs for name in entry if name.startswith("eval_")]
-        return next((name for name in names if not name.endswith(_NO_METRIC)), None)
+        return next(iter(self.metrics), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics of evaluations that are neither a loss nor a time, in the order of the logs."""
+        names = dict.fromkeys(name for entry in self.logs for name in entry if name.startswith("eval_"))
+        return [name for name in names if not name.endswith(_NO_METRIC)]
 
     def curve(self, name: str) -> list[tuple[float, float, float]]:
         """Where a number was logged: seconds, epoch and value, in order."""
@@ -126,26 +139,38 @@ def _problem(content: Any) -> str | None:
         for name in names:
             if not isinstance(content.get(name), kind):
                 return f"its `{name}` is missing or of another kind"
-    needed = {
+    numbers = {
         "epochs": ("epoch", "cut", "begin", "end", "steps", "store_bytes"),
         "logs": ("seconds", "epoch"),
         "notes": ("seconds", "epoch"),
         "phases": ("cut", "epochs", "steps", "seconds", "flops", "store_bytes", "peak_memory_bytes"),
     }
-    for name, numbers in needed.items():
+    texts = {"epochs": "mode", "notes": "text", "phases": "mode"}
+    for name, needed in numbers.items():
         for entry in content[name]:
-            if not isinstance(entry, dict) or not all(_is_number(entry.get(number)) for number in numbers):
-                return f"an entry of `{name}` lacks one of the numbers {', '.join(numbers)}"
-            if name == "logs" and not all(_is_number(value) for value in entry.values()):
+            if not isinstance(entry, dict) or not all(is_number(entry.get(number)) for number in needed):
+                return f"an entry of `{name}` lacks one of the numbers {', '.join(needed)}"
+            if name in texts and not isinstance(entry.get(texts[name]), str):
+                return f"an entry of `{name}` lacks the text {texts[name]}"
+            if name == "logs" and not all(is_number(value) for value in entry.values()):
                 return "a logged value is not a number"
-    sums = [*content["totals"].values(), *content["plain_estimate"].values()]
-    if not all(_is_number(value) or value is None for value in sums):
+    estimates = [value for value in content["plain_estimate"].values() if value is not None]
+    if not all(is_number(value) for value in [*content["totals"].values(), *estimates]):
         return "a total is not a number"
+    store = content.get("store") or {}
+    if not isinstance(store, dict) or not all(is_number(store[name]) for name in store if name.endswith("bytes")):
+        return "its `store` is of another kind"
     return None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no larger than those of floating point."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _without_nan(value: Any) -> Any:

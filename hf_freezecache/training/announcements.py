@@ -6,6 +6,13 @@ from collections.abc import Sequence
 
 from ..cache.store import FeatureStore
 from ..policies import FreezePolicy, FrozenFromStart, NonePolicy
+from ..units import show_bytes
+
+#: Of random samples of which no view is stored.
+NO_VIEWS = (
+    "The train data set is random (transform or collator): every replay epoch repeats what is drawn when the feature "
+    "store is built (views=0); augmentation ends at the freeze point."
+)
 
 
 def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
@@ -87,6 +94,37 @@ def _describe(policy: FreezePolicy, steps: Sequence[tuple[int, int]], num_blocks
 
 def _epochs(count: int) -> str:
     return f"{count} epoch{'' if count == 1 else 's'}"
+
+
+def describe_draws(why_not: str | None, draws: int, size: int) -> str:
+    """The line on a store of whole draws.
+
+    Args:
+        why_not: why augmentation cannot be replayed, as a clause.
+        draws: of every sample.
+        size: bytes of the store.
+    """
+    return (
+        f"Augmentation cannot be replayed from one base view, because {why_not}: {draws} whole draws of every sample "
+        f"are stored ({show_bytes(size)}), {draws} times the bytes of one, and replay epochs repeat them."
+    )
+
+
+def describe_built(store: FeatureStore, codec: str, is_deepened: bool, num_blocks: int) -> str:
+    """The line on a store that was built.
+
+    Args:
+        store: the store.
+        codec: the configured one.
+        is_deepened: whether it was made from the store before it.
+        num_blocks: number of blocks.
+    """
+    own, origin = store.manifest.codec, "from the store before it, " if is_deepened else ""
+    codec = own if own == codec else f"{own}, since {codec} does not fit"
+    return (
+        f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {len(store)} samples"
+        f"{describe_views(store)}): training does not run {store.manifest.cut} of {num_blocks} blocks any more."
+    )
 
 
 def describe_views(store: FeatureStore) -> str:

@@ -59,7 +59,7 @@ class StepInputs:
         """Those of a batch whose features at a cut are known; of its main input nothing but integers counts."""
         main_input = chain.input_of_replay(features, batch)
         inputs = {**batch, chain.main_input: main_input}
-        return cls(inputs, len(features), cut, mode, features, chain.layout(cut))
+        return cls(inputs, len(features), cut, mode, features, chain.padding.layout_of(inputs, cut))
 
 
 class EpochSource(ABC):

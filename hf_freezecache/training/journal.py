@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..reporting.run_record import is_number
 
 
 class Journal:
@@ -31,6 +32,9 @@ class Journal:
     def begin_epoch(self, epoch: int, cut: int, mode: str, store_bytes: int) -> None:
         """An epoch's first batch comes next."""
         self._epoch, now = epoch, self.seconds
+        if self.epochs and self.epochs[-1]["epoch"] == epoch:  # resumed in the middle of it
+            self.epochs[-1].update(cut=cut, mode=mode, store_bytes=store_bytes)
+            return
         entry = {"epoch": epoch, "cut": cut, "mode": mode, "begin": now, "end": now, "steps": 0}
         self.epochs.append({**entry, "store_bytes": store_bytes})
 
@@ -56,7 +60,7 @@ class Journal:
         """
         entries = []
         for seconds, values in zip(self._logged, history, strict=False):
-            numbers = {name: value for name, value in values.items() if _is_finite(value)}
+            numbers = {name: value for name, value in values.items() if is_number(value)}
             entries.append({"epoch": 0.0, **numbers, "seconds": seconds})
         return entries
 
@@ -76,7 +80,3 @@ class Journal:
         self._before, self._began = state["seconds"], time.perf_counter()
         self.epochs, self._logged = list(state["epochs"]), list(state["logged"])
         self.notes = [*state["notes"], *({**note, "seconds": state["seconds"]} for note in later)]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,7 @@ import contextlib
 import platform
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class ReportHooks(TrainerHooks):
             record.write(folder)
             if self._freeze_config.report == "html":
                 draw_run(record, folder / PICTURE)
-                (folder / PAGE).write_text(make_page(record), encoding="utf-8")
-        except OSError as error:  # the training is done, and its model is worth more
+                (folder / PAGE).write_text(make_page(record), encoding="utf-8", errors="replace")
+        except Exception as error:  # whatever a picture raises: the training is done, and its model is worth more
             announcer.failure(f"The report could not be written to {folder}", error)
 
     def _make_record(self, session: FreezeSession) -> RunRecord:
@@ -83,7 +83,7 @@ class ReportHooks(TrainerHooks):
             "samples": len(session.context.source),
             "batch_size": self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "settings": {name: repr(value) for name, value in changed_settings(self._freeze_config).items()},
-            "versions": {name: version(name) for name in _PACKAGES} | describe_hardware(),
+            "versions": {name: describe_version(name) for name in _PACKAGES} | describe_hardware(),
         }
         return RunRecord(
             run,
@@ -119,6 +119,14 @@ def changed_settings(config: FreezeCacheConfig) -> dict[str, Any]:
     defaults = FreezeCacheConfig()
     names = [entry.name for entry in fields(config) if entry.name != "feature_cache_dir"]
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+
+
+def describe_version(package: str) -> str:
+    """The version of a package; of one that is imported from a folder of sources nobody knows it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def describe_hardware() -> dict[str, str]:

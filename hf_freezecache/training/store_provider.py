@@ -25,7 +25,7 @@ from ..distributed import Announcer, describe_error
 from ..estimate.pace import Pace
 from ..units import show_bytes
 from .accounting import Phase
-from .announcements import describe_views
+from .announcements import NO_VIEWS, describe_built, describe_draws, describe_views
 from .budget import StoreBudget
 from .worth import Declined, StoreWorth
 
@@ -243,9 +243,23 @@ class StoreProvider:
         codec = self.config.codec_at(cut, len(self.chain)) if attempt.decision is None else attempt.decision.codec
         if attempt.is_open:
             self.worth.check_early(cut, attempt.request.epochs_left, attempt.request.pace)
-        first, reason = self.spec_maker.make(cut, codec), ""
+        first = self.spec_maker.make(cut, codec)
         if self.config.share_store and attempt.request.is_first:
-            first = self.spec_maker.of_whole(first) or first
+            try:
+                whole = self.spec_maker.of_whole(first)
+                if whole is not None:
+                    return self._find_or_make_like(whole, codec, attempt)
+            except Exception as error:  # of rows that this training does not need: it does without them
+                self.announcer.failure(
+                    f"Cut {cut}: a store of all rows, which share_store asks for, cannot be made. This training "
+                    "builds one of its own rows",
+                    error,
+                )
+        return self._find_or_make_like(first, codec, attempt)
+
+    def _find_or_make_like(self, first: StoreSpec, codec: str, attempt: _Attempt) -> FeatureStore | PartialStore:
+        """A store of the rows of a spec, with a codec that fits."""
+        cut, reason = attempt.request.cut, ""
         if self.config.cutmix_alpha and first.layout.grid is None:
             raise Declined(f"cutmix pastes a box of positions, and features of shape {first.layout.shape} have none")
         for candidate in [codec] if attempt.writing else self.budget.codecs(codec, first):
@@ -290,7 +304,7 @@ class StoreProvider:
         spec, images = self._owned(spec), self._owned(images)
         store = self._open(spec)
         if store is None and (not attempt.writing or attempt.accept_built):
-            store = (self._open(images) if attempt.writing else None) or self._open(self.spec_maker.of_whole(images))
+            store = (self._open(images) if attempt.writing else None) or self._open_whole(images)
         if store is not None and self.budget.holds(store):
             self._announce_randomness(spec)
             self.announcer.warning(
@@ -309,6 +323,14 @@ class StoreProvider:
     def _open(self, spec: StoreSpec | None) -> FeatureStore | None:
         store = None if spec is None else self.spec_maker.reuse.open(spec)
         return None if store is None or spec is None else self.spec_maker.rows_of(store, spec)
+
+    def _open_whole(self, images: StoreSpec) -> FeatureStore | None:
+        """A store of all rows that the samples are selected from, as the rows of the samples."""
+        try:
+            return self._open(self.spec_maker.of_whole(images))
+        except Exception as error:  # the user's data set may raise anything for rows that were left out
+            Announcer.survived(logger, "The rows that the train data set leaves out cannot be read", error)
+            return None
 
     def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
@@ -464,17 +486,9 @@ class StoreProvider:
         if augmentation is None or not augmentation.random:
             return
         if not views:
-            self.announcer.warning_once(
-                "The train data set is random (transform or collator): every replay epoch repeats what is drawn when "
-                "the feature store is built (views=0); augmentation ends at the freeze point."
-            )
+            self.announcer.warning_once(NO_VIEWS)
         elif not augmentation.replayable:
-            size = show_bytes(self.budget.needed(spec))
-            self.announcer.warning_once(
-                f"Augmentation cannot be replayed from one base view, because {augmentation.why_not}: {views + 1} "
-                f"whole draws of every sample are stored ({size}), {views + 1} times the bytes of one, and replay "
-                "epochs repeat them."
-            )
+            self.announcer.warning_once(describe_draws(augmentation.why_not, views + 1, self.budget.needed(spec)))
 
     def _announce_built(self, store: FeatureStore) -> None:
         manifest = store.manifest
@@ -482,12 +496,4 @@ class StoreProvider:
             self.announcer.warning(f"Using the feature store {store.path}, which another run has built meanwhile.")
             return
         configured = self.config.codec_at(manifest.cut, len(self.chain))
-        codec = (
-            manifest.codec if manifest.codec == configured else f"{manifest.codec}, since {configured} does not fit"
-        )
-        origin = "from the store before it, " if DEEPENED_FROM in manifest.made_from else ""
-        self.announcer.warning(
-            f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {len(store)} "
-            f"samples{describe_views(store)}): training does not run {manifest.cut} of {len(self.chain)} blocks any "
-            "more."
-        )
+        self.announcer.warning(describe_built(store, configured, DEEPENED_FROM in manifest.made_from, len(self.chain)))

@@ -11,7 +11,7 @@ from PIL import Image
 from support.records import make_record
 
 from hf_freezecache.reporting.charts import COLOURS, draw_run
-from hf_freezecache.reporting.page import make_comparison, make_page
+from hf_freezecache.reporting.page import common_metric, make_comparison, make_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -43,6 +43,25 @@ def test_what_others_have_written_is_text():
     assert "<script" not in make_comparison([(hostile, record), ("other", record)])
 
 
+@pytest.mark.parametrize("name", ["cost of $x^$", "_first", "\\frac$", "half \udcff"])
+def test_names_are_drawn_as_they_are(name, tmp_path):
+    record = make_record(run={"name": name})
+    draw_run(record, tmp_path / "run.png")
+    logs = [{f"eval_{name}": 0.5, "seconds": 1.0, "epoch": 1.0}]
+    chart = re.search(r"<svg.*?</svg>", make_comparison([(name, make_record(logs=logs))]), re.DOTALL)
+    assert name.encode("utf-8", "replace").decode() in chart[0]
+
+
+@pytest.mark.parametrize("style", [{"text.usetex": True}, {"font.size": 40.0}])
+def test_pictures_do_not_depend_on_the_style_of_the_user(style, tmp_path):
+    import matplotlib
+
+    for name, settings in (("plain", {}), ("styled", style)):
+        with matplotlib.rc_context(settings):
+            draw_run(make_record(), tmp_path / f"{name}.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
+
+
 def test_training_that_has_logged_nothing_has_a_page():
     record = make_record(logs=[], epochs=[], phases=[], notes=[], totals={}, plain_estimate={}, store=None)
     assert "0 of 3 blocks" in make_page(record)
@@ -54,6 +73,8 @@ def test_trainings_are_compared_by_the_metric_that_all_have():
     assert "Accuracy, last" in page and "2 of 3" in page
     without = make_record(logs=[{"loss": 1.0, "seconds": 1.0, "epoch": 1.0}])
     assert "Loss, last" in make_comparison([("first", first), ("without", without)])
+    both = {"eval_f1": 0.7, "seconds": 1.0, "epoch": 1.0}
+    assert common_metric([make_record(logs=[*first.logs, both]), make_record(logs=[both])]) == "eval_f1"
     with pytest.raises(ValueError, match="no training has logged 'eval_f1'"):
         make_comparison([("first", first)], "eval_f1")
 

@@ -28,6 +28,8 @@ def test_curves_and_the_metric_are_read_from_the_logs():
     assert record.metric == "eval_accuracy"
     assert record.curve("loss") == [(1.0, 0.5, 2.0), (2.8, 1.5, 1.0)]
     assert make_record(logs=record.logs[::2]).metric is None
+    times = {"eval_model_preparation_time": 1.0, "eval_runtime": 1.0, "seconds": 1.0, "epoch": 1.0}
+    assert make_record(logs=[times]).metric is None
     assert record.training_seconds == 3.5
 
 
@@ -41,6 +43,14 @@ def test_curves_and_the_metric_are_read_from_the_logs():
         ({"epochs": [3]}, "an entry of `epochs` lacks"),
         ({"phases": [{**PHASE, "seconds": "long"}]}, "an entry of `phases` lacks"),
         ({"totals": {"flops": "many"}}, "a total is not a number"),
+        ({"totals": {"flops": None}}, "a total is not a number"),
+        ({"totals": {"peak_memory_bytes": float("inf")}}, "a total is not a number"),
+        ({"logs": [{"seconds": 1.0, "epoch": 1, "loss": 10**400}]}, "a logged value is not a number"),
+        ({"phases": [{**PHASE, "seconds": float("nan")}]}, "an entry of `phases` lacks"),
+        ({"phases": [{**PHASE, "mode": None}]}, "an entry of `phases` lacks the text mode"),
+        ({"notes": [{"seconds": 1.0, "epoch": 0}]}, "an entry of `notes` lacks the text text"),
+        ({"store": ["fp32"]}, "its `store` is of another kind"),
+        ({"store": {"Arrow files, bytes": "many"}}, "its `store` is of another kind"),
     ],
 )
 def test_other_content_is_refused_in_words(change, message, tmp_path):

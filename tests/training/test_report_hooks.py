@@ -126,3 +126,45 @@ def test_tensorboard_shows_the_freeze(tmp_path, monkeypatch):
 def test_logs_are_json(tmp_path):
     trainer = train(tmp_path, manual("1:2"), num_train_epochs=2)
     json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [{"$^$": 0.5}, {"large": 10**400}, {"f1": float("nan")}, {"_": 0.5}],
+    ids=["formula", "large", "nan", "_"],
+)
+def test_names_and_numbers_of_any_kind_break_no_training(metric, tmp_path):
+    settings = dict(eval_dataset=pixel_dataset(8), eval_strategy="epoch", compute_metrics=lambda prediction: metric)
+    config = manual("1:2", report="html")
+    trainer = run(
+        tiny_vit(), pixel_dataset(), tmp_path, config, num_train_epochs=2, run_name="$\\frac \udcff", **settings
+    )
+    assert len(losses(trainer)) == 8
+    assert (tmp_path / "freeze_cache_report.png").exists()
+    assert "$\\frac" in (tmp_path / "freeze_cache_report.html").read_text()
+    (name,) = metric
+    assert len(read_record(tmp_path).curve(f"eval_{name}")) == (2 if metric[name] == 0.5 else 0)
+
+
+def test_report_that_cannot_be_drawn_is_no_error_of_the_training(tmp_path, monkeypatch, caplog):
+    def fail(record, path):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("hf_freezecache.training.report_hooks.draw_run", fail)
+    trainer = train(tmp_path, manual("1:2", report="html"), num_train_epochs=2)
+    assert len(losses(trainer)) == 8 and (tmp_path / RECORD).exists()
+    assert f"The report could not be written to {tmp_path}: no fonts (RuntimeError)" in messages(caplog)
+
+
+def test_sources_that_are_not_installed_have_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_freezecache.training.report_hooks._PACKAGES", ("torch", "no_such_package"))
+    train(tmp_path, manual("1:2"), num_train_epochs=2)
+    versions = read_record(tmp_path).run["versions"]
+    assert versions["no_such_package"] == "not installed" and versions["torch"] != "not installed"
+
+
+def test_epoch_that_is_resumed_in_its_middle_is_one_epoch(tmp_path):
+    train(tmp_path, manual("1:2"), save_strategy="steps", save_steps=6)
+    train(tmp_path, manual("1:2"), save_strategy="no", resume=str(tmp_path / "checkpoint-6"))
+    entries = [(entry["epoch"], entry["steps"], entry["mode"]) for entry in read_record(tmp_path).epochs]
+    assert entries == [(0, 4, "live"), (1, 4, "replay"), (2, 4, "replay"), (3, 4, "replay")]
