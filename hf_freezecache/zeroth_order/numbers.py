@@ -128,7 +128,7 @@ class Pool(Stream):
         start = self.start(piece)
         long = self._long.get(device)
         if long is None or start + piece.length > len(long):
-            times = -(-(self.period + max(piece.length, min(PIECE, self.stride))) // self.period)
+            times = -(-(self.period + piece.length) // self.period)
             long = self._long[device] = self.values.to(device).repeat(times)
         return long[start : start + piece.length]
 

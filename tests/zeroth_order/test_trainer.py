@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from support.helpers import (
@@ -17,6 +19,7 @@ from support.helpers import (
     weights,
 )
 from support.pretrained import settle
+from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, ZeroOrderConfig, ZeroOrderMixin, ZeroOrderTrainer
@@ -174,6 +177,45 @@ def test_nothing_but_losses_is_made(tmp_path):
     assert not seen.gradients and not seen.states and not trainer.optimizer.state
     assert all(value.numel() == 1 for value in kept)
     assert generators and all(generators)
+
+
+def peak_memory(run) -> int:
+    """Bytes that are in use at a time beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert in_use
+    return max(accumulate(in_use))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_step_takes_the_memory_of_inference(kind, tmp_path):
+    """32 samples, whose activations take five times the bytes of the weights; the first step makes the pool."""
+    peaks = []
+
+    class Measured(PlainZeroOrder):
+        def training_step(self, model, inputs, *args, **kwargs):
+            def infer():
+                with torch.no_grad():
+                    model.eval()(**inputs)
+
+            step, found = super().training_step, []
+            infer()
+            peaks.append((peak_memory(infer), peak_memory(lambda: found.append(step(model, inputs, *args, **kwargs)))))
+            return found[0]
+
+    train(
+        tmp_path,
+        Measured,
+        zero_order=CONFIGS[kind],
+        train_dataset=pixel_dataset(rows=64),
+        per_device_train_batch_size=32,
+        num_train_epochs=1,
+    )
+    assert len(peaks) == 2
+    for inference, step in peaks:
+        assert step <= 1.1 * inference
 
 
 def test_same_loss_twice_although_the_model_drops_out(tmp_path):
