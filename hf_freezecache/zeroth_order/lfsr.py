@@ -118,7 +118,10 @@ class RotatedLFSRs:
             )
         generator = np.random.default_rng(hash_key("registers", seed))
         self.starts = generator.permutation(self.cycle_length)[:count]
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Places in the cycle of the numbers of `count` clock cycles, after which the registers are in order again.
+        turns = np.arange(count)[:, None]
+        self._turn = (self.starts[(turns + np.arange(count)) % count] + turns).flatten() % self.cycle_length
+        self._turns: dict[torch.device, torch.Tensor] = {}
 
     @property
     def period(self) -> int:
@@ -136,17 +139,23 @@ class RotatedLFSRs:
         Returns:
             int32 tensor `(length,)`, values from 1 to `2**bits - 1`.
         """
-        first, skipped = divmod(position % self.period, self.count)
-        clocks = -(-(skipped + length) // self.count)
-        values, starts = self._on(torch.device(device))
-        time = torch.arange(first, first + clocks, device=device)
-        turned = time % self.count
-        rows = starts.unfold(0, self.count, 1)[turned] + (time % self.cycle_length)[:, None]
-        return values[rows.flatten()[skipped : skipped + length]]
+        values = torch.from_numpy(cycle(self.bits)).repeat(2).to(device)
+        return values[self.places(position, length, torch.device(device))]
 
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cycle and the starts, both twice in a row: no index has to be taken modulo their length."""
-        if device not in self._tables:
-            values, starts = torch.from_numpy(cycle(self.bits)), torch.from_numpy(self.starts)
-            self._tables[device] = values.repeat(2).to(device), starts.repeat(2).to(device)
-        return self._tables[device]
+    def places(self, position: int, length: int, device: torch.device) -> torch.Tensor:
+        """Places of these numbers in the cycle, repeated once.
+
+        Args:
+            position: of the first one, from 0.
+            length: how many.
+            device: of the result.
+
+        Returns:
+            int32 tensor `(length,)`, values below `2 * (2**bits - 1)`.
+        """
+        if device not in self._turns:
+            self._turns[device] = torch.from_numpy(self._turn).int().to(device)
+        first, skipped = divmod(position % self.period, len(self._turn))
+        turns = -(-(skipped + length) // len(self._turn))
+        begins = torch.arange(first, first + turns, device=device) * self.count % self.cycle_length
+        return (begins.int()[:, None] + self._turns[device]).flatten()[skipped : skipped + length]

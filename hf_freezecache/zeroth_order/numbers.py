@@ -120,13 +120,12 @@ class Pool(Stream):
         generator.manual_seed(hash_key("pool", seed) >> 1)
         self.values = as_fractions(torch.randint(1, 2**bits, (size,), generator=generator), bits)
         self.drawn = size
-        self._sums = np.concatenate([[0.0], np.cumsum(self.values.double().square().numpy())])
         self._long: dict[torch.device, torch.Tensor] = {}
+        self._sums = np.concatenate([[0.0], np.cumsum(self.values.double().square().numpy())])
 
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The numbers of a piece as a view of the pool, which is kept several times in a row; nothing is drawn."""
-        start = self.start(piece)
-        long = self._long.get(device)
+        start, long = self.start(piece), self._long.get(device)
         if long is None or start + piece.length > len(long):
             times = -(-(self.period + piece.length) // self.period)
             long = self._long[device] = self.values.to(device).repeat(times)
@@ -153,6 +152,7 @@ class OnTheFly(Stream):
     def __init__(self, length: int, registers: int, bits: int, seed: int):
         self.row, self.bits = RotatedLFSRs(bits, registers, seed), bits
         super().__init__(length, self.row.period)
+        self._fractions: dict[torch.device, torch.Tensor] = {}
         # All registers give one number a clock cycle, in whatever order.
         each = as_fractions(torch.from_numpy(cycle(bits)), bits).double().square().numpy()
         clocks = sum(np.roll(each, -start) for start in self.row.starts)
@@ -160,8 +160,8 @@ class OnTheFly(Stream):
 
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The numbers that the registers give in the clock cycles of a piece."""
-        self.drawn += piece.length
-        return as_fractions(self.row.numbers(self.start(piece), piece.length, device), self.bits)
+        self.drawn += piece.length  # by the registers, in whatever way they are looked up here
+        return self._at(self.start(piece), piece.length, device)
 
     def squares(self, piece: Piece, device: torch.device) -> float:
         """The sum of the squares of a piece, from sums over clock cycles that were made with the registers."""
@@ -174,7 +174,12 @@ class OnTheFly(Stream):
         return self._squares_of(start, before) + inner + self._squares_of(last * count, after)
 
     def _squares_of(self, position: int, length: int) -> float:
-        return float(as_fractions(self.row.numbers(position, length), self.bits).double().square().sum())
+        return float(self._at(position, length, torch.device("cpu")).double().square().sum())
+
+    def _at(self, position: int, length: int, device: torch.device) -> torch.Tensor:
+        if device not in self._fractions:
+            self._fractions[device] = as_fractions(torch.from_numpy(cycle(self.bits)), self.bits).repeat(2).to(device)
+        return self._fractions[device].index_select(0, self.row.places(position, length, device))
 
 
 def as_fractions(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -102,10 +102,13 @@ def test_pool_is_read_on_where_the_perturbation_before_has_ended(size):
     assert len(starts) == size
 
 
-def test_numbers_on_the_fly_are_those_of_the_registers():
-    source = OnTheFly(LENGTH, 8, 6, seed=1)
-    expected = RotatedLFSRs(6, 8, seed=1).numbers(2 * source.stride + 3, 50)
-    assert torch.equal(source.take(Piece(2, 3, 50), CPU), (expected - 32) / 32)
+@pytest.mark.parametrize(("bits", "registers"), [(6, 8), (12, 31)])
+def test_numbers_on_the_fly_are_those_of_the_registers(bits, registers):
+    source = OnTheFly(LENGTH, registers, bits, seed=1)
+    for number in (0, 2, 3_001):
+        expected = RotatedLFSRs(bits, registers, seed=1).numbers(number * source.stride + 3, 50)
+        half = 2 ** (bits - 1)
+        assert torch.equal(source.take(Piece(number, 3, 50), CPU), (expected - half) / half)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
