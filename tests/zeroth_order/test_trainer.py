@@ -19,10 +19,11 @@ from support.helpers import (
     weights,
 )
 from support.pretrained import settle
+from support.zero_order import PlainZeroOrder, train
 from torch.profiler import ProfilerActivity, profile
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from hf_freezecache import FreezeCacheConfig, ZeroOrderConfig, ZeroOrderMixin, ZeroOrderTrainer
+from hf_freezecache import ZeroOrderConfig, ZeroOrderMixin, ZeroOrderTrainer
 from hf_freezecache.rng import RngState
 from hf_freezecache.training.trainer_hooks import FreezeCacheMixin
 
@@ -34,10 +35,6 @@ CONFIGS = {
     "on the fly": {"number_reuse": "on_the_fly", "modulus_scaling": "exact"},
     "one-sided": {"estimator": "one_sided", "estimates": 3},
 }
-
-
-class PlainZeroOrder(ZeroOrderMixin, Trainer):
-    pass
 
 
 class FreezesOutside(FreezeCacheMixin, ZeroOrderMixin, Trainer):
@@ -60,22 +57,6 @@ class Seen(TrainerCallback):
 
 def weights_of(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def train(folder, trainer_class=PlainZeroOrder, model=None, config=None, resume=None, zero_order=None, **settings):
-    names = ("callbacks", "eval_dataset", "optimizers", "policy", "train_dataset")
-    own = {name: settings.pop(name) for name in names if name in settings}
-    if issubclass(trainer_class, FreezeCacheMixin):
-        own["freeze_cache"] = config
-    settings = {"num_train_epochs": 2, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **settings}
-    trainer = trainer_class(
-        model=tiny_vit() if model is None else model,
-        args=make_args(folder, **settings),
-        zero_order=ZeroOrderConfig(**(zero_order or {})),
-        **{"train_dataset": pixel_dataset(rows=24), **own},
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 # Steps
@@ -466,86 +447,3 @@ def test_adapters_alone_are_trained(tmp_path):
     changed = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
     assert changed and all(flags[name] for name in changed)
     assert any("lora_" in name for name in changed)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"optim": "sgd"}, "leave out optim="),
-        ({"config": manual("1:2", layer_decay=0.5)}, "learning rates of blocks"),
-        ({"config": FreezeCacheConfig(policy="auto")}, "tries freezing"),
-    ],
-)
-def test_settings_that_do_not_go_with_it_are_refused(settings, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path, ZeroOrderTrainer, **{"config": manual("1:2"), **settings})
-
-
-def test_other_optimizers_are_refused(tmp_path):
-    model = tiny_vit()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="its own optimizer"):
-        train(tmp_path, model=model, optimizers=(optimizer, None))
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "message"),
-    [
-        ("distributed_type", "DEEPSPEED", "DEEPSPEED"),
-        ("distributed_type", "FSDP", "FSDP"),
-        ("scaler", 1, "GradScaler"),
-    ],
-)
-def test_accelerators_that_do_not_go_with_it_are_refused(attribute, value, message, tmp_path, monkeypatch):
-    trainer = PlainZeroOrder(model=tiny_vit(), args=make_args(tmp_path), train_dataset=pixel_dataset(rows=8))
-    owner = trainer.accelerator if attribute == "scaler" else type(trainer.accelerator)  # the others are properties
-    monkeypatch.setattr(owner, attribute, value)
-    with pytest.raises(ValueError, match=message):
-        trainer.create_optimizer()
-
-
-def test_step_that_does_not_come_to_trainers_is_refused(tmp_path):
-    class Steps(Trainer):
-        def training_step(self, model, inputs, *args, **kwargs):
-            return model(**inputs).loss.detach()
-
-    class Mixed(ZeroOrderMixin, Steps):
-        pass
-
-    with pytest.raises(ValueError, match="does not go with this trainer"):
-        train(tmp_path, Mixed)
-
-
-def test_model_of_an_initialization_is_warned_about(tmp_path, caplog):
-    train(tmp_path, max_steps=1)
-    assert "those of an initialization" in messages(caplog)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"estimator": "three_point"}, "two_point, one_sided"),
-        ({"estimator": "one_sided"}, "2 at least"),
-        ({"estimates": 0}, "1 at least"),
-        ({"eps": 0.0}, "larger than 0"),
-        ({"number_reuse": "pool", "distribution": "gaussian"}, "uniform numbers"),
-        ({"number_bits": 3}, "4 to 16 bits"),
-        ({"number_reuse": "pool", "pool_size": 1}, "2 at least"),
-        ({"number_reuse": "on_the_fly", "registers": 16, "number_bits": 4}, "from 1 to 15"),
-        ({"restore_weights": "never"}, "auto, subtract, copy"),
-    ],
-)
-def test_impossible_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ZeroOrderConfig(**settings)
-
-
-def test_settings_are_parsed_beside_the_others(tmp_path):
-    parser = HfArgumentParser((TrainingArguments, FreezeCacheConfig, ZeroOrderConfig))
-    *_, config = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--number_reuse", "pool", "--pool_size", "1023", "--estimates", "2"]
-    )
-    assert config == ZeroOrderConfig(number_reuse="pool", pool_size=1023, estimates=2)
