@@ -35,6 +35,9 @@ _EXPORTS = {
     "ReplayCollator": "replay.collator",
     "ReplayableTransform": "augment.transforms",
     "StoreError": "cache.manifest",
+    "ZeroOrderConfig": "zeroth_order.config",
+    "ZeroOrderMixin": "zeroth_order.mixin",
+    "ZeroOrderTrainer": "trainer",
     "load_head": "hub.loading",
     "make_codec": "cache.codec",
     "plan": "planning",
@@ -63,12 +66,14 @@ if TYPE_CHECKING:
     from .planning import plan
     from .policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock
     from .replay.collator import ReplayCollator
-    from .trainer import FreezeCacheTrainer
+    from .trainer import FreezeCacheTrainer, ZeroOrderTrainer
     from .training.callback import FreezeCallback
     from .training.proof import MismatchError
     from .training.rehearsal import RehearsalError
     from .training.report import FreezeCacheReport, FreezeStatus
     from .training.trainer_hooks import FreezeCacheMixin
+    from .zeroth_order.config import ZeroOrderConfig
+    from .zeroth_order.mixin import ZeroOrderMixin
 
 __all__ = [
     "BlockChain",
@@ -96,6 +101,9 @@ __all__ = [
     "ReplayCollator",
     "ReplayableTransform",
     "StoreError",
+    "ZeroOrderConfig",
+    "ZeroOrderMixin",
+    "ZeroOrderTrainer",
     "load_head",
     "make_codec",
     "plan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import Trainer
 
 from .training.trainer_hooks import FreezeCacheMixin
+from .zeroth_order.mixin import ZeroOrderMixin
 
 
 class FreezeCacheTrainer(FreezeCacheMixin, Trainer):
@@ -22,4 +23,17 @@ class FreezeCacheTrainer(FreezeCacheMixin, Trainer):
 
     Raises:
         ValueError: at `train()`, if the explicit settings do not fit model or data.
+    """
+
+
+class ZeroOrderTrainer(ZeroOrderMixin, FreezeCacheTrainer):
+    """A `FreezeCacheTrainer` that trains without a backward pass: on features, steps run the live blocks forward only.
+
+    Takes the arguments of `FreezeCacheTrainer`, and one more.
+
+    Args:
+        zero_order: how slopes are estimated; None means the defaults.
+
+    Raises:
+        ValueError: at `train()`, if the settings do not fit model or data, or do not go with zeroth-order training.
     """

@@ -93,10 +93,12 @@ class FlopMeter:
     Attributes:
         samples: samples of the training steps so far, of this process; a text in a batch narrower than the probe is a
             part of one.
+        forward_passes: of a training step that has no backward pass; None: it is one of each.
     """
 
     def __init__(self, chain: BlockChain, probe: Mapping[str, Any]):
         self.chain, self.probe = chain, probe
+        self.forward_passes: int | None = None
         self.samples = 0.0
         self._per_sample: dict[tuple[int, str], float] = {}
         is_text = token_mask(probe, chain.main_input) is not None
@@ -220,7 +222,7 @@ class FlopMeter:
     def _measure(self, mode: str, cut: int) -> float:
         model = self.chain.model
         if mode == "live":
-            return measure_training_flops(model, self.probe)
+            return self._measure_step(self.probe)
         if mode == "eval":
             return measure_forward_flops(model, self.probe)
         if mode == "build":
@@ -229,7 +231,12 @@ class FlopMeter:
                 self.chain.capture(self.probe, cut)
             return counter.get_total_flops() / len(features)
         features = self.chain.prefix(self.probe, cut)
-        measure = measure_forward_flops if mode == "eval_replay" else measure_training_flops
         main_input = self.chain.input_of_replay(features, self.probe)
         with self.chain.replay(cut, features, main_input):
-            return measure(model, {**self.probe, self.chain.main_input: main_input})
+            inputs = {**self.probe, self.chain.main_input: main_input}
+            return measure_forward_flops(model, inputs) if mode == "eval_replay" else self._measure_step(inputs)
+
+    def _measure_step(self, inputs: Mapping[str, Any]) -> float:
+        if self.forward_passes is None:
+            return measure_training_flops(self.chain.model, inputs)
+        return self.forward_passes * measure_forward_flops(self.chain.model, inputs)

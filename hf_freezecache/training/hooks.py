@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers import Trainer
@@ -34,6 +34,11 @@ class TrainerHooks(_Trainer):
     _why_plain: str | None
     # Of the checkpoint that a training is resumed from, until it is taken.
     _checkpoint_state: Mapping[str, Any] | None
+    # While steps run for what they compute: the gradients that the training would follow, or those of the loss, which
+    # a head start follows. None: the step that runs is one of the training.
+    _captures: Literal["own", "exact"] | None = None
+    # Of a step without a backward pass, where another mixin trains so; None: a step is one of each.
+    _forward_passes: int | None = None
     # Operations between processes before the loss of the running batch.
     _operations_before_loss: int
 

@@ -48,14 +48,15 @@ class RehearsalHooks(TrainerHooks):
         """Inside, training steps run on collated batches; parameters keep their gradients, and this trainer its state.
 
         Args:
-            names: parameters whose gradients are asked for; None: all that are trained.
+            names: parameters whose gradients are asked for, those of the loss; None: all that are trained, and what
+                the training would follow.
 
         Yields:
             What runs a step on a batch.
         """
         assert self._session is not None
         model, own = self._session.wrapped_model, self._own_model
-        trained = _trained(own)
+        trained, exact = _trained(own), names is not None
         if names is not None:
             trained = {name: trained[name] for name in names}
         outputs: dict[str, torch.Tensor] = {}
@@ -69,7 +70,7 @@ class RehearsalHooks(TrainerHooks):
 
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:
-            with remembering(self, own), self._alone(model), self._capturing_gradients(trained) as captured:
+            with remembering(self, own), self._alone(model), self._capturing_gradients(trained, exact) as captured:
                 yield run
         finally:
             hook.remove()
@@ -130,7 +131,9 @@ class RehearsalHooks(TrainerHooks):
                 ddp.require_forward_param_sync = syncs  # `no_sync` has told it to leave out the next one
 
     @contextmanager
-    def _capturing_gradients(self, trained: Mapping[str, torch.nn.Parameter]) -> Iterator[_Captured]:
+    def _capturing_gradients(
+        self, trained: Mapping[str, torch.nn.Parameter], exact: bool = False
+    ) -> Iterator[_Captured]:
         """Inside, the backward pass of accelerate leaves parameters alone, and gradients are to be taken.
 
         What hangs on the parameters (a wrapper's hooks, optimizers that step in the backward pass) is not concerned.
@@ -142,10 +145,12 @@ class RehearsalHooks(TrainerHooks):
             parameter.grad = None
         self.current_gradient_accumulation_steps = 1  # `Trainer` sets it with the first batches
         self.accelerator.backward = captured.backward
+        self._captures = "exact" if exact else "own"
         try:
             yield captured
         finally:
             del self.accelerator.backward
+            self._captures = None
             if steps is None:
                 del self.current_gradient_accumulation_steps
             else:

@@ -303,6 +303,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
         )
+        session.meter.forward_passes = self._forward_passes
         self._begin_record(session)
         check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.

@@ -20,7 +20,7 @@ import transformers
 from transformers import Trainer, TrainerCallback
 
 import hf_freezecache
-from hf_freezecache import FreezeCacheTrainer
+from hf_freezecache import ZeroOrderTrainer
 
 PACKAGE = Path(hf_freezecache.__file__).parent
 RECORD = Path(__file__).parents[1] / "trainer_contract.json"
@@ -63,7 +63,7 @@ def uses_of_package() -> Uses:
     """Uses in the classes of the package that are trainers, and of variables called `trainer` everywhere."""
     known = names_on(Trainer)
     uses = Uses()
-    for cls in FreezeCacheTrainer.__mro__:
+    for cls in ZeroOrderTrainer.__mro__:
         if cls.__module__.partition(".")[0] == PACKAGE.name:
             scan_class(_parse(cls), known, uses)
     for path in PACKAGE.rglob("*.py"):
