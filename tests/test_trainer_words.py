@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from support.helpers import make_args, manual, messages, pixel_dataset, run, tiny_vit
+from support.helpers import losses, make_args, manual, messages, pixel_dataset, run, tiny_vit
 from support.policies import Answers
 from support.pretrained import settle
 from support.trainer_data import image_dataset, to_pixels
@@ -90,14 +90,19 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": torch.arange(4 + index // 8), "labels": index % 2}
 
 
-def test_texts_of_several_lengths_are_to_be_padded(tmp_path):
+def test_texts_of_which_a_batch_has_one_length_need_no_padding(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=16)
-    model = BertForSequenceClassification(BertConfig(**sizes))
     blocks = ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"]
-    with pytest.raises(ValueError, match="(?i)inputs of one size.*pad texts to one length"):
-        run(model, Texts(), tmp_path, manual("0:2", blocks=blocks), train_sampling_strategy="sequential")
+    trainings = {}
+    for cache in ("never", "always"):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**sizes))
+        config = manual("0:2", blocks=blocks, cache=cache, codec="fp32")
+        trainings[cache] = run(model, Texts(), tmp_path / cache, config, train_sampling_strategy="sequential")
+    assert trainings["always"].freeze_status().replaying
+    assert losses(trainings["always"]) == losses(trainings["never"])
 
 
 # Wrong types
