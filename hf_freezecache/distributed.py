@@ -220,10 +220,10 @@ class Announcer:
         logger.debug(message, exc_info=error)
 
     def _log(self, level: int, message: str, **settings: Any) -> None:
-        listener = _LISTENER.get()
-        if listener is not None and level >= logging.WARNING:
-            listener(message)
         if self.group.is_main:
+            listener = _LISTENER.get()
+            if listener is not None and level >= logging.WARNING:
+                listener(message)
             # Where a bar is drawn, it goes away for the line and comes back below it, as `tqdm.write` does.
             with tqdm.external_write_mode(file=sys.stderr):
                 self.logger.log(level, message, **settings)

@@ -21,6 +21,7 @@ from support.token_rows import Pad, Texts, bert
 from torch.utils.data import Dataset, Subset
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.build import spec_maker
 from hf_freezecache.cache.names import OWNER
 
 ROWS = 40
@@ -75,6 +76,16 @@ def test_fold_reads_the_store_of_a_training_on_all_rows(tmp_path):
     for rows in folds(2):
         assert_as_frozen(table.select(rows), tmp_path, manual("0:2", **settings), num_train_epochs=2)
     assert stores(tmp_path / "shared") == before
+
+
+def test_all_rows_are_read_only_where_a_store_may_be_theirs(tmp_path, monkeypatch):
+    read = []
+    digest = spec_maker.dataset_inputs
+    monkeypatch.setattr(spec_maker, "dataset_inputs", lambda *args: read.append(args) or digest(*args))
+    config = manual("0:2", codec="fp32", feature_cache_dir=str(tmp_path / "shared"))
+    for count, rows in enumerate(folds(2)):
+        trainer = run(tiny_vit(), pixel_dataset(ROWS).select(rows), tmp_path / "run", config, num_train_epochs=1)
+        assert trainer.freeze_status().replaying and len(read) == count
 
 
 def test_fold_builds_its_own_rows_if_not_asked_to_share(tmp_path):

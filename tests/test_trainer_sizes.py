@@ -15,7 +15,7 @@ from support.helpers import (
     weights,
 )
 from support.pretrained import settle
-from support.sized_images import SizedImages, interpolating, train_sized
+from support.sized_images import SIZES, SizedImages, interpolating, train_sized
 from support.sounds import Sounds, wav2vec2
 from support.token_rows import Texts, gpt2
 from transformers import ConvNextConfig, ConvNextForImageClassification, TrainerCallback, default_data_collator
@@ -379,3 +379,13 @@ def test_a_head_start_on_images_of_several_sizes_is_refused_in_words(tmp_path):
     config = cached(head_start_epochs=1, head_start="always")
     with pytest.raises(ValueError, match="head start takes texts, or samples of one size"):
         train_sized(lambda: settle(tiny_resnet()), SizedImages(), tmp_path, config)
+
+
+def test_first_samples_of_several_sizes_are_told(tmp_path, caplog):
+    """Others stand for them; what the collator has said is in the log, with its traceback."""
+    caplog.set_level("DEBUG", logger="hf_freezecache")
+    images = SizedImages(24, sizes=[SIZES[0], SIZES[1]])
+    trainer = train_sized(tiny_resnet, images, tmp_path, frozen("1:3"), num_train_epochs=2)
+    assert trainer.state.global_step
+    told = [record for record in caplog.records if "first samples cannot be collated" in record.getMessage()]
+    assert told and "(RuntimeError)" in told[0].getMessage() and any(record.exc_info for record in told)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..augment.sensitivity import Sensitivity
+from ..reporting.charts import make_figure
 
 _CHOSEN, _FOLLOWS, _EMPTY = "#d95f02", "#5b7fa6", "#c8c8c8"
 _COLUMNS = ("base view", "augmented view", "base, warped", "|difference|")
@@ -30,19 +31,11 @@ def plot_sensitivity(sensitivity: Sensitivity, channels: torch.Tensor, path: str
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'pictures need matplotlib: pip install "hf_freezecache[recipes]"', name=error.name
-        ) from error
     shown = sensitivity.previews["channels"].tolist()
     samples = min(_MOST_SAMPLES, len(sensitivity.previews["sample_ids"]))
     # 1.25 inches a map, the curve above, room for the channels' names on the left.
     maps_height = 1.25 * len(shown) + 0.6 if samples else 0.0
-    figure = Figure(figsize=(11, 3.6 + maps_height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(11, 3.6 + maps_height)
     figure.suptitle(title, fontsize=13)
     if samples:
         (curve,), (maps,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.1, maps_height], hspace=0.03)

@@ -159,7 +159,7 @@ def _trying(step: Callable[[], T]) -> T:
             ):
                 raise
             what = "could not be reached" if status is None else f"answered with {status}"
-            logger.warning(f"The Hub {what}: tried again in {wait:g} s.")
+            logger.warning(f"The Hub {what} ({type(error).__name__}): tried again in {wait:g} s.")
             time.sleep(wait)
     return step()
 

@@ -200,9 +200,10 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
                 f"the data set's transform reads the column {error.args[0]!r}, which a Trainer drops, as no argument "
                 "of the model has this name: set remove_unused_columns=False in TrainingArguments."
             ) from error
-        except Exception:  # whatever a collator raises about samples of several sizes
+        except Exception as error:  # whatever a collator raises about samples of several sizes
             if not use_common_size(source, main_input_name(self._own_model)):
                 raise
+            Announcer.survived(logger, "The first samples cannot be collated together", error)
             return source.probe()
 
     def without_unused_columns(self, dataset: Any, description: str = "training") -> tuple[Any, Callable]:

@@ -54,7 +54,7 @@ class StoreWorth:
         """
 
         def look() -> str | None:
-            if self._may_be_there():
+            if self.may_be_there():
                 return None
             looks = self.spec_maker.ranges_to_look_at
             try:
@@ -72,7 +72,7 @@ class StoreWorth:
         Raises:
             Declined: if no store would pay.
         """
-        if self.is_asked and not self.group.on_main(self._may_be_there):
+        if self.is_asked and not self.group.on_main(self.may_be_there):
             self.spec_maker.look()
             self.spec_maker.settle_padding(cut)
             self._measure(lambda: self._draft(cut), epochs_left, None, pace)
@@ -122,7 +122,7 @@ class StoreWorth:
             return ""
         return f" (of whole draws, because {found.why_not})"
 
-    def _may_be_there(self) -> bool:
+    def may_be_there(self) -> bool:
         """Whether there are stores, of which one may be the right one."""
         return self.cache_dir.exists() and next(self.cache_dir.iterdir(), None) is not None
 

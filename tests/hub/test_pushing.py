@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -193,6 +194,10 @@ def test_passing_errors_are_tried_again(pattern, status, model, base, hub, no_wa
     push_head_to_hub(model, NAME, cut=2)
     assert hub.paths(NAME) == FILES and len(hub.repos[NAME].commits) == 1
     assert torch.equal(logits(load_head(NAME, base=base)), logits(model))
+    said = [record.message for record in caplog.records if "tried again" in record.message]
+    told = r"answered with 503 \(\w+Error\)" if status else r"could not be reached \(\w+(Error|Disconnected)\)"
+    assert all(re.search(told, message) for message in said)
+    assert said or pattern in ("/preupload/", "PUT /lfs/", "/verify")  # the client has tried these again itself
 
 
 def test_commit_whose_answer_was_lost_is_not_made_twice(model, hub, no_waits):
