@@ -31,11 +31,12 @@ def plot_sensitivity(sensitivity: Sensitivity, channels: torch.Tensor, path: str
     Raises:
         ImportError: without matplotlib.
     """
+    figure = make_figure(11, 3.6)
     shown = sensitivity.previews["channels"].tolist()
     samples = min(_MOST_SAMPLES, len(sensitivity.previews["sample_ids"]))
     # 1.25 inches a map, the curve above, room for the channels' names on the left.
     maps_height = 1.25 * len(shown) + 0.6 if samples else 0.0
-    figure = make_figure(11, 3.6 + maps_height)
+    figure.set_size_inches(11, 3.6 + maps_height)
     figure.suptitle(title, fontsize=13)
     if samples:
         (curve,), (maps,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.1, maps_height], hspace=0.03)
