@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -325,6 +325,15 @@ class FreezeCacheConfig:
         if self.progressive is None:
             return self.codec
         return Progression.parse(self.progressive).codec_at(cut, num_blocks)
+
+    def changed(self, hidden: Collection[str] = ()) -> dict[str, str]:
+        """The settings that are not the defaults, by name, as code writes them.
+
+        Args:
+            hidden: names that are left out.
+        """
+        given = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
+        return {name: repr(own) for name, (own, default) in given.items() if name not in hidden and own != default}
 
     @property
     def changes_learning_rates(self) -> bool:

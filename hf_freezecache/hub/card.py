@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -12,6 +12,7 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer, infer_metric_tags_from_eval_results
 from transformers.utils import logging
 
@@ -172,12 +173,12 @@ def _training(trainer: Any) -> _Training:
         **extract_hyperparameters_from_trainer(trainer),
         "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
     }
-    shown.facts["hardware"] = _hardware(trainer)
+    shown.facts["hardware"] = describe_hardware(trainer.args)
     if not isinstance(trainer, FreezingTrainer):
         shown.missing.append("what the training took")
         return shown
     report, settings = trainer.freeze_cache_report(), trainer.freeze_settings
-    shown.settings = _not_defaults(settings)
+    shown.settings = settings.changed(_NOT_SHOWN)
     if not report.phases:
         shown.missing.append("what the training took")
         return shown
@@ -237,14 +238,6 @@ def _add_store(shown: _Training, trainer: Any, settings: FreezeCacheConfig) -> N
     )
     if manifest.codec != "fp32":
         shown.limits.append(f"The stored outputs of the frozen blocks were approximated by codec `{manifest.codec}`.")
-
-
-def _not_defaults(settings: FreezeCacheConfig) -> dict[str, str]:
-    return {
-        entry.name: repr(getattr(settings, entry.name))
-        for entry in fields(settings)
-        if entry.name not in _NOT_SHOWN and getattr(settings, entry.name) != entry.default
-    }
 
 
 def _metrics(trainer: Any) -> dict[str, float]:
@@ -311,13 +304,14 @@ def _snippet(shown: Shown, facts: CardFacts) -> str | None:
     return f'from hf_freezecache import load_head\n\nmodel = load_head("{place}"{base})'
 
 
-def _hardware(trainer: Any) -> str:
-    if torch.device(trainer.args.device).type == "cuda":
-        device = torch.cuda.get_device_name(trainer.args.device)
+def describe_hardware(args: TrainingArguments) -> str:
+    """What a training runs on: number of processes, and the accelerator or the processor of each."""
+    if torch.device(args.device).type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
     else:
         threads = torch.get_num_threads()
         device = f"CPU ({platform.machine()}), {threads} thread{'' if threads == 1 else 's'}"
-    return f"{trainer.args.world_size} x {device}"
+    return f"{args.world_size} x {device}"
 
 
 def _libraries(config: HeadConfig | None) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Iterator
-from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from ..cache.store import FeatureStore
-from ..config import FreezeCacheConfig
 from ..distributed import Announcer, hearing
+from ..hub.card import describe_hardware, library_versions
 from ..reporting.charts import draw_run, make_figure
 from ..reporting.page import make_page
 from ..reporting.run_record import RunRecord
@@ -27,7 +23,6 @@ logger = logging.get_logger(__name__)
 
 #: Files beside the record.
 PICTURE, PAGE = "freeze_cache_report.png", "freeze_cache_report.html"
-_PACKAGES = ("hf_freezecache", "transformers", "accelerate", "datasets", "torch")
 
 
 class ReportHooks(TrainerHooks):
@@ -82,8 +77,9 @@ class ReportHooks(TrainerHooks):
             "policy": self._freeze_policy.describe(),
             "samples": len(session.context.source),
             "batch_size": self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            "settings": {name: repr(value) for name, value in changed_settings(self._freeze_config).items()},
-            "versions": {name: describe_version(name) for name in _PACKAGES} | describe_hardware(),
+            # A folder says nothing elsewhere.
+            "settings": self._freeze_config.changed(hidden=("feature_cache_dir",)),
+            "versions": {**library_versions(), "hardware": describe_hardware(self.args)},
         }
         return RunRecord(
             run,
@@ -112,26 +108,3 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         stored = "whole" if views.whole or views.channels is None else f"{len(views.channels)} channels"
         facts |= {"stored of each view": stored, "geometry of a view": views.geometry or "none"}
     return facts
-
-
-def changed_settings(config: FreezeCacheConfig) -> dict[str, Any]:
-    """The settings that are not the defaults, by name; folders are left out: they say nothing elsewhere."""
-    defaults = FreezeCacheConfig()
-    names = [entry.name for entry in fields(config) if entry.name != "feature_cache_dir"]
-    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
-
-
-def describe_version(package: str) -> str:
-    """The version of a package; of one that is imported from a folder of sources nobody knows it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def describe_hardware() -> dict[str, str]:
-    """The accelerators, or the processor where there are none."""
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        return {"accelerators": ", ".join(names)}
-    return {"processor": f"{platform.machine()}, {torch.get_num_threads()} threads of torch; no accelerator"}

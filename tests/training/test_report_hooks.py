@@ -7,7 +7,9 @@ from support.helpers import losses, manual, messages, pixel_dataset, run, tiny_v
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
+import hf_freezecache
 from hf_freezecache import FreezeCacheConfig
+from hf_freezecache.hub.card import describe_hardware, library_versions
 from hf_freezecache.reporting.run_record import RECORD, read_record
 
 
@@ -156,11 +158,11 @@ def test_report_that_cannot_be_drawn_is_no_error_of_the_training(tmp_path, monke
     assert f"The report could not be written to {tmp_path}: no fonts (RuntimeError)" in messages(caplog)
 
 
-def test_sources_that_are_not_installed_have_a_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_freezecache.training.report_hooks._PACKAGES", ("torch", "no_such_package"))
-    train(tmp_path, manual("1:2"), num_train_epochs=2)
+def test_record_names_releases_and_hardware_as_cards_do(tmp_path):
+    trainer = train(tmp_path, manual("1:2"), num_train_epochs=2)
     versions = read_record(tmp_path).run["versions"]
-    assert versions["no_such_package"] == "not installed" and versions["torch"] != "not installed"
+    assert versions == {**library_versions(), "hardware": describe_hardware(trainer.args)}
+    assert versions["hf_freezecache"] == hf_freezecache.__version__ and "CPU" in versions["hardware"]
 
 
 def test_epoch_that_is_resumed_in_its_middle_is_one_epoch(tmp_path):
