@@ -12,7 +12,7 @@ from .._common import Claim, pick, result_folder, write_result
 from .._statistics import deviation, markdown_table, paired, spread
 from ..gpu.workload import describe_card
 from .arms import Arm, make_arms
-from .measurements import Done, Result, chosen_rates, read_done
+from .measurements import Done, Result, chosen_rate, read_done
 
 #: By arm, by seed.
 Runs = Mapping[str, Mapping[int, Result]]
@@ -24,8 +24,7 @@ def collect_task(name: str, options: argparse.Namespace) -> None:
     if not done:
         print(f"{name}: nothing is finished.")
         return
-    rates = chosen_rates(options, name, make_arms())
-    runs = _runs(done, rates)
+    runs = _runs(done)
     folder = result_folder("headline", options.smoke) / ("gpu" if options.gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"validation": _validation(done), "runs": runs}
@@ -62,10 +61,10 @@ def _validation_table(name: str, trials: Mapping[str, Mapping[str, float]]) -> s
     return "\n".join([title, "", *markdown_table(" | ".join(["arm", *rates]), rows)]) + "\n"
 
 
-def _runs(done: Done, rates: Mapping[str, float]) -> dict[str, dict[int, Result]]:
+def _runs(done: Done) -> dict[str, dict[int, Result]]:
     runs: dict[str, dict[int, Result]] = {}
     for arm in make_arms():
-        rate = rates.get(arm.tuned_as or arm.name)
+        rate = chosen_rate(done, arm.tuned_as or arm.name)
         rows = {
             seed: result
             for (name, own, seed), result in done.items()
