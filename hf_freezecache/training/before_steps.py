@@ -43,7 +43,7 @@ def plan_head_start(session: FreezeSession, cut: int, epochs: float) -> None:
     Raises:
         ValueError: if the head cannot be trained alone.
     """
-    if not session.config.head_start_epochs:
+    if not session.config.epochs_of_head_start:
         return
     session.head_start.is_due = cut > 0 and _may_have_store(session, cut, epochs)
     if not session.head_start.is_due:
@@ -68,10 +68,10 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
         store: of the first cut; None: all that runs before the head runs on samples.
 
     Raises:
-        ValueError: if the head cannot be trained alone.
+        ValueError: if the head cannot be trained alone, and the settings say that it is to be.
     """
     session.head_start.is_due = False
-    epochs, cut = session.config.head_start_epochs, 0 if store is None else store.manifest.cut
+    epochs, cut = session.config.epochs_of_head_start, 0 if store is None else store.manifest.cut
     try:
         with looking_at(session.context.source), session.ledger.phase(cut, "head_start") as phase:
             started = session.head_start.run(epochs, store)
@@ -80,13 +80,18 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
             raise
         session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
         return give_head_start(session)
+    except Exception as error:  # of the user's step or loss, on features; nobody has asked for it
+        if session.config.head_start_epochs is not None:
+            raise
+        session.announcer.failure("The head does not learn alone before the training", error)
+        return
     if started is None:
         session.ledger.drop(phase)
         return
     phase.epochs, phase.steps = epochs, started.steps
     phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)
-    (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
+    session.announcer.warning(started.describe())
 
 
 def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
@@ -129,11 +134,11 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
 
 def _start_for_trial(session: FreezeSession, most: int) -> float:
     """Trains the head for a trial; the forward passes of a sample through the whole model that it took."""
-    is_wanted = bool(session.config.head_start_epochs)
+    goes_on, is_asked_for = bool(session.config.epochs_of_head_start), bool(session.config.head_start_epochs)
     try:
-        started = session.head_start.run(_EPOCHS_FOR_TRIAL, most=most, goes_on=is_wanted)
+        started = session.head_start.run(_EPOCHS_FOR_TRIAL, most=most, goes_on=goes_on)
     except (ChainError, RehearsalError) as error:
-        if is_wanted:
+        if is_asked_for:
             raise
         Announcer.survived(logger, "The head cannot be trained alone before the trial", error)
         return 0.0

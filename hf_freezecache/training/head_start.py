@@ -170,7 +170,7 @@ class HeadStart:
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
                 batches, rows_run = self._make_batches(HeadBatches(self.context, head, shelf, self._see), store, most)
-                with self._rehearsing(head.parameters.keys()) as step:
+                with self._rehearsing(head.parameters.keys()) as step, put_back_after_errors(head.parameters):
                     training = _Training(head, step, self.context, batches, epochs)
                     before, loss_before = training.weights(), training.loss()
                     rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
@@ -217,6 +217,19 @@ class HeadStart:
                 f"as {made.shelf.why_full or 'another process has no room'}."
             )
         return batches, sum(batch.samples for batch in batches[len(known) :])
+
+
+@contextlib.contextmanager
+def put_back_after_errors(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Puts back the values of parameters if what runs inside fails."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+        raise
 
 
 @dataclass
