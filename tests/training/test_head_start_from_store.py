@@ -14,6 +14,7 @@ from support.helpers import (
     tiny_vit,
     weights,
 )
+from support.images import picture_dataset, replayable
 from support.pretrained import settle
 from support.sized_images import GroupingTrainer, SizedImages
 from support.sounds import PadSounds, Sounds, wav2vec2
@@ -197,6 +198,31 @@ def test_samples_of_several_widths_and_sizes_are_read_from_their_store(make, dat
     assert head.keys() == other.keys()
     for name, value in head.items():
         assert torch.allclose(value, other[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("sensitive", [0.25, 1.0])
+def test_of_augmented_samples_it_takes_the_base_view(sensitive, tmp_path):
+    data = picture_dataset(32).with_transform(replayable())
+    settings = config(views=1, sensitive_fraction=sensitive)
+    trainer, head, _ = started(tmp_path / "store", settings, data=data, remove_unused_columns=False)
+    never = config(cache="never")
+    _, other, _ = started(tmp_path / "samples", never, data=data, remove_unused_columns=False)
+    assert phase_of(trainer).cut == 2
+    assert_same_weights(head, other)
+
+
+def test_a_selection_reads_its_rows_of_the_store_of_all(tmp_path):
+    data = pixel_dataset(ROWS).select(range(40, 8, -1))
+    trainer, head, _ = started(tmp_path / "store", config(share_store=True), data=data)
+    _, other, _ = started(tmp_path / "samples", config(cache="never"), data=data)
+    assert phase_of(trainer).cut == 2 and FeatureStore.open(trainer.freeze_status().store_path).manifest.rows == ROWS
+    assert_same_weights(head, other)
+
+
+def test_loader_processes_read_the_store(tmp_path):
+    _, head, _ = started(tmp_path / "processes", config(), dataloader_num_workers=1)
+    _, other, _ = started(tmp_path / "none", config())
+    assert_same_weights(head, other)
 
 
 def test_a_store_that_cannot_be_read_leaves_the_samples(tmp_path, monkeypatch, caplog):
