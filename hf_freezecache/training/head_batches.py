@@ -113,10 +113,11 @@ class HeadBatches:
             for batch, inputs, cut, known in self._draw(drawn, store):
                 self._see(batch)
                 features = self.head.features(inputs, cut, known)
-                kept = self.shelf.add(features.cpu())
+                here = features.cpu()
+                kept = self.shelf.add(here)
                 if kept is None and found:
                     break
-                found.append(self._keep(batch, inputs, features, kept or InMemory(features.cpu())))
+                found.append(self._keep(batch, inputs, kept or InMemory(here)))
                 self._prove_later(proofs, inputs, features, partial(self.head.answers, inputs, cut, known))
             for proof in proofs:
                 self.head.compare(proof.inputs, proof.features, proof.expected)
@@ -142,14 +143,12 @@ class HeadBatches:
                 raise StoreError(f"{source.store.path} does not hold the samples that the data set gives now.")
             yield step.inputs, self.context.model_inputs(step.inputs), step.bypassed, step.features
 
-    def _keep(
-        self, batch: Mapping[str, Any], inputs: Mapping[str, Any], features: torch.Tensor, kept: InMemory | InFile
-    ) -> HeadBatch:
+    def _keep(self, batch: Mapping[str, Any], inputs: Mapping[str, Any], kept: InMemory | InFile) -> HeadBatch:
         own = {name: value for name, value in batch.items() if name != self._main_input or stays_real(value)}
         main = inputs[self._main_input]
         if not stays_real(main):
             own[OWN_SIZE] = torch.empty(*main.shape, 0)
-        return HeadBatch(own, len(features), kept)
+        return HeadBatch(own, len(main), kept)
 
     def _prove_later(
         self,

@@ -172,12 +172,7 @@ class HeadStart:
                 batches, rows_run = self._make_batches(HeadBatches(self.context, head, shelf, self._see), store, most)
                 with self._rehearsing(head.parameters.keys()) as step, put_back_after_errors(head.parameters):
                     training = _Training(head, step, self.context, batches, epochs)
-                    before, loss_before = training.weights(), training.loss()
-                    rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
-                    training.train(training.batches, rate)
-                    loss_after = training.loss()
-                    if not loss_after < loss_before:
-                        training.put_back(before)
+                    rate, loss_before, loss_after = training.run(config.head_start_lr)
             except FrozenOutputError as error:
                 raise RehearsalError(
                     f"a training step of the head alone fails: {error} head_start_epochs=0 is without a head start."
@@ -190,17 +185,10 @@ class HeadStart:
         before_store = 0.0 if store is None else chain.share(store.manifest.cut)
         # A backward pass takes two forward passes.
         passes = rows_run * (1 - before_store) + training.rows_run * 3 * (1 - head.cut.boundary.flops)
-        return HeadStarted(
-            rows=sum(batch.samples for batch in batches),
-            is_from_store=store is not None,
-            parameters=tuple(head.parameters),
-            rate=rate,
-            loss_before=loss_before,
-            loss_after=loss_after,
-            steps=training.steps,
-            passes=passes,
-            seconds=time.perf_counter() - began,
-        )
+        rows, names = sum(batch.samples for batch in batches), tuple(head.parameters)
+        seconds = time.perf_counter() - began
+        losses = loss_before, loss_after
+        return HeadStarted(rows, store is not None, names, rate, *losses, training.steps, passes, seconds)
 
     def _make_batches(
         self, made: HeadBatches, store: FeatureStore | None, most: int | None
@@ -255,6 +243,23 @@ class _Training:
     epochs: int
     steps: int = 0
     rows_run: int = 0
+
+    def run(self, rate: float | None) -> tuple[float, float, float]:
+        """Trains the head, and puts its weights back if it is no better for it.
+
+        Args:
+            rate: learning rate; None: one is chosen.
+
+        Returns:
+            The learning rate, and the loss before and after.
+        """
+        before, loss_before = self.weights(), self.loss()
+        rate = self.choose_rate() if rate is None else rate
+        self.train(self.batches, rate)
+        loss_after = self.loss()
+        if not loss_after < loss_before:
+            self.put_back(before)
+        return rate, loss_before, loss_after
 
     def choose_rate(self) -> float:
         """The rate below that with which the loss on held-out batches is the smallest, from the same start.

@@ -14,6 +14,7 @@ from support.helpers import (
     tiny_vit,
     weights,
 )
+from support.images import picture_dataset, replayable
 from support.pretrained import settle
 from support.sized_images import GroupingTrainer, SizedImages
 from support.sounds import PadSounds, Sounds, wav2vec2
@@ -43,7 +44,8 @@ class CountsRows:
 
     def __init__(self, model, batch_size: int = 8):
         self.rows, self.batch_size = 0, batch_size
-        next(each for each in model.modules() if isinstance(each, torch.nn.Conv2d)).register_forward_hook(self)
+        kinds = torch.nn.Conv2d | torch.nn.Conv1d | torch.nn.Embedding
+        next(each for each in model.modules() if isinstance(each, kinds)).register_forward_hook(self)
 
     def __call__(self, module, args, output):
         self.rows += len(output) if len(output) == self.batch_size else 0
@@ -102,7 +104,8 @@ def test_a_store_that_is_there_spares_all_of_them(tmp_path):
     first, head, _ = started(tmp_path / "first", config(**shared))
     second, again, rows = started(tmp_path / "second", config(**shared))
     _, _, without = started(tmp_path / "without", config(head_start_epochs=0, **shared))
-    assert rows == without < ROWS  # some rows of the store are proved
+    assert rows == without  # up to 256 rows of a store of an earlier run are proved
+    assert phase_of(second, "build").epochs == 0 and phase_of(second).flops == phase_of(first).flops
     assert_same_weights(head, again)
     assert_same_weights(weights(first), weights(second))
     assert second.freeze_status().store_path == first.freeze_status().store_path
@@ -128,8 +131,8 @@ def test_without_a_store_it_takes_samples(settings, tmp_path):
 def test_a_store_that_epochs_have_written_before_is_taken(tmp_path):
     shared = {"feature_cache_dir": str(tmp_path / "cache"), "codec": "fp32", "head_start_epochs": 2}
     started(tmp_path / "first", through(**shared), num_train_epochs=3)
-    trainer, _, rows = started(tmp_path / "second", through(**shared), num_train_epochs=3)
-    assert phase_of(trainer).cut == 2 and rows < ROWS
+    trainer, _, _ = started(tmp_path / "second", through(**shared), num_train_epochs=3)
+    assert phase_of(trainer).cut == 2
 
 
 def test_a_codec_that_asks_the_head_gets_a_trained_one(tmp_path):
@@ -197,6 +200,31 @@ def test_samples_of_several_widths_and_sizes_are_read_from_their_store(make, dat
         assert torch.allclose(value, other[name], atol=2e-4), name
 
 
+@pytest.mark.parametrize("sensitive", [0.25, 1.0])
+def test_of_augmented_samples_it_takes_the_base_view(sensitive, tmp_path):
+    data = picture_dataset(32).with_transform(replayable())
+    settings = config(views=1, sensitive_fraction=sensitive)
+    trainer, head, _ = started(tmp_path / "store", settings, data=data, remove_unused_columns=False)
+    never = config(cache="never")
+    _, other, _ = started(tmp_path / "samples", never, data=data, remove_unused_columns=False)
+    assert phase_of(trainer).cut == 2
+    assert_same_weights(head, other)
+
+
+def test_a_selection_reads_its_rows_of_the_store_of_all(tmp_path):
+    data = pixel_dataset(ROWS).select(range(40, 8, -1))
+    trainer, head, _ = started(tmp_path / "store", config(share_store=True), data=data)
+    _, other, _ = started(tmp_path / "samples", config(cache="never"), data=data)
+    assert phase_of(trainer).cut == 2 and FeatureStore.open(trainer.freeze_status().store_path).manifest.rows == ROWS
+    assert_same_weights(head, other)
+
+
+def test_loader_processes_read_the_store(tmp_path):
+    _, head, _ = started(tmp_path / "processes", config(), dataloader_num_workers=1)
+    _, other, _ = started(tmp_path / "none", config())
+    assert_same_weights(head, other)
+
+
 def test_a_store_that_cannot_be_read_leaves_the_samples(tmp_path, monkeypatch, caplog):
     def fails(self, *args, **kwargs):
         raise StoreError("it is gone.")
@@ -211,7 +239,9 @@ def test_a_store_that_cannot_be_read_leaves_the_samples(tmp_path, monkeypatch, c
     monkeypatch.setattr(FeatureStore, "read_rows", once)
     trainer, head, _ = started(tmp_path / "store", config(), callbacks=[Breaks()])
     _, other, _ = started(tmp_path / "samples", config(cache="never"))
-    assert "could not be read" in messages(caplog) and phase_of(trainer).cut == 0
+    assert "could not be read" in messages(caplog)
+    tried, done = [each for each in trainer.freeze_cache_report().phases if each.mode == "head_start"]
+    assert (tried.cut, tried.steps, done.cut) == (2, 0, 0)
     assert_same_weights(head, other)
 
 
