@@ -1,9 +1,11 @@
 """A head start where nobody has asked for one: under the rules that choose by themselves what freezes."""
 
 import pytest
+import torch
 from support.helpers import assert_same_weights, manual, messages, pixel_dataset, run, tiny_vit
 from support.pretrained import settle
 from test_head_start import changed, started
+from torch import nn
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy, ZeroOrderTrainer
 from hf_freezecache.config import HEAD_START_EPOCHS, read_settings
@@ -85,3 +87,28 @@ def test_a_zeroth_order_training_follows_no_gradients_of_the_head(tmp_path):
     trainer = run(settle(tiny_vit()), pixel_dataset(64), tmp_path, None, trainer_class=ZeroOrderTrainer)
     assert "head_start" not in modes(trainer)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+class Remembers(nn.Module):
+    """Makes a new buffer in the place of the old one, and counts, in every forward pass of a training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(768, 8), nn.Linear(8, 5)
+        self.register_buffer("seen", torch.empty(0))
+        self.passes = 0
+
+    def forward(self, pixel_values, labels=None):
+        if self.training:
+            self.seen, self.passes = torch.cat([self.seen, labels.float()]), self.passes + 1
+        logits = self.head(self.stem(pixel_values.flatten(1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("policy", ["linear", "auto"])
+def test_what_a_model_remembers_is_that_of_its_training_alone(policy, tmp_path):
+    trainer = run(Remembers(), pixel_dataset(160), tmp_path, FreezeCacheConfig(policy=policy), num_train_epochs=8)
+    assert "head_start" in modes(trainer) and ("trial" in modes(trainer)) == (policy == "auto")
+    assert trainer.model.passes == trainer.state.global_step == 160
+    assert len(trainer.model.seen) == 8 * 160
