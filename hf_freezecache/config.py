@@ -33,6 +33,8 @@ ReportMode = Literal["none", "json", "html"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
+#: Epochs of a head start where the settings do not say it; measured in `benchmarks/headline`.
+HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
@@ -69,12 +71,12 @@ class FreezeCacheConfig:
         default=2,
         metadata={"help": "For policy linear: number of steps. Each costs a build: few, deep steps pay best."},
     )
-    head_start_epochs: int = field(
-        default=0,
+    head_start_epochs: int | None = field(
+        default=None,
         metadata={
             "help": "Epochs for which the head alone is trained before the training begins, on features of the whole "
             "model before it, which runs once for them. Steps, schedule, epochs and logs of the training stay as they "
-            "are. 0: none."
+            f"are. 0: none. If not given: {HEAD_START_EPOCHS} for the policies linear and auto, none for others."
         },
     )
     head_start: HeadStartMode = field(
@@ -336,6 +338,16 @@ class FreezeCacheConfig:
         return {name: repr(own) for name, (own, default) in given.items() if name not in hidden and own != default}
 
     @property
+    def epochs_of_head_start(self) -> int:
+        """`head_start_epochs`; where it is not given, rules that choose by themselves what freezes have a head start.
+
+        `manual` freezes what the user says, and nothing else is changed then.
+        """
+        if self.head_start_epochs is not None:
+            return self.head_start_epochs
+        return HEAD_START_EPOCHS if self.policy in ("linear", "auto") else 0
+
+    @property
     def changes_learning_rates(self) -> bool:
         """Whether blocks get learning rates of their own."""
         return self.anneal != "none" or self.layer_decay != 1.0
@@ -371,8 +383,8 @@ class FreezeCacheConfig:
     def _check_head_start(self) -> None:
         _one_of("head_start", self.head_start, HeadStartMode)
         epochs, rate = self.head_start_epochs, self.head_start_lr
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"head_start_epochs={epochs!r} is a number of epochs: 0, 1, 2, ...")
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+            raise ValueError(f"head_start_epochs={epochs!r} is a number of epochs: 0, 1, 2, ..., or None.")
         if rate is not None and (not _is_number(rate) or not 0.0 < rate < float("inf")):
             raise ValueError(f"head_start_lr={rate!r} must be more than 0, and finite; None chooses one.")
 
@@ -427,6 +439,8 @@ def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, Freeze
             f"policy={policy!r}: pass one of {', '.join(get_args(PolicyName))}, or an object of a class derived from "
             "FreezePolicy."
         )
+    if policy is not None and settings.head_start_epochs is None:
+        settings = replace(settings, head_start_epochs=0)  # the policy of the settings is not the one that is used
     return settings, _with_learning_rates(settings, make_policy(settings) if policy is None else policy)
 
 

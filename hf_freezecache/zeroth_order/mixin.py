@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,9 @@ class ZeroOrderMixin(_Trainer):
         self._losses: torch.Tensor | None = None
         self._estimate: Estimate | None = None
         super().__init__(*args, **kwargs)
+        if self._freeze_config is not None and self._freeze_config.head_start_epochs is None:
+            # It follows gradients, if only of the head.
+            self._freeze_config = replace(self._freeze_config, head_start_epochs=0)
 
     # The optimizer
 
