@@ -372,6 +372,18 @@ def test_steps_on_features_run_the_suffix_alone(tmp_path):
     assert calls == [2, 2]  # ahead and behind
 
 
+@pytest.mark.parametrize("estimates", [1, 2])
+def test_total_flos_count_no_backward_pass(estimates, tmp_path):
+    """`Trainer` counts a backward pass as two forward passes."""
+    plain = Trainer(
+        model=tiny_vit(), args=make_args(tmp_path / "plain", num_train_epochs=2), train_dataset=pixel_dataset(rows=24)
+    )
+    plain.train()
+    trainer = train(tmp_path / "zero", zero_order={"estimates": estimates})
+    assert trainer.state.global_step == plain.state.global_step
+    assert trainer.state.total_flos == pytest.approx(plain.state.total_flos * 2 * estimates / 3)
+
+
 def test_report_counts_forward_passes_alone(tmp_path):
     config = manual("1:3", codec="fp32")
     trainer = train(tmp_path, ZeroOrderTrainer, config=config, zero_order={"estimator": "one_sided", "estimates": 3})
