@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..distributed import Announcer, Group
 from .config import ZeroOrderConfig
 from .estimates import Estimate, look_around
-from .optimizer import ZeroOrderOptimizer
+from .optimizer import TrialMoves, ZeroOrderOptimizer
 from .perturbation import Displacement
 from .preconditions import check_freezing, check_trainer, why_hard
 
@@ -76,6 +76,10 @@ class ZeroOrderMixin(_Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self._own_optimizer  # noqa: B018  # raises if it is somebody else's
         return optimizer
+
+    def make_trial_moves(self, parameters: Sequence[nn.Parameter]) -> ZeroOrderOptimizer:
+        """What moves parameters as a step of the training does, whatever the losses are."""
+        return TrialMoves(parameters, self.args.learning_rate, self._zero_order, self.args.seed)
 
     @property
     def _own_optimizer(self) -> ZeroOrderOptimizer:
