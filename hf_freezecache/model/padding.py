@@ -267,5 +267,6 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 def _has_tf32() -> bool:
     """Whether products may be rounded to TF32; from PyTorch 2.9 on, the older setting cannot be read after the newer."""
     if hasattr(torch.backends, "fp32_precision"):
-        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # no stub
+        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision)
     return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
