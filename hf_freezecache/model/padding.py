@@ -265,7 +265,7 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _has_tf32() -> bool:
-    """Whether products may be rounded to TF32; from PyTorch 2.9 on, the older setting cannot be read after the newer."""
+    """Whether products may be rounded to TF32; the older setting cannot be read where the newer one was made."""
     if hasattr(torch.backends, "fp32_precision"):
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # no stub
         return "tf32" in (torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision)
