@@ -188,6 +188,7 @@ class Prober:
             workers=self.source.num_workers,
             processes=self.processes,
             passes=self.context.forward_passes or 1,
+            shared=len(spec.source) / len(self.source),
         )
 
     def plain(self, spec: StoreSpec, batches: int) -> tuple[float, float]:
