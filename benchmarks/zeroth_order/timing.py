@@ -1,6 +1,6 @@
 """Seconds of a step by method, on features and on samples; the generator's share of them; memory beside inference.
 
-python -m benchmarks.zeroth_order.timing --threads 1          # on a CPU that does nothing else; continues after a kill
+python -m benchmarks.zeroth_order.timing --threads 1          # CPU seconds; continues after a kill
 python -m benchmarks.zeroth_order.timing --gpu --collect      # the table of what is finished
 """
 
@@ -55,13 +55,18 @@ WARM_UP = 3
 
 
 class StepClock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next one, with the batch that is fetched in between."""
+    """Seconds from the end of a step to the end of the next one, with the batch that is fetched in between.
 
-    def __init__(self):
+    On a CPU they are those of this process alone, which other work on the same cores hardly changes; with a GPU they
+    are those of a clock.
+    """
+
+    def __init__(self, on_gpu: bool):
+        self._clock = time.perf_counter if on_gpu else time.process_time
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.ends.append(self._clock())
 
     def seconds(self) -> list[float]:
         """Of the steps after the first ones."""
@@ -173,7 +178,7 @@ def make_trainer(side: str, task: Task, options: argparse.Namespace, steps: int,
 def time_side(side: str, task: Task, options: argparse.Namespace) -> float:
     """The median seconds of a step."""
     trainer: FreezeCacheTrainer = make_trainer(side, task, options, options.steps + WARM_UP)
-    clock = StepClock()
+    clock = StepClock(options.gpu)
     trainer.add_callback(clock)
     silence(trainer).train()
     return statistics.median(clock.seconds())
