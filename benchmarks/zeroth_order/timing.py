@@ -12,15 +12,18 @@ import shutil
 import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ZeroOrderConfig, ZeroOrderTrainer
+from hf_freezecache.zeroth_order import mixin
 
 from .._common import (
     Claim,
@@ -75,26 +78,27 @@ class StepClock(TrainerCallback):
 
 
 class Watched(ZeroOrderTrainer):
-    """Measures the memory of one loss and of a whole step, and the generator's share of a step."""
+    """Measures the memory of a whole step and of one loss from the store, and the generator's share of a step."""
 
     def __init__(self, *args, on_gpu: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.on_gpu, self.found, self._seen, self._inside = on_gpu, {}, 0, False
+        self.on_gpu, self.found, self._seen = on_gpu, {}, 0
 
     def training_step(self, model, inputs, *args, **kwargs):
         step = super().training_step
         if self._captures is not None or not self.freeze_status().replaying:
             return step(model, inputs, *args, **kwargs)
         self._seen += 1
+        losses: list[torch.Tensor] = []
         if self._seen == 1:  # it makes what is kept of a pool
-            losses: list[torch.Tensor] = []
             self.found["step_bytes"] = peak_bytes(lambda: losses.append(step(model, inputs, *args, **kwargs)), self)
             return losses[0]
         if self._seen == 2:
-            self._inside = True
-            loss = step(model, inputs, *args, **kwargs)
-            self._inside = False
-            return loss
+            with taking_one_loss():
+                self.found["loss_bytes"] = peak_bytes(
+                    lambda: losses.append(step(model, inputs, *args, **kwargs)), self
+                )
+            return losses[0]
         with self._naming_numbers(), profile(activities=activities(self.on_gpu)) as profiled, record_function("step"):
             loss = step(model, inputs, *args, **kwargs)
         spent = {
@@ -102,14 +106,6 @@ class Watched(ZeroOrderTrainer):
         }
         self.found["generator_share"] = spent.get("numbers", 0.0) / spent["step"]
         return loss
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        compute = super().compute_loss
-        if not self._inside:
-            return compute(model, inputs, *args, **kwargs)
-        answers: list[Any] = []
-        self.found["loss_bytes"] = peak_bytes(lambda: answers.append(compute(model, inputs, *args, **kwargs)), self)
-        return answers[0]
 
     @contextmanager
     def _naming_numbers(self):
@@ -129,6 +125,21 @@ class Watched(ZeroOrderTrainer):
             yield
         finally:
             del numbers.take_each
+
+
+@contextmanager
+def taking_one_loss():
+    """Inside, a step runs the live blocks on its features once and moves no weight: inference."""
+    look_around = mixin.look_around
+
+    def look_once(displacement, directions, eps, estimator, run):
+        return [run()] * (2 * len(directions))
+
+    mixin.look_around = look_once
+    try:
+        yield
+    finally:
+        mixin.look_around = look_around
 
 
 def activities(on_gpu: bool) -> list[ProfilerActivity]:
@@ -185,8 +196,9 @@ def time_side(side: str, task: Task, options: argparse.Namespace) -> float:
 
 
 def watch_sides(task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """Memory and the generator's share, by side."""
+    """Memory and the generator's share, by side; all steps have the samples of one batch."""
     found = {}
+    task = replace(task, train=Subset(task.train, range(task.batch_size)))
     for side, (name, on_features) in SIDES.items():
         if on_features and METHODS[name].settings is not None:
             trainer = make_trainer(side, task, options, steps=3, watch=True)
@@ -241,11 +253,11 @@ def collect(options: argparse.Namespace) -> None:
             claims.append(Claim(f"{name}: seconds of a step of '{side}' over MeZO's", ratio, at_most=1.0))
         for side, found in watched.items():
             ratio = found["step_bytes"] / found["loss_bytes"]
-            claims.append(Claim(f"{name}, '{side}': memory of a step over one loss", ratio, at_most=1.1))
+            claims.append(Claim(f"{name}, '{side}': memory of a step over inference", ratio, at_most=1.1))
     if not content:
         print("nothing is finished.")
         return
-    header = "task | step | median, ms (min to max) | over MeZO's | numbers, share of a step | memory over one loss"
+    header = "task | step | median, ms (min to max) | over MeZO's | numbers, share of a step | memory over inference"
     table = "\n".join(markdown_table(header, lines)) + "\n"
     print(table)
     place = "gpu" if options.gpu else "cpu"
