@@ -90,14 +90,16 @@ class Watched(ZeroOrderTrainer):
             return step(model, inputs, *args, **kwargs)
         self._seen += 1
         losses: list[torch.Tensor] = []
+
+        def run():
+            losses.append(step(model, inputs, *args, **kwargs))
+
         if self._seen == 1:  # it makes what is kept of a pool
-            self.found["step_bytes"] = peak_bytes(lambda: losses.append(step(model, inputs, *args, **kwargs)), self)
+            self.found["step_bytes"] = peak_bytes(run, self)
             return losses[0]
         if self._seen == 2:
             with taking_one_loss():
-                self.found["loss_bytes"] = peak_bytes(
-                    lambda: losses.append(step(model, inputs, *args, **kwargs)), self
-                )
+                self.found["loss_bytes"] = peak_bytes(run, self)
             return losses[0]
         with self._naming_numbers(), profile(activities=activities(self.on_gpu)) as profiled, record_function("step"):
             loss = step(model, inputs, *args, **kwargs)

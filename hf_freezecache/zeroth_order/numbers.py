@@ -106,14 +106,6 @@ class Stream(Numbers):
         """Where in the period a piece begins."""
         return (piece.perturbation * self.stride + piece.position) % self.period
 
-    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
-        """The numbers of each of several pieces of a perturbation; those of neighbours are taken at once."""
-        return [
-            numbers
-            for neighbours in _runs(pieces)
-            for numbers in self.take(_joined(neighbours), device).split([piece.length for piece in neighbours])
-        ]
-
     def squares(self, pieces: Sequence[Piece], device: torch.device) -> float:
         """The sum of the squares of the numbers of pieces, from sums that were made with the numbers."""
         return sum(self._squares(_joined(neighbours)) for neighbours in _runs(pieces))
@@ -179,6 +171,8 @@ class OnTheFly(Stream):
     def __init__(self, length: int, registers: int, bits: int, seed: int):
         self.row, self.bits = RotatedLFSRs(bits, registers, seed), bits
         super().__init__(length, self.row.period)
+        # So few that keeping them takes no more than an eighth of the memory of the weights.
+        self._is_kept = self.period <= min(PIECE, length // 8)
         self._fractions: dict[torch.device, torch.Tensor] = {}
         # All registers give one number a clock cycle, in whatever order.
         each = as_fractions(torch.from_numpy(cycle(bits)), bits).double().square().numpy()
@@ -188,9 +182,19 @@ class OnTheFly(Stream):
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The numbers that the registers give in the clock cycles of a piece."""
         self.drawn += piece.length  # by the registers, in whatever way they are looked up here
-        if self.period <= PIECE:
+        if self._is_kept:
             return self._read(lambda: self._at(0, self.period, device), piece, device)
         return self._at(self.start(piece), piece.length, device)
+
+    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
+        """The numbers of each of several pieces of a perturbation; those of neighbours are looked up at once."""
+        if self._is_kept:
+            return super().take_each(pieces, device)
+        return [
+            numbers
+            for neighbours in _runs(pieces)
+            for numbers in self.take(_joined(neighbours), device).split([piece.length for piece in neighbours])
+        ]
 
     def _squares(self, piece: Piece) -> float:
         start, count = self.start(piece), self.row.count
