@@ -13,18 +13,22 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies import (
+    AutoFreezePolicy,
     AutoPolicy,
     DelayedPolicy,
+    EgeriaPolicy,
+    FreezeOutPolicy,
     FreezePolicy,
     FrozenFromStart,
     LinearPolicy,
     ManualPolicy,
     NonePolicy,
+    SimFreezePolicy,
 )
 from .policies.schedule import format_freeze_points
 from .units import parse_bytes
 
-PolicyName = Literal["none", "manual", "linear", "auto"]
+PolicyName = Literal["none", "manual", "linear", "auto", "freezeout", "autofreeze", "egeria", "simfreeze"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
@@ -35,6 +39,7 @@ HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
+_SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -50,7 +55,7 @@ class FreezeCacheConfig:
         ImportError: on construction, if the codec's library is not installed.
     """
 
-    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual, linear or auto."})
+    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: see docs/policies.md."})
     freeze_points: str | None = field(
         default=None,
         metadata={
@@ -58,12 +63,15 @@ class FreezeCacheConfig:
             "A number with a point is a fraction of training ('0.25:8'), rounded up to an epoch."
         },
     )
-    freeze_start: float = field(default=0.25, metadata={"help": "For policy linear: fraction of training at stage 1."})
+    freeze_start: float = field(
+        default=0.25, metadata={"help": "For policies linear and freezeout: fraction of training at the first freeze."}
+    )
     freeze_end: float = field(
         default=0.5, metadata={"help": "For policies linear and auto: fraction of training at the last stage."}
     )
     max_frozen: float = field(
-        default=0.75, metadata={"help": "For policies linear and auto: fraction of the blocks frozen in the end."}
+        default=0.75,
+        metadata={"help": "For all policies but manual: fraction of the blocks frozen in the end, at most."},
     )
     freeze_stages: int = field(
         default=2,
@@ -296,7 +304,7 @@ class FreezeCacheConfig:
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
-        if self.freeze_start > self.freeze_end:
+        if self.freeze_start > self.freeze_end and self.policy != "freezeout":
             raise ValueError(
                 f"freeze_start={self.freeze_start} is after freeze_end={self.freeze_end}: stages go from the first to "
                 "the second."
@@ -466,6 +474,10 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
         return ManualPolicy(config.freeze_points)
     if config.policy == "auto":
         return AutoPolicy(config.max_frozen, config.freeze_end)
+    if config.policy == "freezeout":
+        return FreezeOutPolicy(config.freeze_start, max_frozen=config.max_frozen)
+    if config.policy in _SETTLING:
+        return _SETTLING[config.policy](max_frozen=config.max_frozen)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 

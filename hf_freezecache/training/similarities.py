@@ -1,0 +1,113 @@
+"""Inner products of a few fixed training samples in the output of every live block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..build.context import BuildContext
+from ..build.several_sizes import rows_by_size
+from ..build.spread_rows import spread_rows
+from ..cache.rows import RowError
+from ..model.modes import eval_mode
+from ..model.tokens import token_mask
+from ..policies.cka import gram
+from ..rng import preserve_rng
+from .data_state import looking_at
+
+#: Samples that are compared.
+SAMPLES = 32
+#: Largest share of a training's FLOPs that a reading may take; but there is one at the beginning of every epoch.
+_SHARE = 0.015
+
+
+class SampleSimilarities:
+    """Reads how alike a few fixed training samples are to each block, in eval mode and without gradients.
+
+    The main process reads, as it decides. The samples are the same in every reading: rows from all over the training
+    data, as the base view has them. Generators, buffers and modes stay as they are.
+
+    Args:
+        context: model, samples and settings.
+        count: is told the inputs whenever the model has run on them.
+        batches_per_step: batches that an optimizer step of this process takes.
+    """
+
+    def __init__(self, context: BuildContext, count: Callable[[Mapping[str, Any]], None], batches_per_step: int = 1):
+        self.context, self._count, self.batches_per_step = context, count, batches_per_step
+        self._batch: Any = None
+
+    def prepare(self) -> None:
+        """Reads the samples, once.
+
+        Raises:
+            ValueError: on all processes, if they cannot be collated together.
+        """
+        if self._batch is None:
+            self.context.group.on_all(lambda: None if self.context.group.rank else self._collate())
+
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether there is a reading before an optimizer step: in the first one of an epoch, and some between them.
+
+        Args:
+            step: number of optimizer steps before it.
+            steps_per_epoch: optimizer steps of an epoch.
+        """
+        return step % steps_per_epoch % self.interval() == 0
+
+    def interval(self) -> int:
+        """Optimizer steps from one reading to the next, so that they cost little beside the steps."""
+        chain, batch = self.context.chain, self.context.source.batch_size * self.batches_per_step
+        live = max(1.0 - (chain.share(chain.cut) if chain.cut else 0.0), 1e-3)
+        return max(1, math.ceil(SAMPLES / (3 * batch * live * _SHARE)))  # a step is three forward passes
+
+    def read(self) -> dict[int, torch.Tensor]:
+        """Inner products `(N, N)`, float32 on the CPU, by the index of a live block; nothing but in the main process.
+
+        Shapes: N samples, fewer than `SAMPLES` in a small data set.
+        """
+        if self._batch is None:
+            return {}
+        chain, found = self.context.chain, dict[int, torch.Tensor]()
+        inputs = self.context.model_inputs(self._batch)
+        mask = token_mask(self._batch, chain.main_input)
+        blocks = list(enumerate(chain.blocks))[chain.cut :]
+        hooks = [block.modules[-1].register_forward_hook(_reading(found, index, mask)) for index, block in blocks]
+        try:
+            with preserve_rng(), torch.no_grad(), eval_mode(chain.model):
+                chain.model(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._count(inputs)
+        return found
+
+    def _collate(self) -> None:
+        source, main_input = self.context.source, self.context.chain.main_input
+        with looking_at(source):
+            sizes = rows_by_size(source, main_input)
+            rows = max(sizes, key=len)[:SAMPLES] if sizes else spread_rows(source.dataset, SAMPLES, source.seed)
+            try:
+                batch = source.collate(rows)
+                if len(batch[main_input]) < 2:
+                    raise RowError(f"there is no second sample to compare with ({len(rows)} of equal size)")
+            except Exception as error:  # whatever a collator raises about samples that it cannot put together
+                raise ValueError(
+                    f"the policy compares blocks over {len(rows)} training samples, which cannot be collated "
+                    f"together ({error}): take a policy that does not, such as 'linear'."
+                ) from error
+        self._batch = batch
+
+
+def _reading(found: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None) -> Callable:
+    def read(module: nn.Module, args: tuple, output: Any) -> None:
+        value = output if isinstance(output, torch.Tensor) else output[0]
+        if mask is not None and value.shape[: mask.ndim] == mask.shape:
+            value = value * mask.to(value.device).reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))  # no padding
+        found[index] = gram(value).cpu()
+
+    return read
