@@ -26,9 +26,10 @@ from .policies import (
     SimFreezePolicy,
 )
 from .policies.schedule import format_freeze_points
+from .smartfrz import SmartFrzPolicy
 from .units import parse_bytes
 
-PolicyName = Literal["none", "manual", "linear", "auto", "freezeout", "autofreeze", "egeria", "simfreeze"]
+PolicyName = Literal["none", "manual", "linear", "auto", "freezeout", "autofreeze", "egeria", "simfreeze", "smartfrz"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
@@ -76,6 +77,10 @@ class FreezeCacheConfig:
     freeze_stages: int = field(
         default=2,
         metadata={"help": "For policy linear: number of steps. Each costs a build: few, deep steps pay best."},
+    )
+    predictor: str | None = field(
+        default=None,
+        metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor; None: the package's own."},
     )
     head_start_epochs: int = field(
         default=0,
@@ -320,8 +325,9 @@ class FreezeCacheConfig:
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
             ManualPolicy(self.freeze_points)  # it checks them
-        elif self.freeze_points is not None:
-            raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
+        for name, policy in (("freeze_points", "manual"), ("predictor", "smartfrz")):
+            if getattr(self, name) is not None and self.policy != policy:
+                raise ValueError(f"{name} is read by policy='{policy}' only, not by policy='{self.policy}'.")
 
     def codec_at(self, cut: int, num_blocks: int) -> str:
         """The codec wanted at a cut.
@@ -476,6 +482,8 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
         return AutoPolicy(config.max_frozen, config.freeze_end)
     if config.policy == "freezeout":
         return FreezeOutPolicy(config.freeze_start, max_frozen=config.max_frozen)
+    if config.policy == "smartfrz":
+        return SmartFrzPolicy(config.predictor, max_frozen=config.max_frozen)
     if config.policy in _SETTLING:
         return _SETTLING[config.policy](max_frozen=config.max_frozen)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)

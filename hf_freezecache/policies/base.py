@@ -82,9 +82,9 @@ class FreezePolicy(ABC):
 
     `observes` names the signals that `observe` needs: `"weights"`, `"gradients"`, `"activations"`, `"similarities"`.
     Nothing is collected for a policy that leaves it empty. `observe` must not change anything and must not draw from
-    the global random generators. The main process decides for all processes. The cut never becomes smaller: if `decide` returns a
-    smaller one, the present cut stays. A policy with a memory returns it from `state_dict` as JSON values, so that a
-    resumed training decides as an uninterrupted one.
+    the global random generators. The main process decides for all processes. The cut never becomes smaller: if
+    `decide` returns a smaller one, the present cut stays. A policy with a memory returns it from `state_dict` as JSON
+    values, so that a resumed training decides as an uninterrupted one.
     """
 
     observes: frozenset[str] = frozenset()

@@ -44,8 +44,8 @@ class EgeriaPolicy(SettlingPolicy):
         if unfreeze:
             raise ValueError(
                 "Egeria's unfreezing is not possible here: features of frozen blocks are kept and would be wrong as "
-                "soon as one trains again. Leave unfreeze at False; for a learning rate that falls in steps, freeze after "
-                "the last one with policy='manual'."
+                "soon as one trains again. Leave unfreeze at False; for a learning rate that falls in steps, freeze "
+                "after the last one with policy='manual'."
             )
         if not tolerance > 0 or window < 2:
             raise ValueError(f"tolerance={tolerance!r} must be more than 0, and window={window!r} at least 2.")
@@ -70,10 +70,10 @@ class EgeriaPolicy(SettlingPolicy):
         self.settle([self._is_settled(self._plasticity[index]) for index in sorted(read) if index >= self.settled])
 
     def _is_settled(self, values: Sequence[float]) -> bool:
-        smooth = np.convolve(values, np.full(self.window, 1 / self.window), mode="valid") if values else []
-        if len(values) < self.window or len(smooth) < self.window:
+        if len(values) < 2 * self.window - 1:
             return False
-        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(smooth), self.window)
+        smooth = np.convolve(values, np.full(self.window, 1 / self.window), mode="valid")
+        windows = np.lib.stride_tricks.sliding_window_view(smooth, self.window)
         slopes = np.abs([np.polyfit(np.arange(self.window), window, 1)[0] for window in windows])
         limit = self.tolerance * slopes[:3].max()
         return len(slopes) >= 3 + self.window and bool((slopes[-self.window :] <= limit).all())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..policies.base import Moment, ObservedBlock
 from ..policies.settling import SettlingPolicy, tensor_from_text, tensor_to_text
@@ -112,17 +113,19 @@ class SmartFrzPolicy(SettlingPolicy):
     def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         if moment.step % snapshot_every(moment.max_steps):
             return
-        live = [block for block in blocks if block.index >= self.settled]
+        live = [block for block in blocks if block.index >= self.settled and _trained(block)]
         for block in live:
             history = self._history_of(block)
-            weights = history.sampler.take(block.parameters, self._snapshot, self.predictor.variant)
+            weights = history.sampler.take(_trained(block), self._snapshot, self.predictor.variant)
             history.add(weights, moment.step / moment.max_steps)
         self._snapshot += 1
         if self._snapshot < self.least or not live:
             return
         for block, confidence in zip(live, self._confidences(live), strict=True):
             self._histories[block.index].verdicts.append(confidence >= self.threshold)
-        self.settle([self._is_settled(block.index) for block in live])
+        watched = {block.index for block in live}
+        rest = [block.index for block in blocks if block.index >= self.settled]
+        self.settle([index not in watched or self._is_settled(index) for index in rest])  # untrained ones have settled
 
     def _confidences(self, live: Sequence[ObservedBlock]) -> list[float]:
         histories = [np.stack(self._histories[block.index].snapshots) for block in live]
@@ -137,7 +140,7 @@ class SmartFrzPolicy(SettlingPolicy):
 
     def _history_of(self, block: ObservedBlock) -> BlockHistory:
         if block.index not in self._histories:
-            sampler = WeightSampler(block.parameters, hash_key(self.seed, block.index) % 2**32)
+            sampler = WeightSampler(_trained(block), hash_key(self.seed, block.index) % 2**32)
             history = BlockHistory(sampler, self.predictor.window, self.votes)
             if (saved := self._saved.get(str(block.index))) is not None:
                 history.load_state_dict(saved)
@@ -149,11 +152,14 @@ class SmartFrzPolicy(SettlingPolicy):
         return f"smartfrz, threshold={self.threshold}, votes={self.votes}, max_frozen={self.max_frozen}{source}"
 
     def state_dict(self) -> dict[str, Any]:
-        live = {
-            str(index): history.state_dict() for index, history in self._histories.items() if index >= self.settled
-        }
-        return {**super().state_dict(), "snapshot": self._snapshot, "histories": {**self._saved, **live}}
+        histories = {**self._saved, **{str(index): own.state_dict() for index, own in self._histories.items()}}
+        live = {index: own for index, own in histories.items() if int(index) >= self.settled}
+        return {**super().state_dict(), "snapshot": self._snapshot, "histories": live}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._snapshot, self._saved = state.get("snapshot", 0), state.get("histories", {})
+
+
+def _trained(block: ObservedBlock) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in block.parameters.items() if parameter.requires_grad}

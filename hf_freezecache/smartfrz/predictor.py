@@ -27,6 +27,9 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         variant: how weights are sampled, see `WeightSampler.take`.
         attention: False: the mean of the values takes the place of attention, to learn what that is worth.
         hidden_inputs: names of scalars that are not looked at, for the same reason.
+
+    Raises:
+        ValueError: if there is no such scalar.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         self.head = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 2))
         seen = torch.ones(NUM_FEATURES)
         for name in hidden_inputs or ():
+            if name not in SCALARS:
+                raise ValueError(f"hidden_inputs: there is no {name!r}; possible are {', '.join(SCALARS)}.")
             seen[NUM_FEATURES - len(SCALARS) + SCALARS.index(name)] = 0.0
         self.register_buffer("seen", seen, persistent=False)
         self.seen: torch.Tensor
