@@ -26,7 +26,7 @@ from .._resnet import CifarResNet, block_names
 from ..text.sources import load_minilm, load_questions, tokenized
 
 #: Samples whose outputs are compared with those of the finished model.
-PROBED = 64
+PROBED = 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Network:
     rates: tuple[float, ...]
     epochs: tuple[int, ...]
     blocks: list[str] | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     extra: tuple[str, ...] = ()
 
 
@@ -108,8 +108,8 @@ def _convnext(options: argparse.Namespace) -> nn.Module:
 
 
 NETWORKS = {
-    "resnet20": Network("cifar10", False, lambda options: CifarResNet(20), (1e-3, 3e-3), (6, 10), block_names(20), 64),
-    "vit": Network("cifar10", False, _tiny_vit, (5e-4, 1e-3), (6, 10), batch_size=64),
+    "resnet20": Network("cifar10", False, lambda options: CifarResNet(20), (1e-3, 3e-3), (6, 10), block_names(20)),
+    "vit": Network("cifar10", False, _tiny_vit, (5e-4, 1e-3), (6, 10)),
     "deit": Network("caltech101-112", False, load_deit, (5e-5, 2e-4), (4, 6), extra=("interpolate_pos_encoding",)),
     "minilm": Network("banking77", False, lambda options: load_minilm(options)[0], (1e-4, 5e-4), (4, 6)),
     "mobilenetv2": Network("caltech101-64", True, _mobilenet, (1e-3,), (8,)),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..model.chain import BlockChain
-from ..model.modes import eval_mode
+from ..model.similarities import read_similarities
 from ..policies.cka import cka, gram
 from ..rng import hash_key, preserve_rng
 from .history import WeightSampler, describe_history, snapshot_every
@@ -137,28 +137,13 @@ class HistoryRecorder(TrainerCallback):
                 for sampler, parameters in zip(self._samplers, self._parameters, strict=True)
             ]
             snapshots.append(np.stack(taken))
-        found: list[torch.Tensor] = []
-        hooks = [
-            block.modules[-1].register_forward_hook(lambda _module, _args, output: found.append(_gram_of(output)))
-            for block in self._chain.blocks
-        ]
-        try:
-            with preserve_rng(), torch.no_grad(), eval_mode(model):
-                model(**self._inputs(model))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._grams.append(found)
+        self._grams.append(read_similarities(model, self._chain.blocks, self._inputs(model), gram))
 
     def _inputs(self, model: nn.Module) -> dict[str, Any]:
         device = next(model.parameters()).device
         return {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.probe.items()
         }
-
-
-def _gram_of(output: Any) -> torch.Tensor:
-    return gram(output if isinstance(output, torch.Tensor) else output[0]).cpu()
 
 
 def _parameters_of(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:

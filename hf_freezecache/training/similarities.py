@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..build.context import BuildContext
 from ..build.several_sizes import rows_by_size
 from ..build.spread_rows import spread_rows
 from ..cache.rows import RowError
-from ..model.modes import eval_mode
-from ..model.tokens import token_mask
+from ..model.similarities import read_similarities
 from ..policies.cka import gram
-from ..rng import preserve_rng
 from .data_state import looking_at
 
 #: Samples that are compared.
@@ -72,19 +69,10 @@ class SampleSimilarities:
         """
         if self._batch is None:
             return {}
-        chain, found = self.context.chain, dict[int, torch.Tensor]()
-        inputs = self.context.model_inputs(self._batch)
-        mask = token_mask(self._batch, chain.main_input)
-        blocks = list(enumerate(chain.blocks))[chain.cut :]
-        hooks = [block.modules[-1].register_forward_hook(_reading(found, index, mask)) for index, block in blocks]
-        try:
-            with preserve_rng(), torch.no_grad(), eval_mode(chain.model):
-                chain.model(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        chain, inputs = self.context.chain, self.context.model_inputs(self._batch)
+        read = read_similarities(chain.model, chain.blocks[chain.cut :], inputs, gram)
         self._count(inputs)
-        return found
+        return dict(enumerate(read, start=chain.cut))
 
     def _collate(self) -> None:
         source, main_input = self.context.source, self.context.chain.main_input
@@ -101,13 +89,3 @@ class SampleSimilarities:
                     f"together ({error}): take a policy that does not, such as 'linear'."
                 ) from error
         self._batch = batch
-
-
-def _reading(found: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None) -> Callable:
-    def read(module: nn.Module, args: tuple, output: Any) -> None:
-        value = output if isinstance(output, torch.Tensor) else output[0]
-        if mask is not None and value.shape[: mask.ndim] == mask.shape:
-            value = value * mask.to(value.device).reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))  # no padding
-        found[index] = gram(value).cpu()
-
-    return read
