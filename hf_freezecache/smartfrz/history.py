@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -62,21 +63,28 @@ class WeightSampler:
         Returns:
             float32 `(SAMPLED,)`; zeros where the block has no parameters.
         """
-        total = sum(self._sizes)
-        if not total:
+        if not self._sizes or not sum(self._sizes):
             return np.zeros(SAMPLED, dtype=np.float32)
-        # Positions repeat where a block has fewer weights.
-        generator = np.random.default_rng([self._seed, snapshot if variant == "fresh" else 0])
-        positions = np.sort(generator.integers(0, total, SAMPLED))
-        values, start = [], 0
-        for name, size, scale in zip(self._names, self._sizes, self.scales, strict=True):
-            mine = positions[(positions >= start) & (positions < start + size)] - start
-            value = parameters[name].detach()
-            taken = value.reshape(-1)[torch.from_numpy(mine).to(value.device)].float().cpu().numpy()
-            values.append(taken / scale)
-            start += size
+        positions = self._positions(snapshot) if variant == "fresh" else self._fixed
+        values = [
+            parameters[name].detach().reshape(-1)[mine.to(parameters[name].device)].float().cpu().numpy() / scale
+            for name, mine, scale in zip(self._names, positions, self.scales, strict=True)
+        ]
         result = np.concatenate(values).astype(np.float32)
         return np.sort(result) if variant == "fresh" else result
+
+    @functools.cached_property
+    def _fixed(self) -> list[torch.Tensor]:
+        return self._positions(0)
+
+    def _positions(self, snapshot: int) -> list[torch.Tensor]:
+        """Positions in each tensor; they repeat where a block has fewer weights."""
+        generator, bounds = np.random.default_rng([self._seed, snapshot]), np.cumsum([0, *self._sizes])
+        drawn = np.sort(generator.integers(0, bounds[-1], SAMPLED))
+        return [
+            torch.from_numpy(drawn[(drawn >= start) & (drawn < end)] - start)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
 
 
 def _scale(value: torch.Tensor) -> float:

@@ -3,20 +3,11 @@
 import pytest
 import torch
 from support.observations import moment, through_json
+from support.predictors import ByDrift
 from torch import nn
 
 from hf_freezecache.policies import ObservedBlock
-from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
-from hf_freezecache.smartfrz.history import NUM_FEATURES
-
-
-class ByDrift(FreezePredictor):
-    """Says that a block has settled when its last step was tiny beside its drift."""
-
-    def forward(self, histories, lengths):
-        place = NUM_FEATURES - 4  # step_to_drift
-        value = -1.0 - histories[:, -1, place]
-        return torch.stack([-value, value], 1) * 20
+from hf_freezecache.smartfrz import SmartFrzPolicy
 
 
 class Walk:
