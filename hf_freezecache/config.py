@@ -80,7 +80,7 @@ class FreezeCacheConfig:
     )
     predictor: str | None = field(
         default=None,
-        metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor; None: the package's own."},
+        metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor of what has settled."},
     )
     head_start_epochs: int = field(
         default=0,

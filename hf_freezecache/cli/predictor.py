@@ -92,11 +92,13 @@ def label(options: argparse.Namespace) -> None:
         OSError: if there are no runs.
         ValueError: if the rule is not possible.
     """
-    folder, rule = Path(options.runs), LabelRule(options.level, options.spread, options.window)
+    folder, rule = Path(options.runs), LabelRule(options.remaining, options.floor, options.window)
     runs = load_runs(folder)
     (folder / LABELS).write_text(json.dumps(asdict(rule)) + "\n", encoding="utf-8")
     rows = [_settled(run, rule) for run in runs]
-    others = [LabelRule(level, spread, rule.window) for level in (0.7, 0.8, 0.9) for spread in (0.05, 0.1, 0.2)]
+    others = [
+        LabelRule(remaining, floor, rule.window) for remaining in (0.1, 0.2, 0.4) for floor in (0.0, 0.005, 0.02)
+    ]
     sensitivity = [
         {**asdict(other), "settled": float(np.mean([other.settled(run.cka)[:-1].mean() for run in runs]))}
         for other in others
@@ -108,7 +110,7 @@ def label(options: argparse.Namespace) -> None:
         print(f"{row['run']:40} {row['settled']:4.0%} settled; by block from {row['from']}")
     print("share that is settled, by rule:")
     for entry in sensitivity:
-        print(f"  level {entry['level']}, spread {entry['spread']}, window {entry['window']}: {entry['settled']:.0%}")
+        print(f"  remaining {entry['remaining']}, floor {entry['floor']}: {entry['settled']:.0%}")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -13,15 +13,16 @@ def add_predictor(commands: argparse._SubParsersAction) -> None:
     label = actions.add_parser(
         "label",
         help="say from when on the blocks of recorded trainings had settled",
-        description="Labels snapshots by the CKA of a block's output with that of the finished model, and prints how "
-        "much other rules would change. The rule is kept beside the runs.",
+        description="Labels snapshots by the distance of a block's output from that of the finished model (1 - CKA), "
+        "relative to the largest that it has had, and prints how much other rules would change. The rule is kept "
+        "beside the runs.",
     )
     label.add_argument("runs", metavar="RUNS", help="folder of recorded trainings")
-    label.add_argument("--level", type=float, default=0.8, help="CKA, at least (default: %(default)s)")
     label.add_argument(
-        "--spread", type=float, default=0.1, help="largest change of CKA in the window (default: %(default)s)"
+        "--remaining", type=float, default=0.2, help="share of the largest distance, at most (default: %(default)s)"
     )
-    label.add_argument("--window", type=int, default=5, help="snapshots of the window (default: %(default)s)")
+    label.add_argument("--floor", type=float, default=0.005, help="distance that is small (default: %(default)s)")
+    label.add_argument("--window", type=int, default=3, help="snapshots that are averaged (default: %(default)s)")
     train = actions.add_parser("train", help="train a predictor on recorded trainings")
     train.add_argument("runs", metavar="RUNS", help="folder of recorded trainings")
     train.add_argument("output", metavar="DIR", help="folder of the predictor")

@@ -30,7 +30,7 @@ def snapshot_every(max_steps: int) -> int:
     Args:
         max_steps: of the whole training.
     """
-    return max(1, max_steps // SNAPSHOTS)
+    return max(1, -(-max_steps // SNAPSHOTS))
 
 
 class WeightSampler:

@@ -9,24 +9,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LabelRule:
-    """When the CKA curve of a block with the finished model counts as settled.
+    """When the output of a block counts as that of the finished model.
+
+    The distance of a block is 1 minus the CKA of its output with that of the finished model. It depends on the kind of
+    training: from an initialization it begins at a half, in a fine-tuning at a few hundredths. So it is compared with
+    the largest that the block has had.
 
     Args:
-        level: CKA with the finished model, at least.
-        spread: largest minus smallest value of the window, at most.
-        window: snapshots, up to the one that is labelled.
+        remaining: share of that largest distance, at most.
+        floor: distance that is small whatever the largest was.
+        window: snapshots over which distances are averaged, as one reading is noisy.
     """
 
-    level: float = 0.8
-    spread: float = 0.1
-    window: int = 5
+    remaining: float = 0.2
+    floor: float = 0.005
+    window: int = 3
 
     def __post_init__(self):
-        if not 0 <= self.level <= 1 or not self.spread > 0 or self.window < 1:
-            raise ValueError(f"{self}: level is from 0 to 1, spread more than 0, and window at least 1.")
+        if not 0 < self.remaining < 1 or not 0 <= self.floor < 1 or self.window < 1:
+            raise ValueError(f"{self}: remaining and floor are shares, between 0 and 1, and window is at least 1.")
 
     def settled(self, curves: np.ndarray) -> np.ndarray:
-        """Labels of all snapshots: whether a block has settled by then, and has never stirred again.
+        """Labels of all snapshots: whether a block is near its end by then, and stays there.
 
         Args:
             curves: CKA with the finished model, `(S, L)`; NaN where an output does not tell samples apart.
@@ -36,11 +40,9 @@ class LabelRule:
 
         Shapes: S snapshots, L blocks.
         """
-        curves = np.nan_to_num(curves, nan=0.0)
-        calm = np.zeros(curves.shape, dtype=bool)
-        for snapshot in range(len(curves)):
-            recent = curves[max(0, snapshot - self.window + 1) : snapshot + 1]
-            calm[snapshot] = (recent.min(0) >= self.level) & (recent.max(0) - recent.min(0) <= self.spread)
-            if snapshot + 1 < self.window:
-                calm[snapshot] = False
-        return np.logical_and.accumulate(calm[::-1], axis=0)[::-1]
+        distances = 1 - np.nan_to_num(curves, nan=0.0)
+        means = np.stack(
+            [distances[max(0, place - self.window + 1) : place + 1].mean(0) for place in range(len(distances))]
+        )
+        near = means <= np.maximum(self.floor, self.remaining * distances.max(0))
+        return np.logical_and.accumulate(near[::-1], axis=0)[::-1]

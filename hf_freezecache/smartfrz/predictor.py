@@ -11,7 +11,7 @@ from torch import nn
 
 from .history import NUM_FEATURES, SCALARS, Variant
 
-#: Folder of the predictor that comes with the package.
+#: Folder of the predictor that comes with the package, where one does.
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -86,13 +86,14 @@ def load_predictor(source: str | None = None) -> FreezePredictor:
     """A predictor, ready to decide: on the CPU, in eval mode.
 
     Args:
-        source: folder or id on the Hub; None: the one that comes with the package.
+        source: folder or id on the Hub; None: the one that comes with the package, where one does.
 
     Raises:
-        FileNotFoundError: if the package has none.
+        FileNotFoundError: if none does.
     """
     if source is None and not (SHIPPED / "model.safetensors").is_file():
         raise FileNotFoundError(
-            "this installation has no predictor: name one, or make one by `freezecache predictor`."
+            "policy='smartfrz' needs a predictor, and none comes with this release: name one, predictor='<folder or "
+            "id on the Hub>'; `freezecache predictor record | label | train` makes one from trainings of your own."
         )
     return FreezePredictor.from_pretrained(str(SHIPPED) if source is None else source).eval()

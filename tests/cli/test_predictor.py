@@ -51,9 +51,9 @@ def test_a_training_is_recorded_once(tmp_path, capsys):
 def test_labels_are_printed_with_what_other_rules_would_say(runs, capsys):
     code, out, _ = call(capsys, "label", runs, "--json")
     told = json.loads(out)
-    assert code == 0 and told["rule"] == {"level": 0.8, "spread": 0.1, "window": 5} and len(told["runs"]) == 6
+    assert code == 0 and told["rule"] == {"remaining": 0.2, "floor": 0.005, "window": 3} and len(told["runs"]) == 6
     assert [entry["settled"] for entry in told["sensitivity"][::3]] == sorted(
-        (entry["settled"] for entry in told["sensitivity"][::3]), reverse=True
+        entry["settled"] for entry in told["sensitivity"][::3]
     )
     assert "share that is settled, by rule" in call(capsys, "label", runs)[1]
 

@@ -11,7 +11,7 @@ from hf_freezecache.smartfrz.labels import LabelRule
 from hf_freezecache.smartfrz.recording import RecordedRun
 from hf_freezecache.smartfrz.windows import load_runs, make_windows, split_runs
 
-RULE = LabelRule(level=0.9, spread=0.05, window=3)
+RULE = LabelRule(remaining=0.1, window=1)
 
 
 @pytest.fixture(scope="module")

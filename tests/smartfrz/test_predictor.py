@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hf_freezecache.smartfrz import FreezePredictor
+from hf_freezecache.config import read_settings
+from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
 from hf_freezecache.smartfrz.history import NUM_FEATURES
+from hf_freezecache.smartfrz.predictor import load_predictor
 
 
 def histories(samples=3, window=8, seed=0):
@@ -59,3 +61,19 @@ def test_saved_predictor_is_loaded_as_it_was(predictor, tmp_path):
     assert again.window == 8 and torch.equal(
         again.eval()(histories(), torch.full((3,), 8)), predictor(histories(), torch.full((3,), 8))
     )
+
+
+def test_without_a_predictor_the_policy_is_refused_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_freezecache.smartfrz.predictor.SHIPPED", tmp_path)
+    load_predictor.cache_clear()
+    with pytest.raises(FileNotFoundError, match="policy='smartfrz' needs a predictor.*name one"):
+        SmartFrzPolicy()
+    with pytest.raises(FileNotFoundError, match="needs a predictor"):
+        read_settings({"policy": "smartfrz"}, None)
+
+
+def test_a_predictor_is_named_in_the_settings(predictor, tmp_path):
+    predictor.save_pretrained(tmp_path)
+    _, policy = read_settings({"policy": "smartfrz", "predictor": str(tmp_path), "max_frozen": 0.5}, None)
+    assert isinstance(policy, SmartFrzPolicy) and policy.predictor.window == 8 and policy.max_frozen == 0.5
+    assert f"predictor={str(tmp_path)!r}" in policy.describe()

@@ -39,4 +39,4 @@ def test_recording_changes_nothing_of_the_training(model, size, tmp_path):
 def test_long_trainings_have_sixty_snapshots_and_the_finished_model(tmp_path):
     record(tiny_vit(), tmp_path, 16, num_train_epochs=31)
     run = RecordedRun.load(tmp_path / "run.safetensors")
-    assert len(run.progress) == 63  # every second one of 124 steps, and the end
+    assert len(run.progress) == 43  # every third one of 124 steps, and the end
