@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import ViTForImageClassification
 
-from ._common import shared_folder
+from ._common import available_cores, shared_folder
 
 CLASSES = 101
 WEIGHTS = "deit-tiny-patch16-224"
@@ -104,8 +105,12 @@ def load_caltech(options: argparse.Namespace, split: str, size: int, rows: int |
         ]
     )
     pixels = torch.empty(len(dataset), 3, size, size)
-    for row, image in enumerate(dataset["image"]):
-        pixels[row] = transform(image.convert("RGB"))
+
+    def read(row: int) -> None:
+        pixels[row] = transform(dataset[row]["image"].convert("RGB"))
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(read, range(len(dataset))))
     return Pixels(pixels, torch.tensor(dataset["label"]))
 
 

@@ -1,5 +1,6 @@
 """Trainings on selections of rows of one data set: folds that read one store."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, Subset
 from hf_freezecache import FeatureStore
 from hf_freezecache.build import spec_maker
 from hf_freezecache.cache.names import OWNER
+from hf_freezecache.estimate.costs import PlanRow
 
 ROWS = 40
 
@@ -67,6 +69,23 @@ def test_folds_cost_one_build(selected, tmp_path, caplog):
         found.add(trainer.freeze_status().store_path)
     assert len(found) == 1
     assert messages(caplog).count("Built the feature store") == 1
+
+
+def test_automatic_decision_weighs_the_rows_of_the_training_and_tells_what_all_rows_take(
+    tmp_path, caplog, monkeypatch
+):
+    """As if an epoch from samples took an hour."""
+    monkeypatch.setattr(PlanRow, "seconds_saved_per_epoch", property(lambda row: 3600.0))
+    table, rows = pixel_dataset(ROWS), folds()[0]
+    config = shared(tmp_path, cache="auto")
+    trainer = run(tiny_vit(), table.select(rows), tmp_path / "run", config, num_train_epochs=4)
+    assert trainer.freeze_status().replaying
+    told = re.search(
+        r"a build takes about (\S+ \S+) for all rows, (\S+ \S+) of it for this training's", messages(caplog)
+    )
+    assert told is not None
+    whole, own = (float(text.split()[0]) * (1000 if text.endswith(" s") else 1) for text in told.groups())
+    assert whole / own == pytest.approx(ROWS / len(rows), rel=0.02)
 
 
 def test_fold_reads_the_store_of_a_training_on_all_rows(tmp_path):

@@ -6,11 +6,12 @@ import argparse
 import gc
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
@@ -24,8 +25,8 @@ from .._trainings import EpochClock, accuracy
 from .tasks import ADAPTED, RATES_OF_FEW, Task
 
 ON_GPU = {"use_cpu": False, "bf16": True, "dataloader_pin_memory": True}
-#: Epochs of a head start, and of a longer one.
-HEAD_START, LONG_HEAD_START = 2, 8
+#: Epochs of a head start.
+HEAD_START = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Arm:
         settings: further ones.
         lora: whether the model's own weights are frozen and low-rank matrices are trained beside them.
         tuned_as: the arm whose learning rate it has; "": its own.
+        is_core: whether every task has it, not only those with all arms.
     """
 
     name: str
@@ -48,9 +50,10 @@ class Arm:
     head_start: int = 0
     points: str | None = None
     cache: str = "always"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     lora: bool = False
     tuned_as: str = ""
+    is_core: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -79,32 +82,29 @@ class Arm:
 
 def make_arms() -> list[Arm]:
     """All arms, in the order in which they are trained: where time is short, the last ones are left out."""
-    half, deep, deep_at_once = "half from 0 of 4, head start", "deep from 2 of 4, head start", "deep from 0 of 4"
+    half, deep = "half from 0 of 4", "deep from 2 of 4, head start"
+    started = "head start"
     return [
-        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (4, 3)),
-        Arm(half, 4, HEAD_START, "0:half"),
-        Arm(deep, 4, HEAD_START, "2:deep"),
-        Arm("deep from 0 of 4, head start", 4, HEAD_START, "0:deep"),
-        *(Arm(f"plain {epochs}", epochs) for epochs in (4, 3, 6, 12)),
-        *(Arm(f"plain {epochs}, head start", epochs, HEAD_START) for epochs in (6, 12)),
-        Arm("auto of 4, head start", 4, HEAD_START, settings={"policy": "auto"}),
-        Arm("linear of 4, head start", 4, HEAD_START, settings={"policy": "linear"}),
-        Arm("linear of 4", 4, settings={"policy": "linear"}),
-        Arm("linear of 12", 12, settings={"policy": "linear"}),
-        Arm("deep from 2 of 4", 4, 0, "2:deep"),
-        Arm("deep from 6 of 12", 12, 0, "6:deep"),
-        Arm("half from 0 of 4", 4, 0, "0:half"),
-        Arm(deep_at_once, 4, 0, "0:deep"),
-        Arm("linear probe 12", 12, points="0:all"),
-        Arm(f"{half}, frozen only", 4, HEAD_START, "0:half", cache="never", tuned_as=half),
-        Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
-        Arm(f"{deep_at_once}, frozen only", 4, 0, "0:deep", cache="never", tuned_as=deep_at_once),
-        Arm(f"{deep_at_once}, fp32", 4, 0, "0:deep", settings={"codec": "fp32"}, tuned_as=deep_at_once),
-        Arm(f"{deep_at_once}, int8", 4, 0, "0:deep", settings={"codec": "int8"}, tuned_as=deep_at_once),
-        Arm(f"plain 4, head start of {LONG_HEAD_START}", 4, LONG_HEAD_START),
+        *(Arm(f"plain {epochs}", epochs, is_core=True) for epochs in (12, 6, 4, 3)),
+        Arm(half, 4, 0, "0:half", is_core=True),
+        Arm("auto of 4", 4, settings={"policy": "auto"}, is_core=True),
+        Arm("linear of 4", 4, settings={"policy": "linear"}, is_core=True),
+        *(Arm(f"plain {epochs}, {started}", epochs, HEAD_START, is_core=epochs in (4, 6)) for epochs in (6, 4)),
+        Arm(f"{half}, {started}", 4, HEAD_START, "0:half", is_core=True),
+        Arm(deep, 4, HEAD_START, "2:deep", is_core=True),
+        Arm(f"auto of 4, {started}", 4, HEAD_START, settings={"policy": "auto"}, is_core=True),
+        Arm("linear of 12", 12, settings={"policy": "linear"}, is_core=True),
+        Arm("auto of 12", 12, settings={"policy": "auto"}),
         Arm("LoRA 12", 12, lora=True),
+        Arm("deep from 0 of 4", 4, 0, "0:deep", is_core=True),
+        Arm("linear probe 12", 12, points="0:all"),
         Arm("layer decay 0.75 of 4", 4, settings={"layer_decay": 0.75}),
+        Arm(f"plain 3, {started}", 3, HEAD_START),
+        Arm(f"linear of 4, {started}", 4, HEAD_START, settings={"policy": "linear"}),
+        Arm(f"{half}, frozen only", 4, 0, "0:half", cache="never", tuned_as=half),
+        Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
         Arm(f"{deep}, annealed", 4, HEAD_START, "2:deep", settings={"anneal": "cosine"}),
+        Arm(f"plain 12, {started}", 12, HEAD_START),
     ]
 
 
@@ -163,19 +163,40 @@ def train_arm(
             "build_seconds": report.totals.build_seconds,
             "head_start_seconds": report.totals.head_start_seconds,
             "trial_seconds": report.totals.trial_seconds,
+            # Every phase begins to count anew.
+            "peak_gpu_bytes": report.totals.peak_memory_bytes if options.gpu else None,
             "phases": report.to_dict()["phases"],
         }
         result["why"] = getattr(trainer._freeze_policy, "why", None)
     else:
-        probe = trainer._prepare_inputs(task.collator(_fetch(train, range(2))))
-        result["flops"] = measure_training_flops(trainer.model, probe) * len(train) * arm.epochs * task.epochs
+        result["flops"] = _flops_of_a_sample(trainer, task, train) * len(train) * arm.epochs * task.epochs
     del trainer, model
     gc.collect()
     shutil.rmtree(target, ignore_errors=True)
     return result
 
 
-def _fetch(dataset: Any, rows: range) -> Any:
+def _flops_of_a_sample(trainer: Trainer, task: Task, train: Dataset) -> float:
+    """FLOPs of a step of plain training, by sample; of texts the mean over the batches of an epoch."""
+
+    def measure(batch: Mapping[str, torch.Tensor]) -> int:
+        return measure_training_flops(trainer.model, trainer._prepare_inputs(dict(batch)))
+
+    batch = task.collator(_fetch(train, range(2)))
+    if "input_ids" not in batch:
+        return measure(batch)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    batches = [task.collator(_fetch(train, rows.tolist())) for rows in order.split(task.batch_size)]
+    by_width = {batch["input_ids"].shape[1]: {name: rows[:2] for name, rows in batch.items()} for batch in batches}
+    # Attention grows with the square of the width, everything else with it.
+    widths = sorted(by_width)
+    probed = sorted({widths[0], widths[len(widths) // 2], widths[-1]})
+    curve = np.polyfit(probed, [measure(by_width[width]) for width in probed], len(probed) - 1)
+    seen = [(batch["input_ids"].shape[1], len(batch["input_ids"])) for batch in batches]
+    return float(sum(np.polyval(curve, width) * rows for width, rows in seen) / len(train))
+
+
+def _fetch(dataset: Any, rows: Iterable[int]) -> Any:
     return dataset.__getitems__(list(rows)) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 

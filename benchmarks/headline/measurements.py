@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from .arms import Arm
 
 Result = dict[str, Any]
 #: By arm, learning rate and seed.
@@ -28,22 +25,16 @@ def read_done(options: argparse.Namespace, task: str) -> Done:
     return {(result["arm"], result["learning_rate"], result["seed"]): result for result in results}
 
 
-def chosen_rates(options: argparse.Namespace, task: str, arms: Iterable[Arm], fewest: int = 4) -> dict[str, float]:
-    """By arm, the learning rate with the best accuracy on the validation samples.
+def trials_of(done: Done, arm: str) -> dict[float, float]:
+    """Accuracies of an arm on the validation samples, by learning rate."""
+    return {
+        rate: result["accuracy"]
+        for (name, rate, _), result in sorted(done.items())
+        if name == arm and result["is_tuning"]
+    }
 
-    Args:
-        options: where results are.
-        task: its name.
-        arms: those that are wanted.
-        fewest: an arm with fewer trials is left out.
-    """
-    done, rates = read_done(options, task), {}
-    for arm in arms:
-        trials = {
-            rate: result["accuracy"]
-            for (name, rate, _), result in done.items()
-            if name == arm.name and result["is_tuning"]
-        }
-        if not arm.tuned_as and len(trials) >= fewest:
-            rates[arm.name] = max(sorted(trials), key=trials.__getitem__)
-    return rates
+
+def chosen_rate(done: Done, arm: str) -> float | None:
+    """The learning rate of an arm with the best accuracy on the validation samples; None where none was tried."""
+    trials = trials_of(done, arm)
+    return max(trials, key=trials.__getitem__) if trials else None

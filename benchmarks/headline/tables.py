@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .._common import Claim, pick, result_folder, write_result
 from .._statistics import deviation, markdown_table, paired, spread
 from ..gpu.workload import describe_card
 from .arms import Arm, make_arms
-from .measurements import Done, Result, chosen_rates, read_done
+from .measurements import Done, Result, chosen_rate, read_done
 
 #: By arm, by seed.
 Runs = Mapping[str, Mapping[int, Result]]
@@ -24,8 +24,7 @@ def collect_task(name: str, options: argparse.Namespace) -> None:
     if not done:
         print(f"{name}: nothing is finished.")
         return
-    rates = chosen_rates(options, name, make_arms())
-    runs = _runs(done, rates)
+    runs = _runs(done)
     folder = result_folder("headline", options.smoke) / ("gpu" if options.gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"validation": _validation(done), "runs": runs}
@@ -62,10 +61,10 @@ def _validation_table(name: str, trials: Mapping[str, Mapping[str, float]]) -> s
     return "\n".join([title, "", *markdown_table(" | ".join(["arm", *rates]), rows)]) + "\n"
 
 
-def _runs(done: Done, rates: Mapping[str, float]) -> dict[str, dict[int, Result]]:
+def _runs(done: Done) -> dict[str, dict[int, Result]]:
     runs: dict[str, dict[int, Result]] = {}
     for arm in make_arms():
-        rate = rates.get(arm.tuned_as or arm.name)
+        rate = chosen_rate(done, arm.tuned_as or arm.name)
         rows = {
             seed: result
             for (name, own, seed), result in done.items()
@@ -119,25 +118,39 @@ def is_ours(arm: Arm) -> bool:
 
 
 def make_claims(name: str, runs: Runs) -> list[Claim]:
-    """The aims: the best of ours against the best plain arms, with and without a head start."""
+    """The aims: ours against plain arms of the same seconds, and against the best plain ones."""
     arms = {arm.name: arm for arm in make_arms() if arm.name in runs}
     mean = {arm: statistics.mean(row["accuracy"] for row in rows.values()) for arm, rows in runs.items()}
+    seconds = {arm: statistics.median(row["seconds"] for row in rows.values()) for arm, rows in runs.items()}
     ours = [arm for arm in arms if is_ours(arms[arm])]
-    cold = [arm for arm in arms if arms[arm].is_plain and not arms[arm].head_start]
-    started = [arm for arm in arms if arms[arm].is_plain and arms[arm].head_start]
+    plain = [arm for arm in arms if arms[arm].is_plain]
     claims = []
-    for others, what, most in ((cold, "plain's best", 1 / 3), (started, "plain's best with a head start", 2 / 3)):
+    gains = [mean[best] - mean[arm] for arm in plain if (best := _best_within(ours, seconds[arm], mean, seconds))]
+    if gains:
+        what = f"{name}: the best of ours that takes no more seconds - a plain arm, points, least over the plain arms"
+        claims.append(Claim(what, 100 * min(gains), at_least=0))
+    for has_start, what, most in ((False, "plain's best", 1 / 3), (True, "plain's best with a head start", 2 / 3)):
+        others = [arm for arm in plain if bool(arms[arm].head_start) == has_start]
         if not ours or not others:
             continue
-        best, own = max(others, key=mean.__getitem__), max(ours, key=mean.__getitem__)
+        best = max(others, key=mean.__getitem__)
+        as_good = [arm for arm in ours if mean[arm] >= mean[best]]
+        own = min(as_good, key=seconds.__getitem__) if as_good else max(ours, key=mean.__getitem__)
         pairs = _pairs(runs, best, own)
-        seconds = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
-        claims.append(Claim(f"{name}: seconds of '{own}' over those of {what} ('{best}')", seconds, at_most=most))
+        ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
+        claims.append(Claim(f"{name}: seconds of '{own}' over those of {what} ('{best}')", ratio, at_most=most))
         interval = paired([100 * (b["accuracy"] - a["accuracy"]) for a, b in pairs])["interval_95"]
         if interval is not None:
             what = f"{name}: '{own}' - '{best}', points, lower end of the 95 % interval"
             claims.append(Claim(what, interval[0], at_least=-0.5))
     return claims
+
+
+def _best_within(
+    arms: Iterable[str], most: float, accuracy: Mapping[str, float], seconds: Mapping[str, float]
+) -> str | None:
+    """The arm of the highest accuracy that takes no more seconds; None if none does."""
+    return max((arm for arm in arms if seconds[arm] <= most), key=accuracy.__getitem__, default=None)
 
 
 def _table(name: str, arms: Mapping[str, Any], front: list[str]) -> str:

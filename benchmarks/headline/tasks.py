@@ -29,11 +29,11 @@ from ..text.sources import load_minilm, load_questions, tokenized
 
 #: Share of the training samples by which learning rates are chosen. All sets are shuffled.
 VALIDATION = 0.2
-#: Learning rates that every arm is tried with, of all parameters or of what was added to a frozen model.
-RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-RATES_OF_TEXTS = (2e-4, 4e-4, 8e-4, 1.6e-3)
-RATES_FROM_SCRATCH = (1e-3, 2e-3, 4e-3, 8e-3)
-RATES_OF_FEW = (5e-4, 1e-3, 2e-3, 4e-3)
+#: Learning rates that every arm is tried with first, of all parameters or of what was added to a frozen model.
+RATES = (1e-4, 2e-4, 4e-4)
+RATES_OF_TEXTS = (2e-4, 4e-4, 8e-4)
+RATES_FROM_SCRATCH = (2e-3, 4e-3, 8e-3)
+RATES_OF_FEW = (1e-3, 2e-3, 4e-3)
 _TO_TENSOR = [v2.PILToTensor(), *FINISH]
 #: Linear layers that LoRA adapts, by the end of their names.
 ADAPTED = ["query", "value", "q_proj", "v_proj"]
@@ -53,9 +53,10 @@ class Task:
         blocks: `len(chain)` of the model.
         half: the cut that the arms call half: about half of the blocks.
         deep: the cut that the arms call deep.
-        rates: learning rates that are tried, of all parameters.
+        rates: learning rates that are tried first, of all parameters.
         epochs: how many epochs stand for one of an arm: networks without pretrained weights take more.
         is_pretrained: whether the model has learned something before.
+        has_all_arms: whether all arms are trained, or those alone that every task has.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Task:
     rates: tuple[float, ...] = RATES
     epochs: int = 1
     is_pretrained: bool = True
+    has_all_arms: bool = False
 
     def split(self) -> tuple[Dataset, Dataset]:
         """The training samples without those for validation, and these."""
@@ -97,7 +99,18 @@ def _caltech(name: str, options: argparse.Namespace, size: int, rotated: bool = 
         train, test = _rotated(train, seed=1), _rotated(test, seed=2)
     collator = as_batch if size == 224 else as_interpolated_batch
     classes = {"classes": 4} if rotated else {}
-    return Task(name, train, test, lambda: load_deit(options, **classes), collator, options.batch_size, 13, 6, 10)
+    return Task(
+        name,
+        train,
+        test,
+        lambda: load_deit(options, **classes),
+        collator,
+        options.batch_size,
+        13,
+        6,
+        10,
+        has_all_arms=not rotated,
+    )
 
 
 def _rotated(images: Pixels, seed: int) -> Pixels:
@@ -169,7 +182,7 @@ def _from_scratch(name: str, options: argparse.Namespace) -> Task:
         test,
         lambda: CifarResNet(20),
         default_data_collator,
-        options.batch_size,
+        4 * options.batch_size,
         len(block_names(20)),
         5,
         8,

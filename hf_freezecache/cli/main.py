@@ -60,6 +60,10 @@ def _choose(options: argparse.Namespace) -> Callable[[], None]:
         from .report import report
 
         return partial(report, options.directories, options.output, options.metric, options.json)
+    if options.command == "zo-cost":
+        from .zero_order import print_costs
+
+        return partial(print_costs, options)
     from . import stores
 
     if options.command == "inspect":
@@ -75,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="freezecache",
         description="Plans feature stores, inspects, verifies and removes them; saves, loads and pushes heads; "
-        "reports on trainings; makes predictors of what has settled.",
+        "reports on trainings; makes predictors of what has settled; estimates random numbers in hardware.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -107,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")
     _add_head(commands)
     add_predictor(commands)
+    _add_zero_order_cost(commands)
     return parser
 
 
@@ -206,6 +211,29 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     store.add_argument("--views", type=int, metavar="N", help="augmented views beside the base view (default: 1)")
     store.add_argument("--budget", metavar="SIZE", help="largest size of a store, e.g. 20GB")
     store.add_argument("--cache-dir", metavar="DIR", help="folder of the stores: its disk must have room for them")
+
+
+def _add_zero_order_cost(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "zo-cost",
+        help="estimate what random numbers for zeroth-order training cost in hardware",
+        description="Estimates, from published building blocks, the random numbers of a step and the size of the "
+        "generators that give them on an FPGA: Gaussian ones, and those of PeZO.",
+    )
+    parser.add_argument("parameters", type=int, metavar="WEIGHTS", help="how many weights are trained")
+    parser.add_argument(
+        "--lanes", type=int, default=8, metavar="N", help="numbers a clock cycle (default: %(default)s)"
+    )
+    parser.add_argument("--bits", type=int, default=8, metavar="N", help="of a uniform number (default: %(default)s)")
+    parser.add_argument("--pool-size", type=int, default=4095, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--estimator", choices=("two_point", "one_sided"), default="two_point", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--estimates", type=int, default=1, metavar="N", help="directions a step (default: %(default)s)"
+    )
+    parser.add_argument("--exact-scaling", action="store_true", help="multiply uniform numbers in place of shifting")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
 
 def _numbers(text: str) -> list[int]:

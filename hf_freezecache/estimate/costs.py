@@ -73,6 +73,8 @@ class Work:
         run_twice: ranges on which the codec is fitted and whose features memory does not hold until they are written.
         workers: loader processes; they work while the model computes.
         processes: processes that train together.
+        shared: samples that a build stores for each one of the training: more than 1 where it stores the data set that
+            the samples are selected from.
     """
 
     ranges: float
@@ -82,6 +84,7 @@ class Work:
     run_twice: int = 0
     workers: int = 0
     processes: int = 1
+    shared: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class PlanRow:
         peak_memory_bytes: of a replay step; None if it was not measured.
         limit: bytes that the store may take; None if that is not known.
         most_bytes: of the Arrow files, the most that they can take where rows are packed; None: they take `bytes`.
+        shared: as in `Work`. Other trainings read the other samples, and bear their part of the build.
 
     Where the suffix was not measured, steps and epochs lack it; what is saved is right.
     """
@@ -119,6 +123,7 @@ class PlanRow:
     peak_memory_bytes: int | None = None
     limit: int | None = None
     most_bytes: int | None = None
+    shared: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -136,10 +141,15 @@ class PlanRow:
         return self.live_epoch_seconds - self.replay_epoch_seconds
 
     @property
+    def own_build_seconds(self) -> float:
+        """The part of the build that the training's own samples take."""
+        return self.build_seconds / self.shared
+
+    @property
     def break_even_epochs(self) -> float:
         """Replay epochs after which the build has paid for itself; infinite if it never does."""
         saved = self.seconds_saved_per_epoch
-        return self.build_seconds / saved if saved > 0 else math.inf
+        return self.own_build_seconds / saved if saved > 0 else math.inf
 
     @property
     def fits(self) -> bool:
@@ -261,6 +271,7 @@ def make_row(
         peak_memory_bytes=costs.peak_memory_bytes,
         limit=limit,
         most_bytes=most_bytes,
+        shared=work.shared,
     )
 
 
@@ -273,7 +284,7 @@ def build_seconds(costs: Costs, work: Work) -> float:
         compute, load = costs.run, 0.0
         # One augmented view is compared, whatever the number of views.
         compared = costs.run * 2 / (1 + max(1, work.views)) + costs.compare
-    one_pass = overlapped(compute + costs.encode, load, work.workers) * work.ranges / work.processes
+    one_pass = overlapped(compute + costs.encode, load, work.workers) * work.ranges * work.shared / work.processes
     twice = overlapped(compute, load, work.workers) * work.run_twice
     return costs.fixed + work.compared * compared + twice + one_pass
 
@@ -326,9 +337,7 @@ def decide(row: PlanRow, epochs_left: float, limit: int | None = None) -> str | 
     saved = row.seconds_saved_per_epoch
     if saved <= 0:
         return "a replay step would be no faster than a live one"
-    if saved * epochs_left <= MARGIN * row.build_seconds:
-        return (
-            f"a build takes about {show_seconds(row.build_seconds)}, and the {show_epochs(epochs_left)} left would "
-            f"save {show_seconds(saved * epochs_left)}"
-        )
+    if saved * epochs_left <= MARGIN * row.own_build_seconds:
+        left = f"the {show_epochs(epochs_left)} left would save {show_seconds(saved * epochs_left)}"
+        return f"a build takes about {show_seconds(row.own_build_seconds)}, and {left}"
     return None

@@ -187,6 +187,7 @@ class Prober:
             run_twice=0 if make_codec(spec.codec, spec.layout).fitted else ranges_run_twice(spec),
             workers=self.source.num_workers,
             processes=self.processes,
+            shared=len(spec.source) / len(self.source),
         )
 
     def plain(self, spec: StoreSpec, batches: int) -> tuple[float, float]:

@@ -92,9 +92,10 @@ class StoreWorth:
         if not self.is_asked:
             return
         row = self._measure(lambda: spec, epochs_left, limit, pace)
+        others = f" for all rows, {show_seconds(row.own_build_seconds)} of it for this training's" * (row.shared > 1)
         self.announcer.warning_once(
             f"Cut {spec.cut}: {row.codec}, {show_bytes(row.bytes)} (base {show_bytes(row.base_bytes)}, views "
-            f"{show_bytes(row.view_bytes)}); a build takes about {show_seconds(row.build_seconds)} and saves "
+            f"{show_bytes(row.view_bytes)}); a build takes about {show_seconds(row.build_seconds)}{others} and saves "
             f"{show_seconds(row.seconds_saved_per_epoch)} in each of {epochs_left:.3g} epochs left: it pays."
         )
 

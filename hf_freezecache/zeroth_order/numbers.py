@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,9 +53,13 @@ class Numbers(ABC):
             float32 tensor `(piece.length,)`, not to be changed: others may be given the same memory.
         """
 
-    def squares(self, piece: Piece, device: torch.device) -> float:
-        """The sum of the squares of the numbers of a piece."""
-        return float(self.take(piece, device).double().square().sum())
+    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
+        """The numbers of each of several pieces of a perturbation, as `take` gives them."""
+        return [self.take(piece, device) for piece in pieces]
+
+    def squares(self, pieces: Sequence[Piece], device: torch.device) -> float:
+        """The sum of the squares of the numbers of pieces of a perturbation."""
+        return sum(float(self.take(piece, device).double().square().sum()) for piece in pieces)
 
 
 class FreshNumbers(Numbers):
@@ -67,11 +72,14 @@ class FreshNumbers(Numbers):
 
     def __init__(self, distribution: Distribution, seed: int):
         self.distribution, self.seed = distribution, seed
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """Draws the numbers of a piece; other kinds of devices have other generators, and give other numbers."""
         self.drawn += piece.length
-        generator = torch.Generator(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        generator = self._generators[device]
         generator.manual_seed(hash_key("perturbation", self.seed, piece.perturbation, piece.position) >> 1)
         if self.distribution == "gaussian":
             return torch.randn(piece.length, generator=generator, device=device)
@@ -96,6 +104,22 @@ class Stream(Numbers):
     def start(self, piece: Piece) -> int:
         """Where in the period a piece begins."""
         return (piece.perturbation * self.stride + piece.position) % self.period
+
+    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
+        """The numbers of each of several pieces of a perturbation; those of neighbours are taken at once."""
+        return [
+            numbers
+            for neighbours in _runs(pieces)
+            for numbers in self.take(_joined(neighbours), device).split([piece.length for piece in neighbours])
+        ]
+
+    def squares(self, pieces: Sequence[Piece], device: torch.device) -> float:
+        """The sum of the squares of the numbers of pieces, from sums that were made with the numbers."""
+        return sum(self._squares(_joined(neighbours)) for neighbours in _runs(pieces))
+
+    @abstractmethod
+    def _squares(self, piece: Piece) -> float:
+        """The sum of the squares of the numbers of a piece."""
 
 
 class Pool(Stream):
@@ -131,8 +155,7 @@ class Pool(Stream):
             long = self._long[device] = self.values.to(device).repeat(times)
         return long[start : start + piece.length]
 
-    def squares(self, piece: Piece, device: torch.device) -> float:
-        """The sum of the squares of a piece, from sums that were made with the pool."""
+    def _squares(self, piece: Piece) -> float:
         return _cyclic_sum(self._sums, self.start(piece), piece.length)
 
 
@@ -163,8 +186,7 @@ class OnTheFly(Stream):
         self.drawn += piece.length  # by the registers, in whatever way they are looked up here
         return self._at(self.start(piece), piece.length, device)
 
-    def squares(self, piece: Piece, device: torch.device) -> float:
-        """The sum of the squares of a piece, from sums over clock cycles that were made with the registers."""
+    def _squares(self, piece: Piece) -> float:
         start, count = self.start(piece), self.row.count
         first, last = -(-start // count), (start + piece.length) // count  # whole clock cycles
         if last <= first:
@@ -186,6 +208,22 @@ def as_fractions(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers from 1 to `2**bits - 1` as numbers between -1 and 1, around 0, with a fixed point."""
     half = 2 ** (bits - 1)
     return (values - half).float().div_(half)
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of a perturbation that follow one another without a gap."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and run[-1].position + run[-1].length != piece.position:
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _joined(run: Sequence[Piece]) -> Piece:
+    return Piece(run[0].perturbation, run[0].position, sum(piece.length for piece in run))
 
 
 def _cyclic_sum(sums: np.ndarray, start: int, length: int) -> float:

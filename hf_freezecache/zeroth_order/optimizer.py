@@ -43,8 +43,6 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss = None if closure is None else closure()
         gradients, self.gradients = self.gradients, {}
         for group in self.param_groups if gradients else ():
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    rate, decay = float(group["lr"]), float(group["weight_decay"])
-                    self.perturbation.descend(parameter, gradients, rate, decay)
+            live = [parameter for parameter in group["params"] if parameter.requires_grad]
+            self.perturbation.descend(live, gradients, float(group["lr"]), float(group["weight_decay"]))
         return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from types import TracebackType
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch
 from .numbers import PIECE, Numbers, Piece
 
 Scaling = Literal["none", "exact", "power_of_two"]
+#: Parts of parameters, and the position of the first number of each in a direction.
+Lot = list[tuple[torch.Tensor, int]]
 
 
 class Perturbation:
@@ -59,41 +62,43 @@ class Perturbation:
     def add(self, direction: int, factor: float) -> None:
         """Moves the weights along a direction, in place."""
         factor *= self.scale(direction)
-        for parameter in self.live:
-            for target, piece in self._pieces(parameter, direction):
-                target.add_(self._take(target, piece), alpha=factor)
+        for lot in self._lots(self.live):
+            torch._foreach_add_([target for target, _ in lot], self._take(lot, direction), alpha=factor)
 
     @torch.no_grad()
-    def descend(self, parameter: torch.Tensor, gradients: Mapping[int, float], rate: float, decay: float) -> None:
-        """Moves a parameter against directions, and towards zero; it is rounded once.
+    def descend(
+        self, parameters: Sequence[torch.Tensor], gradients: Mapping[int, float], rate: float, decay: float
+    ) -> None:
+        """Moves parameters against directions, and towards zero; they are rounded once.
 
         Args:
-            parameter: one of those of the perturbation.
+            parameters: of those of the perturbation.
             gradients: the slope of the loss along directions, by their number, as they are summed.
             rate: the learning rate.
             decay: of the weights, decoupled: `rate * decay` of them goes.
         """
-        for target, total in self._sums(parameter, gradients):
+        for lot in self._lots(parameters):
+            targets, totals = [target for target, _ in lot], self._sum(lot, gradients)
             if decay:
-                total.add_(target, alpha=decay)
-            target.add_(total, alpha=-rate)
+                torch._foreach_add_(totals, targets, alpha=decay)
+            torch._foreach_add_(targets, totals, alpha=-rate)
 
     @torch.no_grad()
     def combine(self, parameter: torch.Tensor, gradients: Mapping[int, float]) -> torch.Tensor:
         """The sum of directions, each times its factor, as a tensor like a parameter."""
-        parts = [total.to(parameter.dtype) for _, total in self._sums(parameter, gradients)]
-        return torch.cat([part.flatten() for part in parts]).view(parameter.shape)
+        totals = [total for lot in self._lots([parameter]) for total in self._sum(lot, gradients)]
+        return torch.cat([total.to(parameter.dtype).flatten() for total in totals]).view(parameter.shape)
 
-    def _sums(
-        self, parameter: torch.Tensor, gradients: Mapping[int, float]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts of a parameter, as views, and the sum of directions there, float32."""
-        for parts in zip(*(self._pieces(parameter, direction) for direction in gradients), strict=True):
-            target = parts[0][0]
-            total = torch.zeros(target.shape, device=target.device)
-            for (direction, gradient), (_, piece) in zip(gradients.items(), parts, strict=True):
-                total.add_(self._take(target, piece), alpha=gradient * self.scale(direction))
-            yield target, total
+    def _sum(self, lot: Lot, gradients: Mapping[int, float]) -> list[torch.Tensor]:
+        """The sum of directions, each times its factor, at some parts, float32."""
+        totals: list[torch.Tensor] = []
+        for direction, gradient in gradients.items():
+            factor, numbers = gradient * self.scale(direction), self._take(lot, direction)
+            if totals:
+                torch._foreach_add_(totals, numbers, alpha=factor)
+            else:
+                totals = list(torch._foreach_mul(numbers, factor))
+        return totals
 
     def scale(self, direction: int) -> float:
         """What the numbers of a direction are multiplied by."""
@@ -107,29 +112,48 @@ class Perturbation:
         return self._scales[key]
 
     def _find_scale(self, direction: int) -> float:
-        squares, count = 0.0, 0
-        for parameter in self.live:
-            for target, piece in self._pieces(parameter, direction):
-                squares += self.numbers.squares(piece, target.device)
-                count += piece.length
+        parts = [part for parameter in self.live for part in self._parts(parameter)]
+        squares = sum(self.numbers.squares(pieces, device) for device, pieces in _by_device(parts, direction))
+        count = sum(target.numel() for target, _ in parts)
         if not squares:
             return 1.0  # nothing is moved, or by zeros
         exact = gaussian_modulus(count) / math.sqrt(squares)
         return exact if self.scaling == "exact" else 2.0 ** round(math.log2(exact))
 
-    def _pieces(self, parameter: torch.Tensor, direction: int) -> Iterator[tuple[torch.Tensor, Piece]]:
-        """Parts of a parameter, as views, and the numbers that belong to them."""
+    def _lots(self, parameters: Sequence[torch.Tensor]) -> Iterator[Lot]:
+        """Parts of parameters, as many as have `PIECE` numbers together: they are moved at once."""
+        lot: Lot = []
+        room = PIECE
+        for parameter in parameters:
+            for target, position in self._parts(parameter):
+                if lot and target.numel() > room:
+                    yield lot
+                    lot, room = [], PIECE
+                lot.append((target, position))
+                room -= target.numel()
+        if lot:
+            yield lot
+
+    def _parts(self, parameter: torch.Tensor) -> Lot:
+        """Parts of a parameter, as views."""
         offset, values = self._offsets[id(parameter)], parameter.detach()
         if not values.is_contiguous():
-            yield values, Piece(direction, offset, values.numel())
-            return
+            return [(values, offset)]
         flat = values.view(-1)
-        for start in range(0, len(flat), PIECE):
-            part = flat[start : start + PIECE]
-            yield part, Piece(direction, offset + start, len(part))
+        return [(flat[start : start + PIECE], offset + start) for start in range(0, len(flat), PIECE)]
 
-    def _take(self, target: torch.Tensor, piece: Piece) -> torch.Tensor:
-        return self.numbers.take(piece, target.device).view(target.shape)
+    def _take(self, lot: Lot, direction: int) -> list[torch.Tensor]:
+        """The numbers of a direction that belong to some parts."""
+        numbers = [
+            each for device, pieces in _by_device(lot, direction) for each in self.numbers.take_each(pieces, device)
+        ]
+        return [each.view(target.shape) for each, (target, _) in zip(numbers, lot, strict=True)]
+
+
+def _by_device(lot: Lot, direction: int) -> Iterator[tuple[torch.device, list[Piece]]]:
+    """The pieces that belong to some parts, together where the same device has neighbours."""
+    for device, parts in groupby(lot, key=lambda part: part[0].device):
+        yield device, [Piece(direction, position, target.numel()) for target, position in parts]
 
 
 class Displacement:

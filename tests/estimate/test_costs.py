@@ -75,6 +75,14 @@ def test_build_of_base_views_runs_the_prefix_once_over_every_range():
     assert math.isclose(build_seconds(COSTS, Work(ranges=10.5)), 7 + 10.5 * 4.5)
 
 
+def test_build_of_rows_that_others_read_takes_longer_and_its_own_part_decides():
+    assert math.isclose(build_seconds(COSTS, Work(ranges=8, shared=1.25)), 7 + 10 * 4.5)
+    # Of 10 seconds, 2 are for the training's own rows: an epoch saves 4.
+    assert decide(row(), epochs_left=1) is not None
+    assert decide(row(shared=5.0), epochs_left=1) is None
+    assert row(shared=5.0).break_even_epochs == 0.5
+
+
 def test_build_with_views_runs_every_view_and_compares_some():
     work = Work(ranges=10, views=2, views_run=2, compared=4, run_twice=1)
     one_range = (1 + 2 * 4) + 3 * 3

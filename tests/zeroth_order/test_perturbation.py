@@ -126,7 +126,7 @@ def test_squares_are_those_of_the_numbers(source):
         for length in (1, 5, 8, 17, 40, 700):
             piece = Piece(3, position, length)
             expected = float(numbers.take(piece, CPU).double().square().sum())
-            assert numbers.squares(piece, CPU) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            assert numbers.squares([piece], CPU) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_numbers_that_are_drawn_are_counted():
@@ -207,7 +207,7 @@ def test_descent_is_the_sum_of_directions_and_is_rounded_once(dtype):
     before = weight.detach().clone()
     perturbation = Perturbation(weights, FreshNumbers("gaussian", 1), "none")
     z = [perturbation.numbers.take(Piece(number, 0, 40), CPU) for number in (4, 5)]
-    perturbation.descend(weight, {4: 2.0, 5: -0.5}, rate=0.1, decay=0.01)
+    perturbation.descend(weights, {4: 2.0, 5: -0.5}, rate=0.1, decay=0.01)
     expected = before.double() - 0.1 * (2 * z[0] - z[1] / 2 + 0.01 * before).double()
     assert torch.allclose(weight.double(), expected, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-7)
 

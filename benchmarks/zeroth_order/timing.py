@@ -1,0 +1,301 @@
+"""Seconds of a step by method, on features and on samples; the generator's share of them; memory beside inference.
+
+python -m benchmarks.zeroth_order.timing --threads 1          # on a CPU that does nothing else; continues after a kill
+python -m benchmarks.zeroth_order.timing --gpu --collect      # the table of what is finished
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback, set_seed
+
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ZeroOrderConfig, ZeroOrderTrainer
+
+from .._common import (
+    Claim,
+    describe_machine,
+    in_turn,
+    make_parser,
+    pick,
+    prepare,
+    result_folder,
+    silence,
+    write_json,
+    write_result,
+)
+from .._partials import settle_run_options
+from .._statistics import markdown_table
+from ..gpu.workload import describe_card
+from ..headline.tasks import Task, load_task
+from .jobs import Job
+from .methods import EPS, METHODS, on_the_fly, pool
+from .tables import MACHINE
+from .trainings import PlainStochasticGradients, make_args, make_config
+
+TASKS = ("caltech-224", "banking77")
+MEZO, POOL, FLY, EXACT = "MeZO", pool(4095), on_the_fly(8), "exact gradient"
+#: Method, and whether its steps run on features.
+SIDES = {
+    **{name: (name, True) for name in (MEZO, POOL, FLY, "naive uniform", "uniform, power of two", EXACT)},
+    **{f"{name}, on samples": (name, False) for name in (MEZO, POOL, EXACT)},
+}
+#: Steps at the beginning of a training that are not timed.
+WARM_UP = 3
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the end of a step to the end of the next one, with the batch that is fetched in between."""
+
+    def __init__(self):
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of the steps after the first ones."""
+        pairs = zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:], strict=False)
+        return [later - earlier for earlier, later in pairs]
+
+
+class Watched(ZeroOrderTrainer):
+    """Measures the memory of one loss and of a whole step, and the generator's share of a step."""
+
+    def __init__(self, *args, on_gpu: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.on_gpu, self.found, self._seen, self._inside = on_gpu, {}, 0, False
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        step = super().training_step
+        if self._captures is not None or not self.freeze_status().replaying:
+            return step(model, inputs, *args, **kwargs)
+        self._seen += 1
+        if self._seen == 1:  # it makes what is kept of a pool
+            losses: list[torch.Tensor] = []
+            self.found["step_bytes"] = peak_bytes(lambda: losses.append(step(model, inputs, *args, **kwargs)), self)
+            return losses[0]
+        if self._seen == 2:
+            self._inside = True
+            loss = step(model, inputs, *args, **kwargs)
+            self._inside = False
+            return loss
+        with self._naming_numbers(), profile(activities=activities(self.on_gpu)) as profiled, record_function("step"):
+            loss = step(model, inputs, *args, **kwargs)
+        spent = {
+            event.key: event.cpu_time_total for event in profiled.key_averages() if event.key in ("step", "numbers")
+        }
+        self.found["generator_share"] = spent.get("numbers", 0.0) / spent["step"]
+        return loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        compute = super().compute_loss
+        if not self._inside:
+            return compute(model, inputs, *args, **kwargs)
+        answers: list[Any] = []
+        self.found["loss_bytes"] = peak_bytes(lambda: answers.append(compute(model, inputs, *args, **kwargs)), self)
+        return answers[0]
+
+    @contextmanager
+    def _naming_numbers(self):
+        """Inside, the profiler sees when numbers are made, under a name."""
+        numbers = self._own_optimizer.perturbation.numbers
+        take = numbers.take_each
+
+        def named(*args):
+            with record_function("numbers"):
+                found = take(*args)
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                return found
+
+        numbers.take_each = named
+        try:
+            yield
+        finally:
+            del numbers.take_each
+
+
+def activities(on_gpu: bool) -> list[ProfilerActivity]:
+    """What the profiler looks at."""
+    return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+
+
+def peak_bytes(run: Any, trainer: Watched) -> int:
+    """The most memory that tensors take at a time, beyond what there is before."""
+    if trainer.on_gpu:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def make_trainer(side: str, task: Task, options: argparse.Namespace, steps: int, watch: bool = False) -> Any:
+    """The trainer of a side."""
+    name, on_features = SIDES[side]
+    target = Path(options.output_dir) / "timings"
+    shutil.rmtree(target, ignore_errors=True)
+    set_seed(options.seed)
+    job = Job(task.name, "new head", name, 1e-5, EPS, options.seed, False)
+    config = make_config(task, options)
+    if not on_features:
+        config = FreezeCacheConfig(policy="manual", freeze_points=config.freeze_points, cache="never", report="none")
+    kwargs: dict[str, Any] = {
+        "args": make_args(job, task, target, options, steps),
+        "train_dataset": task.train,
+        "data_collator": task.collator,
+        "freeze_cache": config,
+    }
+    settings = METHODS[name].settings
+    if settings is None:
+        return PlainStochasticGradients(task.load_model(), **kwargs)
+    kwargs["zero_order"] = ZeroOrderConfig(eps=EPS, **settings)
+    if watch:
+        return Watched(task.load_model(), **kwargs, on_gpu=options.gpu)
+    return ZeroOrderTrainer(task.load_model(), **kwargs)
+
+
+def time_side(side: str, task: Task, options: argparse.Namespace) -> float:
+    """The median seconds of a step."""
+    trainer: FreezeCacheTrainer = make_trainer(side, task, options, options.steps + WARM_UP)
+    clock = StepClock()
+    trainer.add_callback(clock)
+    silence(trainer).train()
+    return statistics.median(clock.seconds())
+
+
+def watch_sides(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Memory and the generator's share, by side."""
+    found = {}
+    for side, (name, on_features) in SIDES.items():
+        if on_features and METHODS[name].settings is not None:
+            trainer = make_trainer(side, task, options, steps=3, watch=True)
+            silence(trainer).train()
+            found[side] = trainer.found
+    return found
+
+
+def machine_file(options: argparse.Namespace) -> Path:
+    """Where it is said what the machine was."""
+    return round_file(options, "", 0).parent / MACHINE
+
+
+def round_file(options: argparse.Namespace, task: str, number: int | str) -> Path:
+    """Where a round leaves its result."""
+    return Path(options.output_dir) / ("timing-gpu" if options.gpu else "timing-cpu") / task / f"{number}.json"
+
+
+def run_task(name: str, options: argparse.Namespace) -> None:
+    """All rounds of a task that are not there yet."""
+    wanted = ["watched", *range(options.rounds)]
+    wanted = [number for number in wanted if not round_file(options, name, number).exists()]
+    if not wanted:
+        return
+    task, deadline = load_task(name, options), time.time() + options.seconds
+    for number in wanted:
+        if time.time() > deadline:
+            return
+        if number == "watched":
+            result = watch_sides(task, options)
+        else:
+            result = {side: time_side(side, task, options) for side in in_turn(SIDES, number)}
+        write_json(round_file(options, name, number), result)
+        print(f"{name}, {number}: {result}", flush=True)
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Writes the table and the JSON of what is finished."""
+    claims, lines, content = [], [], {}
+    for name in options.tasks:
+        files = [round_file(options, name, number) for number in range(options.rounds)]
+        rounds = [json.loads(path.read_text()) for path in files if path.exists()]
+        watched_file = round_file(options, name, "watched")
+        watched = json.loads(watched_file.read_text()) if watched_file.exists() else {}
+        if not rounds:
+            continue
+        content[name] = {"rounds": rounds, "watched": watched}
+        for side in SIDES:
+            lines.append(_line(name, side, rounds, watched.get(side, {})))
+        for side in (POOL, FLY):
+            ratio = statistics.median(each[side] / each[MEZO] for each in rounds)
+            claims.append(Claim(f"{name}: seconds of a step of '{side}' over MeZO's", ratio, at_most=1.0))
+        for side, found in watched.items():
+            ratio = found["step_bytes"] / found["loss_bytes"]
+            claims.append(Claim(f"{name}, '{side}': memory of a step over one loss", ratio, at_most=1.1))
+    if not content:
+        print("nothing is finished.")
+        return
+    header = "task | step | median, ms (min to max) | over MeZO's | numbers, share of a step | memory over one loss"
+    table = "\n".join(markdown_table(header, lines)) + "\n"
+    print(table)
+    place = "gpu" if options.gpu else "cpu"
+    folder = result_folder("zeroth_order", options.smoke) / place
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "timing.md").write_text(table)
+    machine = machine_file(options)
+    content["measured_on"] = json.loads(machine.read_text()) if machine.exists() else None
+    settings = pick(options, "batch_size steps rounds threads gpu")
+    write_result("zeroth_order", options, settings, content, claims, f"{place}/timing.json")
+
+
+def _line(task: str, side: str, rounds: list[dict[str, float]], found: dict[str, float]) -> tuple[str, ...]:
+    own = [1e3 * each[side] for each in rounds]
+    ratios = [each[side] / each[MEZO] for each in rounds]
+    return (
+        task,
+        side,
+        f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{100 * found['generator_share']:.1f} %" if found else "",
+        f"{found['step_bytes'] / found['loss_bytes']:.3f}" if found else "",
+    )
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
+    parser.add_argument("--rows", type=int, help="training samples (default: 2,020 images, 4,000 texts)")
+    parser.add_argument("--test_rows", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a training")
+    parser.add_argument("--rounds", type=int, default=5, help="trainings of every side")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--gpu", action="store_true", help="time on the GPU; results go to gpu/")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no round of a task begins later than this")
+    parser.add_argument("--collect", action="store_true", help="make the table, time nothing")
+    parser.add_argument("--output_dir", help="folder of stores and of single results (default: below outputs/)")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.rows, options.steps, options.rounds = 32, 2, 2
+    settle_run_options(options, "zeroth_order", 1)
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    prepare(options)
+    if not options.collect:
+        machine = describe_machine() | (describe_card() if options.gpu else {})
+        write_json(machine_file(options), machine)
+        for name in options.tasks:
+            run_task(name, options)
+    collect(options)
+
+
+if __name__ == "__main__":
+    main()
