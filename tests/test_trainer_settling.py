@@ -91,6 +91,12 @@ def test_learning_rates_fall_between_a_decision_and_its_freeze(name, tmp_path):
     assert losses(annealed)[first[0] + 1] != losses(plain)[first[0] + 1]
 
 
+def test_a_rule_goes_on_from_blocks_that_layer_decay_has_frozen(tmp_path):
+    config = {"layer_decay": 0.5, "layer_decay_min": 0.2}  # the stem and the first of three blocks
+    trainer = trained(tmp_path, RULES["simfreeze"](), cache="never", config=config)
+    assert cuts_of(trainer)[0] == 2 and cuts_of(trainer)[-1] == 3
+
+
 def test_freezeout_falls_as_it_freezes(tmp_path):
     config = {"policy": "freezeout", "anneal": "cosine", "anneal_scale": True}
     trainer = trained(tmp_path, None, cache="never", config=config)

@@ -46,7 +46,7 @@ class AutoFreezePolicy(SettlingPolicy):
         super().start(num_blocks)
         self._before, self._sums, self._steps = {}, {}, 0
 
-    def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+    def look(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         for block in blocks:
             gradients = [parameter.grad for parameter in block.parameters.values() if parameter.grad is not None]
             if gradients:

@@ -64,8 +64,8 @@ class ObservedBlock:
             observes activations.
         similarities: inner products `(N, N)` of N training samples in the block's output, centered, float32 on the
             CPU: all that `cka` needs. The samples are the same in every step, and the model is in eval mode. None
-            unless the policy observes them, in other processes than the main one, and in most steps: they are read in
-            the first step of an epoch, and as often within it as costs little.
+            unless the policy observes them, and in most steps: they are read in the first step of an epoch, and as
+            often within it as costs little.
 
     Shapes: N samples.
     """

@@ -57,7 +57,7 @@ class EgeriaPolicy(SettlingPolicy):
         super().start(num_blocks)
         self._reference, self._plasticity = {}, {}
 
-    def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+    def look(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         read = {block.index: block.similarities for block in blocks if block.similarities is not None}
         if not read or moment.epoch < 1:
             return

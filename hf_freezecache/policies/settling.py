@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .base import FreezePolicy, Moment
+from .base import FreezePolicy, Moment, ObservedBlock
 
 
 class SettlingPolicy(FreezePolicy):
@@ -29,6 +30,20 @@ class SettlingPolicy(FreezePolicy):
 
     def start(self, num_blocks: int) -> None:
         self.deepest, self.settled = round(self.max_frozen * num_blocks), 0
+
+    def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+        # Blocks may have been frozen by other settings, or by the rule of a checkpoint.
+        self.settled = max(self.settled, moment.cut)
+        self.look(moment, blocks)
+
+    @abstractmethod
+    def look(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+        """Called before every optimizer step: calls `settle` when something is found.
+
+        Args:
+            moment: the progress of the training.
+            blocks: the blocks that are not frozen, in their order; those before `settled` are decided.
+        """
 
     def settle(self, verdicts: Sequence[bool]) -> None:
         """Takes what the rule has found.

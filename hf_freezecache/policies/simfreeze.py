@@ -45,7 +45,7 @@ class SimFreezePolicy(SettlingPolicy):
         super().start(num_blocks)
         self._first, self._values = {}, {}
 
-    def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+    def look(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         read = {block.index: block.similarities for block in blocks if block.similarities is not None}
         if not read:
             return

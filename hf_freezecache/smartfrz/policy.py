@@ -111,7 +111,7 @@ class SmartFrzPolicy(SettlingPolicy):
         super().start(num_blocks)
         self._histories, self._saved, self._snapshot = {}, {}, 0
 
-    def observe(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
+    def look(self, moment: Moment, blocks: Sequence[ObservedBlock]) -> None:
         if moment.step % snapshot_every(moment.max_steps):
             return
         live = [block for block in blocks if block.index >= self.settled and _trained(block)]

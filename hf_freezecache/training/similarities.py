@@ -25,8 +25,9 @@ _SHARE = 0.0125
 class SampleSimilarities:
     """Reads how alike a few fixed training samples are to each block, in eval mode and without gradients.
 
-    The main process reads, as it decides. The samples are the same in every reading: rows from all over the training
-    data, as the base view has them. Generators, buffers and modes stay as they are.
+    The samples are the same in every reading: rows from all over the training data, as the base view has them.
+    Generators, buffers and modes stay as they are. All processes read, though the main one alone decides: a model may
+    communicate.
 
     Args:
         context: model, samples and settings.
@@ -45,7 +46,7 @@ class SampleSimilarities:
             ValueError: on all processes, if they cannot be collated together.
         """
         if self._batch is None:
-            self.context.group.on_all(lambda: None if self.context.group.rank else self._collate())
+            self.context.group.on_all(self._collate)
 
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether there is a reading before an optimizer step: in the first one of an epoch, and some between them.
@@ -63,12 +64,10 @@ class SampleSimilarities:
         return max(1, math.ceil(SAMPLES / (3 * batch * live * _SHARE)))  # a step is three forward passes
 
     def read(self) -> dict[int, torch.Tensor]:
-        """Inner products `(N, N)`, float32 on the CPU, by the index of a live block; nothing but in the main process.
+        """Inner products `(N, N)`, float32 on the CPU, by the index of a live block.
 
         Shapes: N samples, fewer than `SAMPLES` in a small data set.
         """
-        if self._batch is None:
-            return {}
         chain, inputs = self.context.chain, self.context.model_inputs(self._batch)
         read = read_similarities(chain.model, chain.blocks[chain.cut :], inputs, gram)
         self._count(inputs)

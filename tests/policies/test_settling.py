@@ -2,12 +2,28 @@
 
 import pytest
 import torch
+from support.observations import moment, with_gradients
 
 from hf_freezecache.policies.settling import SettlingPolicy, tensor_from_text, tensor_to_text
 
 
+class Nothing(SettlingPolicy):
+    def look(self, moment, blocks):
+        self.looked = [block.index for block in blocks]
+
+
+def test_blocks_that_something_else_has_frozen_are_decided():
+    """Else the verdict on the first live block would be taken as one on the stem."""
+    policy = Nothing(1.0)
+    policy.start(4)
+    policy.observe(moment(3, cut=2), with_gradients([1.0, 1.0], first=2))
+    assert policy.settled == 2 and policy.looked == [2, 3]
+    policy.settle([True, False])
+    assert policy.settled == 3
+
+
 def test_a_block_freezes_with_those_before_it_alone():
-    policy = SettlingPolicy(0.75)
+    policy = Nothing(0.75)
     policy.start(8)
     for verdicts, expected in (([True, False, True], 1), ([False, True], 1), ([True, True], 3), ([True] * 5, 6)):
         policy.settle(verdicts)
