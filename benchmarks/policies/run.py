@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.training.flops import measure_training_flops
 
 from .._common import QUIET, Claim, make_parser, pick, prepare, result_folder, silence, write_json, write_result
 from .._partials import settle_run_options
@@ -125,10 +126,18 @@ def train_arm(arm: Arm, seed: int, task: Task, options: argparse.Namespace) -> d
         "best_accuracy": by_epoch[best],
         "seconds": seconds,
         "seconds_to_best": clock.setup_seconds + sum(clock.epoch_seconds[: best + 1]),
-        "flops": report.totals.flops or trainer.state.total_flos,
+        "flops": report.totals.flops or plain_flops(trainer, task) * epochs,
         "cut_by_epoch": cuts(report.to_dict()["phases"], epochs),
         "phases": report.to_dict()["phases"],
     }
+
+
+def plain_flops(trainer: FreezeCacheTrainer, task: Task) -> float:
+    """FLOPs of an epoch of plain training, which has no report."""
+    train: Any = task.train
+    rows = train.__getitems__([0, 1]) if hasattr(train, "__getitems__") else [train[0], train[1]]
+    probe = trainer._prepare_inputs(task.collator(rows))
+    return measure_training_flops(trainer.model, probe) * len(train)
 
 
 def cuts(phases: Iterable[Mapping[str, Any]], epochs: int) -> list[int]:
