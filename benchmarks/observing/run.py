@@ -97,8 +97,8 @@ def parse_options() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--image_size", type=int, default=112)
-    parser.add_argument("--rows", type=int, default=1728, help="training images")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=2176, help="training images")
     options = parser.parse_args()
     if options.smoke:
         options.epochs, options.rows, options.image_size = 1, 64, 32

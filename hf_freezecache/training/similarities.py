@@ -19,7 +19,7 @@ from .data_state import looking_at
 #: Samples that are compared.
 SAMPLES = 32
 #: Largest share of a training's FLOPs that a reading may take; but there is one at the beginning of every epoch.
-_SHARE = 0.0125
+_SHARE = 0.01
 
 
 class SampleSimilarities:
