@@ -25,6 +25,7 @@ from .policies import (
     NonePolicy,
     SimFreezePolicy,
 )
+from .policies.around import layer_factor
 from .policies.schedule import format_freeze_points
 from .smartfrz import SmartFrzPolicy
 from .units import parse_bytes
@@ -38,6 +39,8 @@ ReportMode = Literal["none", "json", "html"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
+#: Epochs of a head start where the settings do not say it; measured in `benchmarks/headline`.
+HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
 _SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
@@ -82,12 +85,12 @@ class FreezeCacheConfig:
         default=None,
         metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor of what has settled."},
     )
-    head_start_epochs: int = field(
-        default=0,
+    head_start_epochs: int | None = field(
+        default=None,
         metadata={
             "help": "Epochs for which the head alone is trained before the training begins, on features of the whole "
             "model before it, which runs once for them. Steps, schedule, epochs and logs of the training stay as they "
-            "are. 0: none."
+            f"are. 0: none. If not given: {HEAD_START_EPOCHS} for the policies linear and auto, none for others."
         },
     )
     head_start: HeadStartMode = field(
@@ -350,6 +353,16 @@ class FreezeCacheConfig:
         return {name: repr(own) for name, (own, default) in given.items() if name not in hidden and own != default}
 
     @property
+    def epochs_of_head_start(self) -> int:
+        """`head_start_epochs`; where it is not given, rules that choose by themselves what freezes have a head start.
+
+        `manual` freezes what the user says, and nothing else is changed then.
+        """
+        if self.head_start_epochs is not None:
+            return self.head_start_epochs
+        return HEAD_START_EPOCHS if self.policy in ("linear", "auto") else 0
+
+    @property
     def changes_learning_rates(self) -> bool:
         """Whether blocks get learning rates of their own."""
         return self.anneal != "none" or self.layer_decay != 1.0
@@ -385,8 +398,8 @@ class FreezeCacheConfig:
     def _check_head_start(self) -> None:
         _one_of("head_start", self.head_start, HeadStartMode)
         epochs, rate = self.head_start_epochs, self.head_start_lr
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"head_start_epochs={epochs!r} is a number of epochs: 0, 1, 2, ...")
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+            raise ValueError(f"head_start_epochs={epochs!r} is a number of epochs: 0, 1, 2, ..., or None.")
         if rate is not None and (not _is_number(rate) or not 0.0 < rate < float("inf")):
             raise ValueError(f"head_start_lr={rate!r} must be more than 0, and finite; None chooses one.")
 
@@ -441,6 +454,8 @@ def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, Freeze
             f"policy={policy!r}: pass one of {', '.join(get_args(PolicyName))}, or an object of a class derived from "
             "FreezePolicy."
         )
+    if policy is not None and settings.head_start_epochs is None:
+        settings = replace(settings, head_start_epochs=0)  # the policy of the settings is not the one that is used
     return settings, _with_learning_rates(settings, make_policy(settings) if policy is None else policy)
 
 
@@ -458,17 +473,6 @@ def _with_learning_rates(settings: FreezeCacheConfig, policy: FreezePolicy) -> F
 def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
     points = settings.freeze_points if policy == "manual" else None
     return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
-
-
-def layer_factor(layer_decay: float, block: int, num_blocks: int) -> float:
-    """What `layer_decay` multiplies the learning rate of a block by, as BEiT and MAE count: 1 for the head.
-
-    Args:
-        layer_decay: the setting.
-        block: position in the chain, 0 for the stem; `num_blocks` for the head.
-        num_blocks: `len(chain)`.
-    """
-    return layer_decay ** (num_blocks - block)
 
 
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:

@@ -120,7 +120,10 @@ class Group:
         """Overwrites the tensors with those of the main process, in place."""
         if self.size > 1:
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0)
+                sent = tensor.contiguous()
+                torch.distributed.broadcast(sent, src=0)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     def average_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites the tensors with their mean over all processes, in place."""

@@ -36,9 +36,10 @@ from .model.chain import BlockChain
 from .model.modes import eval_mode, override_forward
 from .model.tokens import blank_padding, token_mask
 from .rng import preserve_rng
-from .trainer import FreezeCacheTrainer
+from .trainer import FreezeCacheTrainer, ZeroOrderTrainer
 from .training.data_state import undisturbed
 from .units import parse_bytes
+from .zeroth_order.config import ZeroOrderConfig
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +54,7 @@ def plan(
     cuts: Sequence[int] | None = None,
     batches: int = 3,
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None = None,
+    zero_order: ZeroOrderConfig | None = None,
     **trainer_settings: Any,
 ) -> Plan:
     """Measures on a few batches what a store at every cut would take and what it would save.
@@ -71,6 +73,8 @@ def plan(
         cuts: numbers of frozen blocks to look at; every one if None.
         batches: that are measured at each cut, after one to warm up; medians count.
         optimizer_cls_and_kwargs: the trainer's; what `args` name if None.
+        zero_order: of a `ZeroOrderTrainer`, whose steps are measured without a backward pass; None: a
+            `FreezeCacheTrainer`.
         trainer_settings: what else the trainer gets, e.g. `processing_class` or `compute_loss_func`.
 
     Raises:
@@ -80,6 +84,8 @@ def plan(
     check_dataset(dataset)
     if batches < 1:
         raise ValueError(f"batches={batches!r} must be at least 1: something has to be measured.")
+    if zero_order is not None:
+        trainer_settings["zero_order"] = zero_order
     making = _trainer(model, dataset, config, args, data_collator, optimizer_cls_and_kwargs, trainer_settings)
     with undisturbed(dataset, data_collator), making as trainer:
         assert trainer.args.output_dir is not None  # the temporary folder: small builds are timed there
@@ -235,7 +241,7 @@ def _trainer(
         else:
             own = copy.copy(args)
         own.output_dir, own.report_to, own.push_to_hub = folder, [], False
-        trainer = FreezeCacheTrainer(
+        trainer = (ZeroOrderTrainer if "zero_order" in settings else FreezeCacheTrainer)(
             model=model,
             args=own,
             train_dataset=dataset,
@@ -281,9 +287,10 @@ def _trial_steps(trainer: FreezeCacheTrainer, chain: BlockChain) -> TrialSteps:
         chain,
         # Without `return_outputs` it is the loss alone.
         loss=lambda model, inputs: cast(torch.Tensor, trainer.compute_loss(model, dict(inputs))),
-        optimizer=_optimizer_of(trainer),
+        optimizer=trainer.make_trial_moves if isinstance(trainer, ZeroOrderTrainer) else _optimizer_of(trainer),
         max_grad_norm=trainer.args.max_grad_norm or 0.0,
         accumulation=trainer.args.gradient_accumulation_steps,
+        forward_passes=trainer._forward_passes,
     )
 
 

@@ -1,7 +1,8 @@
 """Fine-tunes any text classifier of Transformers with a `FreezeCacheTrainer`: `run_glue.py` with one class switched.
 
     python recipes/text_classification.py --model_name_or_path google-bert/bert-base-cased --output_dir outputs/mrpc \\
-        --dataset_name nyu-mll/glue --dataset_config_name mrpc --policy manual --freeze_points 0:8
+        --dataset_name nyu-mll/glue --dataset_config_name mrpc --policy manual --freeze_points 0:8 \\
+        --head_start_epochs 2
     python recipes/text_classification.py --model_name_or_path folder --output_dir outputs/run \\
         --train_files train.csv --validation_files test.csv
 

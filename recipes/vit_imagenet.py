@@ -2,6 +2,8 @@
 
 accelerate launch recipes/vit_imagenet.py                       # hub ids; ImageNet-1k asks for an accepted licence
 python recipes/vit_imagenet.py --train_dir train --validation_dir val --model_name_or_path folder --limit 1000
+
+A new head learns alone for two epochs before the first one, then blocks freeze (`--policy linear`).
 """
 
 import sys

@@ -323,6 +323,7 @@ def test_evaluation_only_needs_no_training_data(tmp_path):
 def test_default_settings_freeze_and_cache(tmp_path, clock):
     trainer = run(settle(tiny_vit()), SlowRows(clock, rows=16), tmp_path, None, num_train_epochs=100)
     assert [(p.cut, p.mode) for p in trainer.freeze_cache_report().phases if p.mode != "build"] == [
+        (0, "head_start"),
         (0, "live"),
         (2, "replay"),
         (3, "replay"),

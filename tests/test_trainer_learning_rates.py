@@ -281,7 +281,7 @@ def test_head_starts_and_annealing_go_together(tmp_path):
 def test_a_trial_before_the_training_leaves_nothing_behind(rates, tmp_path):
     """It takes steps of the training's own optimizer; then the training is that of the schedule that was chosen."""
     long = dict(num_train_epochs=8, logging_steps=20)
-    config = FreezeCacheConfig(policy="auto", cache="never", **rates)
+    config = FreezeCacheConfig(policy="auto", cache="never", head_start_epochs=0, **rates)
     ours = run(settle(tiny_vit()), pixel_dataset(160), tmp_path / "a", config, **long)
     assert "trial" in [phase.mode for phase in ours.freeze_cache_report().phases]
     points = "0:2" if ours.freeze_status().cut == 2 else "4:3"

@@ -375,10 +375,42 @@ def test_defaults_and_trials_take_images_of_several_sizes(policy, batch_size, tm
     assert trained.freeze_status().cut
 
 
-def test_a_head_start_on_images_of_several_sizes_is_refused_in_words(tmp_path):
-    config = cached(head_start_epochs=1, head_start="always")
-    with pytest.raises(ValueError, match="head start takes texts, or samples of one size"):
-        train_sized(lambda: settle(tiny_resnet()), SizedImages(), tmp_path, config)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_head_start_takes_images_of_several_sizes(batch_size, tmp_path, caplog):
+    """Those of one size together, all of them: 32 images, 8 of each size."""
+    caplog.set_level("INFO", logger="hf_freezecache")
+    settings = dict(head_start_epochs=2, head_start_lr=0.01)
+    more = dict(per_device_train_batch_size=batch_size)
+    trained = train_sized(
+        lambda: settle(tiny_resnet()), SizedImages(), tmp_path / "started", cached(**settings), **more
+    )
+    [phase] = [phase for phase in trained.freeze_cache_report().phases if phase.mode == "head_start"]
+    assert phase.steps == 2 * 32 // batch_size and "on features of 32 samples" in caplog.text
+
+
+def test_a_head_that_reads_the_size_of_images_besides_its_feature_is_refused_in_words(tmp_path):
+    class Scaled(type(tiny_resnet())):
+        def forward(self, pixel_values, **kwargs):
+            output = super().forward(pixel_values, **kwargs)
+            output.logits = output.logits * (1 + self.resnet.embedder.seen)
+            return output
+
+    def make():
+        model = settle(tiny_resnet())
+        model.__class__ = Scaled
+        embedder = model.resnet.embedder
+        embedder.seen = 0
+
+        def note(module, args):
+            module.seen = args[0].shape[-1] // 16
+
+        embedder.register_forward_pre_hook(note)
+        return model
+
+    config = frozen()
+    config.head_start_epochs = 1
+    with pytest.raises(ValueError, match="does not answer as the whole model does"):
+        train_sized(make, SizedImages(), tmp_path, config)
 
 
 def test_first_samples_of_several_sizes_are_told(tmp_path, caplog):

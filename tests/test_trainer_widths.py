@@ -377,7 +377,13 @@ def test_features_that_come_to_depend_on_the_width_are_seen_at_the_next_epoch(tm
     assert "the width of a batch changes them" in messages(caplog) and not found.freeze_status().replaying
 
 
-def test_a_head_start_on_sounds_of_several_lengths_is_refused_in_words(tmp_path):
-    config = cached("1:4", head_start_epochs=1, head_start="always")
-    with pytest.raises(ValueError, match="head start takes texts, or samples of one size"):
-        train(lambda: settle(wav2vec2()), Sounds(), tmp_path, config, PadSounds())
+@pytest.mark.parametrize("letters", [False, True], ids=["a vector of a sound", "one of each position"])
+def test_a_head_start_takes_sounds_of_several_lengths(letters, tmp_path, caplog):
+    """Also where what the head gets has a vector for each position, and so another shape in each batch."""
+    caplog.set_level("INFO", logger="hf_freezecache")
+    make = wav2vec2_of_letters if letters else wav2vec2
+    config = cached("1:2", head_start_epochs=2, head_start_lr=0.01)
+    head = "lm_head" if letters else "classifier"
+    trained = train(lambda: settle(make(), head), Sounds(letters=letters), tmp_path, config, PadSounds())
+    [phase] = [phase for phase in trained.freeze_cache_report().phases if phase.mode == "head_start"]
+    assert phase.steps == 6 and f"{head}.weight, {head}.bias trained alone on features of 24 samples" in caplog.text

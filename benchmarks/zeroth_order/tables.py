@@ -35,7 +35,7 @@ def collect(options: argparse.Namespace, folder: Path) -> None:
     text = "\n".join(
         part
         for task in options.tasks
-        for part in (_head_table(task, done, options.seeds), *_tables(task, found), _trials_table(task, series, done))
+        for part in (*_tables(task, found, _heads(task, done, options.seeds)), _trials_table(task, series, done))
     )
     print(text)
     (target / "tables.md").write_text(text)
@@ -64,13 +64,13 @@ def final_rows(series: Series, done: Done, seeds: list[int]) -> Rows:
 
 
 def make_claims(found: Mapping[Series, Rows]) -> list[Claim]:
-    """The aims: PeZO is as good as MeZO with few random numbers; naive uniform numbers are worse."""
+    """The aims, where there are three seeds: PeZO as good as MeZO with few numbers, naive uniform numbers worse."""
     claims = []
     by_name = {(each.task, each.start, each.method.name): rows for each, rows in found.items()}
     for (task, start, name), rows in by_name.items():
         mezo = by_name.get((task, start, "MeZO"), {})
         seeds = sorted(set(rows) & set(mezo))
-        if name == "MeZO" or not seeds or name == "exact gradient":
+        if name == "MeZO" or len(seeds) < 3 or name == "exact gradient":
             continue
         points = statistics.mean(100 * (accuracy(rows[seed]) - accuracy(mezo[seed])) for seed in seeds)
         what = f"{task}, {start}: '{name}' - 'MeZO', points, mean of {len(seeds)} seeds"
@@ -84,53 +84,57 @@ def make_claims(found: Mapping[Series, Rows]) -> list[Claim]:
     return claims
 
 
-def _tables(task: str, found: Mapping[Series, Rows]) -> list[str]:
+def _heads(task: str, done: Done, seeds: list[int]) -> Rows:
+    """The heads with which trainings begin, by seed."""
+    return {seed: done[job] for seed in seeds if (job := preparation(task, seed, False)) in done}
+
+
+def _tables(task: str, found: Mapping[Series, Rows], heads: Rows) -> list[str]:
     header = (
-        "method | learning rate | eps | test accuracy, % | minus MeZO's, points (95 % interval) | training loss at "
-        "the end | steps | random numbers drawn | drawn a step | seeds"
+        "method | learning rate | eps | test accuracy, % | minus the head start's | minus MeZO's (95 % interval) | "
+        "training loss, begin | end | steps | random numbers drawn | seeds"
     )
     tables = []
     for start in ("head start", "new head"):
         own = {each.method.name: rows for each, rows in found.items() if (each.task, each.start) == (task, start)}
         if own:
-            lines = [_line(name, own[name], own.get("MeZO", {})) for name in METHODS if name in own]
-            tables.append("\n".join([f"{task}, {start}", "", *markdown_table(header, lines)]) + "\n")
+            begin = heads if start == "head start" else {}
+            lines = [_line(name, own[name], begin, own.get("MeZO", {})) for name in METHODS if name in own]
+            title = f"{task}, {start}"
+            if begin:
+                points = [100 * accuracy(head) for head in begin.values()]
+                title += f"; head alone: {statistics.mean(points):.2f} ± {deviation(points):.2f} %"
+            tables.append("\n".join([title, "", *markdown_table(header, lines)]) + "\n")
     return tables
 
 
-def _line(name: str, rows: Rows, mezo: Rows) -> tuple[str, ...]:
+def _line(name: str, rows: Rows, heads: Rows, mezo: Rows) -> tuple[str, ...]:
     first = next(iter(rows.values()))
     points = [100 * accuracy(row) for row in rows.values()]
-    seeds = [seed for seed in rows if seed in mezo]
-    difference = ""
-    if seeds and name != "MeZO":
-        pairs = paired([100 * (accuracy(rows[seed]) - accuracy(mezo[seed])) for seed in seeds])
-        difference = f"{pairs['mean']:+.2f}"
-        if (interval := pairs["interval_95"]) is not None:
-            difference += " ({:+.2f} to {:+.2f})".format(*interval)
     drawn = [row["numbers_drawn"] for row in rows.values() if "numbers_drawn" in row]
     return (
         name,
         f"{first['rate']:g}",
         f"{first['eps']:g}" if first["eps"] else "",
         f"{statistics.mean(points):.2f} ± {deviation(points):.2f}",
-        difference,
+        _difference(rows, heads),
+        "" if name == "MeZO" else _difference(rows, mezo),
+        f"{statistics.mean(row['losses'][0][1] for row in rows.values()):.3f}",
         f"{statistics.mean(row['losses'][-1][1] for row in rows.values()):.3f}",
         str(first["steps"]),
         f"{statistics.mean(drawn):,.0f}" if drawn else "",
-        f"{statistics.mean(drawn) / first['steps']:,.0f}" if drawn else "",
         str(len(rows)),
     )
 
 
-def _head_table(task: str, done: Done, seeds: list[int]) -> str:
-    heads = [done[job] for seed in seeds if (job := preparation(task, seed, False)) in done]
-    if not heads:
+def _difference(rows: Rows, others: Rows) -> str:
+    """Points of accuracy between pairs of the same seed, with their interval."""
+    seeds = [seed for seed in rows if seed in others]
+    if not seeds:
         return ""
-    points = [100 * accuracy(head) for head in heads]
-    return (
-        f"{task}: test accuracy of the head start alone: {statistics.mean(points):.2f} ± {deviation(points):.2f} %\n"
-    )
+    pairs = paired([100 * (accuracy(rows[seed]) - accuracy(others[seed])) for seed in seeds])
+    interval = pairs["interval_95"]
+    return f"{pairs['mean']:+.2f}" + ("" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval))
 
 
 def _trials_table(task: str, series: list[Series], done: Done) -> str:
@@ -154,14 +158,21 @@ def _trials_table(task: str, series: list[Series], done: Done) -> str:
 
 
 def _plot(found: Mapping[Series, Rows], path: Path) -> None:
-    """Training losses by forward passes, means of the seeds; and the accuracy by pool size and width of registers."""
+    """Training losses by forward passes, means of the seeds; and the accuracy by pool size and width of registers.
+
+    Methods with fewer seeds than others are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    most = max(map(len, found.values()))
+    found = {each: rows for each, rows in found.items() if len(rows) == most}
     panels = sorted({(each.task, each.start) for each in found})
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.6 * (len(panels) + 1), 4.4), squeeze=False)
+    sources = len({each.method.name for each in found if (each.method.settings or {}).get("number_reuse")}) > 1
+    count = len(panels) + sources
+    figure, axes = plt.subplots(1, count, figsize=(4.8 * count, 4.4), squeeze=False)
     for axis, (task, start) in zip(axes[0], panels, strict=False):
         for number, name in enumerate(SHOWN):
             for each, rows in found.items():
@@ -174,7 +185,8 @@ def _plot(found: Mapping[Series, Rows], path: Path) -> None:
         axis.set_ylim(0, min(axis.get_ylim()[1], 6))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    _plot_sources(axes[0][-1], found)
+    if sources:
+        _plot_sources(axes[0][-1], found)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

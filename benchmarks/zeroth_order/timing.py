@@ -1,6 +1,6 @@
 """Seconds of a step by method, on features and on samples; the generator's share of them; memory beside inference.
 
-python -m benchmarks.zeroth_order.timing --threads 1          # on a CPU that does nothing else; continues after a kill
+python -m benchmarks.zeroth_order.timing --threads 1          # CPU seconds; continues after a kill
 python -m benchmarks.zeroth_order.timing --gpu --collect      # the table of what is finished
 """
 
@@ -12,15 +12,18 @@ import shutil
 import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.data import Subset
 from transformers import TrainerCallback, set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, ZeroOrderConfig, ZeroOrderTrainer
+from hf_freezecache.zeroth_order import mixin
 
 from .._common import (
     Claim,
@@ -55,13 +58,18 @@ WARM_UP = 3
 
 
 class StepClock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next one, with the batch that is fetched in between."""
+    """Seconds from the end of a step to the end of the next one, with the batch that is fetched in between.
 
-    def __init__(self):
+    On a CPU they are those of this process alone, which other work on the same cores hardly changes; with a GPU they
+    are those of a clock.
+    """
+
+    def __init__(self, on_gpu: bool):
+        self._clock = time.perf_counter if on_gpu else time.process_time
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.ends.append(self._clock())
 
     def seconds(self) -> list[float]:
         """Of the steps after the first ones."""
@@ -70,26 +78,29 @@ class StepClock(TrainerCallback):
 
 
 class Watched(ZeroOrderTrainer):
-    """Measures the memory of one loss and of a whole step, and the generator's share of a step."""
+    """Measures the memory of a whole step and of one loss from the store, and the generator's share of a step."""
 
     def __init__(self, *args, on_gpu: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.on_gpu, self.found, self._seen, self._inside = on_gpu, {}, 0, False
+        self.on_gpu, self.found, self._seen = on_gpu, {}, 0
 
     def training_step(self, model, inputs, *args, **kwargs):
         step = super().training_step
         if self._captures is not None or not self.freeze_status().replaying:
             return step(model, inputs, *args, **kwargs)
         self._seen += 1
+        losses: list[torch.Tensor] = []
+
+        def run():
+            losses.append(step(model, inputs, *args, **kwargs))
+
         if self._seen == 1:  # it makes what is kept of a pool
-            losses: list[torch.Tensor] = []
-            self.found["step_bytes"] = peak_bytes(lambda: losses.append(step(model, inputs, *args, **kwargs)), self)
+            self.found["step_bytes"] = peak_bytes(run, self)
             return losses[0]
         if self._seen == 2:
-            self._inside = True
-            loss = step(model, inputs, *args, **kwargs)
-            self._inside = False
-            return loss
+            with taking_one_loss():
+                self.found["loss_bytes"] = peak_bytes(run, self)
+            return losses[0]
         with self._naming_numbers(), profile(activities=activities(self.on_gpu)) as profiled, record_function("step"):
             loss = step(model, inputs, *args, **kwargs)
         spent = {
@@ -97,14 +108,6 @@ class Watched(ZeroOrderTrainer):
         }
         self.found["generator_share"] = spent.get("numbers", 0.0) / spent["step"]
         return loss
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        compute = super().compute_loss
-        if not self._inside:
-            return compute(model, inputs, *args, **kwargs)
-        answers: list[Any] = []
-        self.found["loss_bytes"] = peak_bytes(lambda: answers.append(compute(model, inputs, *args, **kwargs)), self)
-        return answers[0]
 
     @contextmanager
     def _naming_numbers(self):
@@ -124,6 +127,21 @@ class Watched(ZeroOrderTrainer):
             yield
         finally:
             del numbers.take_each
+
+
+@contextmanager
+def taking_one_loss():
+    """Inside, a step runs the live blocks on its features once and moves no weight: inference."""
+    look_around = mixin.look_around
+
+    def look_once(displacement, directions, eps, estimator, run):
+        return [run()] * (2 * len(directions))
+
+    mixin.look_around = look_once
+    try:
+        yield
+    finally:
+        mixin.look_around = look_around
 
 
 def activities(on_gpu: bool) -> list[ProfilerActivity]:
@@ -173,15 +191,16 @@ def make_trainer(side: str, task: Task, options: argparse.Namespace, steps: int,
 def time_side(side: str, task: Task, options: argparse.Namespace) -> float:
     """The median seconds of a step."""
     trainer: FreezeCacheTrainer = make_trainer(side, task, options, options.steps + WARM_UP)
-    clock = StepClock()
+    clock = StepClock(options.gpu)
     trainer.add_callback(clock)
     silence(trainer).train()
     return statistics.median(clock.seconds())
 
 
 def watch_sides(task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """Memory and the generator's share, by side."""
+    """Memory and the generator's share, by side; all steps have the samples of one batch."""
     found = {}
+    task = replace(task, train=Subset(task.train, range(task.batch_size)))
     for side, (name, on_features) in SIDES.items():
         if on_features and METHODS[name].settings is not None:
             trainer = make_trainer(side, task, options, steps=3, watch=True)
@@ -236,11 +255,11 @@ def collect(options: argparse.Namespace) -> None:
             claims.append(Claim(f"{name}: seconds of a step of '{side}' over MeZO's", ratio, at_most=1.0))
         for side, found in watched.items():
             ratio = found["step_bytes"] / found["loss_bytes"]
-            claims.append(Claim(f"{name}, '{side}': memory of a step over one loss", ratio, at_most=1.1))
+            claims.append(Claim(f"{name}, '{side}': memory of a step over inference", ratio, at_most=1.1))
     if not content:
         print("nothing is finished.")
         return
-    header = "task | step | median, ms (min to max) | over MeZO's | numbers, share of a step | memory over one loss"
+    header = "task | step | median, ms (min to max) | over MeZO's | numbers, share of a step | memory over inference"
     table = "\n".join(markdown_table(header, lines)) + "\n"
     print(table)
     place = "gpu" if options.gpu else "cpu"

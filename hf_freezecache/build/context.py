@@ -37,6 +37,7 @@ class BuildContext:
         count_run: is told `(from_cut, to_cut, samples)` whenever a build has run the blocks between two cuts; of texts
             the positions, too.
         eval_dataset: the trainer's, whose transform may be the base of the training's.
+        forward_passes: of a training step that has no backward pass; None: it is one of each.
     """
 
     chain: BlockChain
@@ -49,6 +50,7 @@ class BuildContext:
     disable_tqdm: bool = False
     count_run: Callable[..., None] = _count_nothing
     eval_dataset: Any = None
+    forward_passes: int | None = None
 
     @property
     def model(self) -> nn.Module:

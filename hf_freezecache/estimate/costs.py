@@ -23,7 +23,7 @@ class Costs:
 
     Args:
         load: fetching and collating it as a live epoch does.
-        prefix: forward pass of the frozen blocks, transfer included.
+        prefix: a forward pass of the frozen blocks, transfer included.
         prefix_build: the same in a build, which sorts texts by length, or runs samples as wide as the widest; None: it
             takes as long.
         load_base: fetching and collating the base view, as a build does.
@@ -31,7 +31,8 @@ class Costs:
         encode: encoding, writing and checking base view and all others.
         read: rows from a store, by random access.
         decode: rows to features, on the device: decoding, and for views warping and the channels' linear map.
-        suffix: forward, backward and optimizer of the rest; None if it was not measured.
+        suffix: a training step of the rest: forward, backward and optimizer, or what it has in their place; None if
+            it was not measured.
         compare: comparing a view with its base view, for choosing sensitive channels.
         run: what a build needs for one range, all views of it, where it does not run the prefix on samples.
         frame_bytes: mean size of a packed row's codes, by column; None where rows are not packed, or not yet measured.
@@ -73,6 +74,7 @@ class Work:
         run_twice: ranges on which the codec is fitted and whose features memory does not hold until they are written.
         workers: loader processes; they work while the model computes.
         processes: processes that train together.
+        passes: forward passes of a live step.
         shared: samples that a build stores for each one of the training: more than 1 where it stores the data set that
             the samples are selected from.
     """
@@ -84,6 +86,7 @@ class Work:
     run_twice: int = 0
     workers: int = 0
     processes: int = 1
+    passes: int = 1
     shared: float = 1.0
 
 
@@ -252,7 +255,7 @@ def make_row(
         work: how many ranges there are.
         cut, block, codec, base_bytes, view_bytes, limit, most_bytes: fields of the row, see `PlanRow`.
     """
-    live, replay = step_seconds(costs, work.workers)
+    live, replay = step_seconds(costs, work.workers, work.passes)
     ranges = work.ranges / work.processes
     # The sentinel rows of a replay epoch run live, a batch at most: a base view and, if there are any, one more.
     views = min(work.views, 1)
@@ -289,16 +292,18 @@ def build_seconds(costs: Costs, work: Work) -> float:
     return costs.fixed + work.compared * compared + twice + one_pass
 
 
-def step_seconds(costs: Costs, workers: int) -> tuple[float, float]:
+def step_seconds(costs: Costs, workers: int, passes: int = 1) -> tuple[float, float]:
     """Seconds of one batch with the cut frozen: from samples, and from a store.
+
+    From samples, every forward pass of a step runs the frozen blocks; a store is read once.
 
     Where the suffix was not measured, both lack it. With loader processes they then lack loading too, as it is hidden
     behind the computation or, where it is not, a store saves even more.
     """
     if costs.suffix is None and workers:
-        return costs.prefix, costs.decode
+        return passes * costs.prefix, costs.decode
     suffix = costs.suffix or 0.0
-    live = overlapped(costs.prefix + suffix, costs.load, workers)
+    live = overlapped(passes * costs.prefix + suffix, costs.load, workers)
     return live, overlapped(costs.decode + suffix, costs.read, workers)
 
 
@@ -310,7 +315,8 @@ def overlapped(compute: float, load: float, workers: int) -> float:
 def runs_of_prefix(work: Work) -> float:
     """How many times a build from samples runs the prefix over all samples: once, and again for every view.
 
-    An epoch that is left saves one such run at most: no measurement is needed to decline a build for fewer epochs.
+    An epoch that is left saves one such run at most for each forward pass of a step: no measurement is needed to
+    decline a build for fewer epochs.
 
     Args:
         work: of the build.

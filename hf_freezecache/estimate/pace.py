@@ -22,7 +22,8 @@ class Pace:
         step: from one batch to the next.
         load: of these, those in which the training waited for the batch.
         start: in which it waited for an epoch's first batch, where loader processes have to start; 0 without them.
-        prefix_share: FLOPs of a forward pass of the blocks that a store would bypass, relative to those of a step.
+        prefix_share: FLOPs of the blocks that a store would bypass, in the forward passes of a step, relative to those
+            of the step.
     """
 
     step: float
@@ -54,15 +55,16 @@ def why_hopeless(
     if epochs_left < 1:
         return "less than one epoch remains"
     runs = runs_of_prefix(work) if from_images else 0.0
-    if epochs_left <= runs:
+    if epochs_left * work.passes <= runs:
+        saved = "as many runs" if work.passes == 1 else f"{work.passes} runs each"
         return (
             f"a build runs the frozen blocks over the data {runs:.3g} times, and the {show_epochs(epochs_left)} left "
-            "would save as many runs at most"
+            f"would save {saved} at most"
         )
     if pace is None:
         return None
     ranges = work.ranges / work.processes
-    gain = pace.most_saved * (ranges * (epochs_left - runs) - _MEASURED_RANGES)
+    gain = pace.most_saved * (ranges * (epochs_left - runs / work.passes) - _MEASURED_RANGES)
     if gain > LEAST_BUILD_SECONDS + pace.start + looks * pace.load:
         return None
     return (

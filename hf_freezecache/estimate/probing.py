@@ -68,7 +68,7 @@ class Prober:
         self.context = context
         self.chain, self.source, self.config = context.chain, context.source, context.config
         self.model_inputs, self.processes = context.model_inputs, context.group.size
-        self.steps = TrialSteps(self.chain) if steps is None else steps
+        self.steps = TrialSteps(self.chain, forward_passes=context.forward_passes) if steps is None else steps
         # Without labels a step takes as long, and a model's own loss need not be the training's.
         self.step_inputs = self.model_inputs if step_inputs is None else step_inputs
         self._loaded: tuple[Any, LoadedRanges] | None = None
@@ -187,6 +187,7 @@ class Prober:
             run_twice=0 if make_codec(spec.codec, spec.layout).fitted else ranges_run_twice(spec),
             workers=self.source.num_workers,
             processes=self.processes,
+            passes=self.context.forward_passes or 1,
             shared=len(spec.source) / len(self.source),
         )
 

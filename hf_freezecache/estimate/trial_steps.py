@@ -48,6 +48,8 @@ class TrialSteps:
         optimizer: makes one for the parameters that it gets; AdamW if None.
         max_grad_norm: gradients are clipped to it before the optimizer's step; 0: they are not.
         accumulation: batches of one optimizer step.
+        forward_passes: losses of a batch in a step without a backward pass, whose optimizer gets no gradients; None: a
+            step follows gradients.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class TrialSteps:
         optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None,
         max_grad_norm: float = 0.0,
         accumulation: int = 1,
+        forward_passes: int | None = None,
     ):
         self.chain, self.loss = chain, _own_loss if loss is None else loss
         self.optimizer = torch.optim.AdamW if optimizer is None else optimizer
         self.max_grad_norm, self.accumulation = max_grad_norm, accumulation
+        self.forward_passes = forward_passes
 
     def measure(
         self, cut: int, batches: Sequence[Mapping[str, Any]], features: Sequence[torch.Tensor] | None = None
@@ -74,7 +78,8 @@ class TrialSteps:
 
         Returns:
             Median seconds of a step, without loading and prefix; and the bytes that parameters, gradients, optimizer
-            and activations take at its peak.
+            and activations take at its peak. Without a backward pass there are no gradients, and of activations none
+            are kept: on a CPU they do not count.
         """
         model, frozen = self.chain.model, {id(p) for p in self.chain.prefix_parameters(cut).values()}
         with untouched(model):
@@ -85,7 +90,7 @@ class TrialSteps:
             for module in self.chain.prefix_modules(cut):
                 module.training = False
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            with torch.enable_grad():
+            with torch.set_grad_enabled(self.forward_passes is None):
                 pairs = zip(batches, [None] * len(batches) if features is None else features, strict=True)
                 return self._measure(cut, trained, list(pairs))
 
@@ -115,7 +120,8 @@ class TrialSteps:
             model = self.chain.model
             own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
             activation_bytes = sum(size for pointer, size in saved.items() if pointer not in own)
-            peak = _tensor_bytes([*model.parameters(), *model.buffers()]) + copied + state + activation_bytes
+            gradient_bytes = copied if self.forward_passes is None else 0
+            peak = _tensor_bytes([*model.parameters(), *model.buffers()]) + gradient_bytes + state + activation_bytes
         return statistics.median(seconds), peak
 
     def _gradients(
@@ -125,6 +131,8 @@ class TrialSteps:
         if features is not None:
             main_input = inputs[self.chain.main_input] = self.chain.input_of_replay(features, batch)
         with self.chain.replay(cut, features, main_input):
+            for _ in range((self.forward_passes or 1) - 1):
+                self.loss(self.chain.model, dict(inputs))
             loss = self.loss(self.chain.model, inputs)
             # Not `backward`: what hangs on the parameters (a wrapper's hooks, their gradients) is not concerned.
             if not trained or not loss.requires_grad:
@@ -134,7 +142,7 @@ class TrialSteps:
     def _step(self, optimizer: torch.optim.Optimizer | None, copies: list[nn.Parameter]) -> None:
         if optimizer is None:
             return
-        if self.max_grad_norm:
+        if self.max_grad_norm and self.forward_passes is None:
             torch.nn.utils.clip_grad_norm_(copies, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

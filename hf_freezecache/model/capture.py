@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..distributed import Announcer
 from ..rng import RngState, preserve_rng
 from .errors import ChainError
-from .modes import eval_mode, override_forward
+from .modes import ModuleStates, eval_mode, override_forward
 from .record import Call
 from .routing import Action, replacing
 from .structure import leaves
@@ -124,7 +124,7 @@ def frozen_modes(model: nn.Module, trace: Trace, cut: int, skipped: Sequence[Cal
 def capture_in_training(
     model: nn.Module, trace: Trace, cut: int, inputs: Mapping[str, Any], eval_before: bool
 ) -> torch.Tensor:
-    """The feature as a training with a frozen prefix computes it; restores buffers and modes.
+    """The feature as a training with a frozen prefix computes it; puts back what modules hold.
 
     Args:
         model: the model.
@@ -133,7 +133,7 @@ def capture_in_training(
         inputs: model inputs by name.
         eval_before: whether modules that run on behind the cut are in eval mode before it.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states = ModuleStates(model)
     with torch.no_grad(), eval_mode(model):
         model.train()
         for module in trace.flow.closed_modules(trace.cut(cut).boundary.clock):
@@ -142,8 +142,7 @@ def capture_in_training(
             with frozen_modes(model, trace, cut) if eval_before else contextlib.nullcontext():
                 return capture(model, trace, cut, inputs)
         finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            states.restore()
 
 
 def is_moving(model: nn.Module, trace: Trace, cut: int) -> bool:

@@ -484,7 +484,7 @@ class BlockChain:
         return trace.moving[cut]
 
     def captured_in_training(self, inputs: Mapping[str, Any], cut: int) -> torch.Tensor:
-        """The feature as a training with a frozen prefix computes it; restores buffers and modes."""
+        """The feature as a training with a frozen prefix computes it; puts back what modules hold."""
         return capture_in_training(self.model, self.own_trace(), cut, inputs, self.needs_modes(cut))
 
     def cannot_cut(self, cut: int) -> str:

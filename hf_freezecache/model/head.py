@@ -17,6 +17,9 @@ from .freshness import is_fresh
 from .modes import eval_mode
 from .proving import are_close
 from .record import answers_of
+from .resizing import resize
+from .stand_ins import stays_real
+from .structure import Path
 from .trace import Cut
 
 
@@ -55,34 +58,93 @@ class Head:
         """What is known of the boundary."""
         return self._trace.cut(self._number)
 
-    def features(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def features(self, inputs: Mapping[str, Any], cut: int = 0, known: torch.Tensor | None = None) -> torch.Tensor:
         """What the head gets, in eval mode and without gradients.
 
         Args:
-            inputs: model inputs by name.
+            inputs: model inputs by name, of any size.
+            cut: of the chain, up to which the model does not run, as the feature there is known.
+            known: the feature at this cut; the main input is what `BlockChain.input_of_replay` returned then.
 
         Returns:
-            `(B, *cut.layout.shape)`; of several texts with padding.
+            `(B, *cut.layout.shape)`; of inputs of another size than the recorded ones in their own shape.
+
+        Raises:
+            ChainError: if the model does not run on inputs of this size.
 
         Shapes: B samples.
         """
-        with torch.no_grad(), eval_mode(self._chain.model):
-            return capture(self._chain.model, self._trace, self._number, inputs)
+        model, main_input = self._chain.model, inputs[self._chain.main_input]
+        skipped = self._trace.cut(cut).boundary.skipped if cut else ()
+        with torch.no_grad(), eval_mode(model), self._chain.replay(cut, known, main_input):
+            features = capture(model, self._trace, self._number, inputs, skipped)
+        self.fit(features, inputs)
+        return features
+
+    def fit(self, features: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        """Makes replays fit inputs of this size.
+
+        Of texts the width of what is left out counts only where it is that of the feature, too.
+
+        Args:
+            features: of a batch.
+            inputs: of the model for it; of a main input of floating-point numbers the shape alone counts.
+
+        Raises:
+            ChainError: if the model does not run on inputs of this size.
+        """
+        grows = self.cut.has_tokens or tuple(features.shape[1:]) == self.cut.layout.shape
+        if not (stays_real(inputs[self._chain.main_input]) and grows):
+            resize(self._chain.model, self._trace, self._number, inputs)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the main input of a recorded sample."""
+        return self._trace.size
+
+    def fits(self, size: tuple[int, ...]) -> bool:
+        """Whether replays fit main inputs of this shape."""
+        return size == self._trace.size or (self._number, size) in self._trace.resized
+
+    def answers(
+        self, inputs: Mapping[str, Any], cut: int = 0, known: torch.Tensor | None = None
+    ) -> dict[Path, torch.Tensor]:
+        """What the model answers, in eval mode and without gradients; the arguments are those of `features`."""
+        model, main_input = self._chain.model, inputs[self._chain.main_input]
+        with torch.no_grad(), eval_mode(model), self._chain.replay(cut, known, main_input):
+            return answers_of(model(**inputs))
 
     def prove(self, inputs: Mapping[str, Any]) -> None:
         """Checks on a batch that the head alone answers as the whole model does.
 
         Raises:
+            ChainError: as `compare`.
+        """
+        self.compare(inputs, self.features(inputs), self.answers(inputs))
+
+    def compare(
+        self, inputs: Mapping[str, Any], features: torch.Tensor, expected: Mapping[Path, torch.Tensor]
+    ) -> None:
+        """Compares what the head alone answers on a batch with what the whole model has answered.
+
+        Args:
+            inputs: model inputs by name; of a main input of floating-point numbers the shape alone counts.
+            features: what the head gets.
+            expected: what `answers` returned.
+
+        Raises:
             ChainError: if it does not: something besides the feature reaches it.
         """
-        model, features = self._chain.model, self.features(inputs)
+        model = self._chain.model
         main_input = self._chain.input_of_replay(features, inputs)
-        with torch.no_grad(), eval_mode(model):
-            expected = answers_of(model(**inputs))
-            with self.replay(features, main_input):
-                found = answers_of(model(**{**inputs, self._chain.main_input: main_input}))
+        with torch.no_grad(), eval_mode(model), self.replay(features, main_input):
+            found = answers_of(model(**{**inputs, self._chain.main_input: main_input}))
         if not are_close(expected, found):
-            raise ChainError(f"the head of {type(model).__name__} alone does not answer as the whole model does.")
+            shape = tuple(main_input.shape[1:])
+            raise ChainError(
+                f"the head of {type(model).__name__} alone does not answer as the whole model does, on samples of "
+                f"shape {shape}. head_start_epochs=0 is without a head start."
+            )
 
     @contextlib.contextmanager
     def replay(self, features: torch.Tensor, main_input: torch.Tensor) -> Iterator[None]:
@@ -92,5 +154,6 @@ class Head:
             features: of a batch, as `features` returned them.
             main_input: what `BlockChain.input_of_replay` returned for the batch.
         """
-        with Bypass(self._trace, self.cut, features, main_input).active(self._chain.model):
+        resized = self._trace.resized.get((self._number, tuple(main_input.shape[1:])))
+        with Bypass(self._trace, self.cut, features, main_input, resized).active(self._chain.model):
             yield

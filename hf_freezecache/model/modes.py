@@ -36,22 +36,6 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back modes, `requires_grad`, buffers and the global generators on leaving the context."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with preserve_rng(), eval_mode(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
 class ModuleStates:
     """What the modules of a model hold at the time when it is made: attributes, what dicts and lists among these hold,
     and the values of buffers.
@@ -77,6 +61,23 @@ class ModuleStates:
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back modes, `requires_grad`, the global generators and what modules hold on leaving the context.
+
+    That is everything but the values of parameters: buffers, new ones in the place of old ones, counters.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    states = ModuleStates(model)
+    with preserve_rng(), eval_mode(model):
+        try:
+            yield
+        finally:
+            states.restore()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

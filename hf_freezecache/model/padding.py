@@ -261,5 +261,12 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
     """The relative difference that rounding explains."""
     if dtype != torch.float32 or torch.is_autocast_enabled(device.type):
         return _COARSE
-    has_tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    return _TF32 if device.type != "cpu" and has_tf32 else _FINE
+    return _TF32 if device.type != "cpu" and _has_tf32() else _FINE
+
+
+def _has_tf32() -> bool:
+    """Whether products may be rounded to TF32; the older setting cannot be read where the newer one was made."""
+    if hasattr(torch.backends, "fp32_precision"):
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # no stub
+        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision)
+    return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32

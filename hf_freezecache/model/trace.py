@@ -252,7 +252,9 @@ class Trace:
         return self._cuts[number]
 
     def add_cut_before(self, parameters: Collection[str]) -> int:
-        """Makes a cut of its own behind the last block: before the first call of a module that holds some parameters.
+        """Makes a cut of its own: before the first call behind the last block of a module that holds some parameters.
+
+        A module that the blocks are in is called before them: what it holds itself does not move the cut.
 
         Args:
             parameters: their names.
@@ -264,11 +266,11 @@ class Trace:
             ChainError: if the model cannot be cut there; the message names what crosses.
         """
         owners = {name.rpartition(".")[0] for name in parameters}
-        call = next((call for call in self.record.calls if call.name in owners), None)
+        end = self._calls[-1][1].end
+        call = next((call for call in self.record.calls if call.name in owners and call.begin > end), None)
         if call is None:
             raise ChainError(f"{self.model_name} cannot be cut before its head: it does not run.")
         found = self.flow.into(call, MOST_TENSORS)
-        end = self._calls[-1][1].end
         while found.why_not is not None and call.parent is not None and call.parent.begin > end:
             call = call.parent
             found = self.flow.into(call, MOST_TENSORS)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..build.feature_sources import one_width_only
+from ..cache.codec import make_codec
+from ..cache.manifest import StoreError
 from ..cache.rows import split_batch
+from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
+from ..distributed import Announcer
+from ..model.errors import ChainError
 from ..model.tokens import token_mask
 from ..policies import Trial
 from ..replay.passage import trial_rows, why_not_through
@@ -19,37 +26,79 @@ from .rehearsal import RehearsalError
 if TYPE_CHECKING:
     from .session import FreezeSession
 
+logger = logging.get_logger(__name__)
+
 #: Head start for a trial alone: epochs, and batches at most.
 _EPOCHS_FOR_TRIAL, _BATCHES_FOR_TRIAL = 2, 64
 
 
-def give_head_start(session: FreezeSession, leave_out: int = 0) -> None:
-    """Trains the head alone, where the settings ask for it and it is new, and books what it takes.
+def plan_head_start(session: FreezeSession, cut: int, epochs: float) -> None:
+    """Gives a head start, or leaves it to the first epoch, if that may have a store, which spares blocks.
 
     Args:
         session: the training.
-        leave_out: samples of this process that are held out for a trial.
+        cut: frozen blocks of the first epoch, as far as that is known.
+        epochs: of the training.
 
     Raises:
         ValueError: if the head cannot be trained alone.
     """
-    epochs = session.config.head_start_epochs
-    with looking_at(session.context.source), session.ledger.phase(0, "head_start") as phase:
-        started = session.head_start.run(epochs, leave_out)
+    if not session.config.epochs_of_head_start:
+        return
+    session.head_start.is_due = cut > 0 and _may_have_store(session, cut, epochs)
+    if not session.head_start.is_due:
+        give_head_start(session)
+
+
+def _may_have_store(session: FreezeSession, cut: int, epochs: float) -> bool:
+    """Whether a store may be found or built for the first epoch, which does not need the head to be trained before."""
+    if session.keeper.why_not_cached is not None:
+        return False
+    chain = session.chain
+    if make_codec(session.config.codec_at(cut, len(chain)), chain.layout(cut)).uses_weights:
+        return False  # the head tells how much an error in a channel costs
+    return session.keeper.provider.why_hopeless(cut, epochs) is None
+
+
+def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -> None:
+    """Trains the head alone, where the settings ask for it and it is new, and books what it takes.
+
+    Args:
+        session: the training.
+        store: of the first cut; None: all that runs before the head runs on samples.
+
+    Raises:
+        ValueError: if the head cannot be trained alone, and the settings say that it is to be.
+    """
+    session.head_start.is_due = False
+    epochs, cut = session.config.epochs_of_head_start, 0 if store is None else store.manifest.cut
+    try:
+        with looking_at(session.context.source), session.ledger.phase(cut, "head_start") as phase:
+            started = session.head_start.run(epochs, store)
+    except (StoreError, OSError) as error:
+        if store is None:
+            raise
+        session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
+        return give_head_start(session)
+    except Exception as error:  # of the user's step or loss, on features; nobody has asked for it
+        if session.config.head_start_epochs is not None:
+            raise
+        session.announcer.failure("The head does not learn alone before the training", error)
+        return
     if started is None:
         session.ledger.drop(phase)
         return
     phase.epochs, phase.steps = epochs, started.steps
     phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)
-    (session.announcer.info if started.is_kept else session.announcer.warning)(started.describe())
+    session.announcer.warning(started.describe())
 
 
 def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
-    """Gives the head a head start, then trains a few steps with frozen blocks and with none, and takes these back.
+    """Trains a few steps with frozen blocks and with none, and takes these back.
 
-    Where the settings ask for no head start, a new head gets a short one for the trial alone: gradients of a random
-    head say nothing of the blocks.
+    A new head gets a short head start for the trial alone, which is taken back as well: gradients of a random head say
+    nothing of the blocks.
 
     Args:
         session: the training.
@@ -64,17 +113,14 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
     plan = session.trial.plan(max_steps) if cut else None
     if any(steps is None for steps in session.group.gather(None if plan is None else plan.steps)):
         plan = None
-    held_out = 0 if plan is None else len(plan.held_out)
-    give_head_start(session, held_out)
     if plan is None:
         return None
+    session.head_start.leave_out = len(plan.held_out)
     trainable = {name: value for name, value in session.chain.model.named_parameters() if value.requires_grad}
     with looking_at(session.context.source), session.ledger.phase(0, "trial") as phase, kept(trainable):
-        if not session.config.head_start_epochs:
-            most = _BATCHES_FOR_TRIAL * session.context.source.batch_size
-            started = session.head_start.run(_EPOCHS_FOR_TRIAL, held_out, most)
-            passes = 0.0 if started is None else started.passes
-            phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * passes
+        most = _BATCHES_FOR_TRIAL * session.context.source.batch_size
+        passes = _start_for_trial(session, most)
+        phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * passes
         trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)
     phase.steps = 2 * plan.steps
     trained, tested = plan.samples_run
@@ -84,6 +130,19 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
     phase.flops += session.meter.mean_seen() * (trained * (live + frozen) + 2 * tested * forward)
     session.meter.book(phase.flops)
     return trial
+
+
+def _start_for_trial(session: FreezeSession, most: int) -> float:
+    """Trains the head for a trial; the forward passes of a sample through the whole model that it took."""
+    goes_on, is_asked_for = bool(session.config.epochs_of_head_start), bool(session.config.head_start_epochs)
+    try:
+        started = session.head_start.run(_EPOCHS_FOR_TRIAL, most=most, goes_on=goes_on)
+    except (ChainError, RehearsalError) as error:
+        if is_asked_for:
+            raise
+        Announcer.survived(logger, "The head cannot be trained alone before the trial", error)
+        return 0.0
+    return 0.0 if started is None else started.passes
 
 
 def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:

@@ -88,6 +88,10 @@ class StoreBudget:
             return limit
         return self.group.on_main(partial(disk_limit, self.cache_dir, limit))
 
+    def room(self) -> int:
+        """Bytes that a temporary file of this process may take beside the stores: of the budget and of the disk."""
+        return max(0, disk_limit(self.cache_dir, self.holdings.limit())) // self.group.size
+
     def holds(self, store: FeatureStore) -> bool:
         """Whether a store that exists may be used beside the others, outdated ones not counted."""
         unread = [*self.holdings.outdated(store.manifest.cut, in_use=(store.path,)), *self.holdings.spare()]

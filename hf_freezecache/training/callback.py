@@ -72,7 +72,7 @@ class RunningTraining(Protocol):
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
     def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
-        """Before the first step: a head start, where there is to be one, then a trial.
+        """Before the first step: a trial, with a head start for it alone.
 
         Returns:
             What frozen blocks do to held-out samples; None if there is no trial, or the training is too short for it.
@@ -81,6 +81,14 @@ class RunningTraining(Protocol):
             cut: frozen blocks of the trial; 0: there is none.
             max_steps: optimizer steps of the training.
             max_grad_norm: to which gradients are clipped.
+        """
+
+    def plan_head_start(self, cut: int, epochs: float) -> None:
+        """Before the first step: a head start, where there is to be one, at once or at the beginning of the epoch.
+
+        Args:
+            cut: frozen blocks of the first epoch, as far as that is known.
+            epochs: of the training.
         """
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
@@ -176,12 +184,15 @@ class FreezeCallback(TrainerCallback, ExportableState):
             trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
             if cut:
                 session.announce(self._rule.take_trial(trial, session.num_blocks))
-        schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
-        if schedule is not None:
-            session.announce(schedule)
         changes = self._rule.changes(session.num_blocks, self._num_epochs) or []
         planned = {cut: epoch for epoch, cut in reversed(changes) if cut and epoch < self._num_epochs}
         end = state.max_steps / steps_per_epoch
+        if state.global_step == 0:
+            at_start = max((cut for cut, epoch in planned.items() if epoch <= 0), default=0)
+            session.plan_head_start(*session.broadcast((at_start, end)))
+        schedule = describe_schedule(self._rule, session.num_blocks, self._num_epochs, self.cut)
+        if schedule is not None:
+            session.announce(schedule)
         session.rehearse(session.broadcast({cut: end - epoch for cut, epoch in planned.items()}))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

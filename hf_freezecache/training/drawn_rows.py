@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 from torch.utils.data import Dataset
 
 from ..cache.rows import RowSource, fetch
+from ..cache.sized import size_of
+from ..cache.store import FeatureStore
 from ..distributed import Group
+from ..replay.collator import ReplayCollator
+from ..replay.dataset import BatchRows, CachedRows
+from ..replay.requests import RequestedRow, RowOrigin
 
 
 def in_random_order(source: RowSource, group: Group) -> list[int]:
@@ -41,15 +47,90 @@ def of_rows(source: RowSource, rows: Sequence[int]) -> RowSource:
     )
 
 
+def in_batches(source: RowSource, rows: Sequence[int], main_input: str) -> list[Sequence[int]]:
+    """Rows in batches of the size of the training's, as they come; of several sizes, those of one size together.
+
+    Args:
+        source: of all rows. Where its samples have several sizes, as `rows_by_size` has found, each is read for it.
+        rows: numbers of some.
+        main_input: name of the model's main input in a batch.
+    """
+    size = source.batch_size
+    if not source.sizes or size == 1:
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+    batches: list[Sequence[int]] = []
+    open_ones: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        own = open_ones.setdefault(size_of(source.collate([row]), main_input), [])
+        own.append(row)
+        if len(own) == size:
+            batches.append(own.copy())
+            own.clear()
+    return [*batches, *filter(None, open_ones.values())]
+
+
+def of_batches(source: RowSource, batches: Sequence[Sequence[int]], store: FeatureStore | None = None) -> RowSource:
+    """The same data set with these batches only, each a range, in this order.
+
+    Args:
+        source: of all rows.
+        batches: numbers of their rows.
+        store: from which their base views are read, as a replay epoch reads rows; None: they are samples.
+    """
+    rows = [row for batch in batches for row in batch]
+    if store is None:
+        return _Batches(source, _Reordered(source.dataset, rows), source.collator, batches)
+    return _Batches(source, _Stored(source, store, rows), ReplayCollator(source.collator), batches)
+
+
+class _Batches(RowSource):
+    def __init__(self, source: RowSource, dataset: Any, collator: Any, batches: Sequence[Sequence[int]]):
+        super().__init__(
+            dataset,
+            collator,
+            batch_size=source.batch_size,
+            seed=source.seed,
+            num_workers=source.num_workers,
+            multiprocessing_context=source.multiprocessing_context,
+            texts=source.texts,
+        )
+        self._ends = [0, *itertools.accumulate(map(len, batches))]
+
+    @property
+    def num_ranges(self) -> int:
+        return len(self._ends) - 1
+
+    def rows(self, number: int) -> Sequence[int]:
+        return range(self._ends[number], self._ends[number + 1])
+
+
 class _Reordered(Dataset):
     def __init__(self, dataset: Any, rows: Sequence[int]):
-        self.dataset, self.rows = dataset, rows
+        self.dataset, self.numbers = dataset, rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def __getitem__(self, row: int) -> Any:
-        return self.dataset[self.rows[row]]
+        return self.dataset[self.numbers[row]]
 
     def __getitems__(self, rows: Sequence[int]) -> Any:
-        return fetch(self.dataset, [self.rows[row] for row in rows])
+        return fetch(self.dataset, [self.numbers[row] for row in rows])
+
+
+class _Stored(_Reordered):
+    """Rows of a store, of which the user's collator gets the samples, too, where replay epochs need these."""
+
+    def __init__(self, source: RowSource, store: FeatureStore, rows: Sequence[int]):
+        super().__init__(source.dataset, rows)
+        self.store, self.texts = store, source.texts
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: Sequence[int]) -> Any:
+        layout, origin = self.store.codec.layout, RowOrigin(store=self.store.path)
+        entries = self.store.read_rows([self.numbers[row] for row in rows])
+        named = BatchRows.of([RequestedRow(self.numbers[row], origin) for row in rows])
+        samples = super().__getitems__(rows) if layout.is_token or layout.is_trimmed else None
+        return CachedRows(entries, self.store.code_names(entries), named, samples, self.texts)

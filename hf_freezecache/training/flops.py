@@ -122,14 +122,14 @@ class FlopMeter:
         return self._per_sample[cut, mode]
 
     def share_of_prefix(self, cut: int, live_cut: int) -> float:
-        """FLOPs of a forward pass up to a cut, relative to those of a training step at an earlier cut, 1 at most.
+        """FLOPs of a step's forward passes up to a cut, relative to those of a step at an earlier cut, 1 at most.
 
         Args:
             cut: frozen blocks.
             live_cut: at which live steps have run.
         """
         live = self._per_sample.get((live_cut, "live"))
-        return min(1.0, self.per_sample("build", cut) / live) if live else 1.0
+        return min(1.0, (self.forward_passes or 1) * self.per_sample("build", cut) / live) if live else 1.0
 
     def relative(self, width: int | None) -> float:
         """FLOPs of a text in a batch of some width, padding included, relative to those of a text of the probe.

@@ -2,7 +2,7 @@
 
 A new head sends gradients of no use into pretrained blocks; one that is trained first leaves them as they are (linear
 probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054, section 4). All that runs before the head runs once, on
-each sample as the base view has it.
+each sample as the base view has it; blocks before a cut whose features are in a store do not run for it.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers.utils import logging
 
 from ..build.context import BuildContext
-from ..build.padded_samples import has_widths
+from ..cache.shelf import TensorShelf
+from ..cache.store import FeatureStore
+from ..distributed import Announcer
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
-from ..model.stand_ins import FrozenOutputError, stays_real
-from ..replay.collator import CODE_PREFIX
+from ..model.stand_ins import FrozenOutputError
 from ..rng import preserve_rng, seeded_rng
-from ..units import show_seconds
-from .drawn_rows import in_random_order, of_rows
+from ..units import show_bytes, show_seconds
+from .epoch_source import with_main_input
+from .head_batches import FEATURES, OWN_SIZE, HeadBatch, HeadBatches
 from .rehearsal import Outcome, RehearsalError, Rehearsing, Step
+
+logger = logging.get_logger(__name__)
 
 #: Learning rates among which one is chosen.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-#: Memory that features may take; of more samples, as many as fit are drawn.
+#: Memory that features may take; more of them wait in a temporary file.
 _MOST_BYTES = 2**30
 #: Batches by which a learning rate is chosen, at most, and the share of them that is held out.
 _SEARCH_BATCHES, _HELD_OUT = 40, 0.2
 #: Batches on which the loss is compared before and after.
 _LOSS_BATCHES = 16
-#: Name of the only code of a batch of the head start.
-_FEATURES = CODE_PREFIX + "head"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class HeadStarted:
 
     Args:
         rows: samples on which the head was trained, of this process.
+        is_from_store: whether their features come from the store of the first cut.
         parameters: names of what was trained.
         rate: learning rate, chosen or given.
         loss_before, loss_after: mean over some training batches.
@@ -56,6 +60,7 @@ class HeadStarted:
     """
 
     rows: int
+    is_from_store: bool
     parameters: tuple[str, ...]
     rate: float
     loss_before: float
@@ -77,17 +82,10 @@ class HeadStarted:
                 f"{self.loss_after:.4g} after it (learning rate {self.rate:g}), so that the weights were put back."
             )
         return (
-            f"Head start: {', '.join(self.parameters)} trained alone on features of {self.rows} samples, learning "
-            f"rate {self.rate:g}, loss {self.loss_before:.4g} -> {self.loss_after:.4g}, {show_seconds(self.seconds)}."
+            f"Head start: {', '.join(self.parameters)} trained alone on features of {self.rows} samples"
+            f"{' from the feature store' if self.is_from_store else ''}, learning rate {self.rate:g}, loss "
+            f"{self.loss_before:.4g} -> {self.loss_after:.4g}, {show_seconds(self.seconds)}."
         )
-
-
-@dataclass
-class _Batch:
-    """A collated batch without its main input, unless that is of integers, and the feature of its samples."""
-
-    inputs: dict[str, Any]
-    features: torch.Tensor
 
 
 class HeadStart:
@@ -96,12 +94,26 @@ class HeadStart:
     Args:
         context: model, samples and settings.
         rehearsing: makes a context in which the trainer's own steps run without any update.
-        see: is told each batch on which the whole model runs.
+        see: is told each batch on which blocks run.
+        room: tells the bytes that a temporary file of this process may take.
+
+    Attributes:
+        is_due: whether the first epoch gives it, as soon as it is known whether there is a store.
+        leave_out: samples of this process that were held out for a trial.
     """
 
-    def __init__(self, context: BuildContext, rehearsing: Rehearsing, see: Callable[[Mapping[str, Any]], None]):
-        self.context, self._rehearsing, self._see = context, rehearsing, see
+    def __init__(
+        self,
+        context: BuildContext,
+        rehearsing: Rehearsing,
+        see: Callable[[Mapping[str, Any]], None],
+        room: Callable[[], int],
+    ):
+        self.context, self._rehearsing, self._see, self._room = context, rehearsing, see, room
+        self.is_due, self.leave_out = False, 0
         self._head: Head | None = None
+        # What was made for a trial, and is good for more.
+        self._done: list[HeadBatch] = []
 
     @property
     def is_running(self) -> bool:
@@ -111,36 +123,39 @@ class HeadStart:
     @contextlib.contextmanager
     def bypassing(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Inside, the model runs its head alone, on the features of a batch; yields its inputs."""
-        assert self._head is not None, "called inside `run` only"
-        inputs = {name: value for name, value in batch.items() if name != _FEATURES}
-        features = batch[_FEATURES].to(next(iter(self._head.parameters.values())).device)
-        main_input = self.context.chain.input_of_replay(features, inputs)
-        with self._head.replay(features, main_input):
-            yield {**inputs, self.context.chain.main_input: main_input}
+        head, chain = self._head, self.context.chain
+        assert head is not None, "called inside `run` only"
+        inputs = {name: value for name, value in batch.items() if name not in (FEATURES, OWN_SIZE)}
+        features = batch[FEATURES].to(next(iter(head.parameters.values())).device)
+        if OWN_SIZE in batch:
+            inputs = with_main_input(chain, inputs, batch[OWN_SIZE])
+        main_input = chain.input_of_replay(features, inputs)
+        inputs[chain.main_input] = main_input
+        if OWN_SIZE in batch and not head.fits(tuple(main_input.shape[1:])):  # there are more sizes than it remembers
+            head.fit(features, self.context.model_inputs(inputs))
+        with head.replay(features, main_input):
+            yield inputs
 
-    def _has_several_sizes(self) -> bool:
-        """Whether samples have no common width, and are no tokens; the same on all processes."""
-        chain, source = self.context.chain, self.context.source
-        if stays_real(chain.own_trace().probe[chain.main_input]):
-            return False
-        return self.context.group.on_main(lambda: has_widths(source, chain.main_input))
-
-    def run(self, epochs: int, leave_out: int = 0, most: int | None = None) -> HeadStarted | None:
+    def run(
+        self, epochs: int, store: FeatureStore | None = None, most: int | None = None, goes_on: bool = False
+    ) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
         Gradients, generators, buffers and the trainer's optimizer are left as they are.
 
         Args:
             epochs: of the head alone.
-            leave_out: samples of this process that are held out for a trial.
+            store: whose features take the place of the blocks before its cut; None: these run as well.
             most: samples of this process, at most.
+            goes_on: whether another one on more of the same samples may follow.
 
         Returns:
             What was done; None if there was nothing to do.
 
         Raises:
-            ChainError: if the model cannot be cut before its head.
-            RehearsalError: if the trainer's step does not run on features, or samples of several sizes are no tokens.
+            ChainError: if the model cannot be cut before its head, or its head alone does not answer as the whole.
+            RehearsalError: if the trainer's step does not run on features.
+            StoreError: if the store cannot be read.
         """
         config, chain = self.context.config, self.context.chain
         if not epochs or is_untrained(chain.model):
@@ -148,59 +163,61 @@ class HeadStart:
         head = Head(chain, is_new=config.head_start == "new")
         if not head.parameters:
             return None
-        if self._has_several_sizes():
-            if not config.head_start_epochs:  # it was the trial's own
-                return None
-            raise RehearsalError(
-                "a head start takes texts, or samples of one size, and these have several: pad or resize them to one, "
-                "or head_start_epochs=0 is without a head start."
-            )
         began, seed = time.perf_counter(), self.context.source.seed
-        with preserve_rng(), seeded_rng(seed, "head start"), untouched(chain.model):
+        shelf = TensorShelf(self.context.cache_dir, _MOST_BYTES, self._room)
+        with preserve_rng(), seeded_rng(seed, "head start"), untouched(chain.model), contextlib.closing(shelf):
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                batches = self._make_batches(head, leave_out, most)
-                with self._rehearsing(head.parameters.keys()) as step:
+                batches, rows_run = self._make_batches(HeadBatches(self.context, head, shelf, self._see), store, most)
+                with self._rehearsing(head.parameters.keys()) as step, put_back_after_errors(head.parameters):
                     training = _Training(head, step, self.context, batches, epochs)
-                    before, loss_before = training.weights(), training.loss()
-                    rate = training.choose_rate() if config.head_start_lr is None else config.head_start_lr
-                    training.train(training.batches, rate)
-                    loss_after = training.loss()
-                    if not loss_after < loss_before:
-                        training.put_back(before)
+                    rate, loss_before, loss_after = training.run(config.head_start_lr)
             except FrozenOutputError as error:
                 raise RehearsalError(
                     f"a training step of the head alone fails: {error} head_start_epochs=0 is without a head start."
                 ) from error
             finally:
                 self._head = None
+        self._done = batches if goes_on and not shelf.bytes_in_file and not self.context.source.sizes else []
         # The same on all processes, but for kernels that round otherwise from run to run.
         self.context.group.broadcast_tensors(list(head.parameters.values()))
-        rows = sum(len(batch.features) for batch in training.batches)
+        before_store = 0.0 if store is None else chain.share(store.manifest.cut)
         # A backward pass takes two forward passes.
-        passes = rows + training.rows_run * 3 * (1 - head.cut.boundary.flops)
+        passes = rows_run * (1 - before_store) + training.rows_run * 3 * (1 - head.cut.boundary.flops)
+        rows, names = sum(batch.samples for batch in batches), tuple(head.parameters)
         seconds = time.perf_counter() - began
-        names = tuple(head.parameters)
-        return HeadStarted(rows, names, rate, loss_before, loss_after, training.steps, passes, seconds)
+        losses = loss_before, loss_after
+        return HeadStarted(rows, store is not None, names, rate, *losses, training.steps, passes, seconds)
 
-    def _make_batches(self, head: Head, leave_out: int, most: int | None) -> list[_Batch]:
-        """Runs all that is before the head, on samples of this process in random order, but for the first ones."""
-        context, source, group = self.context, self.context.source, self.context.group
-        fit = max(1, _MOST_BYTES // (4 * math.prod(head.cut.layout.shape)))
-        drawn_rows = of_rows(source, in_random_order(source, group)[leave_out:][:fit][:most])
+    def _make_batches(
+        self, made: HeadBatches, store: FeatureStore | None, most: int | None
+    ) -> tuple[list[HeadBatch], int]:
+        """The batches, and how many samples have run for them."""
+        rows = made.rows(self.leave_out, most)
+        known, self._done = ([] if store is not None else self._done), []
+        batches = made.make(rows, store, known[: len(rows)])
+        if len(batches) < len(rows):
+            count, of = sum(batch.samples for batch in batches), sum(map(len, rows))
+            Announcer(self.context.group, logger).warning(
+                f"The head start takes {count} of {of} samples: what it needs of more fits neither into the "
+                f"{show_bytes(_MOST_BYTES)} of memory that it may take nor into a file in {self.context.cache_dir}, "
+                f"as {made.shelf.why_full or 'another process has no room'}."
+            )
+        return batches, sum(batch.samples for batch in batches[len(known) :])
 
-        def make() -> list[_Batch]:
-            batches = []
-            for _, (drawn, *_views) in drawn_rows.loader(range(drawn_rows.num_ranges)):
-                self._see(drawn.batch)
-                features = head.features(context.model_inputs(drawn.batch)).cpu()
-                main = context.chain.main_input
-                kept = {name: value for name, value in drawn.batch.items() if name != main or stays_real(value)}
-                batches.append(_Batch(kept, features))
-            return batches
 
-        return group.on_all(make)
+@contextlib.contextmanager
+def put_back_after_errors(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Puts back the values of parameters if what runs inside fails."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+        raise
 
 
 @dataclass
@@ -222,10 +239,27 @@ class _Training:
     head: Head
     step: Step
     context: BuildContext
-    batches: list[_Batch]
+    batches: list[HeadBatch]
     epochs: int
     steps: int = 0
     rows_run: int = 0
+
+    def run(self, rate: float | None) -> tuple[float, float, float]:
+        """Trains the head, and puts its weights back if it is no better for it.
+
+        Args:
+            rate: learning rate; None: one is chosen.
+
+        Returns:
+            The learning rate, and the loss before and after.
+        """
+        before, loss_before = self.weights(), self.loss()
+        rate = self.choose_rate() if rate is None else rate
+        self.train(self.batches, rate)
+        loss_after = self.loss()
+        if not loss_after < loss_before:
+            self.put_back(before)
+        return rate, loss_before, loss_after
 
     def choose_rate(self) -> float:
         """The rate below that with which the loss on held-out batches is the smallest, from the same start.
@@ -246,7 +280,7 @@ class _Training:
         best = min(finite, key=losses.__getitem__) if finite else RATES[0]
         return RATES[max(0, RATES.index(best) - 1)]
 
-    def train(self, batches: Sequence[_Batch], rate: float) -> None:
+    def train(self, batches: Sequence[HeadBatch], rate: float) -> None:
         """Trains the head, the learning rate falling to 0 as a cosine."""
         optimizer = torch.optim.AdamW(self.head.parameters.values(), lr=rate, weight_decay=0.0)
         schedule = CosineAnnealingLR(optimizer, T_max=self.epochs * len(batches))
@@ -257,7 +291,7 @@ class _Training:
                 schedule.step()
                 self.steps += 1
 
-    def loss(self, batches: Sequence[_Batch] | None = None) -> float:
+    def loss(self, batches: Sequence[HeadBatch] | None = None) -> float:
         """Mean loss over batches of all processes; None: some of those of the head start."""
         batches = self.batches[:_LOSS_BATCHES] if batches is None else batches
         means = self.context.group.gather(sum(float(self._run(batch).loss) for batch in batches) / len(batches))
@@ -273,9 +307,9 @@ class _Training:
             for name, parameter in self.head.parameters.items():
                 parameter.copy_(weights[name])
 
-    def _run(self, batch: _Batch) -> Outcome:
-        self.rows_run += len(batch.features)
-        return self.context.group.on_all(lambda: self.step({_FEATURES: batch.features, **batch.inputs}))
+    def _run(self, batch: HeadBatch) -> Outcome:
+        self.rows_run += batch.samples
+        return self.context.group.on_all(lambda: self.step(batch.collated))
 
     def _update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
         parameters = self.head.parameters

@@ -52,7 +52,7 @@ class TrainerHooks(_Trainer):
     def _is_active(self) -> bool:
         """Whether a training may be another than that of a plain `Trainer`."""
         config = self._freeze_config
-        changes_more = bool(config.head_start_epochs) or config.changes_learning_rates
+        changes_more = bool(config.epochs_of_head_start) or config.changes_learning_rates
         return not isinstance(self._freeze_policy, NonePolicy) or changes_more
 
     @property

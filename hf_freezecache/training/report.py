@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..cache.store import FeatureStore
+from ..model.chain import BlockChain
 from ..units import format_table, show_bytes, show_flops, show_seconds
 from .accounting import Phase
 
@@ -31,6 +33,18 @@ class FreezeStatus:
     replaying: bool
     store_path: Path | None
     store_bytes: int
+
+    @classmethod
+    def of(cls, chain: BlockChain, store: FeatureStore | None) -> FreezeStatus:
+        """That of a training whose running epoch reads a store, or samples."""
+        return cls(
+            cut=chain.cut,
+            frozen_blocks=chain.names[: chain.cut],
+            trainable_parameters=count_trainable(chain.model),
+            replaying=store is not None,
+            store_path=None if store is None else store.path,
+            store_bytes=0 if store is None else store.bytes,
+        )
 
 
 @dataclass(frozen=True)

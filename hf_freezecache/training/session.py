@@ -38,7 +38,7 @@ from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Rehearsal, Rehearsing
-from .report import FreezeCacheReport, FreezeStatus, count_trainable, epoch_numbers, make_report
+from .report import FreezeCacheReport, FreezeStatus, epoch_numbers, make_report
 from .similarities import SampleSimilarities
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -92,7 +92,7 @@ class FreezeSession:
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
-        self.head_start = HeadStart(self.context, rehearsing, self.meter.see)
+        self.head_start = HeadStart(self.context, rehearsing, self.meter.see, provider.budget.room)
         self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
         similarities = SampleSimilarities(self.context, self.accounts.book_samples, batches_per_step)
         self.recorder, self.journal = BlockRecorder(self.chain, similarities), Journal()
@@ -168,6 +168,8 @@ class FreezeSession:
             self._check_prefix(moment.cut)
             self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
             self._check_rows(moment.epoch)
+        if self.head_start.is_due:
+            before_steps.give_head_start(self, self.store)
         self.source.turn(self.switch)
         self.force_eager = self._is_compiled()
         frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
@@ -331,7 +333,7 @@ class FreezeSession:
     @contextlib.contextmanager
     def forward_modes(self) -> Iterator[None]:
         """Inside, after `model.train()`, everything before the cut runs in eval mode."""
-        if not self.chain.cut or not self.context.model.training:
+        if not self.chain.cut or not self.context.model.training or self.head_start.is_running:
             yield
             return
         self.chain.eval_prefix()
@@ -344,6 +346,10 @@ class FreezeSession:
     def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
         """Before the first step; see `before_steps.try_freezing`."""
         return before_steps.try_freezing(self, cut, max_steps, max_grad_norm)
+
+    def plan_head_start(self, cut: int, epochs: float) -> None:
+        """Before the first step; see `before_steps.plan_head_start`."""
+        before_steps.plan_head_start(self, cut, epochs)
 
     def rehearse(self, epochs: Mapping[int, float]) -> None:
         """Before the first step; see `before_steps.rehearse`."""
@@ -467,15 +473,7 @@ class FreezeSession:
         return self.source.store if isinstance(self.source, FromStore) and self.source.is_open else None
 
     def status(self) -> FreezeStatus:
-        cut, store = self.chain.cut, self.store
-        return FreezeStatus(
-            cut=cut,
-            frozen_blocks=self.chain.names[:cut],
-            trainable_parameters=count_trainable(self.chain.model),
-            replaying=store is not None,
-            store_path=None if store is None else store.path,
-            store_bytes=0 if store is None else store.bytes,
-        )
+        return FreezeStatus.of(self.chain, self.store)
 
     def report(self) -> FreezeCacheReport:
         phases = self.ledger.phases

@@ -327,9 +327,8 @@ class StoreProvider:
     def _open_whole(self, images: StoreSpec) -> FeatureStore | None:
         """A store of all rows that the samples are selected from, as the rows of the samples."""
         try:  # to tell which store it is takes reading all rows
-            return (
-                self._open(self.spec_maker.of_whole(images)) if self.group.on_main(self.worth.may_be_there) else None
-            )
+            is_there = self.group.on_main(self.worth.may_be_there)
+            return self._open(self.spec_maker.of_whole(images)) if is_there else None
         except Exception as error:  # the user's data set may raise anything for rows that were left out
             Announcer.survived(logger, "The rows that the train data set leaves out cannot be read", error)
             return None

@@ -180,6 +180,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
             disable_tqdm=bool(self.args.disable_tqdm),
             eval_dataset=self.eval_dataset,
+            forward_passes=self._forward_passes,
         )
 
     def _inputs_by_name(self, batch: Any) -> Mapping[str, Any]:

@@ -112,9 +112,7 @@ class HardwareCosts:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        first = (
-            f"{self.parameters:,} weights, {self.lanes} numbers a clock cycle, each needed {self.uses} times a step"
-        )
+        first = f"{self.parameters:,} weights, {self.lanes} numbers a clock cycle, each needed {self.uses} times."
         published = (
             f"PeZO's authors report for their accelerator: LUTs {PUBLISHED['look_up_tables']:+.1%}, FFs "
             f"{PUBLISHED['flip_flops']:+.1%}, power up to {PUBLISHED['power_at_most']:+.0%} (arXiv 2504.20314)."

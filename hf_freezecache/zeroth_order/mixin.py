@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from transformers.utils import logging
 from ..distributed import Announcer, Group
 from .config import ZeroOrderConfig
 from .estimates import Estimate, look_around
-from .optimizer import ZeroOrderOptimizer
+from .optimizer import TrialMoves, ZeroOrderOptimizer
 from .perturbation import Displacement
 from .preconditions import check_freezing, check_trainer, why_hard
 
@@ -45,6 +46,8 @@ class ZeroOrderMixin(_Trainer):
     # Set by `FreezeCacheMixin`: a `FreezePolicy` and a `FreezeCacheConfig`. Without it there are none.
     _freeze_policy: Any = None
     _freeze_config: Any = None
+    # Set by `FreezeCacheMixin`: a session that counts FLOPs. Without it there is none.
+    _session: Any = None
     # Read by `FreezeCacheMixin`, which counts FLOPs.
     _forward_passes: int | None
     # Set by `FreezeCacheMixin` while it runs steps for what they compute: the gradients that the training would follow
@@ -58,6 +61,9 @@ class ZeroOrderMixin(_Trainer):
         self._losses: torch.Tensor | None = None
         self._estimate: Estimate | None = None
         super().__init__(*args, **kwargs)
+        if self._freeze_config is not None and self._freeze_config.head_start_epochs is None:
+            # It follows gradients, if only of the head.
+            self._freeze_config = replace(self._freeze_config, head_start_epochs=0)
 
     # The optimizer
 
@@ -74,6 +80,10 @@ class ZeroOrderMixin(_Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self._own_optimizer  # noqa: B018  # raises if it is somebody else's
         return optimizer
+
+    def make_trial_moves(self, parameters: Sequence[nn.Parameter]) -> ZeroOrderOptimizer:
+        """What moves parameters as a step of the training does, whatever the losses are."""
+        return TrialMoves(parameters, self.args.learning_rate, self._zero_order, self.args.seed)
 
     @property
     def _own_optimizer(self) -> ZeroOrderOptimizer:
@@ -92,13 +102,35 @@ class ZeroOrderMixin(_Trainer):
 
     @property
     def _announcer(self) -> Announcer:
-        return Announcer(Group(self.accelerator.process_index, self.accelerator.num_processes), logger)
+        return Announcer(self._group, logger)
+
+    @property
+    def _group(self) -> Group:
+        return Group(self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """As `Trainer` does, without a wrapper that keeps buffers for gradients: processes exchange losses alone."""
+        prepare = self.accelerator.prepare_model
+
+        def prepare_whole(model: nn.Module, *args, **kwargs) -> nn.Module:
+            prepared = prepare(model, *args, **{**kwargs, "evaluation_mode": True})
+            # The wrapper would begin so, too.
+            self._group.broadcast_tensors([each.detach() for each in (*prepared.parameters(), *prepared.buffers())])
+            return prepared
+
+        with _replaced(self.accelerator, "prepare_model", prepare_whole):
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """There is no gradient; the estimate was clipped where it was made."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         return float("nan") if self._estimate is None else self._estimate.norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]  # `Trainer` adds floats
+        found = super().floating_point_ops(inputs)
+        # `Trainer` counts a forward pass, and a backward pass of two; a session counts what runs.
+        return found if self._session is not None else found * self._zero_order.forward_passes / 3
 
     # Steps
 
@@ -157,7 +189,7 @@ class ZeroOrderMixin(_Trainer):
         """The batches of an optimizer step are through: processes exchange the losses, and nothing else."""
         losses, self._losses = self._losses, None
         assert losses is not None  # a batch has been before
-        Group(self.accelerator.process_index, self.accelerator.num_processes).average_tensors([losses])
+        self._group.average_tensors([losses])
         self._estimate = self._estimate_from(losses)
         if self._estimate.is_finite:
             self._own_optimizer.gradients = self._estimate.gradients(self.args.max_grad_norm)

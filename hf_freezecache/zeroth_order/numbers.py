@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,23 +99,24 @@ class Stream(Numbers):
 
     def __init__(self, length: int, period: int):
         self.period = period
+        self._long: dict[torch.device, torch.Tensor] = {}
         self.stride = next(stride for stride in range(length, length + period + 1) if math.gcd(stride, period) == 1)
 
     def start(self, piece: Piece) -> int:
         """Where in the period a piece begins."""
         return (piece.perturbation * self.stride + piece.position) % self.period
 
-    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
-        """The numbers of each of several pieces of a perturbation; those of neighbours are taken at once."""
-        return [
-            numbers
-            for neighbours in _runs(pieces)
-            for numbers in self.take(_joined(neighbours), device).split([piece.length for piece in neighbours])
-        ]
-
     def squares(self, pieces: Sequence[Piece], device: torch.device) -> float:
         """The sum of the squares of the numbers of pieces, from sums that were made with the numbers."""
         return sum(self._squares(_joined(neighbours)) for neighbours in _runs(pieces))
+
+    def _read(self, period: Callable[[], torch.Tensor], piece: Piece, device: torch.device) -> torch.Tensor:
+        """The numbers of a piece as a view of those of a period, which are kept several times in a row."""
+        start, long = self.start(piece), self._long.get(device)
+        if long is None or start + piece.length > len(long):
+            times = -(-(self.period + piece.length) // self.period)
+            long = self._long[device] = period().to(device).repeat(times)
+        return long[start : start + piece.length]
 
     @abstractmethod
     def _squares(self, piece: Piece) -> float:
@@ -144,16 +145,11 @@ class Pool(Stream):
         generator.manual_seed(hash_key("pool", seed) >> 1)
         self.values = as_fractions(torch.randint(1, 2**bits, (size,), generator=generator), bits)
         self.drawn = size
-        self._long: dict[torch.device, torch.Tensor] = {}
         self._sums = np.concatenate([[0.0], np.cumsum(self.values.double().square().numpy())])
 
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
-        """The numbers of a piece as a view of the pool, which is kept several times in a row; nothing is drawn."""
-        start, long = self.start(piece), self._long.get(device)
-        if long is None or start + piece.length > len(long):
-            times = -(-(self.period + piece.length) // self.period)
-            long = self._long[device] = self.values.to(device).repeat(times)
-        return long[start : start + piece.length]
+        """The numbers of a piece of the pool; nothing is drawn."""
+        return self._read(lambda: self.values, piece, device)
 
     def _squares(self, piece: Piece) -> float:
         return _cyclic_sum(self._sums, self.start(piece), piece.length)
@@ -175,6 +171,8 @@ class OnTheFly(Stream):
     def __init__(self, length: int, registers: int, bits: int, seed: int):
         self.row, self.bits = RotatedLFSRs(bits, registers, seed), bits
         super().__init__(length, self.row.period)
+        # So few that keeping them takes no more than an eighth of the memory of the weights.
+        self._is_kept = self.period <= min(PIECE, length // 8)
         self._fractions: dict[torch.device, torch.Tensor] = {}
         # All registers give one number a clock cycle, in whatever order.
         each = as_fractions(torch.from_numpy(cycle(bits)), bits).double().square().numpy()
@@ -184,7 +182,19 @@ class OnTheFly(Stream):
     def take(self, piece: Piece, device: torch.device) -> torch.Tensor:
         """The numbers that the registers give in the clock cycles of a piece."""
         self.drawn += piece.length  # by the registers, in whatever way they are looked up here
+        if self._is_kept:
+            return self._read(lambda: self._at(0, self.period, device), piece, device)
         return self._at(self.start(piece), piece.length, device)
+
+    def take_each(self, pieces: Sequence[Piece], device: torch.device) -> list[torch.Tensor]:
+        """The numbers of each of several pieces of a perturbation; those of neighbours are looked up at once."""
+        if self._is_kept:
+            return super().take_each(pieces, device)
+        return [
+            numbers
+            for neighbours in _runs(pieces)
+            for numbers in self.take(_joined(neighbours), device).split([piece.length for piece in neighbours])
+        ]
 
     def _squares(self, piece: Piece) -> float:
         start, count = self.start(piece), self.row.count

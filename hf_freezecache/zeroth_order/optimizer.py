@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .config import ZeroOrderConfig
+from .estimates import look_around
+from .perturbation import Displacement
 
 
 class ZeroOrderOptimizer(torch.optim.Optimizer):
@@ -29,6 +31,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, config: ZeroOrderConfig, seed: int):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        self.config = config
         held = [parameter for group in self.param_groups for parameter in group["params"]]
         self.perturbation = config.make_perturbation(held, seed)
         self.gradients: Mapping[int, float] = {}
@@ -46,3 +49,16 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             live = [parameter for parameter in group["params"] if parameter.requires_grad]
             self.perturbation.descend(live, gradients, float(group["lr"]), float(group["weight_decay"]))
         return loss
+
+
+class TrialMoves(ZeroOrderOptimizer):
+    """An optimizer that moves its parameters as all losses and the update of a step do, to see how long that takes."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Looks around without a model, and then moves the parameters."""
+        nothing = torch.zeros(())
+        directions, eps, estimator = range(self.config.estimates), self.config.eps, self.config.estimator
+        with Displacement(self.perturbation, self.config.copies(self.perturbation.live)) as displacement:
+            look_around(displacement, directions, eps, estimator, lambda: nothing)
+        self.gradients = dict.fromkeys(directions, 0.0)
+        return super().step(closure)

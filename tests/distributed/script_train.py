@@ -146,7 +146,6 @@ def train(options: argparse.Namespace) -> None:
     has_trouble = options.trouble is not None and os.environ["RANK"] == options.trouble_rank
     callbacks = [TROUBLES[options.trouble](options.trouble_step)] if has_trouble else []
     model, size = (tiny_resnet(), 32) if options.model == "resnet" else (tiny_vit(), 16)
-    model = settle(model) if options.head_start_epochs or options.tries_freezing else model
     dataset = pixel_dataset(50, size) if options.augmented is None else augmented(options.augmented)
     texts = {}
     if options.model == "bert":
@@ -160,6 +159,8 @@ def train(options: argparse.Namespace) -> None:
         model, dataset, texts = wav2vec2(), Sounds(70), {"data_collator": PadSounds()}
     if options.model == "resnet of sizes":
         model, dataset, texts = tiny_resnet(), SizedImages(70), {"trainer_class": GroupingTrainer}
+    if options.head_start_epochs or options.tries_freezing:
+        model = settle(model)
     notes = NotesWeights()
     policy: FreezePolicy | None = None
     if options.main_decides:

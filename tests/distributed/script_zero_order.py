@@ -23,8 +23,11 @@ def main() -> None:
     parser.add_argument("--cache", default="always")
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
+    model = tiny_vit()
+    if int(os.environ.get("RANK", "0")):
+        torch.nn.init.normal_(model.classifier.weight)  # the main process's weights are everybody's
     trainer = ZeroOrderTrainer(
-        model=tiny_vit(),
+        model=model,
         args=make_args(options.output / "run", per_device_train_batch_size=options.batch, learning_rate=1e-2),
         train_dataset=pixel_dataset(rows=48),
         freeze_cache=manual("1:2", codec="fp32", cache=options.cache, feature_cache_dir=str(options.output / "cache")),
@@ -52,6 +55,7 @@ def main() -> None:
         "weights": tensors_digest(dict(trainer.model.named_parameters())),
         "head": trainer.model.classifier.weight.tolist(),
         "exchanged": exchanged,
+        "is_wrapped": trainer.model_wrapped is not trainer.model,
         "gradients": sum(parameter.grad is not None for parameter in trainer.model.parameters()),
     }
     path = options.output / f"rank-{trainer.accelerator.process_index}.json"

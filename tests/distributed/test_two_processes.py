@@ -61,6 +61,24 @@ def test_two_processes_train_one_head_before_the_first_step(tmp_path):
     assert first["weights"] == second["weights"]
 
 
+def test_two_processes_train_the_head_on_the_store_of_both(tmp_path):
+    for name, arguments in {"samples": ["--cache", "never"], "store": ["--codec", "fp32"]}.items():
+        (tmp_path / name).mkdir()
+        launch(["--output", tmp_path / name, "--head_start_epochs", "2", "--points", "0:2", *arguments])
+    samples, store = seen_by(tmp_path / "samples")[0], seen_by(tmp_path / "store")[0]
+    assert samples["modes"][:1] == ["head_start"] and store["modes"][:2] == ["build", "head_start"]
+    assert store["losses"] == samples["losses"] and store["weights"] == samples["weights"]
+
+
+@pytest.mark.slow
+def test_two_processes_start_heads_on_as_many_batches_of_several_sizes(tmp_path):
+    """Each sorts its own images by size, so that they come to different numbers of batches."""
+    arguments = ["--model", "resnet of sizes", "--points", "0:2", "--codec", "fp32", "--head_start_epochs", "1"]
+    launch(["--output", tmp_path, *arguments])
+    first, second = seen_by(tmp_path)
+    assert first["modes"][:2] == ["build", "head_start"] and first["weights"] == second["weights"]
+
+
 @pytest.mark.parametrize(
     "arguments", [pytest.param(["--layer_decay", "0.5"], marks=pytest.mark.slow), ["--main_decides"]]
 )

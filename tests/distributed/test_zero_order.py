@@ -23,6 +23,8 @@ def test_two_processes_exchange_losses_and_are_one_with_larger_batches(tmp_path)
     assert first["replaying"] and first["weights"] == second["weights"]
     assert len(first["exchanged"]) == 4 * 6 and set(first["exchanged"]) == {2}
     assert first["gradients"] == second["gradients"] == 0
+    # No wrapper, which would keep buffers for gradients.
+    assert not first["is_wrapped"] and not second["is_wrapped"]
     assert runs["frozen"][0]["weights"] == first["weights"] and runs["frozen"][0]["losses"] == first["losses"]
     [alone] = runs["alone"]
     assert first["losses"][:6] == pytest.approx(alone["losses"][:6], rel=1e-3)

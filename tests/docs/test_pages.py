@@ -69,6 +69,22 @@ def test_headline_of_readme_is_the_committed_result():
         assert f"{accuracy['frozen']:.1f} % instead of {accuracy['cached']:.1f} %" in README
 
 
+def test_table_of_readme_is_the_committed_result():
+    arms = json.loads((ROOT / "benchmarks/headline/gpu/caltech-224.json").read_text())["results"]["arms"]
+    for start, names in (
+        ("| `Trainer`, 3; 4; 6; 12 epochs |", ["plain 3", "plain 4", "plain 6", "plain 12"]),
+        ("| the same with a head start, 4; 6 epochs |", ["plain 4, head start", "plain 6, head start"]),
+        ("| the defaults, 4 epochs |", ["linear of 4, head start"]),
+        ("| 6 of 13 blocks frozen from the start, head start, 4 epochs |", ["half from 0 of 4, head start"]),
+    ):
+        columns = (
+            [f"{arms[name]['accuracy']['mean']:.1f}" for name in names],
+            [f"{arms[name]['flops'] / 1e12:.0f}" for name in names],
+            [f"{arms[name]['seconds']['median']:.1f}" for name in names],
+        )
+        assert " | ".join([start.removesuffix(" |"), *map("; ".join, columns)]) + " |" in README
+
+
 def test_api_page_shows_every_public_name():
     shown = set(re.findall(r"^::: hf_freezecache\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
     assert set(hf_freezecache.__all__) <= shown

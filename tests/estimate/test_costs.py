@@ -54,6 +54,11 @@ def test_step_without_workers_loads_and_computes_in_turn():
     assert step_seconds(COSTS, workers=0) == (2 + 3 + 5, 0.25 + 0.75 + 5)
 
 
+def test_every_forward_pass_of_a_step_runs_the_frozen_blocks_and_a_store_is_read_once():
+    assert step_seconds(COSTS, workers=0, passes=2) == (2 + 2 * 3 + 5, 0.25 + 0.75 + 5)
+    assert step_seconds(replace(COSTS, suffix=None), 2, passes=3) == (9.0, 0.75)
+
+
 def test_step_with_workers_waits_for_the_slower_of_loading_and_computing():
     assert step_seconds(COSTS, workers=1) == (3 + 5, 0.75 + 5)
     slow = replace(COSTS, load=40.0, read=12.0)

@@ -46,3 +46,12 @@ def test_loader_processes_that_start_slowly_must_be_paid_for_too():
     quick, slow = (Pace(step=0.010, load=0.0, start=start, prefix_share=0.5) for start in (0.0, 2.0))
     assert why_hopeless(WORK, 5.0, True, quick) is None
     assert why_hopeless(WORK, 5.0, True, slow) is not None
+
+
+def test_steps_of_several_forward_passes_save_as_many_runs():
+    """The build runs the frozen blocks once; an epoch of steps with two losses runs them twice."""
+    twice = Work(ranges=10, passes=2)
+    assert why_hopeless(twice, 1.0, from_images=True) is None
+    three_runs = Work(ranges=10, views=2, views_run=2, passes=2)
+    assert "would save 2 runs each at most" in why_hopeless(three_runs, 1.5, from_images=True)
+    assert why_hopeless(three_runs, 1.6, from_images=True) is None

@@ -1,5 +1,8 @@
 """Which padding changes no feature of a token, and what reads what is at padding."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from support.token_rows import (
@@ -89,3 +92,17 @@ def test_padding_on_a_side_that_counts_is_kept():
     chain, batch = chain_and_batch(gpt2, side="left")
     chain.prove(batch, 2)
     assert "padded on the left" in chain.padding.why_kept(2) and not chain.stored_layout(2).is_token
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch has the older setting alone")
+@pytest.mark.parametrize(("precision", "larger"), [("ieee", False), ("tf32", True)])
+def test_precision_is_read_however_it_was_set(precision, larger):
+    """`TrainingArguments(tf32=...)` sets it so; a process of its own, as the older setting cannot be read after it."""
+    code = (
+        f"import torch; torch.backends.fp32_precision = {precision!r}\n"
+        "from hf_freezecache.model.padding import tolerance_of\n"
+        "device = torch.device('cuda')\n"
+        "print(tolerance_of(torch.float32, device) > tolerance_of(torch.float32, torch.device('cpu')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == str(larger), found.stderr

@@ -24,6 +24,9 @@ class Mover:
     def try_freezing(self, cut, max_steps, max_grad_norm):
         self.started = getattr(self, "started", 0) + 1
 
+    def plan_head_start(self, cut, epochs):
+        self.frozen_from_start = cut, epochs
+
     def rehearse(self, epochs):
         self.rehearsed = epochs
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
-from hf_freezecache.training import freezing_trial, head_start
+from hf_freezecache.training import freezing_trial, head_batches
 
 #: 40 steps: with a fifth of them on trial, a trial of eight, with two batches held out.
 LONG = {"num_train_epochs": 2, "logging_steps": 20}
@@ -100,18 +100,19 @@ def test_what_it_measures_is_a_training_by_hand(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 0], ids=["of the training", "of the trial alone"])
 def test_a_head_start_leaves_the_held_out_samples_alone(epochs, tmp_path, monkeypatch):
     rows = {}
-    for module in (head_start, freezing_trial):
-        seen = rows.setdefault(module, [])
+    for module, name in ((head_batches, "of_batches"), (freezing_trial, "of_rows")):
+        seen, original = rows.setdefault(module, []), getattr(module, name)
 
-        def noting(source, own, seen=seen, of_rows=module.of_rows):
+        def noting(source, own, *args, seen=seen, original=original):
             seen.append(own)
-            return of_rows(source, own)
+            return original(source, own, *args)
 
-        monkeypatch.setattr(module, "of_rows", noting)
+        monkeypatch.setattr(module, name, noting)
     config = FreezeCacheConfig(cache="never", head_start_epochs=epochs)
     policy = Remembering(-1)
     run(settle(tiny_vit(), head="classifier"), pixel_dataset(160), tmp_path, config, policy=policy, **LONG)
-    [trained_on], [held_out, _] = rows[head_start], rows[freezing_trial]
+    [held_out, _] = rows[freezing_trial]
+    trained_on = [row for batches in rows[head_batches] for batch in batches for row in batch]
     assert len(held_out) == 16 and len(trained_on) == 144 and not set(held_out) & set(trained_on)
     assert policy.trials[0].samples == 16
 

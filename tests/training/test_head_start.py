@@ -5,20 +5,34 @@ import logging
 
 import pytest
 import torch
-from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
+from support.helpers import (
+    assert_same_weights,
+    losses,
+    manual,
+    messages,
+    pixel_dataset,
+    run,
+    tiny_resnet,
+    tiny_vit,
+    weights,
+)
 from support.pretrained import settle
-from support.token_rows import Pad, Texts, bert
-from transformers import TrainerCallback
+from support.sized_images import GroupingTrainer, SizedImages
+from support.sounds import PadSounds, Sounds, wav2vec2, wav2vec2_of_letters
+from support.token_rows import Pad, Texts, bert, xlnet
+from transformers import TrainerCallback, default_data_collator
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.training import head_start
+from hf_freezecache.training.budget import StoreBudget
 
 
 def pretrained():
     return settle(tiny_vit())
 
 
-def config(**settings):
-    return manual("1:2", **{"codec": "fp32", "cache": "never", "head_start_epochs": 2, **settings})
+def config(points="1:2", **settings):
+    return manual(points, **{"codec": "fp32", "cache": "never", "head_start_epochs": 2, **settings})
 
 
 class AtFirstStep(TrainerCallback):
@@ -110,6 +124,68 @@ def test_texts_get_one(tmp_path):
     assert trainer.freeze_cache_report().phases[0].mode == "head_start"
 
 
+def by_hand(model, data, collate, batches, head, epochs=2, rate=0.01):
+    """Trains the head on batches of the whole model, everything else as it is."""
+    model.eval()
+    parameters = dict(getattr(model, head).named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
+    for epoch in range(epochs):
+        for number in torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist():
+            loss = model(**collate([data[row] for row in batches[number]])).loss
+            gradients = torch.autograd.grad(loss, [*parameters.values()])
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+    return model.state_dict()
+
+
+def of_one_size(rows, data, size):
+    """Rows in batches of images of one size, in the order in which they are full."""
+    found, waiting = [], {}
+    for row in rows:
+        waiting.setdefault(data.sizes[row], []).append(row)
+        if len(waiting[data.sizes[row]]) == size:
+            found.append(waiting.pop(data.sizes[row]))
+    return found, waiting
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "collate"),
+    [
+        (bert, Texts(30), Pad()),
+        (xlnet, Texts(30), Pad()),
+        (wav2vec2, Sounds(30), PadSounds()),
+        (wav2vec2_of_letters, Sounds(30, letters=True), PadSounds()),
+        (tiny_resnet, SizedImages(32), default_data_collator),
+    ],
+    ids=["texts", "texts whose padding counts", "sounds", "letters of sounds", "images of several sizes"],
+)
+def test_on_samples_of_several_widths_and_sizes_it_is_a_training_by_hand(make, data, collate, tmp_path):
+    head = {xlnet: "logits_proj", wav2vec2_of_letters: "lm_head"}.get(make, "classifier")
+
+    def settled():
+        model = settle(make(), head)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(3)).tolist()
+    batches, more = [order[first : first + 4] for first in range(0, len(data), 4)], {}
+    if make is tiny_resnet:
+        (batches, left), more = of_one_size(order, data, 4), {"trainer_class": GroupingTrainer}
+        assert not left
+    seen = AtFirstStep()
+    settings = dict(data_collator=collate, remove_unused_columns=False, callbacks=[seen], num_train_epochs=1)
+    run(settled(), data, tmp_path, config(head_start_lr=0.01), per_device_train_batch_size=4, **settings, **more)
+    expected = by_hand(settled(), data, collate, batches, head)
+    assert changed(settled().state_dict(), seen.weights) == {name for name in expected if name.startswith(head)}
+    for name, value in seen.weights.items():
+        assert torch.allclose(value, expected[name], atol=2e-5), name
+
+
 def test_the_users_own_loss_trains_the_head(tmp_path):
     class OnlyFirstClass(FreezeCacheTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -130,6 +206,52 @@ def test_a_step_that_reads_what_is_before_the_head_is_an_error_before_the_first_
     with pytest.raises(ValueError, match="is read"):
         run(pretrained(), pixel_dataset(), tmp_path, config(), trainer_class=ReadsImages, callbacks=[seen])
     assert seen.weights is None
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """One batch of features fits into it."""
+    monkeypatch.setattr(head_start, "_MOST_BYTES", 8 * 32 * 4)
+
+
+@pytest.mark.parametrize("cache", ["never", "always"])
+def test_features_that_do_not_fit_into_memory_give_the_same_head(cache, tmp_path, monkeypatch, caplog):
+    settings = config(cache=cache, points="0:2")
+    _, expected = started(tmp_path / "memory", settings)
+    monkeypatch.setattr(head_start, "_MOST_BYTES", 8 * 32 * 4)
+    _, found = started(tmp_path / "file", settings)
+    assert_same_weights(found, expected)
+    assert "The head start takes" not in messages(caplog)
+    assert {path.name for path in (tmp_path / "file").rglob("*") if "_freeze_cache" in str(path)} == {
+        path.name for path in (tmp_path / "memory").rglob("*") if "_freeze_cache" in str(path)
+    }
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_of_no_room_as_many_samples_as_fit_are_drawn_and_it_is_said(tmp_path, monkeypatch, caplog):
+    """Three of eight batches: one in memory, two in the budget."""
+    monkeypatch.setattr(StoreBudget, "room", lambda self: 2 * 8 * 32 * 4)
+    caplog.set_level("INFO", logger="hf_freezecache")
+    started(tmp_path, config())
+    assert "The head start takes 24 of 64 samples" in caplog.text and "`cache_budget` are left" in caplog.text
+    assert "on features of 24 samples" in caplog.text
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_the_file_keeps_to_the_budget(tmp_path, caplog):
+    started(tmp_path, config(cache_budget="1KB"))
+    assert "The head start takes 8 of 64 samples" in caplog.text
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_after_an_error_nothing_of_the_file_is_left(tmp_path):
+    class Fails(FreezeCacheTrainer):
+        def compute_loss(self, *args, **kwargs):
+            raise ArithmeticError("on purpose")
+
+    with pytest.raises(ArithmeticError):
+        run(pretrained(), pixel_dataset(64), tmp_path, config(), trainer_class=Fails)
+    assert not (tmp_path / "_freeze_cache").exists()
 
 
 def test_a_head_that_gets_worse_keeps_its_weights(tmp_path, caplog):

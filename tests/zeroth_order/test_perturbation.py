@@ -119,6 +119,16 @@ def test_numbers_of_registers_are_spread_evenly_around_zero(bits):
     assert float(values.square().mean()) == pytest.approx(1 / 3, rel=0.15)
 
 
+@pytest.mark.parametrize(("bits", "registers"), [(4, 3), (8, 8), (11, 5)])
+def test_short_periods_that_are_kept_give_the_numbers_of_long_ones(bits, registers, monkeypatch):
+    """Pieces within a period, over its end, and longer than it."""
+    numbers, looked_up = OnTheFly(10**6, registers, bits, 1), OnTheFly(10**6, registers, bits, 1)
+    monkeypatch.setattr(looked_up, "_is_kept", False)
+    assert numbers._is_kept
+    pieces = [Piece(k, 3, length) for k in (0, 1, 50) for length in (1, 40, numbers.period, 2 * numbers.period + 3)]
+    assert all(torch.equal(numbers.take(piece, CPU), looked_up.take(piece, CPU)) for piece in pieces)
+
+
 @pytest.mark.parametrize("source", ["pool", "on the fly"])
 def test_squares_are_those_of_the_numbers(source):
     numbers = SOURCES[source](LENGTH, 3)

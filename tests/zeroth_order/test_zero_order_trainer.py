@@ -23,7 +23,7 @@ from support.zero_order import PlainZeroOrder, train
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
-from hf_freezecache import ZeroOrderConfig, ZeroOrderMixin, ZeroOrderTrainer
+from hf_freezecache import ZeroOrderConfig, ZeroOrderMixin, ZeroOrderTrainer, plan
 from hf_freezecache.rng import RngState
 from hf_freezecache.training.trainer_hooks import FreezeCacheMixin
 
@@ -370,6 +370,50 @@ def test_steps_on_features_run_the_suffix_alone(tmp_path):
         num_train_epochs=1,
     )
     assert calls == [2, 2]  # ahead and behind
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "one-sided"])
+def test_plan_measures_steps_without_a_backward_pass(kind, tmp_path, monkeypatch):
+    """Every step runs the suffix for each loss; nothing is moved, and no gradient is asked for."""
+    model, config = tiny_vit(), ZeroOrderConfig(**CONFIGS[kind])
+    before, runs = weights_of(model), []
+    model.vit.layers[2].register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a backward pass")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    args = make_args(tmp_path)
+    found = plan(model, pixel_dataset(rows=24), args=args, cuts=[2], batches=2, zero_order=config)
+    [row] = found.rows
+    assert row.live_step_seconds > row.replay_step_seconds > 0 and found.live_step_seconds > 0
+    # Steps at cut 2 and of plain training, of two batches and one to warm up.
+    assert runs.count(False) >= 2 * 3 * config.forward_passes and not any(runs)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    parameters = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert row.peak_memory_bytes == parameters
+
+
+def test_store_pays_earlier_as_every_step_would_run_the_frozen_blocks_twice(tmp_path, caplog):
+    """With one epoch left, a store saves a training with gradients one run of the blocks, and its build takes one."""
+    explicit = {"config": manual("1:3", cache="auto", report="none"), "num_train_epochs": 2}
+    found = train(tmp_path / "zero", ZeroOrderTrainer, **explicit)
+    assert "would save as many runs at most" not in messages(caplog)
+    assert found._session.context.forward_passes == 2
+    run(tiny_vit(), pixel_dataset(rows=24), tmp_path / "plain", explicit["config"], num_train_epochs=2)
+    assert "would save as many runs at most" in messages(caplog)
+
+
+@pytest.mark.parametrize("estimates", [1, 2])
+def test_total_flos_count_no_backward_pass(estimates, tmp_path):
+    """`Trainer` counts a backward pass as two forward passes."""
+    plain = Trainer(
+        model=tiny_vit(), args=make_args(tmp_path / "plain", num_train_epochs=2), train_dataset=pixel_dataset(rows=24)
+    )
+    plain.train()
+    trainer = train(tmp_path / "zero", zero_order={"estimates": estimates})
+    assert trainer.state.global_step == plain.state.global_step
+    assert trainer.state.total_flos == pytest.approx(plain.state.total_flos * 2 * estimates / 3)
 
 
 def test_report_counts_forward_passes_alone(tmp_path):

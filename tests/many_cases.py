@@ -1,0 +1,125 @@
+"""Tests of many cases that take seconds each, of which the quick suite runs a few."""
+
+#: By file. Of these, the first case and every fourth one belong to the quick suite, the others to the slow one:
+#: another change of the code rarely breaks one of these cases alone.
+MANY_CASES = {
+    "augment/test_channel_map.py": ("test_store_keeps_the_maps_and_trains_from_them",),
+    "build/test_comparison.py": ("test_rows_that_a_build_would_write_again_do_not_differ",),
+    "build/test_deepening.py": (
+        "test_deepening_a_lossless_store_gives_the_bytes_of_a_build_from_images",
+        "test_deepening_from_sensitive_channels_to_whole_views_replays_them",
+        "test_deepening_keeps_views_by_their_sensitive_channels",
+        "test_deepening_leaves_generators_alone",
+        "test_store_that_can_be_deepened_has_no_reason_against_it",
+        "test_two_processes_write_the_rows_of_one",
+    ),
+    "build/test_sizing.py": ("test_estimated_bytes_are_those_of_the_files",),
+    "faults/test_broken_disks.py": ("test_full_disk_trains_live",),
+    "faults/test_stores_lost_in_training.py": (
+        "test_training_resumed_in_the_epoch_of_a_loss_is_the_uninterrupted_one",
+    ),
+    "hub/test_heads_of_trainings.py": ("test_head_of_a_replayed_training_is_the_trained_model",),
+    "hub/test_pushing.py": (
+        "test_passing_errors_are_tried_again",
+        "test_refused_push_says_why_and_loses_nothing",
+    ),
+    "hub/test_trainer_pushes.py": ("test_feature_store_is_never_uploaded",),
+    "invariant/test_augmentation.py": (
+        "test_replayed_view_is_prefix_of_the_view",
+        "test_resumed_with_mixing_and_opaque_draws_is_uninterrupted_in_replay",
+        "test_resumed_with_random_transform_is_uninterrupted",
+    ),
+    "invariant/test_equal_trajectories.py": (
+        "test_cache_with_fp32_codec_is_freeze_only",
+        "test_resumed_is_uninterrupted",
+    ),
+    "invariant/test_packed_rows.py": (
+        "test_resumed_training_equals_the_uninterrupted_one",
+        "test_training_on_packed_rows_is_the_same_bit_for_bit",
+    ),
+    "invariant/test_writing_epochs.py": (
+        "test_finished_store_is_the_upfront_one",
+        "test_resumed_is_uninterrupted",
+        "test_resumed_with_opaque_draws_is_uninterrupted_if_the_directory_is_kept",
+        "test_write_through_of_exact_features_is_upfront_training",
+        "test_writing_epochs_train_as_the_same_views_drawn_live",
+    ),
+    "replay/test_lost_stores.py": ("test_loader_processes_read_on_when_the_store_was_removed",),
+    "test_planning.py": ("test_bytes_are_those_of_the_store_that_is_then_built",),
+    "test_trainer.py": ("test_script_with_transform_collator_and_evaluation_works_unmodified",),
+    "test_trainer_adapters.py": ("test_adapters_before_and_behind_the_cut_are_right",),
+    "test_trainer_collators.py": ("test_blocks_are_frozen_whatever_the_collator_returns",),
+    "test_trainer_learning_rates.py": (
+        "test_a_trial_before_the_training_leaves_nothing_behind",
+        "test_resumed_is_uninterrupted",
+    ),
+    "test_trainer_loaders.py": (
+        "test_callbacks_that_look_into_the_loader_see_images_and_change_nothing",
+        "test_row_that_is_drawn_often_is_drawn_anew_also_after_a_resume",
+    ),
+    "test_trainer_models.py": ("test_training_on_features_is_the_frozen_training_on_samples",),
+    "test_trainer_plain.py": ("test_compiled_model_trains_as_the_uncompiled_one",),
+    "test_trainer_selections.py": (
+        "test_folds_cost_one_build",
+        "test_selections_of_any_data_set_are_cached",
+    ),
+    "test_trainer_sizes.py": (
+        "test_batches_of_one_image_of_any_size_are_cached",
+        "test_batches_of_one_size_each_are_cached",
+        "test_codecs_of_features_of_several_sizes",
+        "test_defaults_and_trials_take_images_of_several_sizes",
+        "test_samples_without_padding_are_stored_in_their_own_lengths",
+        "test_sizes_that_are_not_those_of_samples_are_refused_before_the_first_step",
+        "test_ways_to_train_on_features_of_several_sizes",
+    ),
+    "test_trainer_texts.py": (
+        "test_codecs_of_tokens",
+        "test_training_on_features_is_close_to_the_frozen_one_where_batches_are_padded_to_their_longest",
+        "test_training_on_features_is_the_frozen_one_where_batches_have_one_width",
+    ),
+    "test_trainer_widths.py": (
+        "test_a_sample_that_changes_is_seen_and_runs_as_it_is",
+        "test_codecs_of_trimmed_features",
+        "test_sounds_of_several_lengths_are_trimmed",
+        "test_texts_whose_padding_counts_are_trimmed_to_the_width_of_a_batch",
+        "test_training_is_the_frozen_one_bit_for_bit_where_batches_are_as_wide_as_the_widest",
+        "test_ways_to_train_on_trimmed_features",
+    ),
+    "test_trainer_wrappers.py": (
+        "test_activation_checkpointing_of_found_blocks_changes_nothing",
+        "test_attention_implementations_of_found_blocks_are_right",
+        "test_channels_last_is_right",
+        "test_compiled_model_whose_blocks_are_found_is_right",
+        "test_model_that_accelerate_has_hooked_is_right",
+    ),
+    "test_transformers_texts.py": ("test_cached_training_of_an_example_is_the_frozen_one",),
+    "training/test_evaluation.py": (
+        "test_cached_evaluations_equal_those_on_images_within_half_precision",
+        "test_cached_evaluations_in_full_precision_equal_those_on_images_bit_for_bit",
+        "test_callbacks_evaluate_other_data_sets_rightly",
+        "test_resumed_training_equals_the_uninterrupted_one",
+    ),
+    "training/test_evaluation_of_images.py": ("test_evaluations_that_need_images_run_on_images",),
+    "training/test_evaluation_passes.py": ("test_loop_takes_its_arguments_by_position_too",),
+    "training/test_freezing_trial.py": ("test_the_training_is_that_of_the_schedule_that_was_chosen",),
+    "training/test_head_start.py": ("test_the_training_behind_it_is_that_of_a_model_with_such_a_head",),
+    "training/test_head_start_from_store.py": (
+        "test_after_a_trial_the_head_is_trained_from_the_store_or_on_more_samples",
+        "test_frozen_blocks_run_once_and_the_head_is_that_of_one_from_samples",
+        "test_without_a_store_it_takes_samples",
+    ),
+    "training/test_rehearsal.py": ("test_under_the_defaults_it_trains_on_images_as_without_a_cache",),
+    "training/test_replayed_tokens.py": ("test_replay_of_tokens_is_the_frozen_training",),
+    "training/test_report_hooks.py": ("test_names_and_numbers_of_any_kind_break_no_training",),
+    "training/test_reused_stores.py": (
+        "test_resumed_training_of_an_unhashable_data_set_finds_its_store",
+        "test_value_that_no_fingerprint_tells_makes_another_store",
+    ),
+    "training/test_sentinels.py": ("test_a_change_after_the_build_ends_the_replay_and_nothing_is_trained_wrongly",),
+    "training/test_store_provider.py": (
+        "test_resume_keeps_codec_and_stores_of_a_budget",
+        "test_resume_of_a_deepened_store_is_exact_even_if_all_stores_are_gone",
+    ),
+    "training/test_store_provider_views.py": ("test_geometry_is_kept_in_the_smallest_way_that_fits",),
+    "training/test_write_through.py": ("test_resumed_after_a_misfit_is_uninterrupted",),
+}
