@@ -13,17 +13,15 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies import (
-    AutoFreezePolicy,
+    SETTLING,
     AutoPolicy,
     DelayedPolicy,
-    EgeriaPolicy,
     FreezeOutPolicy,
     FreezePolicy,
     FrozenFromStart,
     LinearPolicy,
     ManualPolicy,
     NonePolicy,
-    SimFreezePolicy,
 )
 from .policies.around import layer_factor
 from .policies.schedule import format_freeze_points
@@ -43,7 +41,6 @@ AnnealMode = Literal["none", "cosine"]
 HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
-_SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -488,8 +485,8 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
         return FreezeOutPolicy(config.freeze_start, max_frozen=config.max_frozen)
     if config.policy == "smartfrz":
         return SmartFrzPolicy(config.predictor, max_frozen=config.max_frozen)
-    if config.policy in _SETTLING:
-        return _SETTLING[config.policy](max_frozen=config.max_frozen)
+    if config.policy in SETTLING:
+        return SETTLING[config.policy](max_frozen=config.max_frozen)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 

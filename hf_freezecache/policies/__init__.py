@@ -12,7 +12,11 @@ from .none import NonePolicy
 from .simfreeze import SimFreezePolicy
 from .trial import Trial
 
+#: Rules that find out which blocks have settled, by name.
+SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
+
 __all__ = [
+    "SETTLING",
     "AutoFreezePolicy",
     "AutoPolicy",
     "ComingFreeze",
