@@ -13,18 +13,22 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .model.layout import FeatureLayout
 from .policies import (
+    SETTLING,
     AutoPolicy,
     DelayedPolicy,
+    FreezeOutPolicy,
     FreezePolicy,
     FrozenFromStart,
     LinearPolicy,
     ManualPolicy,
     NonePolicy,
 )
+from .policies.around import layer_factor
 from .policies.schedule import format_freeze_points
+from .smartfrz import SmartFrzPolicy
 from .units import parse_bytes
 
-PolicyName = Literal["none", "manual", "linear", "auto"]
+PolicyName = Literal["none", "manual", "linear", "auto", "freezeout", "autofreeze", "egeria", "simfreeze", "smartfrz"]
 CacheMode = Literal["auto", "always", "never"]
 MaterializeMode = Literal["upfront", "write_through"]
 DeepenMode = Literal["raw", "cache"]
@@ -52,7 +56,7 @@ class FreezeCacheConfig:
         ImportError: on construction, if the codec's library is not installed.
     """
 
-    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: none, manual, linear or auto."})
+    policy: PolicyName = field(default="linear", metadata={"help": "When to freeze: see docs/policies.md."})
     freeze_points: str | None = field(
         default=None,
         metadata={
@@ -60,16 +64,23 @@ class FreezeCacheConfig:
             "A number with a point is a fraction of training ('0.25:8'), rounded up to an epoch."
         },
     )
-    freeze_start: float = field(default=0.25, metadata={"help": "For policy linear: fraction of training at stage 1."})
+    freeze_start: float = field(
+        default=0.25, metadata={"help": "For policies linear and freezeout: fraction of training at the first freeze."}
+    )
     freeze_end: float = field(
         default=0.5, metadata={"help": "For policies linear and auto: fraction of training at the last stage."}
     )
     max_frozen: float = field(
-        default=0.75, metadata={"help": "For policies linear and auto: fraction of the blocks frozen in the end."}
+        default=0.75,
+        metadata={"help": "For all policies but manual: fraction of the blocks frozen in the end, at most."},
     )
     freeze_stages: int = field(
         default=2,
         metadata={"help": "For policy linear: number of steps. Each costs a build: few, deep steps pay best."},
+    )
+    predictor: str | None = field(
+        default=None,
+        metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor of what has settled."},
     )
     head_start_epochs: int | None = field(
         default=None,
@@ -298,7 +309,7 @@ class FreezeCacheConfig:
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
-        if self.freeze_start > self.freeze_end:
+        if self.freeze_start > self.freeze_end and self.policy != "freezeout":
             raise ValueError(
                 f"freeze_start={self.freeze_start} is after freeze_end={self.freeze_end}: stages go from the first to "
                 "the second."
@@ -314,8 +325,9 @@ class FreezeCacheConfig:
             if self.freeze_points is None:
                 raise ValueError("policy='manual' needs freeze_points, e.g. freeze_points='1:4,3:8'.")
             ManualPolicy(self.freeze_points)  # it checks them
-        elif self.freeze_points is not None:
-            raise ValueError(f"freeze_points is read by policy='manual' only, not by policy='{self.policy}'.")
+        for name, policy in (("freeze_points", "manual"), ("predictor", "smartfrz")):
+            if getattr(self, name) is not None and self.policy != policy:
+                raise ValueError(f"{name} is read by policy='{policy}' only, not by policy='{self.policy}'.")
 
     def codec_at(self, cut: int, num_blocks: int) -> str:
         """The codec wanted at a cut.
@@ -460,17 +472,6 @@ def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
     return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
 
 
-def layer_factor(layer_decay: float, block: int, num_blocks: int) -> float:
-    """What `layer_decay` multiplies the learning rate of a block by, as BEiT and MAE count: 1 for the head.
-
-    Args:
-        layer_decay: the setting.
-        block: position in the chain, 0 for the stem; `num_blocks` for the head.
-        num_blocks: `len(chain)`.
-    """
-    return layer_decay ** (num_blocks - block)
-
-
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     """The policy that the settings name."""
     if config.policy == "none":
@@ -480,6 +481,12 @@ def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
         return ManualPolicy(config.freeze_points)
     if config.policy == "auto":
         return AutoPolicy(config.max_frozen, config.freeze_end)
+    if config.policy == "freezeout":
+        return FreezeOutPolicy(config.freeze_start, max_frozen=config.max_frozen)
+    if config.policy == "smartfrz":
+        return SmartFrzPolicy(config.predictor, max_frozen=config.max_frozen)
+    if config.policy in SETTLING:
+        return SETTLING[config.policy](max_frozen=config.max_frozen)
     return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 

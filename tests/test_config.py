@@ -107,3 +107,15 @@ def test_config_prefers_the_progression():
     config = FreezeCacheConfig(codec="fp32", progressive="0.5:int4,0.8:int2")
     assert [config.codec_at(cut, 10) for cut in (1, 5, 8)] == ["int4", "int4", "int2"]
     assert FreezeCacheConfig(codec="fp32").codec_at(3, 10) == "fp32"
+
+
+@pytest.mark.parametrize("policy", ["linear", "simfreeze", "auto"])
+def test_predictors_are_for_smartfrz_alone(policy):
+    with pytest.raises(ValueError, match="predictor is read by policy='smartfrz' only"):
+        FreezeCacheConfig(policy=policy, predictor="some/where")
+
+
+def test_freezeout_may_begin_after_the_last_stage_of_linear():
+    assert FreezeCacheConfig(policy="freezeout", freeze_start=0.8).freeze_end == 0.5
+    with pytest.raises(ValueError, match="is after freeze_end"):
+        FreezeCacheConfig(policy="linear", freeze_start=0.8)

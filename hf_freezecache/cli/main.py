@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from .predictor_options import add_predictor
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -50,6 +52,10 @@ def _choose(options: argparse.Namespace) -> Callable[[], None]:
         from . import heads
 
         return partial(getattr(heads, options.action), options)
+    if options.command == "predictor":
+        from . import predictor
+
+        return partial(getattr(predictor, options.action), options)
     if options.command == "report":
         from .report import report
 
@@ -73,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="freezecache",
         description="Plans feature stores, inspects, verifies and removes them; saves, loads and pushes heads; "
-        "reports on trainings; estimates random numbers in hardware.",
+        "reports on trainings; makes predictors of what has settled; estimates random numbers in hardware.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -104,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--yes", action="store_true", help="remove them; without this option they are only listed")
     mode.add_argument("--dry-run", action="store_true", help="only list them (the default)")
     _add_head(commands)
+    add_predictor(commands)
     _add_zero_order_cost(commands)
     return parser
 

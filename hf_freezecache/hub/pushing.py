@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,6 @@ from .saving import save_head
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
-MESSAGE = "Head of hf_freezecache"
 #: Answers of a server that may be another one a moment later.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 #: Seconds before the second, third and fourth try.
@@ -118,14 +117,32 @@ def push_folder(folder: Path, push: Push) -> CommitInfo:
     """
     config = HeadConfig.read(folder / HEAD_CONFIG)
     check_weights(folder / HEAD_WEIGHTS, config)
+    call = f"push_head_to_hub({str(folder)!r}, {push.repo_id!r})"
+    again = f"{call}, or `freezecache head push {folder} {push.repo_id}`"
+    return push_files(folder, config.files, push, "the head", again)
+
+
+def push_files(folder: Path, files: Sequence[str], push: Push, what: str, again: str) -> CommitInfo:
+    """Pushes some files of a folder.
+
+    Args:
+        folder: that holds them; it stays.
+        files: their names.
+        push: where to, and how.
+        what: they are, for messages.
+        again: how the user pushes them once more.
+
+    Raises:
+        PushError: if the Hub refuses it, or cannot be reached.
+    """
     api = HfApi(token=push.token, library_name="hf_freezecache", library_version=__version__)
 
     def upload() -> CommitInfo:
         return api.upload_folder(
             repo_id=name,
             folder_path=folder,
-            allow_patterns=config.files,
-            commit_message=push.commit_message or MESSAGE,
+            allow_patterns=list(files),
+            commit_message=push.commit_message or f"{what.rpartition(' ')[2].capitalize()} of hf_freezecache",
             create_pr=push.create_pr,
             revision=push.revision,
         )
@@ -135,15 +152,14 @@ def push_folder(folder: Path, push: Push) -> CommitInfo:
         # What is there already is not uploaded again. A second pull request would be one too many.
         commit = upload() if push.create_pr else _trying(upload)
     except Exception as error:
-        again = f"push_head_to_hub({str(folder)!r}, {push.repo_id!r})"
         raise PushError(
-            f"the head was not pushed to {push.repo_id}: {_explained(error, push)} It is kept in {folder}: push it "
-            f"with {again}, or `freezecache head push {folder} {push.repo_id}`."
+            f"{what} was not pushed to {push.repo_id}: {_explained(error, push)} It is kept in {folder}: push it "
+            f"with {again}."
         ) from cause_to_show(error, push.token)
     except BaseException:
-        logger.warning(f"The push to {push.repo_id} was broken off. The head is kept in {folder}.")
+        logger.warning(f"The push to {push.repo_id} was broken off. {what[0].upper()}{what[1:]} is kept in {folder}.")
         raise
-    logger.info(f"The head was pushed to {name}.")
+    logger.info(f"{what[0].upper()}{what[1:]} was pushed to {name}.")
     return commit
 
 

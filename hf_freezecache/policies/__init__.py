@@ -2,16 +2,27 @@
 
 from .around import DelayedPolicy, FrozenFromStart
 from .auto import AutoPolicy
+from .autofreeze import AutoFreezePolicy
 from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
+from .egeria import EgeriaPolicy
+from .freezeout import FreezeOutPolicy
 from .linear import LinearPolicy
 from .manual import ManualPolicy
 from .none import NonePolicy
+from .simfreeze import SimFreezePolicy
 from .trial import Trial
 
+#: Rules that find out which blocks have settled, by name.
+SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
+
 __all__ = [
+    "SETTLING",
+    "AutoFreezePolicy",
     "AutoPolicy",
     "ComingFreeze",
     "DelayedPolicy",
+    "EgeriaPolicy",
+    "FreezeOutPolicy",
     "FreezePolicy",
     "FrozenFromStart",
     "LinearPolicy",
@@ -19,5 +30,6 @@ __all__ = [
     "Moment",
     "NonePolicy",
     "ObservedBlock",
+    "SimFreezePolicy",
     "Trial",
 ]

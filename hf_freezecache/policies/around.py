@@ -153,3 +153,14 @@ class FrozenFromStart(AroundPolicy):
 
     def describe(self) -> str:
         return f"{super().describe()}, {self._why}"
+
+
+def layer_factor(layer_decay: float, block: int, num_blocks: int) -> float:
+    """What `layer_decay` multiplies the learning rate of a block by, as BEiT and MAE count: 1 for the head.
+
+    Args:
+        layer_decay: the setting.
+        block: position in the chain, 0 for the stem; `num_blocks` for the head.
+        num_blocks: `len(chain)`.
+    """
+    return layer_decay ** (num_blocks - block)

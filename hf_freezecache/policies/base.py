@@ -13,7 +13,7 @@ from torch import nn
 from .trial import Trial
 
 #: Signals that a policy may observe.
-SIGNALS = frozenset({"weights", "gradients", "activations"})
+SIGNALS = ("activations", "gradients", "weights", "similarities")
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,29 @@ class ObservedBlock:
         parameters: the block's parameters by name; their `.grad` is the gradient of the step, unscaled and clipped.
         activation: output of the block for the last micro-batch of this process, detached; None unless the policy
             observes activations.
+        similarities: inner products `(N, N)` of N training samples in the block's output, centered, float32 on the
+            CPU: all that `cka` needs. The samples are the same in every step, and the model is in eval mode. None
+            unless the policy observes them, and in most steps: they are read in the first step of an epoch, and as
+            often within it as costs little.
+
+    Shapes: N samples.
     """
 
     index: int
     name: str
     parameters: Mapping[str, nn.Parameter]
     activation: torch.Tensor | None
+    similarities: torch.Tensor | None = None
 
 
 class FreezePolicy(ABC):
     """A rule that says how many blocks to freeze.
 
-    `observes` names the signals that `observe` needs: `"weights"`, `"gradients"`, `"activations"`. Nothing is
-    collected for a policy that leaves it empty. `observe` must not change anything and must not draw from the global
-    random generators. The main process decides for all processes. The cut never becomes smaller: if `decide` returns a
-    smaller one, the present cut stays. A policy with a memory returns it from `state_dict` as JSON values, so that a
-    resumed training decides as an uninterrupted one.
+    `observes` names the signals that `observe` needs: `"weights"`, `"gradients"`, `"activations"`, `"similarities"`.
+    Nothing is collected for a policy that leaves it empty. `observe` must not change anything and must not draw from
+    the global random generators. The main process decides for all processes. The cut never becomes smaller: if
+    `decide` returns a smaller one, the present cut stays. A policy with a memory returns it from `state_dict` as JSON
+    values, so that a resumed training decides as an uninterrupted one.
     """
 
     observes: frozenset[str] = frozenset()

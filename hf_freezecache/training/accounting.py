@@ -198,6 +198,18 @@ class Accounts:
             finally:
                 self.meter.book_builds(phase)
 
+    def book_samples(self, inputs: Mapping[str, Any]) -> None:
+        """Books a forward pass of the whole model beside the steps of the running phase.
+
+        Args:
+            inputs: that the model has run on.
+        """
+        samples = len(inputs[self.meter.chain.main_input]) * self.meter.relative(self.meter.width_of(inputs))
+        flops = self.meter.per_sample("eval") * samples
+        self.meter.book(flops)
+        if self.ledger.current is not None:
+            self.ledger.current.flops += flops
+
     def decline(self, phase: Phase) -> None:
         """Books a build phase as a plan: it has come to no store."""
         if not phase.epochs:

@@ -15,9 +15,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import Optimizer
 
-from ..config import FreezeCacheConfig, layer_factor
+from ..config import FreezeCacheConfig
 from ..model.chain import BlockChain
 from ..policies import FreezePolicy, Moment
+from ..policies.around import layer_factor
 from ..policies.base import ComingFreeze
 from .block_steps import BlockSteps, OptimizerError
 from .optimizer_proof import prove_optimizer

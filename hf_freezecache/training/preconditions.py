@@ -11,6 +11,7 @@ from ..config import FreezeCacheConfig
 from ..model.blocks import Block, declared_blocks, named_blocks
 from ..model.chain import BlockChain
 from ..model.freshness import is_untrained
+from ..policies import FreezePolicy
 from .sharding import why_sharded
 
 #: Packages whose modules keep their weights packed, where they are no parameters.
@@ -48,6 +49,24 @@ def check_model(trainer: Any, model: nn.Module, config: FreezeCacheConfig) -> li
             "model (`model.dequantize()` in Transformers) or use policy='none'."
         )
     return named_blocks(model, config.blocks) if config.blocks is not None else declared_blocks(model)
+
+
+def check_observable(trainer: Any, policy: FreezePolicy) -> None:
+    """Checks that a policy would see what it asks for. Nothing is drawn.
+
+    Args:
+        trainer: a `Trainer`.
+        policy: its rule.
+
+    Raises:
+        ValueError: if gradients would be those of a scaled loss.
+    """
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if "gradients" in policy.observes and scaler is not None and not trainer.args.max_grad_norm:
+        raise ValueError(
+            f"policy {policy.name} observes gradients, and with fp16 they are only unscaled before the step where "
+            "they are clipped: set max_grad_norm (a large one clips nothing), or train in bf16."
+        )
 
 
 def check_trained(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from ..model.chain import BlockChain
 from ..policies import ObservedBlock
 from ..policies.base import SIGNALS
+from .similarities import SampleSimilarities
 
 
 class BlockRecorder:
@@ -18,40 +19,52 @@ class BlockRecorder:
 
     Args:
         chain: the model.
+        similarities: reads samples, where a policy asks for that.
 
     Attributes:
         active: whether a training step is running: what evaluations and builds compute is not recorded.
+        step: number of optimizer steps so far.
+        steps_per_epoch: optimizer steps of an epoch.
     """
 
-    def __init__(self, chain: BlockChain):
-        self.chain, self.active = chain, False
+    def __init__(self, chain: BlockChain, similarities: SampleSimilarities | None = None):
+        self.chain, self.similarities, self.active = chain, similarities, False
+        self.step, self.steps_per_epoch = 0, 1
+        self._reads_samples = False
         self._activations: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
+        self._parameters: list[Mapping[str, nn.Parameter]] = []
 
     def watch(self, signals: Collection[str]) -> None:
         """Records signals from now on.
 
         Raises:
-            ValueError: if one is unknown.
+            ValueError: if one is unknown, or samples are asked for that cannot be read.
         """
-        unknown = sorted(set(signals) - SIGNALS)
+        unknown = sorted(set(signals) - set(SIGNALS))
         if unknown:
-            raise ValueError(f"a policy observes {unknown}; what can be observed is {', '.join(sorted(SIGNALS))}.")
+            raise ValueError(f"a policy observes {unknown}; what can be observed is {', '.join(SIGNALS)}.")
+        # Once: a model has hundreds of them, and a step may take milliseconds.
+        self._parameters = [_parameters_of(block.modules) for block in self.chain.blocks] if signals else []
+        self._reads_samples = "similarities" in signals
+        if self._reads_samples:
+            assert self.similarities is not None  # a session has them
+            self.similarities.prepare()
         if "activations" in signals and not self._hooks:
             for index, block in enumerate(self.chain.blocks):
                 self._hooks.append(block.modules[-1].register_forward_hook(self._recording(index)))
 
     def blocks(self) -> list[ObservedBlock]:
         """The live blocks with what was recorded since the last call."""
-        blocks = []
-        for index, block in enumerate(self.chain.blocks):
-            if index >= self.chain.cut:
-                parameters = {
-                    f"{position}.{name}": parameter
-                    for position, module in enumerate(block.modules)
-                    for name, parameter in module.named_parameters()
-                }
-                blocks.append(ObservedBlock(index, block.name, parameters, self._activations.get(index)))
+        read: dict[int, torch.Tensor] = {}
+        if self._reads_samples and self.similarities is not None:
+            due = self.similarities.is_due(self.step, self.steps_per_epoch)
+            read = self.similarities.read() if due else {}
+        blocks = [
+            ObservedBlock(index, block.name, self._parameters[index], self._activations.get(index), read.get(index))
+            for index, block in enumerate(self.chain.blocks)
+            if index >= self.chain.cut
+        ]
         self._activations.clear()
         return blocks
 
@@ -60,6 +73,7 @@ class BlockRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._activations.clear()
 
     def _recording(self, index: int) -> Callable:
         def record(module: nn.Module, args: tuple, output: Any) -> None:
@@ -68,3 +82,11 @@ class BlockRecorder:
                 self._activations[index] = value.detach()
 
         return record
+
+
+def _parameters_of(modules: tuple[nn.Module, ...]) -> dict[str, nn.Parameter]:
+    return {
+        f"{position}.{name}": parameter
+        for position, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+    }

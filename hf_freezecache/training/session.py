@@ -39,6 +39,7 @@ from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Rehearsal, Rehearsing
 from .report import FreezeCacheReport, FreezeStatus, epoch_numbers, make_report
+from .similarities import SampleSimilarities
 from .step_state import StepState
 from .store_keeper import StoreKeeper
 from .store_provider import StoreProvider
@@ -58,6 +59,7 @@ class FreezeSession:
         why_on_images: why evaluations cannot be cached; None if they can.
         is_compiled: whether steps run compiled code, as far as is known.
         is_last: whether the training ends with this step, as far as is known.
+        batches_per_step: batches that an optimizer step of this process takes.
 
     Attributes:
         source: where the batches of the running epoch come from.
@@ -77,6 +79,7 @@ class FreezeSession:
         why_on_images: str | None = None,
         is_compiled: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
+        batches_per_step: int = 1,
     ):
         self.chain, self.config, self.group = context.chain, context.config, context.group
         self.announcer = Announcer(self.group, logger)
@@ -91,7 +94,8 @@ class FreezeSession:
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
         self.head_start = HeadStart(self.context, rehearsing, self.meter.see, provider.budget.room)
         self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
-        self.recorder, self.journal = BlockRecorder(self.chain), Journal()
+        similarities = SampleSimilarities(self.context, self.accounts.book_samples, batches_per_step)
+        self.recorder, self.journal = BlockRecorder(self.chain, similarities), Journal()
         self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None
         self.switch = SourceSwitch(len(context.source))
         self.source: EpochSource = FromImages()
@@ -134,11 +138,13 @@ class FreezeSession:
         self.announcer.warning_once(message)
 
     def expect(self, coming: Sequence[ComingFreeze] | None, moment: Moment, steps_per_epoch: int) -> None:
+        self.recorder.steps_per_epoch = steps_per_epoch
         if self.learning_rates is not None:
             self.learning_rates.expect(self.group.broadcast(coming) or (), moment, steps_per_epoch)
             self.announce(self.learning_rates.describe())
 
     def begin_step(self, step: int) -> None:
+        self.recorder.step = step
         if self.learning_rates is not None:
             self.learning_rates.begin_step(step)
 

@@ -48,7 +48,7 @@ from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
 from .hub_hooks import HubHooks
 from .learning_rates import check_anneal
-from .preconditions import UntrainedError, check_model, check_trainable, check_trained
+from .preconditions import UntrainedError, check_model, check_observable, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .report_hooks import ReportHooks
@@ -282,6 +282,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
         # Before any data is touched.
+        check_observable(self, self._freeze_policy)
         blocks = check_model(self, self._own_model, self._freeze_config)
         if not self._freeze_explicit:
             check_trained(self._own_model)
@@ -304,6 +305,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             is_last=lambda: (
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
+            batches_per_step=self.args.gradient_accumulation_steps,
         )
         session.meter.forward_passes = self._forward_passes
         self._begin_record(session)

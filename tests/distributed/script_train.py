@@ -24,8 +24,8 @@ from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer, FreezePolicy  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
-from hf_freezecache.policies import AutoPolicy  # noqa: E402
-from hf_freezecache.training import freezing_trial, step_state  # noqa: E402
+from hf_freezecache.policies import AutoFreezePolicy, AutoPolicy, SimFreezePolicy  # noqa: E402
+from hf_freezecache.training import freezing_trial, similarities, step_state  # noqa: E402
 from hf_freezecache.training.proof import MismatchError  # noqa: E402
 from hf_freezecache.training.rehearsal import RehearsalError  # noqa: E402
 
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--layer_decay", type=float, default=1.0)
     parser.add_argument("--tries_freezing", action="store_true", help="policy auto, with a longer trial")
     parser.add_argument("--main_decides", action="store_true", help="a rule that freezes in the main process alone")
+    parser.add_argument("--observes", choices=["gradients", "similarities"], help="a rule that looks at these")
     parser.add_argument("--trouble", choices=list(TROUBLES))
     parser.add_argument("--trouble_rank", default="0", help="the processes that have it")
     parser.add_argument("--trouble_step", type=int, default=0)
@@ -164,6 +165,9 @@ def train(options: argparse.Namespace) -> None:
     policy: FreezePolicy | None = None
     if options.main_decides:
         policy = Answers(*([0, 2, 2, 2] if os.environ["RANK"] == "0" else [0] * 4))
+    if options.observes is not None:
+        similarities._SHARE = 9.0
+        policy = AutoFreezePolicy(4) if options.observes == "gradients" else SimFreezePolicy(0.3, window=2)
     if options.tries_freezing:
         policy, freezing_trial._SHARE, freezing_trial._SHARE_HELD_OUT = AutoPolicy(), 0.4, 0.2
     trainer = run(

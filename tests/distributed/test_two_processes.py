@@ -90,6 +90,16 @@ def test_learning_rates_of_blocks_are_the_same_in_two_processes(arguments, tmp_p
     assert len(first["weights_by_epoch"]) == 4 and first["weights_by_epoch"] == second["weights_by_epoch"]
 
 
+@pytest.mark.parametrize("model", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signal", ["gradients", "similarities"])
+def test_two_processes_freeze_what_the_main_one_has_observed(model, signal, tmp_path):
+    """Only that one reads samples; BatchNorm statistics differ between the two until a block freezes."""
+    launch(["--output", tmp_path, "--observes", signal, "--model", model, "--codec", "fp32"])
+    first, second = seen_by(tmp_path)
+    assert first["cut"] == second["cut"] > 0 and first["weights_by_epoch"] == second["weights_by_epoch"]
+    assert first["replaying"] and first["store"] == second["store"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_padding_that_counts_in_one_process_is_kept_in_both(rank, tmp_path):

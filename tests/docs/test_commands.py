@@ -87,7 +87,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check_freezecache(words: list[str]) -> None:
-    depth = 2 if words[0] == "head" else 1
+    depth = 2 if words[0] in ("head", "predictor") else 1
     check_options(words[depth:], freezecache_help(*words[:depth]))
 
 

@@ -1,0 +1,99 @@
+"""The network that says from the history of a block whether it has settled."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from .history import NUM_FEATURES, SCALARS, Variant
+
+#: Folder of the predictor that comes with the package, where one does.
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezecache", tags=["layer-freezing"]):
+    """Attention over the last snapshots of a block, and two confidences: keep training, and freeze.
+
+    Each snapshot becomes a query, a key and a value. The query of the last one looks for the snapshots that matter, as
+    some are noisy; the sum of their values is the context that decides (SmartFRZ).
+
+    Args:
+        window: snapshots that are looked at, at most.
+        width: of queries, keys, values and the context.
+        variant: how weights are sampled, see `WeightSampler.take`.
+        attention: False: the mean of the values takes the place of attention, to learn what that is worth.
+        hidden_inputs: names of scalars that are not looked at, for the same reason.
+
+    Raises:
+        ValueError: if there is no such scalar.
+    """
+
+    def __init__(
+        self,
+        window: int = 16,
+        width: int = 64,
+        variant: Variant = "fixed",
+        attention: bool = True,
+        hidden_inputs: list[str] | None = None,
+    ):
+        super().__init__()
+        self.window, self.width, self.variant, self.attention = window, width, variant, attention
+        self.query, self.key, self.value = (_encoder(width) for _ in range(3))
+        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 2))
+        seen = torch.ones(NUM_FEATURES)
+        for name in hidden_inputs or ():
+            if name not in SCALARS:
+                raise ValueError(f"hidden_inputs: there is no {name!r}; possible are {', '.join(SCALARS)}.")
+            seen[NUM_FEATURES - len(SCALARS) + SCALARS.index(name)] = 0.0
+        self.register_buffer("seen", seen, persistent=False)
+        self.seen: torch.Tensor
+
+    def forward(self, histories: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Logits `(B, 2)`: keep and freeze.
+
+        Args:
+            histories: `(B, W, NUM_FEATURES)`, the last snapshot of each history at the end; before it, whatever.
+            lengths: `(B,)`: snapshots of each that count.
+
+        Shapes: B blocks, W snapshots.
+        """
+        inputs = histories * self.seen
+        query, keys, values = self.query(inputs[:, -1]), self.key(inputs), self.value(inputs)
+        scores = (keys @ query[:, :, None])[:, :, 0] / self.width**0.5
+        if not self.attention:
+            scores = torch.zeros_like(scores)
+        places = torch.arange(inputs.shape[1], device=inputs.device)
+        scores = scores.masked_fill(places < inputs.shape[1] - lengths[:, None], float("-inf"))
+        context = (scores.softmax(1)[:, :, None] * values).sum(1)
+        return self.head(context)
+
+    @torch.no_grad()
+    def confidence(self, histories: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Probability `(B,)` that a block has settled; see `forward`."""
+        return self(histories, lengths).softmax(1)[:, 1]
+
+
+def _encoder(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(NUM_FEATURES, width), nn.ReLU(), nn.Linear(width, width))
+
+
+@functools.lru_cache(maxsize=4)
+def load_predictor(source: str | None = None) -> FreezePredictor:
+    """A predictor, ready to decide: on the CPU, in eval mode.
+
+    Args:
+        source: folder or id on the Hub; None: the one that comes with the package, where one does.
+
+    Raises:
+        FileNotFoundError: if none does.
+    """
+    if source is None and not (SHIPPED / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            "policy='smartfrz' needs a predictor, and none comes with this release: name one, predictor='<folder or "
+            "id on the Hub>'; `freezecache predictor record | label | train` makes one from trainings of your own."
+        )
+    return FreezePredictor.from_pretrained(str(SHIPPED) if source is None else source).eval()

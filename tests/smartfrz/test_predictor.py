@@ -1,0 +1,79 @@
+"""Attention over the history of a block."""
+
+import pytest
+import torch
+
+from hf_freezecache.config import read_settings
+from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
+from hf_freezecache.smartfrz.history import NUM_FEATURES
+from hf_freezecache.smartfrz.predictor import load_predictor
+
+
+def histories(samples=3, window=8, seed=0):
+    return torch.randn(samples, window, NUM_FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def predictor():
+    torch.manual_seed(0)
+    return FreezePredictor(window=8).eval()
+
+
+def test_what_lies_before_a_short_history_counts_nothing(predictor):
+    values, lengths = histories(), torch.tensor([8, 5, 1])
+    other = values.clone()
+    other[1, :3], other[2, :7] = 100.0, -100.0
+    assert torch.allclose(predictor(values, lengths), predictor(other, lengths))
+    other[1, 3] = 100.0
+    assert not torch.allclose(predictor(values, lengths), predictor(other, lengths))
+
+
+def test_confidences_are_probabilities(predictor):
+    confidence = predictor.confidence(histories(), torch.full((3,), 8))
+    assert confidence.shape == (3,) and (confidence > 0).all() and (confidence < 1).all()
+    assert not confidence.requires_grad
+
+
+def test_without_attention_all_snapshots_count_the_same():
+    torch.manual_seed(0)
+    flat = FreezePredictor(window=8, attention=False).eval()
+    values, lengths = histories(), torch.full((3,), 8)
+    assert torch.allclose(flat(values, lengths), flat(values[:, torch.randperm(8)], lengths), atol=1e-6)
+
+
+def test_hidden_inputs_are_not_looked_at():
+    blind = FreezePredictor(hidden_inputs=["progress"]).eval()
+    values, lengths = histories(), torch.full((3,), 8)
+    other = values.clone()
+    other[:, :, -1] = 7.0
+    assert torch.equal(blind(values, lengths), blind(other, lengths))
+    with pytest.raises(ValueError, match="colour"):
+        FreezePredictor(hidden_inputs=["colour"])
+
+
+def test_saved_predictor_is_loaded_as_it_was(predictor, tmp_path):
+    predictor.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "README.md") == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = FreezePredictor.from_pretrained(str(tmp_path))
+    assert again.window == 8 and torch.equal(
+        again.eval()(histories(), torch.full((3,), 8)), predictor(histories(), torch.full((3,), 8))
+    )
+
+
+def test_without_a_predictor_the_policy_is_refused_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_freezecache.smartfrz.predictor.SHIPPED", tmp_path)
+    load_predictor.cache_clear()
+    with pytest.raises(FileNotFoundError, match="policy='smartfrz' needs a predictor.*name one"):
+        SmartFrzPolicy()
+    with pytest.raises(FileNotFoundError, match="needs a predictor"):
+        read_settings({"policy": "smartfrz"}, None)
+
+
+def test_a_predictor_is_named_in_the_settings(predictor, tmp_path):
+    predictor.save_pretrained(tmp_path)
+    _, policy = read_settings({"policy": "smartfrz", "predictor": str(tmp_path), "max_frozen": 0.5}, None)
+    assert isinstance(policy, SmartFrzPolicy) and policy.predictor.window == 8 and policy.max_frozen == 0.5
+    assert f"predictor={str(tmp_path)!r}" in policy.describe()
