@@ -87,7 +87,7 @@ class FreezeCacheConfig:
         metadata={
             "help": "Epochs for which the head alone is trained before the training begins, on features of the whole "
             "model before it, which runs once for them. Steps, schedule, epochs and logs of the training stay as they "
-            f"are. 0: none. If not given: {HEAD_START_EPOCHS} for the policies linear and auto, none for others."
+            f"are. 0: none. If not given: {HEAD_START_EPOCHS}, but none for the policies manual and none."
         },
     )
     head_start: HeadStartMode = field(
@@ -357,7 +357,7 @@ class FreezeCacheConfig:
         """
         if self.head_start_epochs is not None:
             return self.head_start_epochs
-        return HEAD_START_EPOCHS if self.policy in ("linear", "auto") else 0
+        return 0 if self.policy in ("manual", "none") else HEAD_START_EPOCHS
 
     @property
     def changes_learning_rates(self) -> bool:

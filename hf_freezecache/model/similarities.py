@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..rng import preserve_rng
 from .blocks import Block
 from .inputs import main_input_name
-from .modes import eval_mode
+from .modes import untouched
 from .tokens import token_mask
 
 
@@ -21,7 +20,7 @@ def read_similarities(
     inputs: Mapping[str, Any],
     gram: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Runs a model once, in eval mode and without gradients; generators, buffers and modes stay as they are.
+    """Runs a model once, in eval mode and without gradients; generators and what modules hold stay as they are.
 
     Args:
         model: not wrapped.
@@ -48,7 +47,7 @@ def read_similarities(
 
     hooks = [block.modules[-1].register_forward_hook(reading(place)) for place, block in enumerate(blocks)]
     try:
-        with preserve_rng(), torch.no_grad(), eval_mode(model):
+        with untouched(model), torch.no_grad():
             model(**inputs)
     finally:
         for hook in hooks:

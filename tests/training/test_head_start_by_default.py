@@ -27,6 +27,7 @@ def modes(trainer):
     [
         (None, None, HEAD_START_EPOCHS),
         (None, "auto", HEAD_START_EPOCHS),
+        (None, "egeria", HEAD_START_EPOCHS),
         (FreezeCacheConfig(), None, HEAD_START_EPOCHS),
         (FreezeCacheConfig(), Never(), 0),
         (FreezeCacheConfig(head_start_epochs=3), Never(), 3),
