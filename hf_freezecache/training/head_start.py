@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..build.context import BuildContext
 from ..cache.shelf import TensorShelf
 from ..cache.store import FeatureStore
-from ..distributed import Announcer
+from ..distributed import Announcer, describe_error
 from ..model.freshness import is_untrained
 from ..model.head import Head
 from ..model.modes import untouched
@@ -309,7 +309,13 @@ class _Training:
 
     def _run(self, batch: HeadBatch) -> Outcome:
         self.rows_run += batch.samples
-        return self.context.group.on_all(lambda: self.step(batch.collated))
+        try:
+            return self.context.group.on_all(lambda: self.step(batch.collated))
+        except FrozenOutputError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            why = f"a training step of the head alone fails with {describe_error(error)}"
+            raise RehearsalError(f"{why}: head_start_epochs=0 is without a head start.") from error
 
     def _update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
         parameters = self.head.parameters

@@ -79,7 +79,7 @@ def test_one_that_fails_leaves_the_head_as_it_was_and_the_training_goes_on(tmp_p
 def test_one_that_is_asked_for_fails_in_words_and_leaves_the_head_as_it_was(tmp_path):
     model = settle(tiny_vit())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="no more losses"):
+    with pytest.raises(ValueError, match="of the head alone fails with no more losses"):
         started(tmp_path, FreezeCacheConfig(head_start_epochs=2), model, trainer_class=FailsOnFeatures)
     assert_same_weights(before, model.state_dict())
 
