@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
         path, name = item.path.relative_to(tests).as_posix(), getattr(item, "originalname", item.name)
         if name in MANY_CASES.get(path, ()):
             case = seen[path, name] = seen.get((path, name), -1) + 1
-            if case % 4:
+            if case % 8:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -1,6 +1,6 @@
 """Tests of many cases that take seconds each, of which the quick suite runs a few."""
 
-#: By file. Of these, the first case and every fourth one belong to the quick suite, the others to the slow one:
+#: By file. Of these, the first case and every eighth one belong to the quick suite, the others to the slow one:
 #: another change of the code rarely breaks one of these cases alone.
 MANY_CASES = {
     "augment/test_channel_map.py": ("test_store_keeps_the_maps_and_trains_from_them",),
