@@ -28,6 +28,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Adds the options of runs on the tasks of `benchmarks/headline`; each measurement has a file of its own."""
+    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
+    parser.add_argument("--rows", type=int, help="training samples (default: 2,020 images, 4,000 texts)")
+    parser.add_argument("--test_rows", type=int, help="test samples (default: all)")
+    parser.add_argument("--batch_size", type=int, default=batch_size)
+    parser.add_argument("--gpu", action="store_true", help="use the GPU; results go to gpu/")
+    parser.add_argument("--seconds", type=float, default=1e9, help="nothing begins later than this")
+    parser.add_argument("--collect", action="store_true", help="make tables and plots of what is finished")
+    parser.add_argument("--output_dir", help="folder of stores and of single results (default: below outputs/)")
+
+
 def settle_run_options(options: argparse.Namespace, name: str, processes: int) -> None:
     """Fills in the folder of partial results and the threads of each process."""
     if options.output_dir is None:

@@ -128,7 +128,7 @@ def train_arm(
     model = task.load_model()
     clock = EpochClock(arm.epochs * task.epochs, set())
     kwargs: dict[str, Any] = {
-        "args": _make_args(arm, rate, seed, target, task, options),
+        "args": make_args(task, target, options, arm.epochs * task.epochs, rate, seed),
         "train_dataset": train,
         "eval_dataset": test,
         "data_collator": task.collator,
@@ -200,19 +200,19 @@ def _fetch(dataset: Any, rows: Iterable[int]) -> Any:
     return dataset.__getitems__(list(rows)) if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
 
-def _make_args(
-    arm: Arm, rate: float, seed: int, target: Path, task: Task, options: argparse.Namespace
+def make_args(
+    task: Task, target: Path, options: argparse.Namespace, epochs: int, rate: float, seed: int
 ) -> TrainingArguments:
+    """What all trainings of a task share: AdamW, cosine with warm-up; `EpochClock` asks for evaluations."""
     return TrainingArguments(
         output_dir=str(target),
-        num_train_epochs=arm.epochs * task.epochs,
+        num_train_epochs=epochs,
         per_device_train_batch_size=task.batch_size,
         per_device_eval_batch_size=64,
         learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.05,
-        # `EpochClock` asks for the evaluation at the end.
         **{**QUIET, **(ON_GPU if options.gpu else {})},
         seed=seed,
     )

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 import torch
 
 from .._common import make_parser, prepare, quiet, write_json
-from .._partials import settle_run_options
+from .._partials import add_task_options, settle_run_options
 from .arms import make_arms, train_arm
 from .jobs import Job, Jobs
 from .measurements import result_file
@@ -68,18 +68,11 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
-    parser.add_argument("--rows", type=int, help="training samples (default: 2,020 images, 4,000 texts)")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--test_rows", type=int, help="test samples (default: all)")
+    add_task_options(parser, 32)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in make_arms()], help="(default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; they share the cores")
-    parser.add_argument("--gpu", action="store_true", help="train on the GPU, in bf16; results go to gpu/")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no training begins later than this")
-    parser.add_argument("--collect", action="store_true", help="make tables and plots, train nothing")
-    parser.add_argument("--output_dir", help="folder of stores and of single results (default: below outputs/)")
     options = parser.parse_args(argv)
     if options.smoke:
         options.rows, options.test_rows, options.seeds = 64, 32, [0, 1]

@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.training.flops import measure_training_flops
 
-from .._common import QUIET, Claim, make_parser, pick, prepare, result_folder, silence, write_json, write_result
-from .._partials import settle_run_options
+from .._common import Claim, make_parser, pick, prepare, result_folder, silence, write_json, write_result
+from .._partials import add_task_options, settle_run_options
 from .._statistics import markdown_table
 from .._trainings import EpochClock, accuracy
-from ..headline.arms import ON_GPU
+from ..headline.arms import make_args
 from ..headline.tasks import TASKS, Task, load_task
 
 #: Tasks, with a learning rate that plain training was tuned to, and numbers of epochs.
@@ -91,21 +91,9 @@ def train_arm(arm: Arm, seed: int, task: Task, options: argparse.Namespace) -> d
     epochs = 2 if options.smoke else epochs
     set_seed(seed)
     clock = EpochClock(1, set())
-    args = TrainingArguments(
-        output_dir=str(target),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=task.batch_size,
-        per_device_eval_batch_size=64,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.05,
-        **{**QUIET, **(ON_GPU if options.gpu else {})},
-        seed=seed,
-    )
     trainer = FreezeCacheTrainer(
         task.load_model(),
-        args=args,
+        args=make_args(task, target, options, epochs, rate, seed),
         train_dataset=task.train,
         eval_dataset=task.test,
         data_collator=task.collator,
@@ -227,17 +215,10 @@ def _mean(runs: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
+    add_task_options(parser, 32)
     parser.add_argument("--predictor", help="of policy smartfrz, which is left out without one")
-    parser.add_argument("--rows", type=int, help="training samples (default: all of a task)")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--test_rows", type=int, help="test samples (default: all)")
     parser.add_argument("--tasks", nargs="+", default=list(RATES), choices=[name for name in TASKS if name in RATES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--gpu", action="store_true", help="train on the GPU, in bf16")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no training begins later than this")
-    parser.add_argument("--collect", action="store_true", help="make the table, train nothing")
-    parser.add_argument("--output_dir", help="folder of single results (default: below outputs/)")
     options = parser.parse_args(arguments)
     if options.smoke:
         options.rows, options.test_rows, options.seeds = options.rows or 64, 32, [0]

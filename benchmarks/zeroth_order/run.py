@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .._common import describe_machine, make_parser, prepare, quiet, write_json
-from .._partials import settle_run_options
+from .._partials import add_task_options, settle_run_options
 from ..gpu.workload import describe_card
 from ..headline.tasks import Task, load_task
 from .jobs import Done, Job, Result, make_series, next_jobs, read_done
@@ -84,19 +84,12 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
-    parser.add_argument("--rows", type=int, help="training samples (default: 2,020 images, 4,000 texts)")
-    parser.add_argument("--test_rows", type=int, help="test samples (default: all)")
-    parser.add_argument("--batch_size", type=int, default=16)
+    add_task_options(parser, 16)
     parser.add_argument("--passes", type=int, default=PASSES, help="forward passes of a training")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in make_methods()])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; they share the cores")
-    parser.add_argument("--gpu", action="store_true", help="train on the GPU; results go to gpu/")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no training begins later than this")
-    parser.add_argument("--collect", action="store_true", help="make tables and plots, train nothing")
-    parser.add_argument("--output_dir", help="folder of stores and of single results (default: below outputs/)")
     options = parser.parse_args(argv)
     if options.smoke:
         options.rows, options.test_rows, options.seeds, options.passes = 80, 32, [0, 1], 12

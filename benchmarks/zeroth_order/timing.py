@@ -37,7 +37,7 @@ from .._common import (
     write_json,
     write_result,
 )
-from .._partials import settle_run_options
+from .._partials import add_task_options, settle_run_options
 from .._statistics import markdown_table
 from ..gpu.workload import describe_card
 from ..headline.tasks import Task, load_task
@@ -287,17 +287,11 @@ def _line(task: str, side: str, rounds: list[dict[str, float]], found: dict[str,
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--minilm", help="folder with MiniLM's files (default: that of its package)")
-    parser.add_argument("--rows", type=int, help="training samples (default: 2,020 images, 4,000 texts)")
-    parser.add_argument("--test_rows", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=16)
+    add_task_options(parser, 16)
+    parser.set_defaults(test_rows=32)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a training")
     parser.add_argument("--rounds", type=int, default=5, help="trainings of every side")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--gpu", action="store_true", help="time on the GPU; results go to gpu/")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no round of a task begins later than this")
-    parser.add_argument("--collect", action="store_true", help="make the table, time nothing")
-    parser.add_argument("--output_dir", help="folder of stores and of single results (default: below outputs/)")
     options = parser.parse_args(argv)
     if options.smoke:
         options.rows, options.steps, options.rounds = 32, 2, 2

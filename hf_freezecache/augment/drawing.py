@@ -195,6 +195,7 @@ def _takes_rows(function: Callable, name: str, column: str, rows: Mapping[str, A
                     f"ReplayableTransform: `{name}` takes neither a dict of columns ({type(of_rows).__name__}: "
                     f"{of_rows}) nor an image ({type(of_images).__name__}: {of_images})."
                 ) from of_rows
+            logger.debug("`%s` takes an image, not a dict of columns", name, exc_info=of_rows)
             return False
     return isinstance(output, Mapping) and PIXELS in output
 

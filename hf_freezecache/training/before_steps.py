@@ -75,13 +75,11 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
     try:
         with looking_at(session.context.source), session.ledger.phase(cut, "head_start") as phase:
             started = session.head_start.run(epochs, store)
-    except (StoreError, OSError) as error:
-        if store is None:
-            raise
-        session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
-        return give_head_start(session)
-    except Exception as error:  # of the user's step or loss, on features; nobody has asked for it
-        if session.config.head_start_epochs is not None:
+    except Exception as error:  # of a disk, or of the user's samples, step or loss
+        if store is not None and isinstance(error, (StoreError, OSError)):
+            session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
+            return give_head_start(session)
+        if session.config.head_start_epochs is not None:  # it was asked for
             raise
         session.announcer.failure("The head does not learn alone before the training", error)
         return

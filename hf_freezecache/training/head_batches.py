@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..build.context import BuildContext
 from ..build.several_sizes import rows_by_size
@@ -109,16 +110,25 @@ class HeadBatches:
 
         def make() -> list[HeadBatch]:
             found, proofs = list(done), list[_Proof]()
-            drawn = of_batches(self.context.source, batches[len(done) :], store)
-            for batch, inputs, cut, known in self._draw(drawn, store):
-                self._see(batch)
-                features = self.head.features(inputs, cut, known)
-                here = features.cpu()
-                kept = self.shelf.add(here)
-                if kept is None and found:
-                    break
-                found.append(self._keep(batch, inputs, kept or InMemory(here)))
-                self._prove_later(proofs, inputs, features, partial(self.head.answers, inputs, cut, known))
+            missing = batches[len(done) :]
+            drawn = of_batches(self.context.source, missing, store)
+            bar = tqdm(
+                total=sum(map(len, missing)),
+                desc="Features for the head",
+                unit=" samples",
+                disable=self.context.disable_tqdm or not group.is_main,
+            )
+            with bar:
+                for batch, inputs, cut, known in self._draw(drawn, store):
+                    self._see(batch)
+                    features = self.head.features(inputs, cut, known)
+                    here = features.cpu()
+                    kept = self.shelf.add(here)
+                    if kept is None and found:
+                        break
+                    found.append(self._keep(batch, inputs, kept or InMemory(here)))
+                    self._prove_later(proofs, inputs, features, partial(self.head.answers, inputs, cut, known))
+                    bar.update(found[-1].samples)
             for proof in proofs:
                 self.head.compare(proof.inputs, proof.features, proof.expected)
             return found

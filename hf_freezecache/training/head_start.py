@@ -170,7 +170,7 @@ class HeadStart:
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
                 batches, rows_run = self._make_batches(HeadBatches(self.context, head, shelf, self._see), store, most)
-                with self._rehearsing(head.parameters.keys()) as step, put_back_after_errors(head.parameters):
+                with self._rehearsing(head.parameters.keys()) as step:
                     training = _Training(head, step, self.context, batches, epochs)
                     rate, loss_before, loss_after = training.run(config.head_start_lr)
             except FrozenOutputError as error:
@@ -196,6 +196,12 @@ class HeadStart:
         """The batches, and how many samples have run for them."""
         rows = made.rows(self.leave_out, most)
         known, self._done = ([] if store is not None else self._done), []
+        if most is None:
+            Announcer(self.context.group, logger).warning(
+                f"Before the first step, the new head learns alone: {', '.join(made.head.parameters)}. For that "
+                f"{sum(map(len, rows))} samples run once through "
+                f"{'the blocks behind the cut' if store is not None else 'the model'}; head_start_epochs=0 is without."
+            )
         batches = made.make(rows, store, known[: len(rows)])
         if len(batches) < len(rows):
             count, of = sum(batch.samples for batch in batches), sum(map(len, rows))
@@ -205,19 +211,6 @@ class HeadStart:
                 f"as {made.shelf.why_full or 'another process has no room'}."
             )
         return batches, sum(batch.samples for batch in batches[len(known) :])
-
-
-@contextlib.contextmanager
-def put_back_after_errors(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-    """Puts back the values of parameters if what runs inside fails."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
-        raise
 
 
 @dataclass
@@ -245,7 +238,7 @@ class _Training:
     rows_run: int = 0
 
     def run(self, rate: float | None) -> tuple[float, float, float]:
-        """Trains the head, and puts its weights back if it is no better for it.
+        """Trains the head, and puts its weights back if it is no better for it, or something fails.
 
         Args:
             rate: learning rate; None: one is chosen.
@@ -253,10 +246,15 @@ class _Training:
         Returns:
             The learning rate, and the loss before and after.
         """
-        before, loss_before = self.weights(), self.loss()
-        rate = self.choose_rate() if rate is None else rate
-        self.train(self.batches, rate)
-        loss_after = self.loss()
+        before = self.weights()
+        try:
+            loss_before = self.loss()
+            rate = self.choose_rate() if rate is None else rate
+            self.train(self.batches, rate)
+            loss_after = self.loss()
+        except BaseException:
+            self.put_back(before)
+            raise
         if not loss_after < loss_before:
             self.put_back(before)
         return rate, loss_before, loss_after

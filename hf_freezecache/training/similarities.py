@@ -12,6 +12,7 @@ from ..build.context import BuildContext
 from ..build.several_sizes import rows_by_size
 from ..build.spread_rows import spread_rows
 from ..cache.rows import RowError
+from ..distributed import describe_error
 from ..model.similarities import read_similarities
 from ..policies.cka import gram
 from .data_state import looking_at
@@ -85,6 +86,6 @@ class SampleSimilarities:
             except Exception as error:  # whatever a collator raises about samples that it cannot put together
                 raise ValueError(
                     f"the policy compares blocks over {len(rows)} training samples, which cannot be collated "
-                    f"together ({error}): take a policy that does not, such as 'linear'."
+                    f"together: {describe_error(error)}. Take a policy that does not compare them, such as 'linear'."
                 ) from error
         self._batch = batch

@@ -1,5 +1,6 @@
 """Functions of rows, as in Transformers' `run_image_classification.py`: what they draw, and the geometry of it."""
 
+import logging
 import random
 import threading
 
@@ -302,6 +303,15 @@ def test_function_that_fails_for_rows_and_images_says_both():
 
     with pytest.raises(ValueError, match="`train` takes neither a dict of columns .*no such column.* nor an image"):
         fetch(ReplayableTransform(broken, broken), [textured()], view=1)
+
+
+def test_function_of_images_says_in_the_log_why_it_is_none_of_rows(caplog):
+    caplog.set_level("DEBUG", logger="hf_freezecache")
+    logging.getLogger("hf_freezecache").propagate = True
+    pipeline = v1.Compose(END[v1])
+    fetch(ReplayableTransform(lambda image: pipeline(image), pipeline), [textured()], view=0)
+    (told,) = (record for record in caplog.records if "takes an image, not a dict of columns" in record.message)
+    assert told.exc_info is not None
 
 
 def test_function_that_returns_more_rows_is_an_error():

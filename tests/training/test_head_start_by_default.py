@@ -8,6 +8,8 @@ from test_head_start import changed, started
 from torch import nn
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy, ZeroOrderTrainer
+from hf_freezecache.cache.manifest import StoreError
+from hf_freezecache.cache.shelf import TensorShelf
 from hf_freezecache.config import HEAD_START_EPOCHS, read_settings
 
 
@@ -45,7 +47,9 @@ def test_the_default_training_of_a_new_head_begins_with_it_and_says_so(tmp_path,
     trainer, before = started(tmp_path / "default", None)
     assert modes(trainer)[0] == "head_start"
     assert changed(settle(tiny_vit()).state_dict(), before) == {"classifier.weight", "classifier.bias"}
-    assert "Head start: classifier.weight, classifier.bias trained alone" in messages(caplog)
+    told = messages(caplog)
+    before = told.index("the new head learns alone: classifier.weight, classifier.bias. For that 64 samples run once")
+    assert before < told.index("Head start: classifier.weight, classifier.bias trained alone")
 
 
 def test_a_head_that_is_not_new_or_a_model_that_is_has_none(tmp_path):
@@ -82,6 +86,19 @@ def test_one_that_is_asked_for_fails_in_words_and_leaves_the_head_as_it_was(tmp_
     with pytest.raises(ValueError, match="of the head alone fails with no more losses"):
         started(tmp_path, FreezeCacheConfig(head_start_epochs=2), model, trainer_class=FailsOnFeatures)
     assert_same_weights(before, model.state_dict())
+
+
+@pytest.mark.parametrize("error", [OSError("the disk fails"), StoreError("damaged")])
+def test_a_fault_of_the_disk_costs_no_training(error, tmp_path, caplog, monkeypatch):
+    def fails(*args):
+        raise error
+
+    _, without = started(tmp_path / "without", FreezeCacheConfig(head_start_epochs=0))
+    monkeypatch.setattr(TensorShelf, "add", fails)
+    trainer, before = started(tmp_path / "fails", None)
+    assert_same_weights(before, without)
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert f"The head does not learn alone before the training: {error} ({type(error).__name__})" in messages(caplog)
 
 
 def test_a_zeroth_order_training_follows_no_gradients_of_the_head(tmp_path):

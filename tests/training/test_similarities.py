@@ -94,3 +94,19 @@ def test_images_of_several_sizes_are_those_of_one_size(tmp_path):
     sizes = {"trainer_class": GroupingTrainer, "remove_unused_columns": False, "num_train_epochs": 1}
     trained(tiny_resnet(), SizedImages(70), tmp_path, policy, cache="never", **sizes)
     assert len(policy.seen[0][0]) > 1
+
+
+class FewRows(Pad):
+    """Does not take as many samples as are compared."""
+
+    def __call__(self, rows):
+        if len(rows) > 16:
+            raise KeyError("too many rows")
+        return super().__call__(rows)
+
+
+def test_samples_that_cannot_be_collated_are_refused_with_the_type_of_the_error(tmp_path):
+    texts = {"data_collator": FewRows(), "remove_unused_columns": False, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"cannot be collated together: 'too many rows' \(KeyError\)") as caught:
+        trained(bert(), Texts(40), tmp_path, Reads(), cache="never", **texts)
+    assert isinstance(caught.value.__cause__, KeyError)
