@@ -157,6 +157,8 @@ def test_activations_of_compiled_models_are_observed(tmp_path):
     compiled, plain = Sees(), Sees()
     model = dict(hidden_dropout_prob=0.0)
     backend = {"torch_compile": True, "torch_compile_backend": "eager", "num_train_epochs": 1}
+    # Code of the same class, compiled before for a model without hooks, must not run in place of the hooks.
+    trained(tmp_path / "before", "none", tiny_vit(**model), cache="never", **backend)
     trained(tmp_path, compiled, tiny_vit(**model), cache="never", **backend)
     trained(tmp_path / "plain", plain, tiny_vit(**model), cache="never", num_train_epochs=1)
     assert compiled.sums == [pytest.approx(sums, rel=1e-4) for sums in plain.sums]

@@ -36,6 +36,20 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
+@contextlib.contextmanager
+def hooks_seen_by_compiled_code() -> Iterator[None]:
+    """Inside, code is compiled anew for modules with other hooks; what was compiled before is forgotten.
+
+    PyTorch leaves hooks out of the guards of compiled code by default: code of one model, compiled without hooks, then
+    runs for the next model of this class, and its hooks are not called.
+    """
+    from torch._dynamo import config  # takes a second
+
+    torch.compiler.reset()
+    with config.patch(skip_nnmodule_hook_guards=False):
+        yield
+
+
 class ModuleStates:
     """What the modules of a model hold at the time when it is made: attributes, what dicts and lists among these hold,
     and the values of buffers.

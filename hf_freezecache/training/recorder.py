@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..model.chain import BlockChain
+from ..model.modes import hooks_seen_by_compiled_code
 from ..policies import ObservedBlock
 from ..policies.base import SIGNALS
 from .similarities import SampleSimilarities
@@ -33,6 +35,7 @@ class BlockRecorder:
         self._reads_samples = False
         self._activations: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
+        self._undo = contextlib.ExitStack()
         self._parameters: list[Mapping[str, nn.Parameter]] = []
 
     def watch(self, signals: Collection[str]) -> None:
@@ -51,6 +54,7 @@ class BlockRecorder:
             assert self.similarities is not None  # a session has them
             self.similarities.prepare()
         if "activations" in signals and not self._hooks:
+            self._undo.enter_context(hooks_seen_by_compiled_code())
             for index, block in enumerate(self.chain.blocks):
                 self._hooks.append(block.modules[-1].register_forward_hook(self._recording(index)))
 
@@ -73,6 +77,7 @@ class BlockRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._undo.close()
         self._activations.clear()
 
     def _recording(self, index: int) -> Callable:
