@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,36 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
     return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+#: Settings of both recipes for ImageNet-1k.
+_IMAGENET = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": "2",
+    "logging_steps": "50",
+    "dataloader_num_workers": "8",
+}
+
+
+def imagenet_defaults(argv: list[str], model: str, defaults: Mapping[str, str]) -> list[str]:
+    """A command line with the defaults of a recipe for ImageNet-1k before it; of two equal options the last one wins.
+
+    Args:
+        argv: options of the user.
+        model: hub id, for a user who names no model.
+        defaults: further options by name.
+
+    Returns:
+        All options; with bf16 where an accelerator has it.
+    """
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    chosen = {"model_name_or_path": model, **_IMAGENET, **defaults}
+    if not given & {"dataset_name", "train_files", "train_dir"}:
+        chosen["dataset_name"] = "ILSVRC/imagenet-1k"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        chosen["bf16"] = "true"
+    return [word for name, value in chosen.items() for word in (f"--{name}", value)] + argv
 
 
 class Stopwatch(TrainerCallback):

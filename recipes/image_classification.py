@@ -7,9 +7,10 @@
 This is what won at the size of the pretraining in `benchmarks/headline`: half of the blocks frozen from the start,
 behind a head start. Without `--policy`, the defaults let early blocks adapt first.
 
-Images come from a data set on the hub (`--dataset_name`), parquet files (`--train_files`) or a folder with one folder
-per class (`--train_dir`). Training images are augmented by a random resized crop and a flip, in replay epochs too.
-Evaluation images are resized and cropped as the model's processor does it.
+Images come from a data set on the hub (`--dataset_name`), from parquet files or WebDataset's tar archives
+(`--train_files`), or from a folder with one folder per class (`--train_dir`). Training images are augmented by a
+random resized crop and a flip, in replay epochs too; `--random_erasing`, `--mixup_alpha` and `--cutmix_alpha` add to
+that. Evaluation images are resized and cropped as the model's processor does it.
 """
 
 import sys
@@ -31,16 +32,19 @@ class ModelArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square images (default: the model's own)."}
     )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Train from random weights: only config and processor are loaded."}
+    )
 
 
 @dataclass
 class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_files: list[str] | None = field(default=None, metadata={"help": "Parquet files, patterns allowed."})
-    validation_files: list[str] | None = field(
-        default=None, metadata={"help": "Parquet files of validation images, patterns allowed."}
+    train_files: list[str] | None = field(
+        default=None, metadata={"help": "Parquet files, or tar archives; patterns allowed."}
     )
+    validation_files: list[str] | None = field(default=None, metadata={"help": "The same of validation images."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
     validation_dir: str | None = field(
         default=None, metadata={"help": "Folder of validation images, one folder per class."}
@@ -63,6 +67,9 @@ class DataArguments:
         },
     )
     min_crop: float = field(default=0.35, metadata={"help": "Smallest share of an image that a random crop shows."})
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability that a box of a training image is replaced by zeros."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Use this many shuffled images of each split."})
     plan: bool = field(
         default=False,
@@ -120,9 +127,10 @@ def main(argv: list[str] | None = None) -> dict:
     with training_args.main_process_first(desc="loading the data set"):
         splits = load_splits(data_args, training_args.seed)
     classes = splits["train"].features[data_args.label_column].names
-    model, processor, constants = load_classifier(model_args.model_name_or_path, classes, model_args.image_size)
-    base = base_pipeline(processor, model_args.image_size)
-    train = train_pipeline(base, data_args.augmentation, data_args.min_crop)
+    name, side = model_args.model_name_or_path, model_args.image_size
+    model, processor, constants = load_classifier(name, classes, side, not model_args.from_scratch)
+    base = base_pipeline(processor, side)
+    train = train_pipeline(base, data_args.augmentation, data_args.min_crop, data_args.random_erasing)
 
     train_dataset = splits["train"].with_transform(ReplayableTransform(train, base, data_args.image_column))
     collator = ImageCollator(data_args.label_column, constants)
@@ -145,7 +153,7 @@ def main(argv: list[str] | None = None) -> dict:
         freeze_cache=freeze_cache,
     )
     facts = {
-        "model": model_args.model_name_or_path,
+        "model": name,
         "train_images": len(splits["train"]),
         "validation_images": len(splits["validation"]),
     }

@@ -8,22 +8,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     DataCollatorWithPadding,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    RegNetConfig,
+    RegNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from hf_freezecache import wrap_classifier
+
 from .._images import CLASSES, FINISH, Pixels, as_batch, load_caltech, load_cifar10, load_deit
 from .._resnet import CifarResNet, block_names
-from ..text.sources import load_minilm, load_questions, tokenized
+from ..text.sources import INTENTS, load_minilm, load_questions, tokenized
 
 #: Samples whose outputs are compared with those of the finished model.
 PROBED = 32
@@ -107,11 +114,33 @@ def _convnext(options: argparse.Namespace) -> nn.Module:
     return ConvNextForImageClassification(config)
 
 
+def _bert(options: argparse.Namespace) -> nn.Module:
+    config = BertConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, num_labels=INTENTS
+    )
+    return BertForSequenceClassification(config)
+
+
+def _mixer(options: argparse.Namespace) -> nn.Module:
+    model = MlpMixer(img_size=32, patch_size=4, num_blocks=6, embed_dim=96, num_classes=10)
+    return wrap_classifier(model)
+
+
+def _regnet(options: argparse.Namespace) -> nn.Module:
+    config = RegNetConfig(
+        embedding_size=16, hidden_sizes=[24, 48, 96], depths=[1, 2, 2], groups_width=8, num_labels=CLASSES
+    )
+    return RegNetForImageClassification(config)
+
+
 NETWORKS = {
     "resnet20": Network("cifar10", False, lambda options: CifarResNet(20), (1e-3, 3e-3), (6, 10), block_names(20)),
     "vit": Network("cifar10", False, _tiny_vit, (5e-4, 1e-3), (6, 10)),
     "deit": Network("caltech101-112", False, load_deit, (5e-5, 2e-4), (4, 6), extra=("interpolate_pos_encoding",)),
     "minilm": Network("banking77", False, lambda options: load_minilm(options)[0], (1e-4, 5e-4), (4, 6)),
+    "bert": Network("banking77", False, _bert, (5e-4, 1e-3), (6, 10)),
+    "mixer": Network("cifar10", False, _mixer, (5e-4, 1e-3), (6, 10)),
+    "regnet": Network("caltech101-64", False, _regnet, (1e-3, 3e-3), (6, 10)),
     "mobilenetv2": Network("caltech101-64", True, _mobilenet, (1e-3,), (8,)),
     "convnext": Network("caltech101-64", True, _convnext, (1e-3,), (8,)),
 }

@@ -87,7 +87,9 @@ def _read_sides(processor: Any) -> tuple[list[int], list[int] | None, float]:
     return resized, resized * 2 if len(resized) == 1 else None, margin
 
 
-def train_pipeline(base: v2.Compose, augmentation: str = "crop", min_crop: float = 0.35) -> v2.Compose:
+def train_pipeline(
+    base: v2.Compose, augmentation: str = "crop", min_crop: float = 0.35, random_erasing: float = 0.0
+) -> v2.Compose:
     """Makes the pipeline of the augmented views: the same size, interpolation and normalization as `base_pipeline`.
 
     Args:
@@ -95,18 +97,21 @@ def train_pipeline(base: v2.Compose, augmentation: str = "crop", min_crop: float
         augmentation: `crop` (random resized crop, horizontal flip), `color` (the same and colour jitter) or `none`
             (the base pipeline itself).
         min_crop: smallest share of an image's area that a random crop shows.
+        random_erasing: probability that a box of an image is replaced by zeros, after the normalization
+            (arXiv 1708.04896); 0: never.
 
     Raises:
-        ValueError: if there is no augmentation of this name.
+        ValueError: if there is no augmentation of this name, or the probability is none.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"augmentation is one of {', '.join(AUGMENTATIONS)}, not {augmentation!r}")
+    erasing = [v2.RandomErasing(random_erasing)] if random_erasing else []
     if augmentation == "none":
-        return base
+        return v2.Compose([*base.transforms, *erasing]) if erasing else base
     resize = next(step for step in base.transforms if isinstance(step, v2.Resize))
     crops = [step.size for step in base.transforms if isinstance(step, v2.CenterCrop)]
     size = crops[0] if crops else resize.size
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=resize.interpolation)
     jitter = [v2.ColorJitter(0.3, 0.3, 0.3)] if augmentation == "color" else []
     finish = [step for step in base.transforms if isinstance(step, (v2.ToDtype, v2.Normalize))]
-    return v2.Compose([v2.ToImage(), UnitRange(), crop, v2.RandomHorizontalFlip(), *jitter, *finish])
+    return v2.Compose([v2.ToImage(), UnitRange(), crop, v2.RandomHorizontalFlip(), *jitter, *finish, *erasing])

@@ -55,7 +55,7 @@ def test_images_come_from_a_folder_with_a_folder_a_class(tmp_path):
     [
         (["missing.parquet"], FileNotFoundError, "missing.parquet does not exist"),
         (["missing-*.parquet"], FileNotFoundError, "does not exist"),
-        ([".", "images-0.parquet"], ValueError, "one folder or from parquet files"),
+        ([".", "images-0.parquet"], ValueError, "one folder, or from files"),
     ],
 )
 def test_paths_that_hold_no_images_are_refused_by_name(parquet, names, error, message):

@@ -19,7 +19,12 @@ _ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def launch(
-    arguments: Sequence[object], processes: int = 2, timeout: float = 240, fails: bool = False, script: Path = SCRIPT
+    arguments: Sequence[object],
+    processes: int = 2,
+    timeout: float = 240,
+    fails: bool = False,
+    script: Path = SCRIPT,
+    output: Path | None = None,
 ) -> str:
     """Runs a script in several processes, with all that `torchrun` gives them; returns what they printed.
 
@@ -29,6 +34,7 @@ def launch(
         timeout: in seconds.
         fails: whether a process must end with an error; else none may.
         script: that is run.
+        output: folder for what they print; None: what `--output` names.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     group = {
@@ -41,7 +47,7 @@ def launch(
         "LOCAL_WORLD_SIZE": str(processes),
     }
     ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    output = Path(arguments[arguments.index("--output") + 1])
+    output = Path(arguments[arguments.index("--output") + 1]) if output is None else output
     done = run_together(run_as_main, [(script, arguments)] * processes, output, ranks, timeout)
     log = "".join(process.stdout + process.stderr for process in done)
     assert any(process.returncode for process in done) == fails, log[-20000:]
