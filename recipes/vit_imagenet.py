@@ -6,8 +6,8 @@ python recipes/vit_imagenet.py --train_files 'shards/train-*.tar' --validation_f
 python recipes/vit_imagenet.py --train_dir train --validation_dir val --model_name_or_path folder --limit 1000
 
 A new head learns alone for two epochs before the first one, then blocks freeze (`--policy linear`). To augment as MAE
-is fine-tuned (arXiv 2111.06377): `--mixup_alpha 0.8 --cutmix_alpha 1.0 --random_erasing 0.25`. The learning rate is that
-of 1,024 images a step (eight GPUs); scale it with their number.
+is fine-tuned (arXiv 2111.06377): `--mixup_alpha 0.8 --cutmix_alpha 1.0 --random_erasing 0.25`. The learning rate is
+that of 1,024 images a step (eight GPUs); scale it with their number.
 """
 
 import sys
