@@ -29,6 +29,7 @@ from ..rng import preserve_rng
 from ..units import show_bytes
 from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
 from .feature_sources import ImageFeatures, ViewRun
+from .kept_memory import memory_kept
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
 from .texts_by_length import run_by_length
@@ -129,7 +130,10 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
         with preserve_rng():
             need_writable(spec, group)
             store = wait_for_builders(spec, group)
-            return _Build(spec, group).run() if store is None else store
+            if store is not None:
+                return store
+            with memory_kept():
+                return _Build(spec, group).run()
     except NotWritable:
         raise
     except (OSError, StoreError) as error:
