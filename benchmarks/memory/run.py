@@ -31,14 +31,19 @@ SWING, DRIFT = 0.05, 0.01
 
 
 class WideModel(nn.Module):
-    """A cheap stem with the features of a ViT-Base, so that minutes are enough for gigabytes."""
+    """A cheap stem with features of any size, so that minutes are enough for gigabytes.
+
+    Args:
+        tokens: of a feature; those of a ViT-Base are the default.
+        channels: of each.
+    """
 
     main_input_name = "pixel_values"
 
-    def __init__(self):
+    def __init__(self, tokens: int = TOKENS, channels: int = CHANNELS):
         super().__init__()
-        self.stem = nn.Sequential(nn.Linear(INPUTS, TOKENS * CHANNELS), nn.Unflatten(1, (TOKENS, CHANNELS)))
-        self.block = nn.Sequential(nn.Linear(CHANNELS, 32), nn.GELU())
+        self.stem = nn.Sequential(nn.Linear(INPUTS, tokens * channels), nn.Unflatten(1, (tokens, channels)))
+        self.block = nn.Sequential(nn.Linear(channels, 32), nn.GELU())
         self.head = nn.Linear(32, CLASSES)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
