@@ -303,3 +303,17 @@ def test_status_after_a_search_without_freezing_is_plain(tmp_path):
         backend="optuna",
     )
     assert trainer.freeze_status().cut == 0 and not trainer.freeze_status().replaying
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_code_that_rounds_otherwise_when_compiled_trains_on_the_cache(backend, bf16, tmp_path):
+    torch._dynamo.reset()
+    config = manual("1:2", codec="fp32", cache="always", head_start_epochs=0)
+    settings = {"num_train_epochs": 2, "bf16": bf16, "remove_unused_columns": False}
+    model = torch.compile(tiny_vit(), backend=backend)
+    compiled = run(model, pixel_dataset(16), tmp_path / "compiled", config, **settings)
+    assert compiled.freeze_status().replaying
+    uncompiled = run(tiny_vit(), pixel_dataset(16), tmp_path / "plain", config, **settings)
+    for found, expected in zip(losses(compiled), losses(uncompiled), strict=True):
+        assert found == pytest.approx(expected, rel=0.02)

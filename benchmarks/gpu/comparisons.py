@@ -94,6 +94,7 @@ def describe_sides(blocks: Mapping[str, list[dict[str, Any]]], batch_size: int) 
             "each_block": seconds,
             "single_step_seconds": summary([step for block in measured for step in block["single_steps"]]),
             "samples_per_second": batch_size / statistics.median(seconds),
+            "data_wait_share": statistics.median(block["data_wait_share"] for block in measured),
             "peak_gpu_bytes": max(block["peak_bytes"] for block in measured),
             "block_seconds": statistics.median(block["block_seconds"] for block in measured),
         }

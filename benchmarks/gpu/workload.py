@@ -217,6 +217,8 @@ class BlockClock(TrainerCallback):
     Attributes:
         step_seconds: mean of the counted steps.
         single_steps: seconds of each of them, as the host sees it: `Trainer` waits for the GPU once a step.
+        data_wait_share: share of the counted steps between the end of one and the beginning of the next: loading a
+            batch, and moving it to the GPU.
         peak_bytes: peak of the GPU's memory during them, in all; 0 on a CPU.
     """
 
@@ -224,8 +226,15 @@ class BlockClock(TrainerCallback):
         self.warmup = warmup
         self.step_seconds, self.peak_bytes = float("nan"), 0
         self._begun: list[float] = []
+        self._waited = 0.0
+        self._ended: float | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._ended = time.perf_counter() if self.warmup < state.global_step < state.max_steps else None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if self._ended is not None:
+            self._waited += time.perf_counter() - self._ended
         if state.global_step == self.warmup:
             synchronize()
             if use_gpu():
@@ -237,6 +246,10 @@ class BlockClock(TrainerCallback):
                 self.peak_bytes = torch.cuda.max_memory_allocated()
         if self.warmup <= state.global_step < state.max_steps:
             self._begun.append(time.perf_counter())
+
+    @property
+    def data_wait_share(self) -> float:
+        return self._waited / (self._begun[-1] - self._begun[0])
 
     @property
     def single_steps(self) -> list[float]:
@@ -252,12 +265,14 @@ class Setting:
         batch_size: rows of a step.
         fraction: of the blocks behind the stem that is frozen.
         codec: of the store.
+        compiled: whether live steps are compiled (`torch_compile=True`); replayed ones never are.
     """
 
     model: str
     batch_size: int
     fraction: float
     codec: str = "int4"
+    compiled: bool = False
 
 
 class Bench:
@@ -296,6 +311,7 @@ class Bench:
             "bf16": True,
             "use_cpu": not use_gpu(),
             "dataloader_pin_memory": use_gpu(),
+            "torch_compile": self.setting.compiled,
         }
         return TrainingArguments(**{**common, **settings})
 
@@ -375,6 +391,7 @@ class Bench:
         block = {
             "step_seconds": clock.step_seconds,
             "single_steps": clock.single_steps,
+            "data_wait_share": clock.data_wait_share,
             "peak_bytes": max(0, clock.peak_bytes - kept),
         }
         if side.startswith("replay"):

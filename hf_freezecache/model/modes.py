@@ -23,12 +23,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     if any(training for _, training in modes):
         model.eval()
     try:
-        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+        with uncompiled(is_compiled(model)):
             yield
     finally:
         for module, training in modes:
             if module.training != training:
                 object.__setattr__(module, "training", training)  # it runs often, on all modules: the quick way
+
+
+def uncompiled(wanted: bool) -> contextlib.AbstractContextManager:
+    """A context in which compiled code runs uncompiled, if that is wanted."""
+    return torch.compiler.set_stance("force_eager") if wanted else contextlib.nullcontext()
 
 
 def is_compiled(model: nn.Module) -> bool:

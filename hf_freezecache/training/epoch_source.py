@@ -20,6 +20,7 @@ from ..cache.store import FeatureStore
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.layout import FeatureLayout
+from ..model.modes import uncompiled
 from ..replay.collator import SIZE, DrawnViews, take_codes, take_drawn, take_lost
 from ..replay.dataset import live_batch
 from ..replay.decode import replay_features
@@ -358,7 +359,6 @@ def bypassing(chain: BlockChain, step: StepInputs, force_eager: bool) -> Iterato
         step: what it is called on.
         force_eager: run compiled code uncompiled: it would run the bypassed blocks.
     """
-    eager = torch.compiler.set_stance("force_eager") if force_eager and step.bypassed else contextlib.nullcontext()
     main_input = step.inputs[chain.main_input] if step.bypassed else None
-    with chain.replay(step.bypassed, step.features, main_input), eager:
+    with chain.replay(step.bypassed, step.features, main_input), uncompiled(force_eager and bool(step.bypassed)):
         yield

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..distributed import without_buffer_sync
-from ..model.modes import untouched
+from ..model.modes import uncompiled, untouched
 from ..model.stand_ins import StandIn
 from ..model.structure import find_tensors
 from ..rng import preserve_rng
@@ -70,7 +70,12 @@ class RehearsalHooks(TrainerHooks):
 
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:
-            with remembering(self, own), self._alone(model), self._capturing_gradients(trained, exact) as captured:
+            with (
+                remembering(self, own),
+                self._alone(model),
+                uncompiled(self._runs_compiled),  # as steps on features do; compiled code rounds otherwise
+                self._capturing_gradients(trained, exact) as captured,
+            ):
                 yield run
         finally:
             hook.remove()
