@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.config import read_settings
+from hf_freezecache.training.settings import read_settings
 
 
 @pytest.mark.parametrize(

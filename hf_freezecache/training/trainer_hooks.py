@@ -27,7 +27,7 @@ from ..build.several_sizes import use_common_size
 from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..config import FreezeCacheConfig, read_settings
+from ..config import FreezeCacheConfig
 from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.classifiers import ImageClassifier
@@ -53,6 +53,7 @@ from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .report_hooks import ReportHooks
 from .session import FreezeSession
+from .settings import read_settings
 
 logger = logging.get_logger(__name__)
 
