@@ -11,6 +11,7 @@ import torch
 from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
+from .cache.urls import check_url, is_url
 from .model.layout import FeatureLayout
 from .policies import ManualPolicy
 from .policies.around import layer_factor
@@ -26,10 +27,24 @@ ReportMode = Literal["none", "json", "html"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
+CacheScope = Literal["shared", "node"]
 #: Epochs of a head start where the settings do not say it; measured in `benchmarks/headline`.
 HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
+#: Settings that need rows which lie on the disks of other nodes, and why.
+_NOT_OF_NODES = {
+    "materialize": (
+        "write_through",
+        "live epochs compute a row's features wherever the sampler sends it, not on the node that stores it",
+    ),
+    "deepen": (
+        "cache",
+        "rows are dealt anew at each build, so that the store before holds other rows than a node needs",
+    ),
+    "share_store": (True, "a store of all rows lies on no node"),
+    "cache_eval": (True, "an evaluation reads its rows in their order, whichever node stores them"),
+}
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -136,7 +151,18 @@ class FreezeCacheConfig:
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
+        default=None,
+        metadata={
+            "help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given. A URL of fsspec, such as "
+            "'s3://bucket/prefix', is read through a local copy, and stores that are built are uploaded there."
+        },
+    )
+    cache_scope: CacheScope = field(
+        default="shared",
+        metadata={
+            "help": "shared: all processes see the folder of the stores. node: it is on a disk of each machine, which "
+            "stores, and samples in replay epochs, its own share of the rows; see docs/multi-process.md."
+        },
     )
     reuse: ReuseMode = field(
         default="proved",
@@ -295,6 +321,7 @@ class FreezeCacheConfig:
         _one_of("on_mismatch", self.on_mismatch, MismatchMode)
         _one_of("reuse", self.reuse, ReuseMode)
         _one_of("report", self.report, ReportMode)
+        self._check_place()
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
@@ -380,6 +407,19 @@ class FreezeCacheConfig:
             raise ValueError(
                 "layer_decay_min freezes blocks to which layer_decay gives a smaller factor: set layer_decay below 1."
             )
+
+    def _check_place(self) -> None:
+        _one_of("cache_scope", self.cache_scope, CacheScope)
+        if self.feature_cache_dir is not None and is_url(self.feature_cache_dir):
+            check_url(self.feature_cache_dir)
+        if self.cache_scope == "shared":
+            return
+        for name, (value, why) in _NOT_OF_NODES.items():
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"{name}={value!r} does not go with cache_scope='node': {why}. Use another setting, or a folder "
+                    "that all machines see."
+                )
 
     def _check_head_start(self) -> None:
         _one_of("head_start", self.head_start, HeadStartMode)
