@@ -43,8 +43,8 @@ class Nodes:
         if group.size > 1 and None in names:
             raise UnknownNodesError(
                 "cache_scope='node' tells machines apart by GROUP_RANK, or by RANK and LOCAL_WORLD_SIZE, as "
-                f"`torchrun` and `accelerate launch` set them, and process {names.index(None)} has neither. Launch the training "
-                f"with one of these, or set the environment variable {NODE} to a name of the machine."
+                f"`torchrun` and `accelerate launch` set them, and process {names.index(None)} has neither. Launch "
+                f"the training with one of these, or set the environment variable {NODE} to a name of the machine."
             )
         numbers: dict[str | None, int] = {}
         return cls(tuple(numbers.setdefault(name, len(numbers)) for name in names), group.rank)

@@ -110,7 +110,8 @@ class Dealing:
             raise OrderError("the sampler has not drawn every row of the train data set once in this epoch.")
         own = np.flatnonzero(places[numbers] >= 0)
         is_own = self.owners(len(numbers)) == self.nodes.own
-        turn = np.cumsum(is_own) - is_own
+        # Each of the two kinds of places begins with the first row.
+        turn = np.where(is_own, np.cumsum(is_own), np.cumsum(~is_own)) - 1
         for mine, number in zip(is_own.tolist(), turn.tolist(), strict=True):
             row = drawn[own[number % len(own)]]
             yield row if mine else Filler(int(row))
