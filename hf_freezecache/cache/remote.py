@@ -192,7 +192,7 @@ class RemoteStores:
         Raises:
             StoreError: if it is damaged, or that of another store.
         """
-        place = Path(f"{self._place(name)}/{MANIFEST}")
+        place = f"{self._place(name)}/{MANIFEST}"
         manifest = Manifest.from_json(text, place)
         with translated(f"{place} is not that of a store"):
             manifest.check()
