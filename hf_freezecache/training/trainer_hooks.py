@@ -273,7 +273,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             self._cannot_freeze(error)
             return None
         if scope.is_blind:
-            logger.warning(f"Blocks are frozen, but nothing is cached: {scope.why_not}")
+            Announcer(self._group, logger).warning(f"Blocks are frozen, but nothing is cached: {scope.why_not}")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
         if self._runs_compiled:

@@ -33,7 +33,7 @@ class NotesRows(FreezeCacheTrainer):
         self.rows, self.batches, self._loses_in_step = {}, {}, loses_in_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if self._session.proof.rehearsal.is_running:
+        if self._session.proof.rehearsal.is_running or self._session.head_start.is_running:
             return super().training_step(model, inputs, *args, **kwargs)
         epoch, replayed = int(self.state.epoch), take_codes(inputs)
         self.batches[epoch] = self.batches.get(epoch, 0) + 1
@@ -122,6 +122,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict:
         ddp_timeout=90,
         remove_unused_columns=not options.augmented,
         train_sampling_strategy=options.sampling,
+        length_column_name="labels",
         save_strategy="no" if options.save_steps is None else "steps",
         save_steps=options.save_steps or 500,
         accelerator_config=accelerator or None,

@@ -64,6 +64,7 @@ def test_second_machine_downloads_what_the_first_one_has_built(tmp_path, monkeyp
 def test_other_places_of_fsspec_work_as_well(protocol, tmp_path, monkeypatch, caplog, capsys):
     url = f"{protocol}://{tmp_path}/remote"
     store = check_team(url, tmp_path, monkeypatch, caplog)
+    capsys.readouterr()
     assert main(["inspect", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cut"] == 2
     assert main(["verify", f"{url}/{'0' * 32}"]) == 1 and "has no manifest.json" in capsys.readouterr().err
