@@ -16,7 +16,7 @@ from ..cache.remote import RemoteStores
 from ..cache.urls import is_url, local_copy
 from ..config import CACHE_FOLDER, FreezeCacheConfig
 from ..distributed import Group
-from ..nodes import Nodes
+from ..nodes import NODE, Nodes
 from ..replay.node_order import Dealing
 
 if TYPE_CHECKING:
@@ -77,7 +77,12 @@ class Scope:
         else:
             nodes = Nodes((0,) * group.size, group.rank)
         disk = nodes.group() if nodes.count > 1 else group
-        found = group.gather(_why_not_seen(disk, directory))
+        remedy = (
+            "or cache_scope='node' where each machine has a disk of its own"
+            if config.cache_scope == "shared"
+            else f"or tell by {NODE} which of them are on one machine"
+        )
+        found = group.gather(_why_not_seen(disk, directory, remedy))
         why_not = next((reason for reason in found if reason is not None), None)
         return cls(nodes, disk, why_not, is_blind=why_not is not None)
 
@@ -103,7 +108,7 @@ class Scope:
             session.keeper.provider.counts = session.switch.dealing.counts(rows)
 
 
-def _why_not_seen(group: Group, directory: Path) -> str | None:
+def _why_not_seen(group: Group, directory: Path, remedy: str) -> str | None:
     """Why a directory is not the same for some processes, found by a file that the main one writes and all read.
 
     Where nothing can be written, nobody can tell: what is stored there is opened by all or by none.
@@ -111,6 +116,7 @@ def _why_not_seen(group: Group, directory: Path) -> str | None:
     Args:
         group: of the processes.
         directory: need not exist.
+        remedy: besides another directory.
     """
     if group.size == 1:
         return None
@@ -142,8 +148,7 @@ def _why_not_seen(group: Group, directory: Path) -> str | None:
     return (
         f"the directory of feature stores, {directory}, is not the same for all processes: {', '.join(blind[:3])}"
         f"{' and others' if len(blind) > 3 else ''} did not see a file that process {group.number(0)} has written "
-        "there. Set feature_cache_dir to a directory that all of them see, or cache_scope='node' where each machine "
-        "has a disk of its own."
+        f"there. Set feature_cache_dir to a directory that all of them see, {remedy}."
     )
 
 

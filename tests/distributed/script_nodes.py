@@ -17,6 +17,7 @@ from support.images import picture_dataset, replayable  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 
 from hf_freezecache import FreezeCacheTrainer  # noqa: E402
+from hf_freezecache.build import materialize  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 from hf_freezecache.cache.store import FeatureStore  # noqa: E402
 from hf_freezecache.replay.collator import take_codes  # noqa: E402
@@ -67,8 +68,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sampling", default="random")
     parser.add_argument("--dispatch", action="store_true")
     parser.add_argument("--split", action="store_true")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--fails_in_build", help="the node whose disk fails then")
+    parser.add_argument("--one_folder", action="store_true", help="of all nodes, as if they shared a disk")
+    parser.add_argument("--folder_of_each", action="store_true", help="as if processes of a node shared none")
     parser.add_argument("--run", default="run", help="folder of the checkpoints")
     return parser.parse_args()
+
+
+def fail(*args, **kwargs):
+    raise OSError("the disk is full")
 
 
 def main() -> None:
@@ -80,6 +89,12 @@ def main() -> None:
         shutil.rmtree(folder)
     if options.unwritable == node and os.environ["LOCAL_RANK"] == "0":
         folder.write_text("no folder")
+    if options.one_folder:
+        folder = options.output / "cache"
+    if options.folder_of_each:
+        folder = options.output / f"cache-of-{os.environ['RANK']}"
+    if options.fails_in_build == node:
+        materialize.ShardWriter.write = fail
     seen = {}
     try:
         seen = train(options, folder)
@@ -120,6 +135,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=16 if options.split else 4,
         ddp_timeout=90,
+        dataloader_num_workers=options.workers,
         remove_unused_columns=not options.augmented,
         train_sampling_strategy=options.sampling,
         length_column_name="labels",

@@ -120,6 +120,37 @@ def test_node_that_cannot_store_leaves_all_on_samples(tmp_path):
 
 
 @pytest.mark.slow
+def test_build_that_fails_on_one_node_leaves_all_on_samples(tmp_path):
+    seen, log = train(tmp_path, "--points", "0:2", "--epochs", "2", "--fails_in_build", "1")
+    assert "process 1: the disk is full" in log and len({each["weights"] for each in seen}) == 1
+    assert all(each["cut"] == 2 and not each["replaying"] and each["rows"] == {} for each in seen)
+    assert not any(list((tmp_path / f"cache-{node}").iterdir()) for node in range(2))  # the other one's was deleted
+
+
+@pytest.mark.slow
+def test_loader_processes_read_the_share_of_their_node(tmp_path):
+    arguments = ["--points", "0:2,1:3", "--epochs", "3", "--codec", "fp32"]
+    for name, workers in (("here", "0"), ("there", "2")):
+        (tmp_path / name).mkdir()
+        seen, _ = train(tmp_path / name, *arguments, "--workers", workers)
+        check_epochs(seen, range(3), nodes=2)
+    assert seen_by(tmp_path / "here")[1]["losses"] == seen[1]["losses"]
+
+
+@pytest.mark.slow
+def test_nodes_that_share_a_folder_keep_their_shares_apart_in_it(tmp_path):
+    seen, _ = train(tmp_path, "--points", "0:2,1:3", "--epochs", "3", "--one_folder")
+    check_epochs(seen, range(3), nodes=2)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_processes_of_a_node_that_see_other_folders_are_found_at_the_start(tmp_path):
+    seen, _ = train(tmp_path, "--folder_of_each", processes=4)
+    assert all("FREEZECACHE_NODE" in each["error"] and "process 1 on" in each["error"] for each in seen)
+
+
+@pytest.mark.slow
 def test_store_that_one_node_loses_is_built_again_there_alone(tmp_path):
     seen, log = train(tmp_path, "--points", "0:2", "--epochs", "3", "--loses_in_step", "1")
     assert all(each["replaying"] for each in seen) and len({each["weights"] for each in seen}) == 1

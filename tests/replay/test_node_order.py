@@ -1,13 +1,24 @@
 """The order in which nodes read their shares, against what accelerate's loaders make of it."""
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
+from support.builds import Rows, build, collate, make_spec
+from support.helpers import tiny_vit
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
+from hf_freezecache.build.feature_sources import ImageFeatures
+from hf_freezecache.build.materialize import materialize
+from hf_freezecache.cache.rows import ChosenRows, RowSource
 from hf_freezecache.cache.shares import Share, share_rows
+from hf_freezecache.cache.store import StoreError
+from hf_freezecache.distributed import Group
 from hf_freezecache.nodes import NODE, Nodes, _own_name
+from hf_freezecache.replay.dataset import ReplayDataset
 from hf_freezecache.replay.node_order import Dealing, Filler, OrderError
 from hf_freezecache.replay.requests import RowOrigin, SourceSwitch
 
@@ -64,9 +75,7 @@ def test_rows_are_dealt_anew_at_each_cut_and_are_all_rows_together():
 
 
 def test_a_row_of_a_share_is_drawn_as_the_same_row_of_the_whole():
-    from support.builds import Rows, collate
-
-    from hf_freezecache.cache.rows import ChosenRows, RowSource
+    from support.builds import Rows
 
     class Noisy(Rows):
         def __getitem__(self, row):
@@ -80,6 +89,28 @@ def test_a_row_of_a_share_is_drawn_as_the_same_row_of_the_whole():
     assert one["labels"].tolist() == [number] and torch.equal(one["pixel_values"], other["pixel_values"])
     chosen = ChosenRows(rows, [3])
     assert torch.equal(chosen.collate(chosen.rows(0))["pixel_values"], other["pixel_values"])
+
+
+def test_store_of_a_share_is_read_by_the_row_numbers_of_the_whole(tmp_path):
+    whole = build(tiny_vit(), tmp_path / "whole", codec="fp32")
+    share = Share((12, 10), 1, seed=3, cut=2)
+    spec = make_spec(tiny_vit(), tmp_path / "share", codec="fp32")
+    rows = share_rows(spec.source, share)
+    features = ImageFeatures(spec.chain, 2, rows, spec.layout, lambda batch: batch)
+    store = materialize(replace(spec, source=rows, feature_source=features), Group()).spread(share)
+    numbers = share.rows().tolist()[::-2]
+    assert len(store) == 22 and store.manifest.rows == 10
+    assert torch.allclose(store.read(numbers), whole.read(numbers), atol=1e-5)
+    assert store.read_rows(numbers)["labels"].tolist() == whole.read_rows(numbers)["labels"].tolist()
+    absent = next(row for row in range(22) if row not in share.rows())
+    with pytest.raises(StoreError, match=f"row {absent} is not among the rows that this node stores"):
+        store.read([absent])
+    again = pickle.loads(pickle.dumps(store))
+    assert again.share == share and torch.equal(again.read(numbers), store.read(numbers))
+    assert torch.equal(store.packed.read([0]), store.read(share.rows()[:1]))
+    dataset = ReplayDataset(Rows(22), SourceSwitch(22), 3)
+    dataset._store = None
+    assert dataset._open(store.path, replace(store.handle, key="of another process")).share == share
 
 
 def loader(sampler, batch_size=4, processes=2):
