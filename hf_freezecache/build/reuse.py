@@ -106,8 +106,7 @@ class StoreReuse:
         outdated: tuple[FeatureStore, Sequence[int]] | None = None
         while True:
             current = self.current(spec)
-            self._fetch(current)
-            store = open_matching(current, self.group)
+            store = self._open_or_fetch(current)
             if store is None:
                 return None if outdated is None else self._renew(current, *outdated)
             if not any(self.group.gather(store.path.name in self._refused)):
@@ -125,10 +124,12 @@ class StoreReuse:
         if remote is not None:
             self.group.on_main(lambda: remote.upload(store.path))
 
-    def _fetch(self, spec: StoreSpec) -> None:
-        remote = self.context.remote
-        if remote is not None:
-            self.group.on_main(lambda: remote.fetch(spec.path))
+    def _open_or_fetch(self, spec: StoreSpec) -> FeatureStore | None:
+        store, remote = open_matching(spec, self.group), self.context.remote
+        if store is not None or remote is None:
+            return store
+        self.group.on_main(lambda: remote.fetch(spec.path))
+        return open_matching(spec, self.group)
 
     # Proof
 

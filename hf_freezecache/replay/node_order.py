@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SeedableRandomSampler, SkipBatchSampler
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    SeedableRandomSampler,
+    SkipBatchSampler,
+)
 from torch.utils.data import BatchSampler, RandomSampler
 
 from ..nodes import Nodes
@@ -57,9 +63,11 @@ class Dealing:
                 "dispatch_batches=True sends the rows that the main process has read, and cache_scope='node' reads "
                 "each where it is stored: set dispatch_batches=False in accelerator_config."
             )
-        if getattr(loader, "use_stateful_dataloader", False):
+        if not isinstance(loader, DataLoaderShard):
+            raise OrderError(_describe(loader))
+        if loader.use_stateful_dataloader:
             raise OrderError("cache_scope='node' does not keep the state of use_stateful_dataloader: turn it off.")
-        batches = getattr(loader, "batch_sampler", None)
+        batches = loader.batch_sampler
         while isinstance(batches, SkipBatchSampler):
             batches = batches.batch_sampler
         shard = batches if isinstance(batches, BatchSamplerShard) else None

@@ -6,6 +6,7 @@ import socket
 
 import fsspec
 import pytest
+from support.builds import flip
 from support.helpers import losses, manual, messages, pixel_dataset, run, tiny_vit
 from support.s3_server import BUCKET, point_s3_to, s3_server
 
@@ -81,6 +82,20 @@ def test_place_that_nobody_answers_for_costs_no_training(tmp_path, monkeypatch, 
     log = messages(caplog)
     assert log.count("goes on with local feature stores") == 1 and "Built the feature store" in log
     assert trainer.freeze_status().replaying and "build" in modes(trainer)
+
+
+@pytest.mark.slow
+def test_damaged_local_copy_is_downloaded_again(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    url = f"memory://{tmp_path}/remote"
+    first = train_on("first", url, tmp_path, monkeypatch)
+    [shard] = first.freeze_status().store_path.glob("*.arrow")
+    flip(shard, 900)
+    caplog.clear()
+    again = train_on("first", url, tmp_path, monkeypatch)
+    log = messages(caplog)
+    assert "could not be reused" in log and "Downloaded the feature store" in log and "Built" not in log
+    assert losses(again) == losses(first)
 
 
 @pytest.mark.slow
