@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Wei
 from hf_freezecache.build.feature_sources import ImageFeatures
 from hf_freezecache.build.materialize import materialize
 from hf_freezecache.cache.rows import ChosenRows, RowSource
-from hf_freezecache.cache.shares import Share, share_rows
+from hf_freezecache.cache.shares import SHARE, Share, share_rows
 from hf_freezecache.cache.store import StoreError
 from hf_freezecache.distributed import Group
 from hf_freezecache.nodes import NODE, Nodes, _own_name
@@ -97,7 +97,9 @@ def test_store_of_a_share_is_read_by_the_row_numbers_of_the_whole(tmp_path):
     spec = make_spec(tiny_vit(), tmp_path / "share", codec="fp32")
     rows = share_rows(spec.source, share)
     features = ImageFeatures(spec.chain, 2, rows, spec.layout, lambda batch: batch)
-    store = materialize(replace(spec, source=rows, feature_source=features), Group()).spread(share)
+    made_from = {**spec.made_from, "rows": 10, SHARE: share.to_json()}
+    spec = replace(spec, source=rows, feature_source=features, made_from=made_from)
+    store = materialize(spec, Group()).spread(share)
     numbers = share.rows().tolist()[::-2]
     assert len(store) == 22 and store.manifest.rows == 10
     assert torch.allclose(store.read(numbers), whole.read(numbers), atol=1e-5)
