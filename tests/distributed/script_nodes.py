@@ -136,6 +136,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict:
         per_device_train_batch_size=16 if options.split else 4,
         ddp_timeout=90,
         dataloader_num_workers=options.workers,
+        dataloader_multiprocessing_context="fork" if options.workers else None,  # others import all that this one has
         remove_unused_columns=not options.augmented,
         train_sampling_strategy=options.sampling,
         length_column_name="labels",
