@@ -20,7 +20,7 @@ def store(tmp_path):
     return build(tiny_vit(), tmp_path / "built")
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", pytest.param("file", marks=pytest.mark.slow)])
 def place(request, tmp_path):
     """The URL of an empty remote place."""
     if request.param == "file":

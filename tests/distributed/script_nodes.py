@@ -154,6 +154,12 @@ def train(options: argparse.Namespace, folder: Path) -> dict:
     )
     resume = None if options.resume is None else str(output / options.resume)
     trainer.train(resume_from_checkpoint=resume)
+    return what_was_seen(
+        trainer, dataset.with_format("torch")["labels"][:].tolist() if not options.augmented else None
+    )
+
+
+def what_was_seen(trainer: NotesRows, labels: list[int] | None) -> dict:
     status = trainer.freeze_status()
     session = trainer._session
     store = session.store
@@ -162,7 +168,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict:
         "weights": tensors_digest(dict(trainer.model.named_parameters())),
         "rows": trainer.rows,
         "batches": trainer.batches,
-        "labels": dataset.with_format("torch")["labels"][:].tolist() if not options.augmented else None,
+        "labels": labels,
         "cut": status.cut,
         "replaying": status.replaying,
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],

@@ -61,7 +61,8 @@ def test_second_machine_downloads_what_the_first_one_has_built(tmp_path, monkeyp
         assert third.freeze_status().replaying and main(["verify", store]) == 0
 
 
-@pytest.mark.parametrize("protocol", ["memory", pytest.param("file", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["memory", "file"])
 def test_other_places_of_fsspec_work_as_well(protocol, tmp_path, monkeypatch, caplog, capsys):
     url = f"{protocol}://{tmp_path}/remote"
     store = check_team(url, tmp_path, monkeypatch, caplog)
