@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,21 +11,11 @@ import torch
 from .augment.sensitivity import SIMILARITIES, Similarity
 from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
+from .cache.urls import check_url, is_url
 from .model.layout import FeatureLayout
-from .policies import (
-    SETTLING,
-    AutoPolicy,
-    DelayedPolicy,
-    FreezeOutPolicy,
-    FreezePolicy,
-    FrozenFromStart,
-    LinearPolicy,
-    ManualPolicy,
-    NonePolicy,
-)
+from .policies import ManualPolicy
 from .policies.around import layer_factor
 from .policies.schedule import format_freeze_points
-from .smartfrz import SmartFrzPolicy
 from .units import parse_bytes
 
 PolicyName = Literal["none", "manual", "linear", "auto", "freezeout", "autofreeze", "egeria", "simfreeze", "smartfrz"]
@@ -37,10 +27,24 @@ ReportMode = Literal["none", "json", "html"]
 ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
+CacheScope = Literal["shared", "node"]
 #: Epochs of a head start where the settings do not say it; measured in `benchmarks/headline`.
 HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
 CACHE_FOLDER = "_freeze_cache"
+#: Settings that need rows which lie on the disks of other nodes, and why.
+_NOT_OF_NODES = {
+    "materialize": (
+        "write_through",
+        "live epochs compute a row's features wherever the sampler sends it, not on the node that stores it",
+    ),
+    "deepen": (
+        "cache",
+        "rows are dealt anew at each build, so that the store before holds other rows than a node needs",
+    ),
+    "share_store": (True, "a store of all rows lies on no node"),
+    "cache_eval": (True, "an evaluation reads its rows in their order, whichever node stores them"),
+}
 _ANY_LAYOUT = FeatureLayout((4, 4, 4), (4, 4), 0, torch.float32)
 
 
@@ -147,7 +151,18 @@ class FreezeCacheConfig:
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given."}
+        default=None,
+        metadata={
+            "help": f"Folder of the stores; `output_dir/{CACHE_FOLDER}` if not given. A URL of fsspec, such as "
+            "'s3://bucket/prefix', is read through a local copy, and stores that are built are uploaded there."
+        },
+    )
+    cache_scope: CacheScope = field(
+        default="shared",
+        metadata={
+            "help": "shared: all processes see the folder of the stores. node: it is on a disk of each machine, which "
+            "stores, and samples in replay epochs, its own share of the rows; see docs/multi-process.md."
+        },
     )
     reuse: ReuseMode = field(
         default="proved",
@@ -306,6 +321,7 @@ class FreezeCacheConfig:
         _one_of("on_mismatch", self.on_mismatch, MismatchMode)
         _one_of("reuse", self.reuse, ReuseMode)
         _one_of("report", self.report, ReportMode)
+        self._check_place()
         for name in ("freeze_start", "freeze_end", "max_frozen", "sensitive_fraction"):
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a fraction: from 0 to 1.")
@@ -392,6 +408,19 @@ class FreezeCacheConfig:
                 "layer_decay_min freezes blocks to which layer_decay gives a smaller factor: set layer_decay below 1."
             )
 
+    def _check_place(self) -> None:
+        _one_of("cache_scope", self.cache_scope, CacheScope)
+        if self.feature_cache_dir is not None and is_url(self.feature_cache_dir):
+            check_url(self.feature_cache_dir)
+        if self.cache_scope == "shared":
+            return
+        for name, (value, why) in _NOT_OF_NODES.items():
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"{name}={value!r} does not go with cache_scope='node': {why}. Use another setting, or a folder "
+                    "that all machines see."
+                )
+
     def _check_head_start(self) -> None:
         _one_of("head_start", self.head_start, HeadStartMode)
         epochs, rate = self.head_start_epochs, self.head_start_lr
@@ -415,79 +444,6 @@ class FreezeCacheConfig:
                     parse_bytes(size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-
-
-def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, FreezePolicy]:
-    """The settings and the policy that a user gives to a trainer.
-
-    Args:
-        settings: a `FreezeCacheConfig`, or its fields as a dict; None: the defaults.
-        policy: a policy, or the name of one, which wins over that of the settings; None: that of the settings.
-
-    Raises:
-        TypeError: if they are of another type; the message says what to pass.
-        ValueError: if a value is not possible.
-    """
-    if settings is None:
-        settings = {}
-    if isinstance(settings, Mapping):
-        known = [entry.name for entry in fields(FreezeCacheConfig)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"freeze_cache: unknown {', '.join(unknown)}; the settings are {', '.join(known)}.")
-        if isinstance(policy, str) and "policy" not in settings:
-            settings = {**settings, "policy": policy}
-        settings = FreezeCacheConfig(**settings)
-    if not isinstance(settings, FreezeCacheConfig):
-        raise TypeError(
-            f"freeze_cache={settings!r}: pass a FreezeCacheConfig, or a dict of its fields such as "
-            "{'policy': 'manual', 'freeze_points': '1:4'}."
-        )
-    if isinstance(policy, str):
-        settings = settings if policy == settings.policy else _with_policy(settings, policy)
-        policy = None
-    if policy is not None and not isinstance(policy, FreezePolicy):
-        raise TypeError(
-            f"policy={policy!r}: pass one of {', '.join(get_args(PolicyName))}, or an object of a class derived from "
-            "FreezePolicy."
-        )
-    if policy is not None and settings.head_start_epochs is None:
-        settings = replace(settings, head_start_epochs=0)  # the policy of the settings is not the one that is used
-    return settings, _with_learning_rates(settings, make_policy(settings) if policy is None else policy)
-
-
-def _with_learning_rates(settings: FreezeCacheConfig, policy: FreezePolicy) -> FreezePolicy:
-    if settings.anneal != "none" and isinstance(policy, NonePolicy):
-        raise ValueError("anneal lets learning rates fall until a block freezes, and policy='none' freezes none.")
-    if settings.anneal_epochs:
-        policy = DelayedPolicy(policy, settings.anneal_epochs)
-    if settings.layer_decay_min:
-        why = f"layer_decay={settings.layer_decay}, layer_decay_min={settings.layer_decay_min}"
-        policy = FrozenFromStart(policy, settings.cut_at_start, why)
-    return policy
-
-
-def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
-    points = settings.freeze_points if policy == "manual" else None
-    return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
-
-
-def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
-    """The policy that the settings name."""
-    if config.policy == "none":
-        return NonePolicy()
-    if config.policy == "manual":
-        assert config.freeze_points is not None  # the settings check it
-        return ManualPolicy(config.freeze_points)
-    if config.policy == "auto":
-        return AutoPolicy(config.max_frozen, config.freeze_end)
-    if config.policy == "freezeout":
-        return FreezeOutPolicy(config.freeze_start, max_frozen=config.max_frozen)
-    if config.policy == "smartfrz":
-        return SmartFrzPolicy(config.predictor, max_frozen=config.max_frozen)
-    if config.policy in SETTLING:
-        return SETTLING[config.policy](max_frozen=config.max_frozen)
-    return LinearPolicy(config.freeze_start, config.freeze_end, config.max_frozen, config.freeze_stages)
 
 
 def _is_number(value: Any) -> bool:

@@ -84,8 +84,12 @@ class Group:
                 continue
             if rank == self.rank and failure is not None:
                 raise failure
-            raise _name_process(pickle.loads(pickled), rank)
+            raise _name_process(pickle.loads(pickled), self.number(rank))
         return cast(T, result)
+
+    def number(self, rank: int) -> int:
+        """The number by which people know a process, by its rank here."""
+        return rank
 
     def on_main(self, step: Callable[[], T]) -> T:
         """Runs a step on the main process; its result, or its failure, is everybody's."""

@@ -28,7 +28,7 @@ from .build.survey import survey
 from .cache.holdings import disk_limit
 from .cache.rows import check_dataset
 from .cache.view_columns import ViewSpec
-from .config import CACHE_FOLDER, FreezeCacheConfig
+from .config import FreezeCacheConfig
 from .estimate.costs import Plan, PlanRow
 from .estimate.probing import Prober
 from .estimate.trial_steps import TrialSteps, timed
@@ -38,6 +38,7 @@ from .model.tokens import blank_padding, token_mask
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer, ZeroOrderTrainer
 from .training.data_state import undisturbed
+from .training.scope import store_directory
 from .units import parse_bytes
 from .zeroth_order.config import ZeroOrderConfig
 
@@ -322,6 +323,4 @@ def _check_cuts(chain: BlockChain, cuts: Sequence[int] | None) -> list[int]:
 
 def _store_directory(config: FreezeCacheConfig, args: TrainingArguments | None) -> Path:
     """The directory of the training's stores."""
-    if config.feature_cache_dir is not None:
-        return Path(config.feature_cache_dir)
-    return (Path.cwd() if args is None or args.output_dir is None else Path(args.output_dir)) / CACHE_FOLDER
+    return store_directory(config, Path.cwd() if args is None or args.output_dir is None else args.output_dir)

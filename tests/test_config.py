@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.config import read_settings
+from hf_freezecache.training.settings import read_settings
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,12 @@ from hf_freezecache.config import read_settings
         ({"layer_decay": float("nan")}, "layer_decay=nan"),
         ({"layer_decay": 0.5, "layer_decay_min": 1.0}, "layer_decay_min=1.0"),
         ({"layer_decay_min": 0.1}, "set layer_decay below 1"),
+        ({"cache_scope": "rack"}, "cache_scope='rack'.*shared, node"),
+        ({"cache_scope": "node", "materialize": "write_through"}, "materialize='write_through' does not go with"),
+        ({"cache_scope": "node", "deepen": "cache"}, "deepen='cache' does not go with"),
+        ({"cache_scope": "node", "share_store": True}, "share_store=True does not go with"),
+        ({"cache_scope": "node", "cache_eval": True}, "cache_eval=True does not go with"),
+        ({"feature_cache_dir": "nothing://place"}, "fsspec does not know nothing://"),
     ],
 )
 def test_impossible_setting_is_refused_by_name(settings, message):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 #: Packages of the extras, as they are imported.
-OPTIONAL = ("evaluate", "matplotlib", "rich", "scipy", "sklearn", "timm", "zfpy")
+OPTIONAL = ("evaluate", "matplotlib", "moto", "rich", "s3fs", "scipy", "sklearn", "timm", "zfpy")
 
 
 def run_python(code: str) -> str:

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy
-from hf_freezecache.config import make_policy
 from hf_freezecache.policies import LinearPolicy, ManualPolicy, NonePolicy
+from hf_freezecache.training.settings import make_policy
 
 POINTS = "1:2,3:4"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cache.remote import RemoteStores
 from ..cache.rows import RowSource
 from ..config import FreezeCacheConfig
 from ..distributed import Group
@@ -38,6 +39,8 @@ class BuildContext:
             the positions, too.
         eval_dataset: the trainer's, whose transform may be the base of the training's.
         forward_passes: of a training step that has no backward pass; None: it is one of each.
+        disk_group: the processes that see this process's directory of the stores; None: all of them.
+        remote: where stores are looked for that are not on the disk, and uploaded to; None: nowhere.
     """
 
     chain: BlockChain
@@ -51,6 +54,13 @@ class BuildContext:
     count_run: Callable[..., None] = _count_nothing
     eval_dataset: Any = None
     forward_passes: int | None = None
+    disk_group: Group | None = None
+    remote: RemoteStores | None = None
+
+    @property
+    def disk(self) -> Group:
+        """The processes that see this process's directory of the stores; its main process writes what is common."""
+        return self.group if self.disk_group is None else self.disk_group
 
     @property
     def model(self) -> nn.Module:

@@ -106,7 +106,7 @@ class StoreReuse:
         outdated: tuple[FeatureStore, Sequence[int]] | None = None
         while True:
             current = self.current(spec)
-            store = open_matching(current, self.group)
+            store = self._open_or_fetch(current)
             if store is None:
                 return None if outdated is None else self._renew(current, *outdated)
             if not any(self.group.gather(store.path.name in self._refused)):
@@ -117,6 +117,19 @@ class StoreReuse:
                 if verdict.difference is None and self._can_renew(store, verdict):
                     outdated = store, verdict.changed
             self._editions[_key(spec)] = self._editions.get(_key(spec), 0) + 1
+
+    def upload(self, store: FeatureStore) -> None:
+        """Uploads a store that was built, for other machines, where there is a place for that."""
+        remote = self.context.remote
+        if remote is not None:
+            self.group.on_main(lambda: remote.upload(store.path))
+
+    def _open_or_fetch(self, spec: StoreSpec) -> FeatureStore | None:
+        store, remote = open_matching(spec, self.group), self.context.remote
+        if store is not None or remote is None:
+            return store
+        self.group.on_main(lambda: remote.fetch(spec.path))
+        return open_matching(spec, self.group)
 
     # Proof
 
@@ -230,6 +243,7 @@ class StoreReuse:
             self.announcer.warning(f"The changed samples do not fit the feature store {store.path}: {error}.")
             return None
         self._renewed.add(renewed.path.name)
+        self.upload(renewed)
         return renewed
 
     def _announce(self, store: FeatureStore, verdict: Verdict) -> None:

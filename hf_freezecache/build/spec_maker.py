@@ -17,6 +17,7 @@ from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowError, RowSource
 from ..cache.selections import selection_of
+from ..cache.shares import SHARE, Share, share_rows
 from ..cache.sized import SizedBatch, SizeRule, parts_of
 from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
@@ -96,10 +97,11 @@ class SpecMaker:
         self._looked_closer = False
         self.weights: dict[int, torch.Tensor] = {}
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
-        self.reuse = StoreReuse(context, self._draws_once)
+        self.reuse = StoreReuse(replace(context, group=context.disk), self._draws_once)
         self._notes: Mapping[str, Any] = {}
         self.selection = selection_of(context.source.dataset)
         self._whole = None if self.selection is None else self.selection.source(context.source)
+        self._share: tuple[Share, RowSource] | None = None
         #: By data set, and by cut where that counts.
         self._tokens: dict[tuple[int, int], tuple[RowSource, float]] = {}
 
@@ -280,8 +282,26 @@ class SpecMaker:
         """Whether the spec's store has all rows that the samples are selected from."""
         return self._whole is not None and spec.source is self._whole
 
+    def of_share(self, spec: StoreSpec, share: Share) -> StoreSpec:
+        """The spec of a store of some of the rows, which a node with a disk of its own stores.
+
+        Args:
+            spec: what `make` returned, of samples of one size.
+            share: of this process's node.
+        """
+        context = self.context
+        if self._share is None or self._share[0] != share:
+            self._share = share, share_rows(context.source, share)
+        rows = self._share[1]
+        inputs = context.disk.on_main(lambda: dataset_inputs(rows, self.unknown))
+        draft = context.group.on_all(lambda: self._draft(rows, spec.cut, spec.codec, spec.views))
+        made_from = {**spec.made_from, **inputs, SHARE: share.to_json()}
+        return replace(draft, made_from=made_from, weights=spec.weights)
+
     def rows_of(self, store: FeatureStore, spec: StoreSpec) -> FeatureStore:
         """A store of a spec as the rows of the samples."""
+        if self._share is not None and spec.source is self._share[1]:
+            return store.spread(self._share[0])
         return store.select(self.selection.rows) if self.selection and self.is_of_whole(spec) else store
 
     def with_codec(self, spec: StoreSpec, codec: str) -> StoreSpec:
@@ -317,16 +337,17 @@ class SpecMaker:
             GeometryMisfit: on every process, if a view's geometry cannot be stored as the spec says.
         """
 
+        context, config = self.context, self.context.config
+
         def choose() -> ViewSpec:
-            config = self.context.config
             with preserve_rng():
                 settled = choose_channels(spec, config.similarity, config.sensitivity_batches, config.channel_map)
-            # Pictures stay here: the main process writes them.
-            self._notes = {**settled.notes, **self._file_notes(spec)}
+            self._notes = settled.notes  # pictures stay here: the main process writes them
             return settled.views
 
-        views = self.context.group.on_main(choose)
-        return replace(spec, views=views, notes=self._notes)
+        views = context.group.on_main(choose)
+        files = context.group.on_all(lambda: self._file_notes(spec) if context.disk.is_main else {})
+        return replace(spec, views=views, notes={**self._notes, **files})
 
     def _file_notes(self, spec: StoreSpec) -> Mapping[str, Any]:
         if isinstance(spec.feature_source, StoreFeatures):  # it was read when the store before was made

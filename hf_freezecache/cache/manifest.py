@@ -106,12 +106,12 @@ class Manifest:
         return json.dumps(content, indent=2)
 
     @classmethod
-    def from_json(cls, text: bytes, path: Path) -> Manifest:
+    def from_json(cls, text: bytes, path: Path | str) -> Manifest:
         """Reads a manifest.
 
         Args:
             text: content of the file.
-            path: of the file, for error messages.
+            path: or URL of the file, for error messages.
 
         Raises:
             StoreError: if it is not JSON, of another version, or its checksum does not match.
@@ -129,7 +129,7 @@ class Manifest:
             return cls._from_content(content, path)
 
     @classmethod
-    def _from_content(cls, content: dict[str, Any], path: Path) -> Manifest:
+    def _from_content(cls, content: dict[str, Any], path: Path | str) -> Manifest:
         names = {field.name for field in fields(cls)}
         if not names - {"lossless"} <= content.keys() <= names:
             raise StoreError(f"{path} has other fields than a manifest: {REBUILD}.")

@@ -238,6 +238,7 @@ class RowSource:
             None.
         is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
         sizes: rows by the size of their main input, see `rows_by_size`; None: nobody has looked.
+        drawn_as: for every row the number from which its random numbers follow; None: its own.
     """
 
     def __init__(
@@ -256,6 +257,7 @@ class RowSource:
         self.rule: PaddingRule | SizeRule | None = None
         self.is_padded: bool | None = None
         self.sizes: Sequence[Sequence[int]] | None = None
+        self.drawn_as: Sequence[int] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
@@ -273,7 +275,7 @@ class RowSource:
             self.multiprocessing_context,
             self.texts,
         )
-        other.probe_rows = self.probe_rows
+        other.probe_rows, other.drawn_as = self.probe_rows, self.drawn_as
         return other
 
     @property
@@ -305,8 +307,9 @@ class RowSource:
             geometry: kind and feature grid of the geometry that is requested; None: no geometry is.
             again: another number draws again what is random besides a `ReplayableTransform`.
         """
-        draw = Draw(self.seed, indices, view=view, geometry=geometry)
-        with seeded_rng(self.seed, indices[0], view, *([again] if again else [])):
+        numbers = indices if self.drawn_as is None else [self.drawn_as[index] for index in indices]
+        draw = Draw(self.seed, numbers, view=view, geometry=geometry)
+        with seeded_rng(self.seed, numbers[0], view, *([again] if again else [])):
             with use_draw(draw):
                 samples = fetch(self.dataset, indices)
             batch = self.collator(samples)
@@ -366,7 +369,7 @@ class ChosenRows(RowSource):
             source.multiprocessing_context,
             source.texts,
         )
-        self.rule = source.rule
+        self.rule, self.drawn_as = source.rule, source.drawn_as
         self._row_numbers = list(row_numbers)
 
     def __len__(self) -> int:

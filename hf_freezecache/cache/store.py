@@ -31,6 +31,7 @@ from .names import (
 )
 from .opening import check_state, open_columns, open_files
 from .rows import InputColumn
+from .shares import Share
 from .stored_columns import PackedColumn, TokenColumn
 from .texts import decode_rows, split_rows
 from .view_columns import ViewColumns
@@ -62,6 +63,8 @@ class FeatureStore:
         self._columns = open_columns(self._shards, manifest, codec, views, path) if self._shards else {}
         self._selected: np.ndarray | None = None
         self._lease: Lease | None = None
+        #: Whose rows these are, where a node stores its share; None: as many as the data set has.
+        self.share: Share | None = None
         self._enter()
 
     def _enter(self) -> None:
@@ -106,30 +109,53 @@ class FeatureStore:
 
         Shapes: N rows of the selection.
         """
+        return self._with_rows(self._numbers(rows), None)
+
+    def spread(self, share: Share) -> FeatureStore:
+        """The same store, whose row numbers are those of the data set of which it holds a share.
+
+        Args:
+            share: which rows it holds. The others are a `StoreError` when they are read.
+        """
+        return self._with_rows(share.places(), share)
+
+    @property
+    def packed(self) -> FeatureStore:
+        """The same store with the row numbers that it has by itself, whatever `select` or `spread` has made of it."""
+        return self if self._selected is None else self._with_rows(None, None)
+
+    def _with_rows(self, selected: np.ndarray | None, share: Share | None) -> FeatureStore:
         chosen = FeatureStore.__new__(FeatureStore)
         vars(chosen).update(vars(self))
-        chosen._selected, chosen._lease = self._numbers(rows), None
+        chosen._selected, chosen.share, chosen._lease = selected, share, None
         chosen._enter()
         return chosen
 
     @property
     def is_selection(self) -> bool:
         """Whether it is what `select` returned."""
-        return self._selected is not None
+        return self._selected is not None and self.share is None
 
     def _numbers(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Row numbers of the whole store."""
         rows = np.asarray(indices, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.path}, which has {len(self)}.")
-        return rows if self._selected is None else self._selected[rows]
+        if self._selected is None:
+            return rows
+        places = self._selected[rows]
+        if self.share is not None and len(places) and places.min() < 0:
+            absent = rows[places < 0]
+            raise StoreError(f"row {absent[0]} is not among the rows that this node stores in {self.path}.")
+        return places
 
     @property
     def handle(self) -> StoreHandle:
         """What a process that this one has started, or starts, opens the store with."""
         files = {name: file for name, file in self._files.items() if isinstance(file, HeldFile)}
         held = tuple((file.path.name, file.descriptor, file.state) for file in files.values())
-        return StoreHandle(self.path, self._key, os.getpid(), files[MANIFEST].sha256, held, self.is_selection)
+        manifest = files[MANIFEST].sha256
+        return StoreHandle(self.path, self._key, os.getpid(), manifest, held, self.is_selection, self.share)
 
     @property
     def bytes(self) -> int:
@@ -366,6 +392,7 @@ class StoreHandle:
         manifest: sha256 of the manifest.
         files: name, descriptor and verified state of each file.
         is_selection: whether it is some of its rows; which ones, the data set tells.
+        share: the rows that a node's store holds; None: all.
     """
 
     path: Path
@@ -374,6 +401,7 @@ class StoreHandle:
     manifest: str
     files: tuple[tuple[str, int, FileState], ...]
     is_selection: bool = False
+    share: Share | None = None
 
     def open(self) -> FeatureStore:
         """Opens the store in this process, with all of its rows, or returns it if it is open here.
@@ -414,6 +442,8 @@ class StoreHandle:
 
 def _reopen(handle: StoreHandle, rows: np.ndarray | None) -> FeatureStore:
     store = handle.open()
+    if handle.share is not None:
+        return store if store.share is not None else store.spread(handle.share)
     return store if rows is None or store.is_selection else store.select(rows)
 
 

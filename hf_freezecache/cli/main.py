@@ -84,13 +84,17 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
     inspect = commands.add_parser("inspect", help="print what a store holds")
-    inspect.add_argument("directory", metavar="DIR", help="a store: the folder that contains manifest.json")
+    inspect.add_argument(
+        "directory", metavar="DIR", help="a store: the folder that contains manifest.json, or its URL (s3://...)"
+    )
     inspect.add_argument(
         "--sensitivity", action="store_true", help="draw which channels are stored for every view; needs matplotlib"
     )
     inspect.add_argument("--output", metavar="PNG", help="file of that picture (default: sensitivity.png)")
     verify = commands.add_parser("verify", help="read a whole store and compare every checksum")
-    verify.add_argument("directory", metavar="DIR", help="a store: the folder that contains manifest.json")
+    verify.add_argument(
+        "directory", metavar="DIR", help="a store: the folder that contains manifest.json, or its URL (s3://...)"
+    )
     clean = commands.add_parser("clean", help="remove the stores in a folder and the leftovers of killed builds")
     clean.add_argument(
         "directory",

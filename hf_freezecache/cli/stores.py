@@ -13,8 +13,12 @@ import torch
 
 from ..augment.sensitivity import SENSITIVITY, Sensitivity
 from ..cache.cleaning import Removable, find_stores, remove
+from ..cache.manifest import Manifest
 from ..cache.names import MANIFEST, note_file
+from ..cache.remote import RemoteStores
+from ..cache.shares import SHARE
 from ..cache.store import FeatureStore, StoreError
+from ..cache.urls import check_url, is_url, local_copy
 from ..config import CACHE_FOLDER
 from ..model.layout import FeatureLayout
 from ..units import format_table, show_bytes
@@ -35,6 +39,13 @@ def inspect(directory: str | os.PathLike, picture: str | os.PathLike | None, as_
         StoreError: if the store is missing or damaged, or nothing was measured that could be drawn.
         ImportError: if a picture is wanted and matplotlib is not installed.
     """
+    if is_url(directory):
+        if picture is not None:
+            raise ValueError("--sensitivity draws stores on a disk: give the folder of the local copy.")
+        remote, name = _remote(str(directory))
+        manifest, size = remote.manifest(name)
+        print(json.dumps({"path": str(directory), **asdict(manifest)}) if as_json else show(directory, manifest, size))
+        return
     store = FeatureStore.open(directory)
     print(json.dumps({"path": str(store.path), **asdict(store.manifest)}) if as_json else describe(store))
     if picture is not None:
@@ -47,9 +58,22 @@ def verify(directory: str | os.PathLike, as_json: bool = False) -> None:
     Raises:
         StoreError: if it is missing or damaged.
     """
-    store = FeatureStore.open(directory)
-    store.verify()
-    print(json.dumps({"path": str(store.path), "ok": True}) if as_json else f"{store.path}: ok")
+    if is_url(directory):
+        remote, name = _remote(str(directory))
+        remote.verify(name)
+        path = str(directory)
+    else:
+        store = FeatureStore.open(directory)
+        store.verify()
+        path = str(store.path)
+    print(json.dumps({"path": path, "ok": True}) if as_json else f"{path}: ok")
+
+
+def _remote(url: str) -> tuple[RemoteStores, str]:
+    """The remote place of a store, and the store's name there."""
+    place, _, name = url.rstrip("/").rpartition("/")
+    check_url(place)
+    return RemoteStores(place), name
 
 
 def clean(directory: str | os.PathLike, yes: bool, as_json: bool = False) -> None:
@@ -62,7 +86,14 @@ def clean(directory: str | os.PathLike, yes: bool, as_json: bool = False) -> Non
 
     Raises:
         OSError: if it is no directory, or something cannot be removed.
+        ValueError: if it is a remote place.
     """
+    if is_url(directory):
+        raise ValueError(
+            f"{directory}: other machines may read there, and nobody can tell, so nothing is removed from remote "
+            "places. Remove the folders of stores with the tools of the place, each manifest.json first. The local "
+            f"copies are removed with: freezecache clean {local_copy(str(directory))}"
+        )
     stores = find_stores(Path(directory))
     inside = Path(directory) / CACHE_FOLDER
     if inside.is_dir():
@@ -90,29 +121,40 @@ def _state(store: Removable) -> str:
 
 def describe(store: FeatureStore) -> str:
     """Returns what a store holds, as text: the facts of its manifest and its files."""
-    manifest = store.manifest
+    return show(store.path, store.manifest, (store.path / MANIFEST).stat().st_size)
+
+
+def show(place: str | os.PathLike, manifest: Manifest, manifest_bytes: int) -> str:
+    """The facts of a manifest and of the files that it names, as text.
+
+    Args:
+        place: of the store.
+        manifest: of the store.
+        manifest_bytes: its size.
+    """
     files = [(shard.name, shard.bytes, f"{shard.rows:,} samples") for shard in manifest.shards]
+    arrow = sum(shard.bytes for shard in manifest.shards)
     files += [(name, entry["bytes"], "") for name, entry in manifest.files.items()]
-    files.append((MANIFEST, (store.path / MANIFEST).stat().st_size, ""))
+    files.append((MANIFEST, manifest_bytes, ""))
     facts = [
-        *_facts(store),
+        *_facts(place, manifest),
         ("bytes", f"{sum(size for _, size, _ in files):,}"),
-        ("bytes a sample", f"{store.bytes / max(1, manifest.rows):,.0f}, in the Arrow files"),
+        ("bytes a sample", f"{arrow / max(1, manifest.rows):,.0f}, in the Arrow files"),
     ]
     rows = [(name, f"{size:,}", note) for name, size, note in files]
     return f"{format_table(facts, left=[0, 1])}\n\n{format_table(rows, left=[0, 2])}"
 
 
-def _facts(store: FeatureStore) -> list[tuple[str, str]]:
-    manifest, layout = store.manifest, FeatureLayout.from_json(store.manifest.layout)
+def _facts(place: str | os.PathLike, manifest: Manifest) -> list[tuple[str, str]]:
+    layout = FeatureLayout.from_json(manifest.layout)
     facts = [
-        ("path", str(store.path)),
+        ("path", os.fspath(place)),
         ("cut", f"{manifest.cut} frozen blocks"),
         ("codec", f"{manifest.codec}, every row packed with zstd" if manifest.lossless else manifest.codec),
         ("feature", f"{_times(layout.shape)}, {str(layout.dtype).removeprefix('torch.')}"),
         ("grid", "none" if layout.grid is None else _times(layout.grid)),
         ("special tokens", str(layout.special_tokens)),
-        ("samples", f"{manifest.rows:,}"),
+        ("samples", _samples(manifest)),
         ("views", f"{manifest.views} beside the base view"),
     ]
     if manifest.views:
@@ -121,6 +163,13 @@ def _facts(store: FeatureStore) -> list[tuple[str, str]]:
         facts.append(("geometry", "none: views are stored whole" if manifest.geometry is None else manifest.geometry))
         facts.append(("sensitive channels", count))
     return facts
+
+
+def _samples(manifest: Manifest) -> str:
+    share = manifest.made_from.get(SHARE)
+    if not isinstance(share, dict):
+        return f"{manifest.rows:,}"
+    return f"{manifest.rows:,} of {share.get('of')}, the share of node {share.get('node')}"
 
 
 def draw_sensitivity(store: FeatureStore, picture: str | os.PathLike) -> None:

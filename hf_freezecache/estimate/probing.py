@@ -27,6 +27,7 @@ from ..cache.codec import Codec, make_codec
 from ..cache.names import own_input
 from ..cache.rows import BatchSplit, DrawnBatch
 from ..cache.shards import ShardStream
+from ..cache.shares import SHARE
 from ..cache.store import FeatureStore
 from ..cache.texts import split_rows
 from ..cache.view_columns import ViewColumns, ViewSpec
@@ -188,7 +189,8 @@ class Prober:
             workers=self.source.num_workers,
             processes=self.processes,
             passes=self.context.forward_passes or 1,
-            shared=len(spec.source) / len(self.source),
+            # Of a node's share, its own processes run as much as all of them would of all rows.
+            shared=1.0 if SHARE in spec.made_from else len(spec.source) / len(self.source),
         )
 
     def plain(self, spec: StoreSpec, batches: int) -> tuple[float, float]:

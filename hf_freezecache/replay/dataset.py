@@ -292,6 +292,8 @@ class ReplayDataset(Dataset):
 
     def _open(self, path: Path, handle: StoreHandle | None) -> FeatureStore:
         store = FeatureStore.open(path) if handle is None else handle.open()
+        if handle is not None and handle.share is not None:
+            return store if store.share is not None else store.spread(handle.share)
         if handle is None or not handle.is_selection or store.is_selection:
             return store
         selection = selection_of(self.inner)

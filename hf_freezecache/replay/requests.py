@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler
 
 from ..cache.store import StoreHandle
 from ..rng import hash_key
+from .node_order import Dealing, Filler
 
 
 def store_number(path: Path | None) -> int:
@@ -132,10 +133,12 @@ class SourceSwitch:
     Attributes:
         origin: where the rows come from that are asked for now.
         trial: what every iteration yields in place of the sampler's rows; None outside a trial.
+        dealing: which node reads which rows, where each stores its share; None: every process may read all.
     """
 
     def __init__(self, rows: int):
         self.origin = RowOrigin()
+        self.dealing: Dealing | None = None
         self.trial: Trial | None = None
         self._drawn = array("L", [0]) * rows
         self._asks, self._once = False, False
@@ -203,8 +206,24 @@ class SourceSwitch:
             self._asks = False
         return asks
 
+    def ordered(self, drawn: Iterator[Any]) -> Iterator[Any]:
+        """What a sampler draws for an epoch of the training, in the order in which this process's node reads it.
+
+        Args:
+            drawn: rows as the sampler draws them.
+
+        Raises:
+            OrderError: where nodes store shares, if it does not draw every row once.
+        """
+        handle = self.origin.handle
+        if self.dealing is None or handle is None or handle.share is None:
+            return drawn
+        return self.dealing.order(list(drawn), handle.share.places())
+
     def stamp(self, index: Any) -> Any:
         """Stamps what a sampler yields: a row number, or a list of them. Anything else stays as it is."""
+        if isinstance(index, Filler):
+            return RequestedRow(int(index), self.origin)  # as the row that fills up a batch: it is not drawn again
         if isinstance(index, (list, tuple)):
             return [self.stamp(one) for one in index]
         try:
@@ -278,7 +297,7 @@ class StampingSampler:
             return self._switch.trial.numbers(in_batches=isinstance(self._sampler, BatchSampler))
         # Not a generator: whose iteration it is counts when it begins.
         iterator = iter(self._sampler)
-        return _Stamping(iterator, self._switch) if self._switch.begins() else iterator
+        return _Stamping(self._switch.ordered(iterator), self._switch) if self._switch.begins() else iterator
 
     def __len__(self) -> int:
         return len(self._sampler)

@@ -14,6 +14,13 @@ NO_VIEWS = (
     "store is built (views=0); augmentation ends at the freeze point."
 )
 
+#: Of a resumed training whose nodes store other shares.
+OTHER_NODES = (
+    "The checkpoint's training has dealt its rows to other nodes than this one does (other numbers of nodes or "
+    "processes, other batches, or another cache_scope): an epoch that was broken off goes on in another order, and "
+    "stores are built again."
+)
+
 
 def describe_schedule(policy: FreezePolicy, num_blocks: int, num_epochs: int, cut: int = 0) -> str | None:
     """One line on what will be frozen and when.
@@ -122,9 +129,17 @@ def describe_built(store: FeatureStore, codec: str, is_deepened: bool, num_block
     own, origin = store.manifest.codec, "from the store before it, " if is_deepened else ""
     codec = own if own == codec else f"{own}, since {codec} does not fit"
     return (
-        f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {len(store)} samples"
+        f"Built the feature store {store.path} ({origin}{show_bytes(store.bytes)}, {codec}, {describe_rows(store)}"
         f"{describe_views(store)}): training does not run {store.manifest.cut} of {num_blocks} blocks any more."
     )
+
+
+def describe_rows(store: FeatureStore) -> str:
+    """How many samples a store holds."""
+    if store.share is None:
+        return f"{len(store)} samples"
+    nodes = len(store.share.counts)
+    return f"{store.manifest.rows} of {len(store)} samples, those of the first of {nodes} nodes"
 
 
 def describe_views(store: FeatureStore) -> str:

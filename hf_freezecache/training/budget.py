@@ -15,6 +15,7 @@ from ..cache.store import FeatureStore
 from ..config import FreezeCacheConfig
 from ..distributed import Group
 from ..units import parse_bytes, show_bytes
+from .disks import Disks
 
 #: Codecs that are tried, in this order, where the configured one does not fit: none that is known to cost accuracy.
 _COARSER = ("fp16", "int8", "int4", "int3")
@@ -27,10 +28,12 @@ class StoreBudget:
         config: the user's settings.
         group: the processes.
         cache_dir: the directory of the stores.
+        disks: on which the stores are; None: on one. Of several, the fullest decides.
     """
 
-    def __init__(self, config: FreezeCacheConfig, group: Group, cache_dir: Path):
+    def __init__(self, config: FreezeCacheConfig, group: Group, cache_dir: Path, disks: Disks | None = None):
         self.config, self.group, self.cache_dir = config, group, cache_dir
+        self.disks = Disks(group, group) if disks is None else disks
         budget = config.cache_budget
         self.holdings = Holdings(None if budget is None else parse_bytes(budget))
 
@@ -60,7 +63,7 @@ class StoreBudget:
         if limit is None or needed <= limit:
             yield limit, False
         outdated = self.outdated(spec)
-        if outdated:
+        if self.disks.any(bool(outdated)):
             limit = self.limit(without=outdated)
             if limit is not None and needed <= limit:
                 yield limit, True
@@ -72,7 +75,7 @@ class StoreBudget:
 
     def needed(self, spec: StoreSpec) -> int:
         """Bytes of the Arrow files."""
-        return self.group.on_main(partial(estimate_bytes, spec, self.group.size))
+        return self.disks.most(self.disks.on_main(partial(estimate_bytes, spec, self.disks.group.size)))
 
     def limit(self, without: Collection[Path] = ()) -> int | None:
         """Bytes that another store may take: of the budget, and of the free disk unless `cache='always'`.
@@ -84,19 +87,27 @@ class StoreBudget:
             Bytes; None: no limit.
         """
         limit = self.holdings.limit(without)
-        if self.config.cache == "always":
-            return limit
-        return self.group.on_main(partial(disk_limit, self.cache_dir, limit))
+        if self.config.cache != "always":
+            limit = self.disks.on_main(partial(disk_limit, self.cache_dir, limit))
+        return self.disks.least(limit)
 
     def room(self) -> int:
         """Bytes that a temporary file of this process may take beside the stores: of the budget and of the disk."""
-        return max(0, disk_limit(self.cache_dir, self.holdings.limit())) // self.group.size
+        return max(0, disk_limit(self.cache_dir, self.holdings.limit())) // self.disks.group.size
 
     def holds(self, store: FeatureStore) -> bool:
         """Whether a store that exists may be used beside the others, outdated ones not counted."""
-        unread = [*self.holdings.outdated(store.manifest.cut, in_use=(store.path,)), *self.holdings.spare()]
-        limit = self.holdings.limit(unread)
+        limit = self.limit_of(store.manifest.cut, store.path)
         return limit is None or self.holdings.has(store.path) or store.total_bytes <= limit
+
+    def limit_of(self, cut: int, path: Path) -> int | None:
+        """Bytes that a store which exists may take; None: the budget does not limit it.
+
+        Args:
+            cut: of the store.
+            path: its directory.
+        """
+        return self.holdings.limit([*self.holdings.outdated(cut, in_use=(path,)), *self.holdings.spare()])
 
     def too_large(self, spec: StoreSpec, needed: int | None = None) -> str:
         """Why a store is not built, as the end of a sentence.
@@ -106,7 +117,7 @@ class StoreBudget:
             needed: bytes of all its files, where they are known.
         """
         needed = self.needed(spec) if needed is None else needed
-        budget, limit = self.holdings.limit(), self.limit()
+        budget, limit = self.disks.least(self.holdings.limit()), self.limit()
         place = "`cache_budget`" if budget is not None and limit == budget else f"the disk of {self.cache_dir}"
         left = show_bytes(max(limit or 0, 0))
         return f"it needs {show_bytes(needed)} even with codec `{spec.codec}`, but only {left} of {place} are left"

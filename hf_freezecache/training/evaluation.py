@@ -359,6 +359,7 @@ class EvaluationCache:
             built = store is None or reuse.has_made(store)
             if store is None:
                 store = self._build(reuse.current(spec), entry)
+                reuse.upload(store)
         outdated, entry.source, entry.trace = entry.source, FromStore(cut, store), trace
         if self.group.is_main:
             store.hold()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from transformers import Trainer
 
-from ..config import CACHE_FOLDER, FreezeCacheConfig
+from ..config import FreezeCacheConfig
 from ..model.modes import is_compiled
 from ..policies import FreezePolicy, NonePolicy
 from .callback import FreezeCallback
 from .evaluation import EvaluationCache
+from .scope import Scope, store_directory
 from .session import FreezeSession
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class TrainerHooks(_Trainer):
     _session: FreezeSession | None
     # Why the training that runs, or ran last, is a plain one although a policy freezes; None: it is not.
     _why_plain: str | None
+    # Which processes see the stores of the training that runs.
+    _scope: Scope
     # Of the checkpoint that a training is resumed from, until it is taken.
     _checkpoint_state: Mapping[str, Any] | None
     # While steps run for what they compute: the gradients that the training would follow, or those of the loss, which
@@ -57,9 +60,8 @@ class TrainerHooks(_Trainer):
 
     @property
     def _feature_cache_dir(self) -> Path:
-        configured = self._freeze_config.feature_cache_dir
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
-        return Path(configured) if configured is not None else Path(self.args.output_dir) / CACHE_FOLDER
+        return store_directory(self._freeze_config, self.args.output_dir)
 
     @property
     def _runs_compiled(self) -> bool:

@@ -97,7 +97,7 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
     manifest, views = store.manifest, store.views.spec
     facts: dict[str, Any] = {
         "cut": manifest.cut,
-        "samples": len(store),
+        "samples": len(store) if store.share is None else manifest.rows,
         "codec": manifest.codec,
         "shape of a feature": " x ".join(map(str, store.codec.layout.shape)),
         "bits a value": f"{store.codec.bits_per_value:.3g}",

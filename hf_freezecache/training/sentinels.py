@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from ..build.survey import Augmentation
 from ..build.trimming import stored_source, why_width_counts
 from ..build.widest import sort_by_width
 from ..cache.rows import ChosenRows, DrawnBatch, RowSource
+from ..cache.shares import share_rows
 from ..cache.store import FeatureStore
 from ..rng import hash_key, preserve_rng
 
@@ -42,6 +44,8 @@ def check_sentinels(
         Exception: whatever the user's own code raises.
     """
     chain, cut = context.chain, store.manifest.cut
+    if store.share is not None:  # a node stores these rows only
+        context, store = replace(context, source=share_rows(context.source, store.share)), store.packed
     source = stored_source(chain, cut, context.source)
     generator = np.random.default_rng(hash_key("sentinels", source.seed, epoch, context.group.rank) & 0xFFFFFFFF)
     is_opaque = augmentation.random and not augmentation.replayable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,79 +19,19 @@ from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN, SpecMaker
 from ..build.store_spec import StoreSpec
 from ..cache.holdings import is_owned
+from ..cache.shares import Share
 from ..cache.store import FeatureStore, remove_store
 from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
 from ..estimate.pace import Pace
 from ..units import show_bytes
-from .accounting import Phase
-from .announcements import NO_VIEWS, describe_built, describe_draws, describe_views
+from .announcements import NO_VIEWS, OTHER_NODES, describe_built, describe_draws, describe_rows, describe_views
 from .budget import StoreBudget
+from .disks import Disks, owned_stores
+from .store_requests import Attempt, Decision, Request
 from .worth import Declined, StoreWorth
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The choice made at a cut. It is saved in the checkpoint so that a resumed training makes the same one.
-
-    Args:
-        codec: of the store.
-        store: directory name of the store; None while live epochs write it.
-        parent: cut of the store that it was made from; None if it was made from samples.
-        written: whether live epochs have written it, or do.
-    """
-
-    codec: str
-    store: str | None = None
-    parent: int | None = None
-    written: bool = False
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a `StoreProvider`.
-
-    Args:
-        cut: frozen blocks.
-        epochs_left: epochs of training that remain at this cut.
-        phase: books what is built.
-        parent: the store that was replayed before, or its cut if it is not open; None if there was none.
-        pace: of the live epochs before; None if there were none.
-        is_first: whether no step was trained yet, so that other trainings have the same frozen blocks.
-    """
-
-    cut: int
-    epochs_left: float
-    phase: Phase
-    parent: FeatureStore | int | None = None
-    pace: Pace | None = None
-    is_first: bool = False
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A request and the way in which it is met.
-
-    Args:
-        request: what is asked.
-        decision: the choice made at this cut before.
-        writing: live epochs write the store, and only its directory is begun.
-        decided: whether to write was decided before, so that nothing is measured.
-        accept_built: while writing, a complete store that a build has made does as well.
-    """
-
-    request: Request
-    decision: Decision | None
-    writing: bool = False
-    decided: bool = False
-    accept_built: bool = True
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it is still to be decided if a store pays."""
-        return self.decision is None and not self.decided
 
 
 class StoreProvider:
@@ -102,15 +42,25 @@ class StoreProvider:
 
     Attributes:
         decisions: the choice at every cut so far.
+        counts: rows of every node, where each stores its share; None until the training's loader is known.
     """
+
+    counts: tuple[int, ...] | None = None
 
     def __init__(self, spec_maker: SpecMaker):
         self.spec_maker, context = spec_maker, spec_maker.context
         self.config, self.group, self.chain, self.source = context.config, context.group, context.chain, context.source
         self.cache_dir = context.cache_dir
         self.announcer = Announcer(self.group, logger)
-        self.budget = StoreBudget(self.config, self.group, self.cache_dir)
+        self.disks = Disks(self.group, context.disk)
+        self.budget = StoreBudget(self.config, self.group, self.cache_dir, self.disks)
         self.holdings = self.budget.holdings
+        if self.disks.are_many:
+            self.holdings.owner = self.group.broadcast(self.holdings.owner)
+        if context.remote is not None:
+            context.remote.limit = self.budget.limit_of
+        # Of this node's store, which is there, while other nodes have to build theirs.
+        self._found: FeatureStore | None = None
         self.decisions: dict[int, Decision] = {}
         # Whether the running request has deleted the stores of earlier cuts: the budget does not hold both.
         self._parent_deleted = False
@@ -124,6 +74,7 @@ class StoreProvider:
             "stores": self.holdings.state_dict(),
             "owner": self.holdings.owner,
             "unknown": self.spec_maker.unknown,
+            "counts": self.counts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,11 +82,19 @@ class StoreProvider:
         self.decisions = {int(cut): Decision(**fields) for cut, fields in state["decisions"].items()}
         self.spec_maker.weights = {int(cut): torch.tensor(values) for cut, values in state["channel_weights"].items()}
         self.spec_maker.unknown = state.get("unknown", self.spec_maker.unknown)
-        existing = self.group.on_main(
-            lambda: [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
+        counts = state.get("counts")
+        if self.counts != (None if counts is None else tuple(counts)):
+            self.announcer.warning(OTHER_NODES)
+        owner = state.get("owner", self.holdings.owner)
+        existing = self.disks.on_main(
+            lambda: (
+                owned_stores(self.cache_dir, owner)  # the checkpoint's main process knows those of its own disk only
+                if self.disks.are_many
+                else [entry for entry in state["stores"] if (self.cache_dir / entry["name"]).exists()]
+            )
         )
         self.holdings.load_state_dict(existing, self.cache_dir)
-        self.holdings.owner = state.get("owner", self.holdings.owner)
+        self.holdings.owner = owner
 
     def why_hopeless(self, cut: int, epochs_left: float, pace: Pace | None = None) -> str | None:
         """Why no store pays at a cut where nothing was decided yet; see `StoreWorth.why_hopeless`."""
@@ -150,7 +109,7 @@ class StoreProvider:
             ValueError: if the features cannot be stored (not finite, of several sizes).
         """
         self._parent_deleted = False
-        return self._complete(_Attempt(request, self.decisions.get(request.cut)))
+        return self._complete(Attempt(request, self.decisions.get(request.cut)))
 
     def begin(self, request: Request, decided: bool = False, accept_built: bool = True) -> PartialStore | FeatureStore:
         """Begins the directory that live epochs write to, or goes on with one that was begun.
@@ -172,7 +131,7 @@ class StoreProvider:
             ValueError: if the features cannot be stored (not finite).
         """
         self._parent_deleted = False
-        attempt = _Attempt(request, self.decisions.get(request.cut), True, decided, accept_built)
+        attempt = Attempt(request, self.decisions.get(request.cut), True, decided, accept_built)
         store = self._find_or_make(attempt)
         if isinstance(store, PartialStore):
             self.holdings.add(store.path, store.reserved, built=True, cut=request.cut)
@@ -200,6 +159,7 @@ class StoreProvider:
             if proved is None:
                 raise BuildFailed("rows that an earlier run has written are not what the samples give now")
             store = proved
+        self.spec_maker.reuse.upload(store)
         self._register(store)
         request.phase.set_store(store.bytes)
         self._announce_built(store)
@@ -224,7 +184,7 @@ class StoreProvider:
         for path in paths:
             if self.holdings.has_built(path):
                 try:
-                    self.group.on_main(partial(remove_store, path))
+                    self.disks.on_main(partial(remove_store, path))
                 except OSError as error:  # it still counts, and the next change of the cut tries again
                     self.announcer.failure("A feature store that is not needed any more could not be deleted", error)
                     continue
@@ -233,17 +193,19 @@ class StoreProvider:
 
     # Finding and making
 
-    def _complete(self, attempt: _Attempt) -> FeatureStore:
+    def _complete(self, attempt: Attempt) -> FeatureStore:
         store = self._find_or_make(attempt)
         assert isinstance(store, FeatureStore), "only a request for writing returns a directory"
         return store
 
-    def _find_or_make(self, attempt: _Attempt) -> FeatureStore | PartialStore:
+    def _find_or_make(self, attempt: Attempt) -> FeatureStore | PartialStore:
         cut = attempt.request.cut
         codec = self.config.codec_at(cut, len(self.chain)) if attempt.decision is None else attempt.decision.codec
         if attempt.is_open:
             self.worth.check_early(cut, attempt.request.epochs_left, attempt.request.pace)
         first = self.spec_maker.make(cut, codec)
+        if self.disks.are_many:
+            return self._find_or_make_like(self._share_of(first), codec, attempt)
         if self.config.share_store and attempt.request.is_first:
             try:
                 whole = self.spec_maker.of_whole(first)
@@ -257,7 +219,19 @@ class StoreProvider:
                 )
         return self._find_or_make_like(first, codec, attempt)
 
-    def _find_or_make_like(self, first: StoreSpec, codec: str, attempt: _Attempt) -> FeatureStore | PartialStore:
+    def _share_of(self, spec: StoreSpec) -> StoreSpec:
+        """The spec of the store of this process's node.
+
+        Raises:
+            Declined: if its rows have no common size.
+        """
+        if spec.layout.is_token or spec.layout.is_trimmed:
+            raise Declined("cache_scope='node' stores rows of one size, and these samples have several")
+        assert self.counts is not None  # the loader is made before the first epoch
+        share = Share(self.counts, self.disks.node, self.source.seed, spec.cut)
+        return self.spec_maker.of_share(spec, share)
+
+    def _find_or_make_like(self, first: StoreSpec, codec: str, attempt: Attempt) -> FeatureStore | PartialStore:
         """A store of the rows of a spec, with a codec that fits."""
         cut, reason = attempt.request.cut, ""
         if self.config.cutmix_alpha and first.layout.grid is None:
@@ -291,7 +265,7 @@ class StoreProvider:
             return self._find_or_make(replace(attempt, writing=False))
         raise Declined(reason)
 
-    def _find(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore | None:
+    def _find(self, images: StoreSpec, attempt: Attempt) -> FeatureStore | PartialStore | None:
         """A complete store, or one that was begun."""
         spec, decision, cut = images, attempt.decision, attempt.request.cut
         if attempt.writing:
@@ -302,14 +276,17 @@ class StoreProvider:
         else:
             spec = self._deepened(images, attempt)
         spec, images = self._owned(spec), self._owned(images)
-        store = self._open(spec)
-        if store is None and (not attempt.writing or attempt.accept_built):
+        store = self.disks.on_all(lambda: self._open(spec))
+        if store is None and (not attempt.writing or attempt.accept_built) and not self.disks.are_many:
             store = (self._open(images) if attempt.writing else None) or self._open_whole(images)
-        if store is not None and self.budget.holds(store):
+        store = store if store is not None and self.budget.holds(store) else None
+        self._found = store if self.disks.are_many else None
+        if self.disks.all(store is not None):
+            assert store is not None
             self._announce_randomness(spec)
             self.announcer.warning(
                 f"Reusing the feature store {store.path} ({show_bytes(store.bytes)}, {store.manifest.codec}, "
-                f"{len(store)} samples{describe_views(store)}): training does not run {cut} of {len(self.chain)} "
+                f"{describe_rows(store)}{describe_views(store)}): training does not run {cut} of {len(self.chain)} "
                 "blocks any more."
             )
             self._register(store)
@@ -333,7 +310,7 @@ class StoreProvider:
             Announcer.survived(logger, "The rows that the train data set leaves out cannot be read", error)
             return None
 
-    def _make_if_it_fits(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
+    def _make_if_it_fits(self, images: StoreSpec, attempt: Attempt) -> FeatureStore | PartialStore:
         """Makes a store, or begins it, in the first way that fits.
 
         Raises:
@@ -353,7 +330,7 @@ class StoreProvider:
                 )
                 self._remove(self.budget.outdated(spec))
                 self._parent_deleted = True
-                if self.budget.outdated(spec):
+                if self.disks.any(bool(self.budget.outdated(spec))):
                     continue  # one could not be deleted
                 spec = self.spec_maker.written(images) if attempt.writing else images
             try:
@@ -362,7 +339,7 @@ class StoreProvider:
                 problem = error
         raise problem or OverLimit(self.budget.needed(spec), self.budget.limit() or 0)
 
-    def _make(self, spec: StoreSpec, images: StoreSpec, attempt: _Attempt) -> FeatureStore | PartialStore:
+    def _make(self, spec: StoreSpec, images: StoreSpec, attempt: Attempt) -> FeatureStore | PartialStore:
         """Makes a store with the smallest kind of geometry that fits every view; with whole views if none does.
 
         Args:
@@ -381,7 +358,7 @@ class StoreProvider:
                     partial_store = PartialStore.begin(settled, self.group)
                     self.decisions.setdefault(spec.cut, Decision(spec.codec, written=True))
                     return partial_store
-                store = self.spec_maker.rows_of(materialize(settled, self.group), settled)
+                store = self._built(settled)
             except GeometryMisfit as misfit:
                 spec = self._with_larger_geometry(spec if attempt.writing else images, spec, misfit)
             else:
@@ -391,6 +368,16 @@ class StoreProvider:
                 return store
             if attempt.decision is None:
                 self.worth.check(spec, attempt.request.epochs_left, spec.limit, attempt.request.pace)
+
+    def _built(self, spec: StoreSpec) -> FeatureStore:
+        """Builds a store; where each node has its own, on those where none was found."""
+
+        def build() -> FeatureStore:
+            store = materialize(spec, self.disks.group)
+            self.spec_maker.reuse.upload(store)
+            return self.spec_maker.rows_of(store, spec)
+
+        return self.disks.build(self._found, build, self.announcer)
 
     def _with_larger_geometry(self, base: StoreSpec, spec: StoreSpec, misfit: GeometryMisfit) -> StoreSpec:
         """The next larger way to store views.
@@ -418,7 +405,7 @@ class StoreProvider:
 
     # Deepening
 
-    def _deepened(self, images: StoreSpec, attempt: _Attempt) -> StoreSpec:
+    def _deepened(self, images: StoreSpec, attempt: Attempt) -> StoreSpec:
         """The spec with the store before as its source, where that is configured and possible."""
         parent = self._open_parent(images, attempt)
         if parent is None:
@@ -432,7 +419,7 @@ class StoreProvider:
             return images
         return self.spec_maker.deepened(images, parent)
 
-    def _open_parent(self, images: StoreSpec, attempt: _Attempt) -> FeatureStore | None:
+    def _open_parent(self, images: StoreSpec, attempt: Attempt) -> FeatureStore | None:
         """The store from which a deeper one is made; built again if it is gone. None: the deeper one needs samples."""
         if self._parent_deleted:
             return None
@@ -454,7 +441,7 @@ class StoreProvider:
             return store
         request = Request(cut, 0, attempt.request.phase)
         try:
-            return self._complete(_Attempt(request, self.decisions.get(cut)))
+            return self._complete(Attempt(request, self.decisions.get(cut)))
         except Declined as reason:
             self.announcer.warning(
                 f"The store of cut {cut} cannot be built again, so the deeper one is built from samples: {reason}."
@@ -465,8 +452,8 @@ class StoreProvider:
 
     def _register(self, store: FeatureStore) -> None:
         manifest, owner = store.manifest, self.holdings.owner
-        built = self.group.on_main(lambda: is_owned(store.path, owner))
-        if self.group.is_main:
+        built = self.disks.on_main(lambda: is_owned(store.path, owner))
+        if self.disks.group.is_main:
             store.hold()
         self.holdings.add(store.path, store.total_bytes, built, manifest.cut)
         decision = self.decisions.get(manifest.cut)

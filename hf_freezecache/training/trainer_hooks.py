@@ -27,7 +27,7 @@ from ..build.several_sizes import use_common_size
 from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
-from ..config import FreezeCacheConfig, read_settings
+from ..config import FreezeCacheConfig
 from ..distributed import Announcer, Group, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.classifiers import ImageClassifier
@@ -52,7 +52,9 @@ from .preconditions import UntrainedError, check_model, check_observable, check_
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .report_hooks import ReportHooks
+from .scope import Scope
 from .session import FreezeSession
+from .settings import read_settings
 
 logger = logging.get_logger(__name__)
 
@@ -261,26 +263,37 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:
+            self._scope = scope = self._find_scope()
             with undisturbed(dataset, collator):
-                session = self._group.on_all(lambda: self._make_session(dataset, collator))
+                session = self._group.on_all(lambda: self._make_session(dataset, collator, scope))
             found = self._group.gather(session.chain.names)
             if any(names != found[0] for names in found):
                 raise ValueError(f"the processes have found different blocks: {found}. Name them with blocks=[...].")
         except Exception as error:  # under the defaults nothing that plain `Trainer` can do may fail
             self._cannot_freeze(error)
             return None
+        if scope.is_blind:
+            Announcer(self._group, logger).warning(f"Blocks are frozen, but nothing is cached: {scope.why_not}")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
         if self._runs_compiled:
             logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
 
-    def _make_session(self, dataset: Any, collator: Callable) -> FreezeSession:
-        why_not_cached = "cache='never'" if self._freeze_config.cache == "never" else None
+    def _find_scope(self) -> Scope:
+        why_not = "cache='never'" if self._freeze_config.cache == "never" else None
         if isinstance(self._freeze_policy, NonePolicy):
-            why_not_cached = "policy='none'"
+            why_not = "policy='none'"
         if self.args.n_gpu > 1:
-            why_not_cached = "several GPUs in one process"
+            why_not = "several GPUs in one process"
+        if why_not is not None:
+            return Scope.without(self._group, why_not)
+        scope = Scope.find(self._group, self._freeze_config, self._feature_cache_dir)
+        if scope.is_blind and self._freeze_explicit:
+            raise ValueError(scope.why_not)
+        return scope
+
+    def _make_session(self, dataset: Any, collator: Callable, scope: Scope) -> FreezeSession:
         # Before any data is touched.
         check_observable(self, self._freeze_policy)
         blocks = check_model(self, self._own_model, self._freeze_config)
@@ -288,7 +301,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             check_trained(self._own_model)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
-        context = self.build_context(dataset, collator)
+        context = scope.of(self.build_context(dataset, collator))
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
@@ -299,7 +312,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             self._freeze_explicit,
             lambda names: trainer._rehearsing(names),
             self._suspects(),
-            why_not_cached,
+            scope.why_not,
             self._why_on_images(),
             is_compiled=lambda: trainer._runs_compiled,
             is_last=lambda: (
@@ -349,6 +362,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         session = self._session
         wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.context.source.texts)
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
+        self._scope.deal(session, loader)
         self._session.loader = loader
         self._session.shared = (self, self.model, self.accelerator, dataset, inner)
         return loader

@@ -33,6 +33,7 @@ class StoreWorth:
     def __init__(self, spec_maker: SpecMaker, announcer: Announcer):
         self.spec_maker, self.announcer, context = spec_maker, announcer, spec_maker.context
         self.config, self.group, self.cache_dir = context.config, context.group, context.cache_dir
+        self._remote = context.remote
         self._num_blocks = len(context.chain)
         self._prober = Prober(context)
 
@@ -125,7 +126,9 @@ class StoreWorth:
 
     def may_be_there(self) -> bool:
         """Whether there are stores, of which one may be the right one."""
-        return self.cache_dir.exists() and next(self.cache_dir.iterdir(), None) is not None
+        if self.cache_dir.exists() and next(self.cache_dir.iterdir(), None) is not None:
+            return True
+        return self._remote is not None and self._remote.has_stores()
 
     def _draft(self, cut: int) -> StoreSpec:
         return self.spec_maker.draft(cut, self.config.codec_at(cut, self._num_blocks))

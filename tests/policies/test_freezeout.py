@@ -4,8 +4,8 @@ import pytest
 from support.policies import cuts
 
 from hf_freezecache import FreezeCacheConfig
-from hf_freezecache.config import make_policy
 from hf_freezecache.policies import FreezeOutPolicy, Moment
+from hf_freezecache.training.settings import make_policy
 
 
 def test_block_i_freezes_at_its_share_of_what_follows_the_first_freeze():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_freezecache.config import read_settings
 from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
 from hf_freezecache.smartfrz.history import NUM_FEATURES
 from hf_freezecache.smartfrz.predictor import load_predictor
+from hf_freezecache.training.settings import read_settings
 
 
 def histories(samples=3, window=8, seed=0):

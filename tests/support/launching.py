@@ -25,6 +25,7 @@ def launch(
     fails: bool = False,
     script: Path = SCRIPT,
     output: Path | None = None,
+    nodes: int = 1,
 ) -> str:
     """Runs a script in several processes, with all that `torchrun` gives them; returns what they printed.
 
@@ -35,6 +36,7 @@ def launch(
         fails: whether a process must end with an error; else none may.
         script: that is run.
         output: folder for what they print; None: what `--output` names.
+        nodes: how many machines they are to believe that they are on.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     group = {
@@ -44,9 +46,13 @@ def launch(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes // nodes),
     }
-    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    local = processes // nodes
+    ranks = [
+        {**group, "RANK": str(rank), "LOCAL_RANK": str(rank % local), "GROUP_RANK": str(rank // local)}
+        for rank in range(processes)
+    ]
     output = Path(arguments[arguments.index("--output") + 1]) if output is None else output
     done = run_together(run_as_main, [(script, arguments)] * processes, output, ranks, timeout)
     log = "".join(process.stdout + process.stderr for process in done)

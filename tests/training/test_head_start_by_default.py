@@ -10,7 +10,8 @@ from torch import nn
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer, FreezePolicy, ZeroOrderTrainer
 from hf_freezecache.cache.manifest import StoreError
 from hf_freezecache.cache.shelf import TensorShelf
-from hf_freezecache.config import HEAD_START_EPOCHS, read_settings
+from hf_freezecache.config import HEAD_START_EPOCHS
+from hf_freezecache.training.settings import read_settings
 
 
 class Never(FreezePolicy):
