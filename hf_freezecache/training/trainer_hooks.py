@@ -255,10 +255,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             if self._session is not None:
                 self._session.stop()
 
-    @property
-    def _group(self) -> Group:
-        return Group(self.accelerator.process_index, self.accelerator.num_processes)
-
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:
             with undisturbed(dataset, collator):
