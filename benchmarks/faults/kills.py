@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_freezecache.cache.store import FeatureStore, StoreError
-
-from .trainings import PHASES, UPFRONT, WRITTEN, Job, Outcome, Running
+from .trainings import PHASES, UPFRONT, WRITTEN, Job, Outcome, Running, find_remains
 
 #: Settings by name, and those of the Trainer: checkpoints amid epochs, evaluations from a store where one is asked for.
 PLANS: dict[str, dict[str, Any]] = {"upfront": UPFRONT, "write-through": WRITTEN}
@@ -198,18 +196,12 @@ def _kill(running: Running, moment: Moment) -> bool:
 
 
 def find_debris(stores: Path, whole: Outcome) -> list[str]:
-    """What is in a feature cache directory beside the undamaged stores of the uninterrupted training.
+    """What is in a feature cache directory beside the undamaged stores of the uninterrupted training, in words.
 
     Args:
         stores: the directory.
         whole: the uninterrupted training.
     """
-    found = sorted(str(path.relative_to(stores)) for path in stores.rglob("*"))
-    debris = [f"{name} is too much" for name in found if name not in whole.left]
-    debris += [f"{name} is missing" for name in whole.left if name not in found]
-    for path in stores.iterdir():
-        try:
-            FeatureStore.open(path).verify()
-        except StoreError as error:
-            debris.append(str(error))
-    return debris
+    found, remains = find_remains(stores)
+    debris = [*remains, *(f"{name} is too much" for name in found if name not in whole.stores)]
+    return debris + [f"{name} is missing" for name in whole.stores if name not in found]

@@ -23,10 +23,12 @@ from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForIm
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.build.feature_sources import ImageFeatures
 from hf_freezecache.build.partial import PartialStore
+from hf_freezecache.cache.names import MANIFEST, OWNER
+from hf_freezecache.cache.store import FeatureStore, StoreError
 from hf_freezecache.training import evaluation, store_provider
 from hf_freezecache.training.epoch_source import Writing
 
-from .._common import QUIET, REPOSITORY, quiet
+from .._common import QUIET, REPOSITORY, quiet, silence
 
 CLASSES, SIZE = 5, 16
 #: Rows of the training set, rows of a batch, epochs, and steps between two checkpoints: some are amid an epoch.
@@ -76,7 +78,8 @@ class Outcome:
         weights: sha256 of the final weights.
         losses: of every step that this process has trained.
         messages: of the package's log, from warnings on.
-        left: what is in the feature cache directory, files of stores included, by path from there.
+        stores: names of the complete stores in the feature cache directory.
+        remains: what else is there, in words.
         replayed: whether the last epoch read a store.
         built: stores that it has built or written.
     """
@@ -84,7 +87,8 @@ class Outcome:
     weights: str
     losses: tuple[float, ...]
     messages: tuple[str, ...]
-    left: tuple[str, ...]
+    stores: tuple[str, ...]
+    remains: tuple[str, ...]
     replayed: bool
     built: int
 
@@ -140,9 +144,7 @@ def make_trainer(job: Job, marks: Marks) -> FreezeCacheTrainer:
 
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, patch_size=4)
-    model = ViTForImageClassification(
-        ViTConfig(image_size=SIZE, num_labels=CLASSES, hidden_dropout_prob=0.1, **shape)
-    )
+    model = ViTForImageClassification(ViTConfig(image_size=SIZE, num_labels=CLASSES, hidden_dropout_prob=0.1, **shape))
     arguments = {
         **QUIET,
         "output_dir": str(job.folder),
@@ -165,7 +167,7 @@ def make_trainer(job: Job, marks: Marks) -> FreezeCacheTrainer:
         callbacks=[steps],
     )
     steps.trainer = trainer
-    return trainer
+    return silence(trainer)
 
 
 def make_rows(rows: int, seed: int) -> datasets.Dataset:
@@ -181,21 +183,13 @@ def make_rows(rows: int, seed: int) -> datasets.Dataset:
     )
 
 
-def mark_stores(marks: Marks, built: list[str]) -> None:
-    """Marks what is done to stores, from now on in this process.
-
-    Args:
-        marks: where.
-        built: gets the names of stores that are built or written.
-    """
+def mark_stores(marks: Marks) -> None:
+    """Marks what is done to stores, from now on in this process."""
 
     def materialize(make: Callable) -> Callable:
         def marked(spec, *args, **kwargs):
             with marks.during("building" if isinstance(spec.feature_source, ImageFeatures) else "deepening"):
-                exists = spec.path.exists()
-                store = make(spec, *args, **kwargs)
-                built.extend([] if exists else [store.path.name])
-                return store
+                return make(spec, *args, **kwargs)
 
         return marked
 
@@ -213,7 +207,9 @@ def mark_stores(marks: Marks, built: list[str]) -> None:
     PartialStore.finish = writing(PartialStore.finish)
 
 
-class _Messages(logging.Handler):
+class Messages(logging.Handler):
+    """Collects what the package logs, from warnings on."""
+
     def __init__(self):
         super().__init__(logging.WARNING)
         self.found: list[str] = []
@@ -221,27 +217,39 @@ class _Messages(logging.Handler):
     def emit(self, record):
         self.found.append(record.getMessage())
 
+    @classmethod
+    @contextlib.contextmanager
+    def collected(cls) -> Iterator[list[str]]:
+        """Inside, messages come to the list that it yields."""
+        handler, logger = cls(), logging.getLogger("hf_freezecache")
+        logger.addHandler(handler)
+        try:
+            yield handler.found
+        finally:
+            logger.removeHandler(handler)
+
 
 def train(job: Job, marks: Marks) -> Outcome:
     """Trains to the end; what is arranged for a job stays in this process."""
     marks.tell("resuming" if job.resume else "starting")
-    messages, built = _Messages(), []
-    logging.getLogger("hf_freezecache").addHandler(messages)
-    mark_stores(marks, built)
-    if job.prepare is not None:
-        job = job.prepare(job)
-    trainer = make_trainer(job, marks)
-    if job.disturb is not None:
-        job.disturb(trainer, job)
-    is_begun = job.resume and any(job.folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=is_begun or None)
+    mark_stores(marks)
+    with Messages.collected() as messages:
+        if job.prepare is not None:
+            job = job.prepare(job)
+        trainer = make_trainer(job, marks)
+        if job.disturb is not None:
+            job.disturb(trainer, job)
+        is_begun = job.resume and any(job.folder.glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=is_begun or None)
+    stores, remains = find_remains(job.cache_dir)
     return Outcome(
         weights=digest(trainer.model),
         losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
-        messages=tuple(messages.found),
-        left=tuple(list_files(job.cache_dir)),
+        messages=tuple(messages),
+        stores=stores,
+        remains=remains,
         replayed=trainer.freeze_status().replaying,
-        built=len(built),
+        built=sum(message.startswith("Built the") for message in messages),
     )
 
 
@@ -254,9 +262,22 @@ def digest(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def list_files(folder: Path) -> list[str]:
-    """All files and folders below a folder, by path from there; empty if it does not exist."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def find_remains(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The complete stores in a feature cache directory, checked to the last byte, and what else is there, in words."""
+    stores, remains = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            manifest = FeatureStore.open(path).manifest
+            FeatureStore.open(path).verify()
+        except StoreError as error:
+            remains.append(f"{path.name}: {error}")
+            continue
+        stores.append(path.name)
+        own = {MANIFEST, OWNER, *manifest.files, *(shard.name for shard in manifest.shards)}
+        remains += [f"{path.name}/{file}" for file in sorted({file.name for file in path.iterdir()} - own)]
+        if path.name != manifest.fingerprint:
+            remains.append(f"{path.name} is named otherwise")
+    return tuple(stores), tuple(remains)
 
 
 # Processes

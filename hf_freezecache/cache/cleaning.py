@@ -64,6 +64,11 @@ def find_stores(directory: Path) -> list[Removable]:
     return stores
 
 
+def has_stores(directory: Path) -> bool:
+    """Whether there is a directory with complete stores, damaged or not."""
+    return directory.is_dir() and any(is_fingerprint(path.name) and _is_store(path) for path in directory.iterdir())
+
+
 def remove(stores: list[Removable]) -> int:
     """Deletes the stores that no process uses.
 

@@ -14,7 +14,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..model.checkpoint import CheckpointError
 from .callback import STATE_VERSION
 
-
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(?P<step>[0-9]+)")
 
 

@@ -28,7 +28,7 @@ from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import FreezeCacheConfig, read_settings
-from ..distributed import Announcer, Group, count_operations, describe_error
+from ..distributed import Announcer, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.classifiers import ImageClassifier
 from ..model.inputs import ModelInputs, main_input_name
