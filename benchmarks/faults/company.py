@@ -56,10 +56,8 @@ def race(folder: Path, alone: Outcome, trainings: int = 2) -> Race:
         alone: the same training alone.
         trainings: how many.
     """
-    jobs = [
-        Job(folder / str(number), _ONE, stores=folder / "stores", disturb=_build_slowly) for number in range(trainings)
-    ]
-    running = [Running(job) for job in jobs]
+    job = Job(folder, _ONE, stores=folder / "stores", disturb=_build_slowly)
+    running = [Running(replace(job, folder=folder / str(number))) for number in range(trainings)]
     outcomes = [each.finish() for each in running]
     stores, remains = find_remains(folder / "stores")
     waited = [any("Waiting for the feature store" in message for message in each.messages) for each in outcomes]

@@ -87,17 +87,21 @@ def build_store(folder: Path) -> tuple[Path, str]:
 
 
 def draw_damages(store: Path, count: int, seed: int) -> list[Damage]:
-    """Damages of all files in turn; every second one while a training reads the store, every fourth one hidden.
+    """Damages, half of them of the shard, the others of all other files in turn.
+
+    Every second one is done while a training reads the store, every fourth one puts the time of the change back.
 
     Args:
         store: an undamaged one.
         count: how many.
         seed: of places and changes.
     """
-    generator, files = random.Random(seed), sorted(path for path in store.iterdir() if path.is_file())
+    generator, files = random.Random(seed), sorted(store.iterdir())
+    (shard,) = (path for path in files if is_shard(path.name))
+    others = [path for path in files if path != shard]
     damages = []
     for number in range(count):
-        path = files[number // 4 % len(files)]
+        path = shard if number // 4 % 2 == 0 else others[number // 8 % len(others)]
         place, change = generator.randrange(path.stat().st_size), generator.randrange(1, 256)
         step = generator.randrange(1, 6) if number % 2 else None
         damages.append(Damage(path.name, place, change, step, hides=number % 4 == 3))

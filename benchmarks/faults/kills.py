@@ -12,7 +12,7 @@ from typing import Any
 
 from .trainings import PHASES, UPFRONT, WRITTEN, Job, Outcome, Running, find_remains
 
-#: Settings by name, and those of the Trainer: checkpoints amid epochs, evaluations from a store where one is asked for.
+#: Settings by name, and those of the Trainer: some checkpoints are amid an epoch.
 PLANS: dict[str, dict[str, Any]] = {"upfront": UPFRONT, "write-through": WRITTEN}
 _SAVES = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
 #: A training is killed at most so often before it is left to end.
@@ -87,7 +87,7 @@ class Whole:
 
 def make_job(plan: str, folder: Path, resume: bool = False) -> Job:
     """A training of a plan, with checkpoints; evaluations, where the plan caches them."""
-    # By steps: of an evaluation at the end of an epoch, a checkpoint of its last step knows nothing, with any `Trainer`.
+    # By steps: any `Trainer` saves an epoch's last step before it evaluates the epoch, which draws a random number.
     evaluates = {"eval_strategy": "steps", "eval_steps": 4} if PLANS[plan].get("cache_eval") else {}
     return Job(folder, PLANS[plan], {**_SAVES, **evaluates}, resume=resume)
 

@@ -31,8 +31,8 @@ from hf_freezecache.training.epoch_source import Writing
 from .._common import QUIET, REPOSITORY, quiet, silence
 
 CLASSES, SIZE = 5, 16
-#: Rows of the training set, rows of a batch, epochs, and steps between two checkpoints: some are amid an epoch.
-ROWS, BATCH, EPOCHS, SAVE_STEPS = 32, 8, 6, 3
+#: Rows of the training set, rows of a batch, epochs.
+ROWS, BATCH, EPOCHS = 32, 8, 6
 #: What a training does, in the words of its marks. `starting` and `resuming` last until the first step.
 PHASES = ("starting", "resuming", "live", "building", "deepening", "write-through", "replaying", "checkpointing")
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -49,8 +49,9 @@ class CheckpointHooks(TrainerHooks):
         if not incomplete:
             return str(complete[-1]) if complete else True
         newest = str(complete[-1]) if complete else None
+        names = ", ".join(map(str, incomplete))
         Announcer(self._group, logger).warning(
-            f"Incomplete checkpoints, of a process that was killed, are passed over: {', '.join(map(str, incomplete))}. "
+            f"Incomplete checkpoints, of a process that was killed, are passed over: {names}. "
             + ("The training begins anew." if newest is None else f"The training goes on from {newest}.")
         )
         return newest

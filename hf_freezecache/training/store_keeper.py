@@ -234,9 +234,9 @@ class StoreKeeper:
     def _guarded(self, cut: int, make: Callable[[], T]) -> T | FromImages:
         """The store that `make` returns; samples, with a message, if it returns none.
 
-        Nothing that a training can survive is raised: under explicit settings a build that could not be written, unless
-        nothing could be written from the beginning on, and weights that have diverged since the cut was proved at the
-        beginning; under the defaults any error.
+        Nothing that a training can survive is raised: under explicit settings a build that could not be written, but
+        for a directory that could not be written from the beginning on, and weights that have diverged since the cut
+        was proved at the beginning; under the defaults any error.
         """
         survivable = (BuildFailed, ChainError) if self.explicit else Exception
         try:
