@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from ..model.checkpoint import CheckpointError
 from .callback import STATE_VERSION
 
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(?P<step>[0-9]+)")
+#: Names that `Trainer` gives to a checkpoint, and to the file that it writes last.
+_CHECKPOINT, _LAST_FILE = re.compile(r"checkpoint-(?P<step>[0-9]+)"), "trainer_state.json"
 
 
 def find_checkpoints(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -41,7 +39,7 @@ def find_checkpoints(directory: Path) -> tuple[list[Path], list[Path]]:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+        return isinstance(json.loads((checkpoint / _LAST_FILE).read_bytes()), dict)
     except (FileNotFoundError, ValueError):
         return False
 
