@@ -44,11 +44,15 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint last` means the newest checkpoint in `output_dir`, or none if there is none."""
+def find_checkpoint(args: TrainingArguments) -> str | bool | None:
+    """`--resume_from_checkpoint last` means the newest checkpoint in `output_dir`, or none if there is none.
+
+    Returns:
+        True for the newest one: the trainer passes over one that was being written when its process was killed.
+    """
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    return True if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir) else None
 
 
 #: Settings of both recipes for ImageNet-1k.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import safetensors.torch
 import torch
 from transformers.utils import logging
 
@@ -21,8 +20,8 @@ from ..cache.codec import Codec, make_codec
 from ..cache.completing import small_files
 from ..cache.directories import StoreInUse, create_aside, discard_aside, rename_aside
 from ..cache.leases import Lease, describe, holders
-from ..cache.manifest import Shard, StoreError, translated
-from ..cache.names import MANIFEST, note_file, parse_note, partial_path, shard_name
+from ..cache.manifest import Shard, StoreError
+from ..cache.names import MANIFEST, parse_note, partial_path, shard_name
 from ..cache.rows import ChosenRows, split_batch
 from ..cache.shards import ShardWriter
 from ..cache.store import FeatureStore
@@ -139,8 +138,7 @@ class PartialStore:
             try:
                 begun = FeatureStore.open(path, SPEC)
                 names = [note for file in begun.manifest.files if (note := parse_note(file)) is not None]
-                with translated(f"{path} has damaged notes"):
-                    notes = {note: safetensors.torch.load_file(path / note_file(note)) for note in names}
+                notes = {note: begun.read_note(note) or {} for note in names}
                 settled = replace(spec, views=begun.views.spec, notes=notes)
                 partial = cls(settled, group, begun.codec)
                 expected = make_manifest(settled, partial.probe, [])

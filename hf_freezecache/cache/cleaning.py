@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .leases import changed_within, describe, holders, is_built
 from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed, removed_path
+from .small_files import LARGEST_JSON, read_small
 
 #: Seconds without a change after which a store that the epochs of a training write counts as given up: a resumed
 #: training may continue it.
@@ -64,6 +65,11 @@ def find_stores(directory: Path) -> list[Removable]:
     return stores
 
 
+def has_stores(directory: Path) -> bool:
+    """Whether there is a directory with complete stores, damaged or not."""
+    return directory.is_dir() and any(is_fingerprint(path.name) and _is_store(path) for path in directory.iterdir())
+
+
 def remove(stores: list[Removable]) -> int:
     """Deletes the stores that no process uses.
 
@@ -96,7 +102,7 @@ def _is_store_name(name: str) -> bool:
 def _is_store(path: Path) -> bool:
     """Whether the directory has a manifest with its own name as fingerprint, of any version, damaged or not."""
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["fingerprint"] == path.name
+        return json.loads(read_small(path / MANIFEST, LARGEST_JSON))["fingerprint"] == path.name
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -150,6 +151,8 @@ def remove_removed(directory: Path) -> None:
 def check_writable(directory: Path) -> None:
     """Checks that stores can be written in a directory, or the directory be made; leaves nothing behind.
 
+    A full disk is none that cannot be written: there may be room later, and whoever writes finds out.
+
     Raises:
         OSError: if they cannot; the message names the remedies.
     """
@@ -158,6 +161,8 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
         raise OSError(
             f"the feature cache directory {directory} is not writable ({error}): set feature_cache_dir to one that is "
             "or use cache='never'."

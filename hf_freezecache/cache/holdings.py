@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .names import OWNER
+from .small_files import read_small
 
+#: Errors of a file that is missing, a link, or of somebody else.
+_NO_OWNER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
 #: Share of the free disk that a store may take; the rest is for checkpoints.
 DISK_SHARE = 0.9
 
@@ -147,9 +151,13 @@ def note_owner(directory: Path, owner: str) -> None:
 def is_owned(directory: Path, owner: str) -> bool:
     """Whether a training has built a store."""
     try:
-        return (directory / OWNER).read_bytes() == owner.encode()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return read_small(directory / OWNER, len(owner)) == owner.encode()
+    except ValueError:  # no owner's name
         return False
+    except OSError as error:
+        if error.errno in _NO_OWNER:
+            return False
+        raise
 
 
 def disk_limit(directory: Path, budget: int | None = None) -> int:

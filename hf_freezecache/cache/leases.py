@@ -26,8 +26,11 @@ from pathlib import Path
 import psutil
 
 from .names import AsideName
+from .small_files import read_small
 
 _PREFIX = ".lease-"
+#: Bytes of a lease at most.
+_LARGEST = 1 << 14
 #: Seconds between heartbeats, and without one after which a process that cannot be seen counts as dead.
 _HEARTBEAT, STALE_AFTER = 60, 3600
 #: Seconds without a change after which a build on another machine that has no lease counts as dead.
@@ -189,7 +192,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 def _read(file: Path) -> Holder | None:
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_small(file, _LARGEST))
         holder = Holder(**content)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
@@ -200,7 +203,7 @@ def _read(file: Path) -> Holder | None:
 def _is_live(file: Path, stale_after: float) -> bool:
     holder = _read(file)
     try:
-        silent = time.time() - file.stat().st_mtime
+        silent = time.time() - file.lstat().st_mtime
     except FileNotFoundError:
         return False
     return silent < stale_after if holder is None else holder.is_alive(silent, stale_after)

@@ -31,6 +31,7 @@ from .names import (
     shard_name,
 )
 from .rows import LIST_KINDS, TENSOR_KINDS, InputColumn
+from .small_files import LARGEST_JSON
 
 FORMAT_VERSION = 2
 
@@ -100,10 +101,19 @@ class Manifest:
     lossless: bool = False
 
     def to_json(self) -> str:
-        """The manifest as JSON text; its last field is the checksum of all others."""
+        """The manifest as JSON text; its last field is the checksum of all others.
+
+        Raises:
+            StoreError: if it is too long to be read again.
+        """
         content = asdict(self)
         content["checksum"] = _content_checksum(content)
-        return json.dumps(content, indent=2)
+        text = json.dumps(content, indent=2)
+        if len(text) > LARGEST_JSON:
+            raise StoreError(
+                f"the manifest would have {len(text):,} bytes, of which {LARGEST_JSON:,} can be read again."
+            )
+        return text
 
     @classmethod
     def from_json(cls, text: bytes, path: Path | str) -> Manifest:
@@ -182,6 +192,10 @@ class Manifest:
         if not {CODEC_FILE, DATASET_INFO_FILE, DATASET_STATE_FILE} <= self.files.keys():
             return "files are missing in `files`"
         layout = FeatureLayout.from_json(self.layout)
+        most = _MOST_BESIDE + 128 * layout.channels**2 + 64 * self.rows  # maps between channels; a row's files
+        for name, entry in self.files.items():
+            if entry["bytes"] > (LARGEST_JSON if name.endswith(".json") else most):
+                return f"{name!r} has {entry['bytes']:,} bytes, which it cannot have beside such shards"
         channels = self.sensitive_channels
         if (self.geometry is None) != (channels is None) or ((self.geometry or self.own_inputs) and not self.views):
             return "geometry, sensitive channels, inputs and number of views do not go together"
@@ -208,6 +222,8 @@ class Manifest:
 
 #: No input is packed by zstd to a smaller share than this.
 BEST_PACKED = 2**16
+#: Most bytes of a file beside the shards that do not depend on channels or rows: of a few pictures of features.
+_MOST_BESIDE = 2**28
 #: Most bytes of a file, rows, or values that anything on a disk may have.
 _MOST = 2**60
 

@@ -22,11 +22,9 @@ from .lossless import packed_columns
 from .manifest import REBUILD, Manifest, StoreError, translated
 from .names import CODEC_FILE, MANIFEST, TOKENS, view_tensor
 from .shards import input_columns, shard_features
+from .small_files import LARGEST_JSON
 from .stored_columns import BitColumn, FixedColumn, PackedColumn, StoredColumn, TextColumn, TokenColumn
 from .view_columns import VIEW_TENSORS, ViewColumns, ViewSpec
-
-#: A manifest with more bytes than this is none.
-_LARGEST_MANIFEST = 1 << 28
 
 
 class OpenedStore(NamedTuple):
@@ -60,9 +58,11 @@ def open_files(
     descriptor = open_one(manifest_name)
     files: dict[str, HeldFile] = {}
     try:
-        size = min(os.fstat(descriptor).st_size, _LARGEST_MANIFEST)
+        size = os.fstat(descriptor).st_size
+        if size > LARGEST_JSON:
+            raise StoreError(f"{path / manifest_name} has {size:,} bytes, which no manifest has: {REBUILD}.")
         text = read_all(descriptor, size)
-    except OSError:
+    except (OSError, StoreError):
         os.close(descriptor)
         raise
     files[MANIFEST] = HeldFile(path / manifest_name, descriptor, len(text), hashlib.sha256(text).hexdigest())

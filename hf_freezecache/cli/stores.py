@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from ..augment.sensitivity import SENSITIVITY, Sensitivity
@@ -189,7 +188,7 @@ def draw_sensitivity(store: FeatureStore, picture: str | os.PathLike) -> None:
             reason = f"it has no {_SENSITIVITY_FILE}"
         raise StoreError(f"no channel's sensitivity was measured for {store.path}: {reason}.")
     try:
-        sensitivity = Sensitivity.from_tensors(safetensors.torch.load_file(store.path / _SENSITIVITY_FILE))
+        sensitivity = Sensitivity.from_tensors(store.read_note(SENSITIVITY) or {})
     except KeyError as error:
         raise StoreError(f"{store.path / _SENSITIVITY_FILE} lacks {error}: build the store again.") from error
     channels = torch.tensor(manifest.sensitive_channels, dtype=torch.int64)

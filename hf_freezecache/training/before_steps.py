@@ -144,17 +144,21 @@ def _start_for_trial(session: FreezeSession, most: int) -> float:
 
 
 def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
-    """Runs the trainer's own step on features of the cuts that are planned.
+    """Looks whether stores can be written, and runs the trainer's own step on features of the cuts that are planned.
 
     Args:
         session: the training.
         epochs: by cut, how many remain from its first one to the end of the training.
 
     Raises:
+        NotWritable: under explicit settings with `cache="always"`, if a store is planned and cannot be written.
         RehearsalError: under explicit settings, if it is not the step on samples; under `cache="always"`, if the
             features of samples of several widths cannot be stored.
     """
-    if session.keeper.why_not_cached is not None or session.chain.cut:
+    if session.keeper.why_not_cached is not None:
+        return
+    session.keeper.check_directory(is_planned=bool(epochs))
+    if session.chain.cut:
         return
     hopeless = session.keeper.provider.why_hopeless
     with looking_at(session.context.source):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..distributed import Announcer
 from ..model.checkpoint import CheckpointError, has_weights, is_adapter, load_weights, loads_in_its_own_way
 from .callback import FreezeCallback
-from .checkpoint_state import read_state, read_untrained
+from .checkpoint_state import find_checkpoints, read_state, read_untrained
 from .hooks import TrainerHooks
 from .preconditions import check_model
 
@@ -20,7 +23,38 @@ _SAVERS = ("_save", "save_model", "_save_checkpoint")
 
 
 class CheckpointHooks(TrainerHooks):
-    """Takes what a checkpoint says of the freeze, and loads whole models strictly."""
+    """Takes what a checkpoint says of the freeze, loads whole models strictly, and passes over half checkpoints."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`. With `resume_from_checkpoint=True` it goes on from the newest complete checkpoint.
+
+        A process that is killed while it writes a checkpoint leaves half of one, which `Trainer` would take for the
+        newest. It is passed over with a warning; if there is no other one, the training begins anew.
+
+        Args:
+            resume_from_checkpoint: directory of a checkpoint; True: the newest in `output_dir`; None: none.
+            args, kwargs: see `Trainer.train`.
+
+        Raises:
+            ValueError: if it is True and there is no checkpoint at all.
+        """
+        if resume_from_checkpoint is True and self._is_active:
+            resume_from_checkpoint = self._newest_checkpoint()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest_checkpoint(self) -> str | bool | None:
+        """The newest complete one; True where there is none, so that `Trainer` says so; None if all are incomplete."""
+        directory = Path(str(self.args.output_dir))
+        complete, incomplete = self._group.on_main(lambda: find_checkpoints(directory))
+        if not incomplete:
+            return str(complete[-1]) if complete else True
+        newest = str(complete[-1]) if complete else None
+        names = ", ".join(map(str, incomplete))
+        Announcer(self._group, logger).warning(
+            f"Incomplete checkpoints, of a process that was killed, are passed over: {names}. "
+            + ("The training begins anew." if newest is None else f"The training goes on from {newest}.")
+        )
+        return newest
 
     def _load_callback_state(self) -> None:
         # Called on a resume only. `create_optimizer` takes the state; `Trainer` would put an unattached callback in

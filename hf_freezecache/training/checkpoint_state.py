@@ -1,12 +1,47 @@
-"""The entry of a training in `trainer_state.json`, of this version of its format and of the one before."""
+"""Checkpoints that are complete, and the entry of a training in `trainer_state.json`, of this version and the last."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..model.checkpoint import CheckpointError
 from .callback import STATE_VERSION
+
+#: Names that `Trainer` gives to a checkpoint, and to the file that it writes last.
+_CHECKPOINT, _LAST_FILE = re.compile(r"checkpoint-(?P<step>[0-9]+)"), "trainer_state.json"
+
+
+def find_checkpoints(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints in the output folder of a training.
+
+    `Trainer` writes `trainer_state.json` last, so that a checkpoint without a whole one was being written, or deleted,
+    when the process was killed.
+
+    Args:
+        directory: the output folder; need not exist.
+
+    Returns:
+        Complete and incomplete ones, each in the order of their steps.
+    """
+    found = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            found.append((int(match["step"]), path))
+    ordered = [path for _, path in sorted(found)]
+    complete = [path for path in ordered if _is_complete(path)]
+    return complete, [path for path in ordered if path not in complete]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / _LAST_FILE).read_bytes()), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def read_state(entry: Any) -> Mapping[str, Any] | None:

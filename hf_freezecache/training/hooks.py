@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..config import FreezeCacheConfig
+from ..distributed import Group
 from ..model.modes import is_compiled
 from ..policies import FreezePolicy, NonePolicy
 from .callback import FreezeCallback
@@ -57,6 +58,11 @@ class TrainerHooks(_Trainer):
         config = self._freeze_config
         changes_more = bool(config.epochs_of_head_start) or config.changes_learning_rates
         return not isinstance(self._freeze_policy, NonePolicy) or changes_more
+
+    @property
+    def _group(self) -> Group:
+        """The processes of the training."""
+        return Group(self.accelerator.process_index, self.accelerator.num_processes)
 
     @property
     def _feature_cache_dir(self) -> Path:

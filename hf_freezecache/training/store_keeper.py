@@ -12,6 +12,8 @@ from transformers.utils import logging
 from ..build.errors import BuildFailed, GeometryMisfit, NotWritable
 from ..build.partial import PartialStore
 from ..build.spec_maker import WRITTEN
+from ..cache.cleaning import has_stores
+from ..cache.directories import check_writable
 from ..cache.names import partial_path
 from ..cache.rows import RowError
 from ..cache.store import FeatureStore
@@ -97,6 +99,8 @@ class StoreKeeper:
         self._writes_through = config.materialize == "write_through"
         # Cut of the checkpoint that the training was resumed from; None: it was not.
         self._resumed_cut: int | None = None
+        # Whether stores could be written when the training began: what the disk does later costs no training.
+        self._could_write = False
         # Why features cannot be used any more, found in the course of this training; None if they can.
         self.mismatch: str | None = None
 
@@ -104,6 +108,28 @@ class StoreKeeper:
     def why_not_cached(self) -> str | None:
         """Why nothing is cached (any more) in this training; None if it is."""
         return self.why_not if self.mismatch is None else self.mismatch
+
+    def check_directory(self, is_planned: bool) -> None:
+        """Before the first step of a training that may make stores: looks whether it can write them.
+
+        Args:
+            is_planned: whether it is known that blocks will be frozen.
+
+        Raises:
+            NotWritable: under explicit settings with `cache="always"`, if it cannot and there are none to be used.
+        """
+
+        def check() -> bool:
+            try:
+                check_writable(self.provider.cache_dir)
+            except OSError as error:
+                must_write = is_planned and self.explicit and self.provider.config.cache == "always"
+                if must_write and not has_stores(self.provider.cache_dir):
+                    raise NotWritable(str(error)) from error
+                return False
+            return True
+
+        self._could_write = self.group.on_main(check)
 
     def next(self, cut: int, epochs_left: float, previous: EpochSource, epoch: int) -> EpochSource:
         """The source of the epoch that begins.
@@ -208,9 +234,9 @@ class StoreKeeper:
     def _guarded(self, cut: int, make: Callable[[], T]) -> T | FromImages:
         """The store that `make` returns; samples, with a message, if it returns none.
 
-        Nothing that a training can survive is raised: under explicit settings a build that could not be written, to a
-        directory that can be written, and weights that have diverged since the cut was proved at the beginning; under
-        the defaults any error.
+        Nothing that a training can survive is raised: under explicit settings a build that could not be written, but
+        for a directory that could not be written from the beginning on, and weights that have diverged since the cut
+        was proved at the beginning; under the defaults any error.
         """
         survivable = (BuildFailed, ChainError) if self.explicit else Exception
         try:
@@ -219,7 +245,7 @@ class StoreKeeper:
             why = str(reason).rstrip(".")
             self._announce_none(cut, why)
         except survivable as error:
-            if self.explicit and isinstance(error, NotWritable):
+            if self.explicit and isinstance(error, NotWritable) and not self._could_write:
                 raise
             why = describe_error(error)
             self.announcer.failure(f"The feature store of cut {cut} could not be built. {_CONSEQUENCE}", error)

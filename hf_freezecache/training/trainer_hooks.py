@@ -28,7 +28,7 @@ from ..build.text_lengths import rows_by_length
 from ..cache.holdings import Holdings
 from ..cache.rows import RowSource, check_dataset, split_batch
 from ..config import FreezeCacheConfig
-from ..distributed import Announcer, Group, count_operations, describe_error
+from ..distributed import Announcer, count_operations, describe_error
 from ..model.chain import BlockChain
 from ..model.classifiers import ImageClassifier
 from ..model.inputs import ModelInputs, main_input_name
@@ -256,10 +256,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         finally:
             if self._session is not None:
                 self._session.stop()
-
-    @property
-    def _group(self) -> Group:
-        return Group(self.accelerator.process_index, self.accelerator.num_processes)
 
     def _start_session(self, dataset: Any, collator: Callable) -> FreezeSession | None:
         try:

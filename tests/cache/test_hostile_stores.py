@@ -1,52 +1,29 @@
 """Stores that anybody may have written: whatever is wrong with one is a `StoreError`, or nothing is."""
 
-import hashlib
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from support.builds import Rows, build, collate, flip
+from support.builds import build, flip
 from support.helpers import tiny_vit
+from support.hostile_stores import NamedRows, read_manifest, with_checksum, with_constant, write_manifest
 from support.packed_stores import build_plain_and_packed
 
 from hf_freezecache import FeatureStore
-from hf_freezecache.cache import manifest as manifest_module
 from hf_freezecache.cache.fingerprint import digest
 from hf_freezecache.cache.manifest import StoreError
 
 
-class Named(Rows):
-    """Rows with a string, so that manifests have every kind of column."""
-
-    def __getitem__(self, row):
-        return {**super().__getitem__(row), "name": f"row {row}"}
-
-
-def with_constant(samples):
-    return {**collate(samples), "return_loss": True, "scale": 0.5}
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return build(tiny_vit().eval(), tmp_path_factory.mktemp("stores"), Named(9), collator=with_constant)
+    return build(tiny_vit().eval(), tmp_path_factory.mktemp("stores"), NamedRows(9), collator=with_constant)
 
 
 @pytest.fixture
 def copy(original, tmp_path):
     return shutil.copytree(original.path, tmp_path / original.path.name)
-
-
-def write_manifest(path, content):
-    """A manifest with the right checksum, whatever is in it."""
-    content.pop("checksum", None)
-    content["checksum"] = manifest_module._content_checksum(content)
-    (path / "manifest.json").write_text(json.dumps(content))
-
-
-def read_manifest(path):
-    return json.loads((path / "manifest.json").read_text())
 
 
 def assert_refused_or_equal(path, original, unknown=False):
@@ -158,14 +135,6 @@ def test_any_flipped_byte_of_a_small_file_is_refused_or_harmless(name, original,
             damaged[position] ^= change
             (copy / name).write_bytes(damaged)
             assert_refused_or_equal(copy, original)
-
-
-def with_checksum(path, name):
-    """Makes the manifest fit a file that was changed: its bytes, not its checksum, must be what is refused."""
-    content, file = read_manifest(path), path / name
-    entries = {**content["files"], **{shard["name"]: shard for shard in content["shards"]}}
-    entries[name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    write_manifest(path, content)
 
 
 @pytest.mark.parametrize("name", ["codec.safetensors", "state.json", "data-00000-of-00001.arrow"])

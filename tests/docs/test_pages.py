@@ -10,6 +10,7 @@ import pytest
 from transformers import DeiTConfig, DeiTForImageClassification
 
 import hf_freezecache
+from benchmarks.faults.run import make_table
 from hf_freezecache.units import show_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,12 @@ def test_table_of_readme_is_the_committed_result():
             [f"{arms[name]['seconds']['median']:.1f}" for name in names],
         )
         assert " | ".join([start.removesuffix(" |"), *map("; ".join, columns)]) + " |" in README
+
+
+def test_table_of_faults_is_the_committed_result():
+    folder = ROOT / "benchmarks/faults"
+    table = make_table(json.loads((folder / "result.json").read_text())["results"])
+    assert (folder / "table.md").read_text() == table and table in (ROOT / "docs/reliability.md").read_text()
 
 
 def test_api_page_shows_every_public_name():
