@@ -11,9 +11,12 @@ from hf_freezecache import FreezeCacheTrainer
 from hf_freezecache.training.checkpoint_state import find_checkpoints
 
 
-def kill(plans, seed, kills, phases, folder):
-    wholes = {plan: run_whole(plan, folder / plan) for plan in plans}
-    stories = list(tell_stories(wholes, seed, kills, folder / "killed", phases))
+def run_wholes(plans, folder):
+    return {plan: run_whole(plan, folder / plan) for plan in plans}
+
+
+def kill(wholes, seed, kills, phases, folder):
+    stories = list(tell_stories(wholes, seed, kills, folder, phases))
     assert [story for story in stories if not story.survived] == []
     return [phase for story in stories for phase in story.killed_in]
 
@@ -21,7 +24,8 @@ def kill(plans, seed, kills, phases, folder):
 def test_training_that_is_killed_at_a_checkpoint_and_in_a_writing_epoch_ends_as_the_uninterrupted_one(
     processes, tmp_path
 ):
-    killed_in = kill(["write-through"], 0, 2, ["checkpointing", "write-through"], tmp_path)
+    wholes = run_wholes(["write-through"], tmp_path)
+    killed_in = kill(wholes, 0, 2, ["checkpointing", "write-through"], tmp_path / "killed")
     assert len(killed_in) == 2
 
 
@@ -29,8 +33,14 @@ def test_training_that_is_killed_at_a_checkpoint_and_in_a_writing_epoch_ends_as_
 @pytest.mark.timeout(1200)
 def test_forty_kills_at_any_moment_and_in_every_phase_lose_nothing(processes, tmp_path):
     aimed = [phase for phase in PHASES if phase != "resuming"]
-    killed_in = kill(PLANS, 5, 40, [phase for name in aimed for phase in (name, None)], tmp_path)
-    assert len(killed_in) == 40 and set(killed_in) == set(PHASES)
+    wholes = run_wholes(PLANS, tmp_path)
+    killed_in = kill(wholes, 5, 40, [phase for name in aimed for phase in (name, None)], tmp_path / "killed")
+    assert len(killed_in) == 40
+    for seed in range(20):  # a busy machine may have missed a short phase
+        missed = [phase for phase in aimed if phase not in killed_in]
+        if missed:
+            killed_in += kill(wholes, seed, 1, missed[:1], tmp_path / f"missed-{seed}")
+    assert set(killed_in) == set(PHASES)
 
 
 # Checkpoints that were being written
