@@ -48,11 +48,12 @@ from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
 from .hub_hooks import HubHooks
 from .learning_rates import check_anneal
-from .preconditions import UntrainedError, check_model, check_observable, check_trainable, check_trained
+from .preconditions import UntrainedError, check_even, check_model, check_observable, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .report_hooks import ReportHooks
 from .session import FreezeSession
+from .sharding import WHY_ONLY_FROZEN, check_settings, without_whole_model
 
 logger = logging.get_logger(__name__)
 
@@ -271,6 +272,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             return None
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
+        if self.is_fsdp_enabled:
+            Announcer(self._group, logger).warning(f"{WHY_ONLY_FROZEN}: they are frozen, but not cached. Use DDP.")
         if self._runs_compiled:
             logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
@@ -281,14 +284,17 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             why_not_cached = "policy='none'"
         if self.args.n_gpu > 1:
             why_not_cached = "several GPUs in one process"
+        if self.is_fsdp_enabled:
+            why_not_cached = WHY_ONLY_FROZEN
         # Before any data is touched.
         check_observable(self, self._freeze_policy)
         blocks = check_model(self, self._own_model, self._freeze_config)
+        check_settings(self, self._freeze_config, self._freeze_policy)
         if not self._freeze_explicit:
             check_trained(self._own_model)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
-        context = self.build_context(dataset, collator)
+        context = without_whole_model(self, self.build_context(dataset, collator))
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
@@ -308,6 +314,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             batches_per_step=self.args.gradient_accumulation_steps,
         )
         session.meter.forward_passes = self._forward_passes
+        if self.is_fsdp_enabled:
+            session.meter.measure_ahead()
         self._begin_record(session)
         check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.
@@ -349,8 +357,15 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         session = self._session
         wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.context.source.texts)
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
-        self._session.loader = loader
-        self._session.shared = (self, self.model, self.accelerator, dataset, inner)
+        try:
+            check_even(loader)
+        except ValueError as error:
+            self._cannot_freeze(error)
+            self._session = None
+            self._freeze_callback.attach(None)
+            return super()._get_dataloader(dataset, description, batch_size, **settings)
+        session.loader = loader
+        session.shared = (self, self.model, self.accelerator, dataset, inner)
         return loader
 
     def _get_eval_loader(

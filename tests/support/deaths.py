@@ -79,7 +79,9 @@ def unreadable(images: Images, fault: dict) -> list[TrainerCallback]:
     """From a step on, in whatever order rows come: all are unreadable."""
 
     def spoil() -> None:
-        type(images).__getitem__ = lambda self, row: (_ for _ in ()).throw(UnreadableImage(f"image {row} is truncated"))
+        type(images).__getitem__ = lambda self, row: (_ for _ in ()).throw(
+            UnreadableImage(f"image {row} is truncated")
+        )
 
     return [AtStep(fault["step"], spoil)]
 
