@@ -33,7 +33,7 @@ from support.helpers import losses, make_args, manual, pixel_dataset, tiny_resne
 from support.pretrained import settle  # noqa: E402
 from support.sharded import shard_on_cpus  # noqa: E402
 
-from hf_freezecache import FreezeCacheTrainer  # noqa: E402
+from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer  # noqa: E402
 
 
 class StopsAfter(TrainerCallback):
@@ -84,12 +84,12 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     own = {}
     if settings.get("trainer") != "plain":
         cache = str(output / "cache")
-        own["freeze_cache"] = None if config is None else manual(**{"feature_cache_dir": cache, **config})
+        own["freeze_cache"] = None if config is None else settings_of({"feature_cache_dir": cache, **config})
     trainer = (Trainer if settings.get("trainer") == "plain" else FreezeCacheTrainer)(
         model=settle(model) if config is None else model,
         args=make_args(output / "run", **{"ddp_timeout": 60, **settings.get("arguments", {})}),
         train_dataset=dataset,
-        eval_dataset=pixel_dataset(22, size, seed=5),
+        eval_dataset=pixel_dataset(32, size, seed=5),
         callbacks=callbacks,
         **own,
     )
@@ -100,6 +100,11 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     (output / f"rank-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.end_training()
     return seen, tensors
+
+
+def settings_of(config: dict) -> FreezeCacheConfig:
+    """Those of `support.helpers.manual`, unless they name another policy."""
+    return FreezeCacheConfig(**config) if "policy" in config else manual(**config)
 
 
 def look_at(trainer: Trainer) -> dict:

@@ -38,17 +38,22 @@ def test_processes_train_as_one_with_the_same_global_batch(processes, cache, tmp
 @pytest.mark.parametrize("processes", [2, 4])
 def test_batch_norm_behind_the_cut_sees_the_batch_of_its_process(processes, tmp_path):
     """As under plain `Trainer`: N processes are one only where all BatchNorm is frozen. Replay changes nothing."""
+
+    def resnet(count, cache="always", **more):
+        # This model takes any argument and leaves `num_items_in_batch`: `Trainer` would multiply its loss by N.
+        arguments = {"average_tokens_across_devices": False}
+        return settings(count, cache, model="resnet", arguments=arguments, **more)
+
     runs = {
-        cache: train_together(tmp_path / cache, settings(processes, cache, model="resnet"), processes)
-        for cache in ("always", "never")
+        cache: train_together(tmp_path / cache, resnet(processes, cache), processes) for cache in ("always", "never")
     }
     assert same(runs["always"], runs["never"]) and runs["always"][0][0]["replaying"]
-    one = alone(tmp_path / "one", settings(1, model="resnet"))
+    one = alone(tmp_path / "one", resnet(1))
     assert not close(one, runs["always"], atol=1e-3)
 
-    frozen = {"config": {"points": "0:5"}, "model": "resnet"}
-    one = alone(tmp_path / "frozen one", settings(1, **frozen))
-    several = train_together(tmp_path / "frozen several", settings(processes, **frozen), processes)
+    frozen = {"points": "0:5"}
+    one = alone(tmp_path / "frozen one", resnet(1, config=frozen))
+    several = train_together(tmp_path / "frozen several", resnet(processes, config=frozen), processes)
     assert close(one, several)
 
 

@@ -18,20 +18,20 @@ class UnreadableImage(Exception):
 
 
 class Images(torch.utils.data.Dataset):
-    """Rows of a data set, of which one may become unreadable.
+    """Rows of a data set, which may become unreadable for this process.
 
     Attributes:
-        unreadable: its number; None: all can be read.
+        unreadable: whether they are.
     """
 
     def __init__(self, rows: Any):
-        self.rows, self.unreadable = rows, None
+        self.rows, self.unreadable = rows, False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict:
-        if row == self.unreadable:
+        if self.unreadable:
             raise UnreadableImage(f"image {row} is truncated")
         return self.rows[row]
 
@@ -76,22 +76,46 @@ def dies_at_checkpoint(images: Images, fault: dict) -> list[TrainerCallback]:
 
 
 def unreadable(images: Images, fault: dict) -> list[TrainerCallback]:
-    """From a step on, in whatever order rows come: all are unreadable."""
+    """The images that are read from a step on, in whatever order the epoch has them."""
+    return [AtStep(fault["step"], lambda: setattr(images, "unreadable", True))]
 
-    def spoil() -> None:
-        type(images).__getitem__ = lambda self, row: (_ for _ in ()).throw(
-            UnreadableImage(f"image {row} is truncated")
-        )
 
-    return [AtStep(fault["step"], spoil)]
+def unreadable_at_first(images: Images, fault: dict) -> list[TrainerCallback]:
+    images.unreadable = True
+    return []
 
 
 def unreadable_in_build(images: Images, fault: dict) -> list[TrainerCallback]:
-    images.unreadable = fault["row"]
+    """Once a shard is begun."""
+    enter = ShardWriter.__enter__
+
+    def entering(self):
+        images.unreadable = True
+        return enter(self)
+
+    ShardWriter.__enter__ = entering
     return []
+
+
+def stands_still(images: Images, fault: dict) -> list[TrainerCallback]:
+    """For longer than anybody waits, but not for ever."""
+
+    def wait() -> None:
+        signal.alarm(60)  # the default action of the signal ends the process
+        signal.pause()
+
+    return [AtStep(fault["step"], wait)]
 
 
 FAULTS = {
     function.__name__: function
-    for function in (dies_in_step, dies_in_build, dies_at_checkpoint, unreadable, unreadable_in_build)
+    for function in (
+        dies_in_step,
+        dies_in_build,
+        dies_at_checkpoint,
+        unreadable,
+        unreadable_at_first,
+        unreadable_in_build,
+        stands_still,
+    )
 }
