@@ -93,10 +93,10 @@ class Group:
         token = _DEPTH.set(depth)
         try:
             result = step()
-        except _Told as told:
-            if told.depth < depth:
+        except _Told as heard:
+            if heard.depth < depth:
                 raise
-            raise told.error from None
+            raise heard.error from None
         except Exception as error:  # sent around first, so that no process waits for one that is gone
             failure = error
         finally:

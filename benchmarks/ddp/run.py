@@ -152,7 +152,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--width", type=int, default=192, help="of a token; a ResNet's stages have 48 to 384 channels")
     parser.add_argument("--frozen", type=float, default=0.75, help="share of the blocks")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     if options.smoke:
         options.processes, options.width, options.repeats, options.image_size = [2], 48, 2, 32

@@ -41,7 +41,7 @@ def why_sharded(trainer: Any) -> str | None:
     if trainer.is_fsdp_xla_enabled:
         return "FSDP of XLA"
     if trainer.is_fsdp_enabled:
-        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) != 2:
             return "FSDP1, which has no tensor for each parameter (FSDP2 has: fsdp_config={'version': 2})"
         if plugin.cpu_ram_efficient_loading:

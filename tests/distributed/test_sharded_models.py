@@ -52,7 +52,6 @@ def test_sharded_training_that_is_resumed_is_the_uninterrupted_one(kind, tmp_pat
 @pytest.mark.parametrize(
     ("sharding", "config", "words"),
     [
-        pytest.param({"fsdp_config": {"version": 1, **LAYERS}}, {}, "FSDP1", marks=SLOW),
         pytest.param(
             {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True, **LAYERS}},
             {},
@@ -70,11 +69,7 @@ def test_what_needs_a_whole_model_is_refused_before_the_training(sharding, confi
 
 
 @SLOW
-@pytest.mark.parametrize("version", [1, 2])
-def test_defaults_under_fsdp_freeze_where_they_can_and_say_so_once(version, tmp_path):
-    """FSDP1 itself does not run on CPUs: the plain training fails there, after it has been announced."""
-    sharding = {**FSDP2, "fsdp_config": {"version": version, **LAYERS}}
-    both = {**settings(2, sharding), "config": None}
-    log = launch(given(tmp_path / "defaults", both), script=SCRIPT, fails=version == 1)
-    said = "FSDP shards the frozen blocks" if version == 2 else "this is plain training: freezing and caching do not"
-    assert log.count(said) == 1
+def test_defaults_under_fsdp_freeze_and_say_once_that_nothing_is_cached(tmp_path):
+    """FSDP1, which is refused, does not run on CPUs: see `test_trainer_sharding`."""
+    log = launch(given(tmp_path / "defaults", {**settings(2), "config": None}), script=SCRIPT)
+    assert log.count("FSDP shards the frozen blocks") == 1
