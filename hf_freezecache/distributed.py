@@ -33,6 +33,22 @@ _BUFFER_SYNC = (
 #: Is told what the main process says; None: nobody listens.
 _LISTENER: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("listener", default=None)
 
+#: How many `Group.on_all` this process is in.
+_DEPTH: contextvars.ContextVar[int] = contextvars.ContextVar("depth", default=0)
+
+
+class _Told(BaseException):
+    """Another process has failed in a step that this one is in. Nothing handles it before that step's end.
+
+    Args:
+        depth: of the step, see `Group._tell`.
+        error: what the other one has raised.
+    """
+
+    def __init__(self, depth: int, error: Exception):
+        super().__init__(depth, error)
+        self.depth, self.error = depth, error
+
 
 @dataclass(frozen=True)
 class Group:
@@ -50,18 +66,20 @@ class Group:
         """The main process's value, on every process."""
         if self.size == 1:
             return value
-        box = [value if self.is_main else None]
-        broadcast_object_list(box, from_process=0)
-        return box[0]
+        self._hear_failures()
+        return self._broadcast(value)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process."""
         if self.size == 1:
             return [value]
-        return gather_object([value])
+        self._hear_failures()
+        return self._gather(value)
 
     def on_all(self, step: Callable[[], T]) -> T:
         """Runs a step on every process; if it fails on one, it fails on all, with one error.
+
+        Processes may exchange values within the step. One that waits there for a process that has failed is told so.
 
         Returns:
             This process's own result.
@@ -69,23 +87,64 @@ class Group:
         Raises:
             Exception: what the failing process with the lowest rank has raised; elsewhere its message names the rank.
         """
-        result, failure = None, None
+        if self.size == 1:
+            return step()
+        depth, result, failure = _DEPTH.get() + 1, None, None
+        token = _DEPTH.set(depth)
         try:
             result = step()
+        except _Told as heard:
+            if heard.depth < depth:
+                raise
+            raise heard.error from None
         except Exception as error:  # sent around first, so that no process waits for one that is gone
             failure = error
-        if self.size == 1:
-            if failure is not None:
-                raise failure
+        finally:
+            _DEPTH.reset(token)
+        told = self._tell(depth, failure)
+        if told is None:
             return cast(T, result)
-        failures = self.gather(None if failure is None else _pickled(failure))
-        for rank, pickled in enumerate(failures):
-            if pickled is None:
-                continue
-            if rank == self.rank and failure is not None:
-                raise failure
-            raise _name_process(pickle.loads(pickled), self.number(rank))
-        return cast(T, result)
+        if told.depth < depth:
+            raise told
+        raise told.error
+
+    def _hear_failures(self) -> None:
+        """Before an exchange within `on_all`: another process may have failed, and take part in none.
+
+        Raises:
+            _Told: if one has.
+        """
+        depth = _DEPTH.get()
+        told = self._tell(depth, None) if depth else None
+        if told is not None:
+            raise told
+
+    def _tell(self, depth: int, failure: Exception | None) -> _Told | None:
+        """Sends around that a step has failed here, or has not; the others may be at its end or inside.
+
+        Args:
+            depth: how many `on_all` the step is in, its own included.
+            failure: its error; None if there is none.
+
+        Returns:
+            The failure that counts for all processes, that of the outermost step: they go on from one place.
+        """
+        sent = self._gather(None if failure is None else (depth, _pickled(failure)))
+        failures = [(entry[0], rank) for rank, entry in enumerate(sent) if entry is not None]
+        if not failures:
+            return None
+        outermost, rank = min(failures)
+        if rank == self.rank and failure is not None:
+            return _Told(outermost, failure)
+        return _Told(outermost, _name_process(pickle.loads(sent[rank][1]), self.number(rank)))
+
+    def _broadcast(self, value: Any) -> Any:
+        box = [value if self.is_main else None]
+        broadcast_object_list(box, from_process=0)
+        return box[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        return gather_object([value])
 
     def number(self, rank: int) -> int:
         """The number by which people know a process, by its rank here."""
@@ -123,6 +182,7 @@ class Group:
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites the tensors with those of the main process, in place."""
         if self.size > 1:
+            self._hear_failures()
             for tensor in tensors:
                 sent = tensor.contiguous()
                 torch.distributed.broadcast(sent, src=0)
@@ -132,6 +192,7 @@ class Group:
     def average_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites the tensors with their mean over all processes, in place."""
         if self.size > 1:
+            self._hear_failures()
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
                 tensor /= self.size

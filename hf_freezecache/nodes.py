@@ -82,12 +82,10 @@ class NodeGroup(Group):
     ranks: tuple[int, ...] = (0,)
     handle: Any = None
 
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value if self.is_main else None)[0]
+    def _broadcast(self, value: Any) -> Any:
+        return self._gather(value if self.is_main else None)[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
+    def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, group=self.handle)
         return values

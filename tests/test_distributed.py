@@ -148,3 +148,61 @@ def test_error_for_which_another_way_is_tried_is_told_with_its_type_and_tracebac
     told, traced = caplog.records
     assert told.levelname == "INFO" and told.getMessage().startswith("Rows cannot be read: ")
     assert "KeyError" in told.getMessage() and traced.levelname == "DEBUG" and traced.exc_info[0] is KeyError
+
+
+def test_process_that_waits_in_a_step_for_one_that_failed_there_is_told():
+    """Else it would wait for a value, and the other one for the end of the step."""
+
+    def work(group):
+        def step():
+            if group.rank == 0:
+                raise GeometryMisfit("sample 3 is erased")
+            return group.broadcast("value") if group.rank == 1 else group.gather("value")
+
+        return group.on_all(step)
+
+    errors = on_every_process(3, work)
+    assert [type(error) for error in errors] == [GeometryMisfit] * 3
+    assert str(errors[1]) == str(errors[2]) == "process 0: sample 3 is erased"
+
+
+@pytest.mark.parametrize("deep_rank", [0, 1])
+def test_failure_of_an_outer_step_is_not_handled_in_an_inner_one(deep_rank):
+    """All go on from the outer one's end: what an inner one would do after an error happens nowhere or everywhere."""
+    went_on = []
+
+    def work(group):
+        def outer():
+            if group.rank != deep_rank:
+                raise ValueError("the outer step has failed")
+            try:
+                group.on_all(lambda: group.gather("value"))
+            except Exception:
+                went_on.append(group.rank)
+
+        with pytest.raises(ValueError, match="the outer step has failed"):
+            group.on_all(outer)
+        return group.gather(group.rank)
+
+    assert on_every_process(2, work) == [[0, 1]] * 2 and not went_on
+
+
+def test_several_failures_in_steps_of_several_depths_are_one():
+    def work(group):
+        def outer():
+            if group.rank == 2:
+                raise ValueError("the outer step has failed")
+            group.on_all(lambda: [][0] if group.rank == 0 else group.gather("value"))
+
+        try:
+            group.on_all(outer)
+        except ValueError as error:
+            return str(error), group.gather(group.rank)
+
+    found = on_every_process(3, work)
+    told = "process 2: the outer step has failed"
+    assert found == [(told, [0, 1, 2]), (told, [0, 1, 2]), ("the outer step has failed", [0, 1, 2])]
+
+
+def test_steps_within_steps_go_on_where_none_fails():
+    assert on_every_process(2, lambda group: group.on_all(lambda: group.on_main(lambda: group.rank))) == [0, 0]

@@ -59,7 +59,7 @@ def train(trainer_class, folder, model=None, **settings):
 
 
 CASES = [
-    pytest.param(claims("is_fsdp_enabled"), "FSDP", id="fsdp"),
+    pytest.param(claims("is_fsdp_enabled"), "FSDP1, which has no tensor for each parameter", id="fsdp1"),
     pytest.param(claims("is_deepspeed_enabled"), "DeepSpeed", id="deepspeed"),
     pytest.param(claims("_tp_size", its_model, 2), r"tensor parallelism \(tp_size=2\)", id="tp-model"),
     pytest.param(

@@ -54,7 +54,7 @@ class BlockChain:
         self._proved: set[int] = set()
         self._frozen_modules: list[nn.Module] | None = None  # those of the cut; None: to be found
         self._replaying = False
-        self._requires_grad: dict[nn.Parameter, bool] = {}
+        self._requires_grad: dict[str, bool] = {}  # by name: FSDP puts others in place of the parameters
         self.padding = Padding(self)
 
     @classmethod
@@ -222,8 +222,8 @@ class BlockChain:
         """
         self._check_cut(cut)
         newly_frozen = []
-        for parameter in self.prefix_parameters(cut).values():
-            self._requires_grad.setdefault(parameter, parameter.requires_grad)
+        for name, parameter in self.prefix_parameters(cut).items():
+            self._requires_grad.setdefault(name, parameter.requires_grad)
             if parameter.requires_grad:
                 newly_frozen.append(parameter)
             parameter.requires_grad_(False)
@@ -235,8 +235,8 @@ class BlockChain:
 
     def unfreeze(self) -> None:
         """Restores the `requires_grad` that every parameter had before the first `freeze`; the cut becomes 0."""
-        for parameter, requires_grad in self._requires_grad.items():
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         self._requires_grad.clear()
         self.cut, self._frozen_modules = 0, None
 
@@ -270,7 +270,7 @@ class BlockChain:
         """
         boundary = self.own_trace().cut(cut).boundary
         before = self._requires_grad
-        trainable = {name for name, p in self.model.named_parameters() if before.get(p, p.requires_grad)}
+        trainable = {name for name, p in self.model.named_parameters() if before.get(name, p.requires_grad)}
         both = (boundary.shared, boundary.tied)
         return tuple(tuple(name for name in names if name in trainable) for names in both)  # type: ignore[return-value]
 

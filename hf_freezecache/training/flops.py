@@ -121,6 +121,22 @@ class FlopMeter:
                 self._per_sample[cut, mode] = self._measure(mode, cut)
         return self._per_sample[cut, mode]
 
+    def measure_ahead(self) -> None:
+        """Measures steps and evaluations at every cut: a model that will be sharded can be measured before only.
+
+        A backward pass of one that is, outside the training's steps, would leave gradients for the next step.
+        """
+        for cut in range(len(self.chain) + 1):
+            trained = [each for each in self.chain.prefix_parameters(cut).values() if each.requires_grad]
+            try:
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                self.per_sample("live", cut)
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+            self.per_sample("eval", cut)
+
     def share_of_prefix(self, cut: int, live_cut: int) -> float:
         """FLOPs of a step's forward passes up to a cut, relative to those of a step at an earlier cut, 1 at most.
 

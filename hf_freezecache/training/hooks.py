@@ -17,6 +17,7 @@ from .callback import FreezeCallback
 from .evaluation import EvaluationCache
 from .scope import Scope, store_directory
 from .session import FreezeSession
+from .sharding import WHY_ONLY_FROZEN
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -68,6 +69,26 @@ class TrainerHooks(_Trainer):
     def _feature_cache_dir(self) -> Path:
         assert self.args.output_dir is not None  # `TrainingArguments` puts a name in place of None
         return store_directory(self._freeze_config, self.args.output_dir)
+
+    def _find_scope(self) -> Scope:
+        """Which processes see the stores.
+
+        Raises:
+            ValueError: under explicit settings, on every process, if some do not see those of the others.
+        """
+        why_not = "cache='never'" if self._freeze_config.cache == "never" else None
+        if isinstance(self._freeze_policy, NonePolicy):
+            why_not = "policy='none'"
+        if self.args.n_gpu > 1:
+            why_not = "several GPUs in one process"
+        if self.is_fsdp_enabled:
+            why_not = WHY_ONLY_FROZEN
+        if why_not is not None:
+            return Scope.without(self._group, why_not)
+        scope = Scope.find(self._group, self._freeze_config, self._feature_cache_dir)
+        if scope.is_blind and self._freeze_explicit:
+            raise ValueError(scope.why_not)
+        return scope
 
     @property
     def _runs_compiled(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import BatchSampler
 
 from ..config import FreezeCacheConfig
 from ..model.blocks import Block, declared_blocks, named_blocks
@@ -93,6 +95,31 @@ def check_trainable(chain: BlockChain, cut: int) -> None:
         raise ValueError(
             f"cut {cut} freezes {cut} of {len(chain)} blocks, and all other parameters have requires_grad=False: "
             "nothing is left to train. Choose a smaller cut, or unfreeze the head."
+        )
+
+
+def check_even(loader: Any) -> None:
+    """Checks that all processes get as many batches: freezes, stores and losses are shared by all of them.
+
+    Args:
+        loader: of the training, prepared by accelerate.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    shard = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard) or shard.even_batches or type(shard.batch_sampler) is not BatchSampler:
+        return
+    inner, size = shard.batch_sampler, shard.num_processes
+    batches = BatchSampler(range(len(inner.sampler)), inner.batch_size, inner.drop_last)  # type: ignore[arg-type]
+    # Its length tells nothing where batches are split: the last one may have samples for some processes only.
+    shards = (BatchSamplerShard(batches, size, rank, shard.split_batches, even_batches=False) for rank in range(size))
+    counts = [sum(1 for _ in each) for each in shards]
+    if min(counts) < max(counts):
+        raise ValueError(
+            f"the processes get {counts} batches an epoch (even_batches=False), and one that has no more of them does "
+            "not take part in the others' steps. Set even_batches=True in accelerator_config, where the last batches "
+            "are filled up with the first samples, or dataloader_drop_last=True."
         )
 
 

@@ -39,6 +39,7 @@ from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
 from .rehearsal import Rehearsal, Rehearsing
 from .report import FreezeCacheReport, FreezeStatus, epoch_numbers, make_report
+from .sharding import reshard
 from .similarities import SampleSimilarities
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -258,6 +259,7 @@ class FreezeSession:
     def close(self) -> None:
         """Makes room for another training: every parameter gets back the `requires_grad` that the user had set."""
         self.stop()
+        reshard(self.context.model)
         self.chain.unfreeze()
         rewrap_ddp(self.wrapped_model)  # `Trainer` keeps the wrapper for the next training
 
@@ -490,9 +492,9 @@ class FreezeSession:
         return {} if phase is None else epoch_numbers(self.report(), phase)
 
     def _freeze(self, cut: int) -> None:
+        reshard(self.context.model)
         for parameter in self.chain.freeze(cut):
             if self.optimizer is not None:
                 self.optimizer.state.pop(parameter, None)
         # BatchNorm statistics differ between processes until they are sent around: one prefix for all.
-        buffers: list[torch.Tensor] = list(self.chain.prefix_buffers(cut).values())
-        self.group.broadcast_tensors(buffers)
+        self.group.broadcast_tensors([*self.chain.prefix_buffers(cut).values()])

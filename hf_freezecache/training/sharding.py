@@ -1,11 +1,16 @@
-"""Why a training cannot be frozen and cached: one process does not hold the whole model or the whole sample."""
+"""Why a training cannot be frozen, or not cached: one process does not hold the whole model or the whole sample."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..build.context import BuildContext
+from ..config import FreezeCacheConfig
+from ..policies import FreezePolicy
 
 #: Sizes of accelerate's `ParallelismConfig` above 1 that split a model or a sample over processes.
 _SPLITS = {
@@ -15,12 +20,17 @@ _SPLITS = {
     "sp_size": "sequence parallelism",
 }
 
+#: Why a training under FSDP2 has no stores. A build runs the frozen part as often as a process has samples, a store is
+#: proved by running a few of them in one process, and one process runs a step again on samples: every one of these
+#: would wait for the other processes.
+WHY_ONLY_FROZEN = "FSDP shards the frozen blocks"
+
 
 def why_sharded(trainer: Any) -> str | None:
     """Names what splits the trainer's model or samples over processes.
 
-    Freezing broadcasts whole buffers, a store holds whole features of whole samples, and every process checks the
-    model by running all of it: each process must hold the whole model, as under DistributedDataParallel.
+    Every process checks the model by running all of it: each must hold the whole model when the training begins, as
+    under DistributedDataParallel, and under FSDP2, which shards it afterwards.
 
     Args:
         trainer: a `Trainer`, its accelerator set up.
@@ -28,13 +38,83 @@ def why_sharded(trainer: Any) -> str | None:
     Returns:
         What splits them, in words that complete "this training uses ..."; None if nothing does.
     """
-    if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
-        return "FSDP"
+    if trainer.is_fsdp_xla_enabled:
+        return "FSDP of XLA"
+    if trainer.is_fsdp_enabled:
+        plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            return "FSDP1, which has no tensor for each parameter (FSDP2 has: fsdp_config={'version': 2})"
+        if plugin.cpu_ram_efficient_loading:
+            return (
+                "a model that FSDP loads in the main process alone (set cpu_ram_efficient_loading=False: blocks are "
+                "found in every process)"
+            )
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if trainer.accelerator.distributed_type == "MEGATRON_LM":
         return "Megatron-LM"
     return _why_parallel(trainer.accelerator) or why_model_sharded(trainer.model)
+
+
+def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy) -> None:
+    """Checks that a training of which one process holds a part can do what it is to do.
+
+    Args:
+        trainer: a `Trainer`, its accelerator set up.
+        config: the settings.
+        policy: the rule.
+
+    Raises:
+        ValueError: if it cannot; the message names all that it cannot.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    asked = {
+        "cache='always'": config.cache == "always",
+        "cache_eval=True": config.cache_eval,
+        "share_store=True": config.share_store,
+        f"head_start_epochs={config.head_start_epochs}": bool(config.head_start_epochs),
+        f"anneal='{config.anneal}'": config.anneal != "none",
+        f"layer_decay={config.layer_decay}": config.layer_decay != 1.0,
+        "push_head_only=True": config.push_head_only,
+        f"policy '{policy.name}', which looks at the training": bool(policy.observes),
+        f"policy '{policy.name}', which tries freezing": policy.trial_cut(2) > 0,
+    }
+    named = [name for name, is_asked in asked.items() if is_asked]
+    if named:
+        raise ValueError(
+            f"under FSDP2 blocks are frozen on a schedule, and nothing else: no process holds the whole model, which "
+            f"{', '.join(named)} would need. Leave that out, or use DDP."
+        )
+
+
+def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
+    """The context of a training of which one process holds a part: without the default head start.
+
+    Args:
+        trainer: a `Trainer`, its accelerator set up.
+        context: as of one that has the whole model.
+    """
+    if not trainer.is_fsdp_enabled:
+        return context
+    return replace(context, config=replace(context.config, head_start_epochs=0))
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the shards of a model of FSDP2 back in the place of whole parameters, which a forward pass may leave.
+
+    What is set on a parameter, such as `requires_grad`, is set on the one that is in the module.
+
+    Args:
+        model: any; one that is not sharded stays as it is.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def why_model_sharded(model: nn.Module) -> str | None:

@@ -48,13 +48,14 @@ from .evaluation import EvaluationCache, UsersLoader
 from .evaluation_hooks import EvaluationHooks
 from .hub_hooks import HubHooks
 from .learning_rates import check_anneal
-from .preconditions import UntrainedError, check_model, check_observable, check_trainable, check_trained
+from .preconditions import UntrainedError, check_even, check_model, check_observable, check_trainable, check_trained
 from .rehearsal_hooks import RehearsalHooks
 from .report import FreezeCacheReport, FreezeStatus, count_trainable, make_report
 from .report_hooks import ReportHooks
 from .scope import Scope
 from .session import FreezeSession
 from .settings import read_settings
+from .sharding import WHY_ONLY_FROZEN, check_settings, without_whole_model
 
 logger = logging.get_logger(__name__)
 
@@ -272,32 +273,22 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             Announcer(self._group, logger).warning(f"Blocks are frozen, but nothing is cached: {scope.why_not}")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
+        if self.is_fsdp_enabled:
+            Announcer(self._group, logger).warning(f"{WHY_ONLY_FROZEN}: they are frozen, but not cached. Use DDP.")
         if self._runs_compiled:
             logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
-
-    def _find_scope(self) -> Scope:
-        why_not = "cache='never'" if self._freeze_config.cache == "never" else None
-        if isinstance(self._freeze_policy, NonePolicy):
-            why_not = "policy='none'"
-        if self.args.n_gpu > 1:
-            why_not = "several GPUs in one process"
-        if why_not is not None:
-            return Scope.without(self._group, why_not)
-        scope = Scope.find(self._group, self._freeze_config, self._feature_cache_dir)
-        if scope.is_blind and self._freeze_explicit:
-            raise ValueError(scope.why_not)
-        return scope
 
     def _make_session(self, dataset: Any, collator: Callable, scope: Scope) -> FreezeSession:
         # Before any data is touched.
         check_observable(self, self._freeze_policy)
         blocks = check_model(self, self._own_model, self._freeze_config)
+        check_settings(self, self._freeze_config, self._freeze_policy)
         if not self._freeze_explicit:
             check_trained(self._own_model)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
-        context = scope.of(self.build_context(dataset, collator))
+        context = without_whole_model(self, scope.of(self.build_context(dataset, collator)))
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
@@ -317,6 +308,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             batches_per_step=self.args.gradient_accumulation_steps,
         )
         session.meter.forward_passes = self._forward_passes
+        if self.is_fsdp_enabled:
+            session.meter.measure_ahead()
         self._begin_record(session)
         check_anneal(self._freeze_policy, self._freeze_config, session.num_blocks)
         # The cuts of a schedule do not depend on the number of epochs.
@@ -358,9 +351,16 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         session = self._session
         wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.context.source.texts)
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
-        self._scope.deal(session, loader)
-        self._session.loader = loader
-        self._session.shared = (self, self.model, self.accelerator, dataset, inner)
+        try:
+            check_even(loader)
+            self._scope.deal(session, loader)
+        except ValueError as error:
+            self._cannot_freeze(error)
+            self._session = None
+            self._freeze_callback.attach(None)
+            return super()._get_dataloader(dataset, description, batch_size, **settings)
+        session.loader = loader
+        session.shared = (self, self.model, self.accelerator, dataset, inner)
         return loader
 
     def _get_eval_loader(

@@ -3,6 +3,7 @@
 import pytest
 from script_train import augmented
 from support.helpers import losses, manual, pixel_dataset, run, tiny_resnet, tiny_vit
+from support.images import OpaqueFlip, picture_dataset
 from support.launching import launch, seen_by
 from support.sized_images import SizedImages, train_sized
 from support.sounds import PadSounds, Sounds, wav2vec2
@@ -11,14 +12,65 @@ from support.token_rows import Pad, Texts, bert, bert_of_questions
 from hf_freezecache import FeatureStore
 
 
+def epochs_of_builds(trainer):
+    """[0] where a store was found and proved, and none was built."""
+    return [phase.epochs for phase in trainer.freeze_cache_report().phases if phase.mode == "build"]
+
+
 def test_store_written_by_two_processes_is_reused_by_one(tmp_path):
     launch(["--output", tmp_path, "--points", "0:3"])
     config = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "cache"))
     alone = run(tiny_vit(), pixel_dataset(50), tmp_path / "alone", config, per_device_train_batch_size=4)
-    assert [phase.epochs for phase in alone.freeze_cache_report().phases if phase.mode == "build"] == [0]
+    assert epochs_of_builds(alone) == [0]
     fresh = manual("0:3", cache="always", feature_cache_dir=str(tmp_path / "fresh"))
     built = run(tiny_vit(), pixel_dataset(50), tmp_path / "built", fresh, per_device_train_batch_size=4)
     assert losses(built) == losses(alone)  # the bytes do not depend on the number of processes
+
+    # Other batches add products up in another order, and a codec is fitted on other samples: that is rounding.
+    others = run(tiny_vit(), pixel_dataset(50), tmp_path / "others", config, per_device_train_batch_size=7)
+    assert epochs_of_builds(others) == [0]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [others.freeze_status().store_path.name]
+
+
+OTHER_BATCHES = [
+    ("fp32", tiny_resnet, lambda: pixel_dataset(50, 32), {}),
+    pytest.param("int8", tiny_resnet, lambda: pixel_dataset(50, 32), {}, marks=pytest.mark.slow),
+    pytest.param("int4", tiny_vit, lambda: augmented("crop"), {}, marks=pytest.mark.slow),
+    pytest.param("fp32", bert, lambda: Texts(70), {"data_collator": Pad()}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("codec", "make", "samples", "settings"), OTHER_BATCHES)
+def test_store_is_reused_with_another_batch_size_and_trains_alike(codec, make, samples, settings, tmp_path):
+    """Where nothing random depends on the batch, its size is not in the fingerprint."""
+    seen = {}
+    for name, folder, size in [("before", "cache", 4), ("reused", "cache", 7), ("built", "fresh", 7)]:
+        config = manual("0:3", codec=codec, feature_cache_dir=str(tmp_path / folder))
+        seen[name] = run(
+            make(),
+            samples(),
+            tmp_path / name,
+            config,
+            per_device_train_batch_size=size,
+            remove_unused_columns=False,
+            num_train_epochs=2,
+            **settings,
+        )
+    assert epochs_of_builds(seen["reused"]) == [0] and epochs_of_builds(seen["built"]) == [1]
+    names = {trainer.freeze_status().store_path.name for trainer in seen.values()}
+    assert len(names) == 1
+    assert losses(seen["reused"]) == pytest.approx(losses(seen["built"]), abs=1e-4 if codec == "fp32" else 5e-2)
+
+
+def test_store_of_whole_random_draws_is_of_one_batch_size(tmp_path):
+    """Those draws depend on the batch in which they were made."""
+    made = []
+    for size in (4, 7):
+        config = manual("0:3", codec="fp32", views=1, feature_cache_dir=str(tmp_path / "cache"))
+        dataset = picture_dataset(20).with_transform(OpaqueFlip())
+        settings = dict(per_device_train_batch_size=size, remove_unused_columns=False, num_train_epochs=1)
+        made.append(run(tiny_vit(), dataset, tmp_path / str(size), config, **settings))
+    assert [epochs_of_builds(trainer) for trainer in made] == [[1], [1]]
 
 
 @pytest.mark.parametrize("codec", ["int4", pytest.param("fp32", marks=pytest.mark.slow)])

@@ -134,10 +134,10 @@ class SimulatedGroup(Group):
         super().__init__(rank, size)
         object.__setattr__(self, "meeting", meeting)
 
-    def broadcast(self, value):
+    def _broadcast(self, value):
         return self.meeting.exchange(self.rank, value)[0]
 
-    def gather(self, value):
+    def _gather(self, value):
         return self.meeting.exchange(self.rank, value)
 
 

@@ -75,8 +75,9 @@ def run_together(
     folder: Path,
     environments: Sequence[Mapping[str, str]] = ({},),
     timeout: float = 240,
+    kills: bool = True,
 ) -> list[Finished]:
-    """Runs a function in several processes at the same time; when one fails, the others are killed.
+    """Runs a function in several processes at the same time.
 
     Args:
         target: the function, importable by its name.
@@ -84,6 +85,7 @@ def run_together(
         folder: gets files of what the processes print.
         environments: what the environment of each has beside that of this process.
         timeout: seconds after which all are killed.
+        kills: whether the others are killed when one fails.
     """
     context, started = warm_context(), []
     for number, (given, more) in enumerate(zip(arguments, environments, strict=True)):
@@ -91,16 +93,16 @@ def run_together(
         process = context.Process(target=_run, args=(target, given, files, {**os.environ, **more}))
         process.start()
         started.append((process, files))
-    _wait_for([process for process, _ in started], timeout)
+    _wait_for([process for process, _ in started], timeout, kills)
     return [Finished(process.exitcode, *(file.read_text() for file in files)) for process, files in started]
 
 
-def _wait_for(processes: Sequence[Any], timeout: float) -> None:
+def _wait_for(processes: Sequence[Any], timeout: float, kills: bool) -> None:
     deadline, running = time.monotonic() + timeout, list(processes)
     while running:
         wait([process.sentinel for process in running], timeout=max(0.0, deadline - time.monotonic()))
         ended = [process for process in running if process.exitcode is not None]
-        if any(process.exitcode for process in ended) or not ended:
+        if (kills and any(process.exitcode for process in ended)) or not ended:
             break
         running = [process for process in running if process not in ended]
     for process in running:
