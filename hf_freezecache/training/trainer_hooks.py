@@ -35,7 +35,7 @@ from ..model.inputs import ModelInputs, main_input_name
 from ..model.probes import check_own_checkpoints
 from ..model.sharing import check_sharing
 from ..model.tokens import TextInputs, token_mask
-from ..policies import FreezePolicy, NonePolicy
+from ..policies import FreezePolicy
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import ReplayDataset
 from ..replay.requests import stamp_rows
