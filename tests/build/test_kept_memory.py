@@ -20,9 +20,9 @@ def without_settings_of_the_user(monkeypatch):
 
 
 def pages_of_batches() -> int:
-    """Pages that the system hands out while blocks of 100 MB are taken and given back twenty times."""
+    """Pages that the system hands out while blocks of 100 MB are taken and given back eight times."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(8):
         torch.zeros(100 * MEGABYTES).sum()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

@@ -38,7 +38,7 @@ def check_epochs(seen, epochs, nodes, rows=50):
         assert total == sum(live)  # nothing but what live epochs fill up as well
 
 
-@pytest.mark.parametrize(("processes", "nodes"), [(4, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "nodes"), [pytest.param(4, 2, marks=pytest.mark.slow), (2, 2)])
 def test_each_node_stores_and_replays_its_own_share(processes, nodes, tmp_path):
     seen, log = train(tmp_path, "--points", "0:2,2:4", "--epochs", "3", processes=processes, nodes=nodes)
     assert [each["modes"] for each in seen] == [["build", "replay", "build", "replay"]] * processes

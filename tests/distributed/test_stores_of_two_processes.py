@@ -89,7 +89,7 @@ def test_texts_of_two_processes_are_those_of_one(codec, tmp_path):
 @pytest.mark.parametrize(
     ("name", "make", "samples", "collator"),
     [
-        ("bert of questions", bert_of_questions, Texts(70, label="span"), Pad()),
+        pytest.param("bert of questions", bert_of_questions, Texts(70, label="span"), Pad(), marks=pytest.mark.slow),
         pytest.param("wav2vec2", wav2vec2, Sounds(70), PadSounds(), marks=pytest.mark.slow),
     ],
 )
@@ -108,6 +108,7 @@ def test_samples_of_several_widths_of_two_processes_are_those_of_one(name, make,
     assert together.dataset[:] == alone.dataset[:]
 
 
+@pytest.mark.slow
 def test_images_of_several_sizes_of_two_processes_are_those_of_one(tmp_path):
     shared = ["--points", "0:3", "--model", "resnet of sizes", "--codec", "fp32", "--on_mismatch", "error"]
     launch(["--output", tmp_path, *shared])

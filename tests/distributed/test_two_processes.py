@@ -54,6 +54,7 @@ def test_two_processes_try_freezing_together(tmp_path):
     assert first["weights_by_epoch"] == second["weights_by_epoch"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_head_before_the_first_step(tmp_path):
     launch(["--output", tmp_path, "--head_start_epochs", "2", "--points", "1:2", "--cache", "never"])
     first, second = seen_by(tmp_path)

@@ -21,6 +21,7 @@ def kill(wholes, seed, kills, phases, folder):
     return [phase for story in stories for phase in story.killed_in]
 
 
+@pytest.mark.slow
 def test_training_that_is_killed_at_a_checkpoint_and_in_a_writing_epoch_ends_as_the_uninterrupted_one(
     processes, tmp_path
 ):

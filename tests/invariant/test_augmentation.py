@@ -93,6 +93,7 @@ def test_resumed_with_mixing_and_opaque_draws_is_uninterrupted_in_replay(setting
     assert_same_weights(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_number_of_workers_changes_nothing(tmp_path):
     dataset = picture_dataset().with_transform(replayable())
     config = manual(POINTS, views=2, cache="always")

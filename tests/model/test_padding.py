@@ -95,7 +95,9 @@ def test_padding_on_a_side_that_counts_is_kept():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch has the older setting alone")
-@pytest.mark.parametrize(("precision", "larger"), [("ieee", False), ("tf32", True)])
+@pytest.mark.parametrize(
+    ("precision", "larger"), [pytest.param("ieee", False, marks=pytest.mark.slow), ("tf32", True)]
+)
 def test_precision_is_read_however_it_was_set(precision, larger):
     """`TrainingArguments(tf32=...)` sets it so; a process of its own, as the older setting cannot be read after it."""
     code = (

@@ -161,7 +161,7 @@ class FreezesAtOnce(AutoPolicy):
         return super().take_trial(Trial(trial.cut, trial.steps, trial.samples, [1 + sign] * 2, [1.0] * 2), num_blocks)
 
 
-@pytest.mark.parametrize("freezes", [True, False])
+@pytest.mark.parametrize("freezes", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_after_a_trial_the_head_is_trained_from_the_store_or_on_more_samples(freezes, tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_freezecache")
     settings = FreezeCacheConfig(cache="always", codec="fp32", head_start_epochs=2)

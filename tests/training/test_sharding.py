@@ -35,11 +35,15 @@ def test_training_in_one_process_is_not_sharded(trainer):
 
 @pytest.mark.parametrize(
     "attribute, words",
-    [("is_fsdp_enabled", "FSDP"), ("is_fsdp_xla_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")],
+    [
+        ("is_fsdp_enabled", "FSDP1, which"),
+        ("is_fsdp_xla_enabled", "FSDP of XLA"),
+        ("is_deepspeed_enabled", "DeepSpeed"),
+    ],
 )
 def test_wrappers_are_named(attribute, words, trainer):
     setattr(trainer, attribute, True)
-    assert why_sharded(trainer) == words
+    assert why_sharded(trainer).startswith(words)
 
 
 def test_megatron_is_named(trainer, monkeypatch):

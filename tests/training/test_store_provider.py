@@ -182,6 +182,7 @@ def test_resume_of_mixed_bits_is_exact_though_the_suffix_has_learnt(lost, tmp_pa
     assert_same_weights(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_resume_that_finds_the_store_of_the_killed_run_still_makes_room(tmp_path):
     train(tmp_path, name="free")
     budget = str(int(total_bytes(tmp_path / "free" / "_freeze_cache") * 1.3))
