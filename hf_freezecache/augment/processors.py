@@ -101,7 +101,7 @@ def train_pipeline(
             (arXiv 1708.04896); 0: never.
 
     Raises:
-        ValueError: if there is no augmentation of this name, or the probability is none.
+        ValueError: if there is no augmentation of this name, or the probability is not between 0 and 1.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"augmentation is one of {', '.join(AUGMENTATIONS)}, not {augmentation!r}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from ..augment.draws import Draw, use_draw
@@ -266,17 +266,23 @@ class RowSource:
 
     def collated_by(self, collator: Callable) -> RowSource:
         """The same samples with another collator."""
-        other = RowSource(
-            self.dataset,
-            collator,
-            self.batch_size,
-            self.seed,
-            self.num_workers,
-            self.multiprocessing_context,
-            self.texts,
-        )
+        other = self._reading(self.dataset, collator)
         other.probe_rows, other.drawn_as = self.probe_rows, self.drawn_as
         return other
+
+    def chosen(self, numbers: Sequence[int]) -> RowSource:
+        """Some of the samples, numbered by their places; what is drawn for each follows from its number here.
+
+        Args:
+            numbers: rows of this source.
+        """
+        other = self._reading(Subset(self.dataset, numbers), self.collator)
+        other.is_padded, other.drawn_as = self.is_padded, numbers
+        return other
+
+    def _reading(self, dataset: Any, collator: Callable) -> RowSource:
+        workers, context = self.num_workers, self.multiprocessing_context
+        return RowSource(dataset, collator, self.batch_size, self.seed, workers, context, self.texts)
 
     @property
     def num_ranges(self) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
 
 from ..rng import hash_key
 from .rows import RowSource
@@ -65,15 +64,4 @@ def share_rows(source: RowSource, share: Share) -> RowSource:
         source: the whole data set.
         share: which of its rows.
     """
-    numbers = share.rows().tolist()
-    rows = RowSource(
-        Subset(source.dataset, numbers),
-        source.collator,
-        source.batch_size,
-        source.seed,
-        source.num_workers,
-        source.multiprocessing_context,
-        source.texts,
-    )
-    rows.is_padded, rows.drawn_as = source.is_padded, numbers
-    return rows
+    return source.chosen(share.rows().tolist())

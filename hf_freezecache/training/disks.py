@@ -7,11 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers.utils import logging
+
 from ..cache.cleaning import find_stores
 from ..cache.holdings import is_owned
 from ..cache.store import FeatureStore, StoreError, remove_store
 from ..distributed import Announcer, Group
 from ..nodes import NodeGroup
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -50,7 +54,10 @@ class Disks:
         Raises:
             Exception: see `Group.on_all`.
         """
-        return self._all.on_all(step) if self.are_many else step()
+        if not self.are_many:
+            return step()
+        # Within the node as well: there another process may wait for a value of the one that fails.
+        return self._all.on_all(lambda: self.group.on_all(step))
 
     def all(self, value: bool) -> bool:
         """Whether something holds on all disks; those who see a disk agree on it."""
@@ -111,6 +118,7 @@ def _owned(directory: Path, owner: str) -> Iterator[dict[str, Any]]:
         if entry.finished and is_owned(entry.path, owner):
             try:
                 cut = FeatureStore.open(entry.path).manifest.cut
-            except (StoreError, OSError):  # it is not used then, and built again
+            except (StoreError, OSError) as error:  # it is not used then, and built again
+                Announcer.survived(logger, f"The feature store {entry.path} cannot be opened", error)
                 continue
             yield {"name": entry.path.name, "bytes": entry.bytes, "built": True, "cut": cut}

@@ -38,8 +38,12 @@ class BlockRecorder:
         self._undo = contextlib.ExitStack()
         self._parameters: list[Mapping[str, nn.Parameter]] = []
 
-    def watch(self, signals: Collection[str]) -> None:
+    def watch(self, signals: Collection[str], is_compiled: bool = False) -> None:
         """Records signals from now on.
+
+        Args:
+            signals: their names.
+            is_compiled: whether steps run compiled code.
 
         Raises:
             ValueError: if one is unknown, or samples are asked for that cannot be read.
@@ -54,7 +58,8 @@ class BlockRecorder:
             assert self.similarities is not None  # a session has them
             self.similarities.prepare()
         if "activations" in signals and not self._hooks:
-            self._undo.enter_context(hooks_seen_by_compiled_code())
+            if is_compiled:
+                self._undo.enter_context(hooks_seen_by_compiled_code())
             for index, block in enumerate(self.chain.blocks):
                 self._hooks.append(block.modules[-1].register_forward_hook(self._recording(index)))
 

@@ -193,7 +193,7 @@ class FreezeSession:
             self.journal.end_step()
 
     def watch(self, signals: frozenset[str]) -> None:
-        self.recorder.watch(signals)
+        self.recorder.watch(signals, self._is_compiled())
 
     def observed_blocks(self) -> list[ObservedBlock]:
         return self.recorder.blocks()

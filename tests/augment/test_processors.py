@@ -62,6 +62,17 @@ def test_train_pipeline_draws_crops_flips_and_colours_with_the_base_pipelines_se
     assert not torch.equal(plain(image), plain(image))
 
 
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_boxes_are_erased_after_the_normalization_where_that_is_asked_for(augmentation, image):
+    base = base_pipeline(transformers.DeiTImageProcessor())
+    without, erasing = (train_pipeline(base, augmentation, random_erasing=share) for share in (0.0, 1.0))
+    assert [type(step) for step in erasing.transforms] == [*map(type, without.transforms), v2.RandomErasing]
+    torch.manual_seed(0)
+    assert (erasing(image) == 0).all(0).sum() > 100
+    with pytest.raises(ValueError, match="interval"):
+        train_pipeline(base, augmentation, random_erasing=1.5)
+
+
 def test_pipelines_are_those_of_a_replayable_transform(image):
     base = base_pipeline(transformers.ViTImageProcessor(), 32)
     torch.manual_seed(0)

@@ -55,6 +55,8 @@ def test_images_come_from_a_folder_with_a_folder_a_class(tmp_path):
     [
         (["missing.parquet"], FileNotFoundError, "missing.parquet does not exist"),
         (["missing-*.parquet"], FileNotFoundError, "does not exist"),
+        (["images-0.parquet", "images-*.tar"], FileNotFoundError, "does not exist"),
+        (["images-0.parquet", "."], ValueError, "one folder, or from files"),
         ([".", "images-0.parquet"], ValueError, "one folder, or from files"),
     ],
 )
@@ -75,6 +77,7 @@ def test_paths_that_hold_no_images_are_refused_by_name(parquet, names, error, me
             ("photo", "kind"),
         ),
         ({"labels": Value("string"), "image": Image()}, (None, None), ("image", "labels")),
+        ({"jpg": Image(), "cls": Value("int64"), "__key__": Value("string")}, (None, None), ("jpg", "cls")),
         ({"first": Image(), "second": Image(), "kind": Value("int64")}, ("second", "kind"), ("second", "kind")),
     ],
 )
@@ -95,7 +98,21 @@ def test_missing_columns_are_named_with_their_option(given, message):
         find_columns(labelled([0], Value("int64")), *given)
 
 
+def test_archives_and_parquet_files_are_not_mixed(parquet):
+    archive = parquet.with_name("images.tar")
+    archive.touch()
+    with pytest.raises(ValueError, match="parquet files or from tar archives, not from both"):
+        load_images([str(parquet), str(archive)])
+
+
 # Labels
+
+
+def test_whole_numbers_keep_their_order_and_other_labels_are_sorted_as_text():
+    numbers = encode_labels(DatasetDict(train=labelled([10, 2, 0], Value("int64"))), "label")["train"]
+    assert numbers.features["label"].names == ["0", "2", "10"] and list(numbers["label"]) == [2, 1, 0]
+    words = encode_labels(DatasetDict(train=labelled(["10", "b", "2"], Value("string"))), "label")["train"]
+    assert words.features["label"].names == ["10", "2", "b"]
 
 
 def test_labels_that_are_class_numbers_stay_as_they_are():
@@ -147,6 +164,17 @@ def test_classifier_gets_a_head_for_the_classes_and_takes_images_of_another_size
     batch = ImageCollator("kind", found)(rows)
     assert batch["labels"].tolist() == [1, 0]
     assert model(**batch).logits.shape == (2, 2)
+
+
+def test_classifier_from_scratch_reads_no_weights_and_follows_the_seed(classifier):
+    torch.manual_seed(3)
+    first, *_ = load_classifier(str(classifier), ["cat", "dog"], pretrained=False)
+    torch.manual_seed(3)
+    again, *_ = load_classifier(str(classifier), ["cat", "dog"], pretrained=False)
+    pretrained, *_ = load_classifier(str(classifier), ["cat", "dog"])
+    name = "vit.embeddings.patch_embeddings.projection.weight"
+    weights = [model.state_dict()[name] for model in (first, again, pretrained)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # The command and the recipe

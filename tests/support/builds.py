@@ -111,7 +111,7 @@ def build(model, directory: Path, dataset=None, **settings) -> FeatureStore:
     return materialize(make_spec(model, directory, dataset, **settings), Group())
 
 
-class _Meeting:
+class Meeting:
     """Where simulated processes exchange values: one runs at a time, all wait for each other at every exchange."""
 
     def __init__(self, size: int):
@@ -130,7 +130,7 @@ class _Meeting:
 class SimulatedGroup(Group):
     """A process of a group whose members are threads that never run at once (model and generators are shared)."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting):
+    def __init__(self, rank: int, size: int, meeting: Meeting):
         super().__init__(rank, size)
         object.__setattr__(self, "meeting", meeting)
 
@@ -143,7 +143,7 @@ class SimulatedGroup(Group):
 
 def on_every_process(size: int, work) -> list:
     """Runs `work(group)` on every simulated process; returns results or raised errors, by rank."""
-    meeting, results = _Meeting(size), [None] * size
+    meeting, results = Meeting(size), [None] * size
 
     def target(rank):
         with meeting.turn:
