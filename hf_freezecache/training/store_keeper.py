@@ -129,7 +129,8 @@ class StoreKeeper:
                 return False
             return True
 
-        self._could_write = self.group.on_main(check)
+        disks = self.provider.disks
+        self._could_write = disks.all(disks.on_all(lambda: disks.on_main(check)))
 
     def next(self, cut: int, epochs_left: float, previous: EpochSource, epoch: int) -> EpochSource:
         """The source of the epoch that begins.
