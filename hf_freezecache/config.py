@@ -283,6 +283,13 @@ class FreezeCacheConfig:
             "every_save or end then, as the others push whole checkpoints."
         },
     )
+    offload_frozen: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the weights of the frozen blocks in the host's memory while steps run on features, on "
+            "accelerators that can read it (CUDA, ROCm)."
+        },
+    )
     feature_noise: float = field(
         default=0.0, metadata={"help": "Standard deviation of Gaussian noise on replayed features."}
     )

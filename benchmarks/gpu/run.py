@@ -31,8 +31,8 @@ MEMORY_LIMIT, WAIT_LIMIT = 0.30, 0.05
 #: Fractions of the blocks behind the stem that are frozen where a model is measured at large batches.
 DEPTHS = (1 / 3, 2 / 3, 5 / 6)
 PREFLIGHT = "preflight"
-SPEED = ("plain", "freeze_only", "replay", "memory_gpu")
-ALL = ("plain", "freeze_only", "replay", "replay_workers", "memory_gpu", "memory_host")
+SPEED = ("plain", "freeze_only", "replay", "replay_resident", "memory_gpu")
+ALL = ("plain", "freeze_only", "replay", "replay_resident", "replay_workers", "memory_gpu", "memory_host")
 AGAINST_MEMORY = ("replay", "memory_gpu")
 JPEG = ("plain_jpeg", "freeze_only_jpeg")
 EQUALITY = ("replay_against_freeze_only", "freeze_only_against_itself")

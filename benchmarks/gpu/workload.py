@@ -11,7 +11,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +322,10 @@ class Bench:
         """Freezing without a cache: the prefix runs on images in every step."""
         return self._trainer(FreezeCacheTrainer, self.images, callbacks, settings, freeze_cache=self.config("never"))
 
-    def replayed(self, callbacks: list[TrainerCallback], **settings) -> Trainer:
+    def replayed(self, callbacks: list[TrainerCallback], offload: bool = True, **settings) -> Trainer:
         """From the store, which the first call builds."""
-        return self._trainer(FreezeCacheTrainer, self.images, callbacks, settings, freeze_cache=self.config("always"))
+        config = replace(self.config("always"), offload_frozen=offload)
+        return self._trainer(FreezeCacheTrainer, self.images, callbacks, settings, freeze_cache=config)
 
     def memory(self, callbacks: list[TrainerCallback], where: str) -> Trainer:
         """A plain `Trainer` on the store's decoded features in memory, the prefix bypassed.
@@ -364,6 +365,7 @@ class Bench:
             "plain_jpeg": lambda callbacks: self.plain(callbacks, **from_jpegs),
             "freeze_only_jpeg": lambda callbacks: self.frozen(callbacks, **from_jpegs),
             "replay": self.replayed,
+            "replay_resident": lambda callbacks: self.replayed(callbacks, offload=False),
             "replay_workers": lambda callbacks: self.replayed(callbacks, dataloader_num_workers=few),
             "memory_gpu": lambda callbacks: self.memory(callbacks, device().type),
             "memory_host": lambda callbacks: self.memory(callbacks, "cpu"),

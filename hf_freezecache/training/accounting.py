@@ -68,6 +68,11 @@ class Ledger:
         """All phases in the order in which they began."""
         return list(self._phases.values())
 
+    @property
+    def training_steps(self) -> int:
+        """Optimizer steps of the training, of all cuts."""
+        return sum(phase.steps for phase in self.phases if phase.mode in ("live", "replay"))
+
     def begin(self, cut: int, mode: str) -> Phase:
         """Opens a phase; the surrounding one's clock stops until `end`."""
         self.settle()

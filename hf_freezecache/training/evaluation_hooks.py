@@ -181,6 +181,8 @@ def _booked(session: FreezeSession, loader: DataLoader, source: EpochSource) -> 
         loader: of the evaluation.
         source: where its batches come from.
     """
+    if not isinstance(source, FromStore):
+        session.offloading.bring_back()
     with session.ledger.phase(session.chain.cut, "eval") as phase:
         counts: list[int] = []
         session.meter.mean_seen()  # of one that has failed

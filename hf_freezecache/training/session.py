@@ -34,6 +34,7 @@ from .freezing_trial import FreezingTrial
 from .head_start import HeadStart
 from .journal import Journal
 from .learning_rates import LearningRates
+from .offloading import Offloading
 from .preconditions import check_trainable
 from .proof import MismatchError, Proof
 from .recorder import BlockRecorder
@@ -99,6 +100,7 @@ class FreezeSession:
         self.recorder, self.journal = BlockRecorder(self.chain, similarities), Journal()
         self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None
         self.switch = SourceSwitch(len(context.source))
+        self.offloading = Offloading(self.chain, self.announcer, self.config.offload_frozen)
         self.source: EpochSource = FromImages()
         self.loader: Any = None
         self.shared: Sequence[Any] = ()
@@ -151,6 +153,7 @@ class FreezeSession:
 
     def begin_epoch(self, moment: Moment, epochs_left: float) -> None:
         """Brings the cut to `moment.cut`, then the source: a store where one pays, samples otherwise."""
+        self.offloading.bring_back()
         self.ledger.end_all()
         self._share_problems()  # they belong to the epoch before
         self.switch.epoch = moment.epoch
@@ -253,8 +256,8 @@ class FreezeSession:
         if self.evaluation is not None:
             self.evaluation.stop()
             self.evaluation = None
-        self.source.close()
-        self.recorder.close()
+        for each in (self.source, self.recorder, self.offloading):
+            each.close()
 
     def close(self) -> None:
         """Makes room for another training: every parameter gets back the `requires_grad` that the user had set."""
@@ -312,8 +315,7 @@ class FreezeSession:
         mix: Callable[[StepInputs], StepInputs],
         run: Callable[[dict[str, Any]], torch.Tensor],
     ) -> torch.Tensor:
-        step = FromImages(self.chain.cut).step_inputs(batch, self.context)
-        return self._run(step, mix, run)
+        return self._run(FromImages(self.chain.cut).step_inputs(batch, self.context), mix, run)
 
     def _run(
         self,
@@ -325,6 +327,7 @@ class FreezeSession:
             step = replace(step, features=add_noise(step.features, self.config.feature_noise))
         step = mix(step)
         samples = step.samples * self.meter.relative(self.meter.width_of(step.inputs))
+        self.offloading.hold(0 if self.force_eager else step.bypassed)  # compiled code keeps addresses
         self._last_step, self.recorder.active = (step.mode, samples), True
         try:
             with bypassing(self.chain, step, self.force_eager):
@@ -478,12 +481,9 @@ class FreezeSession:
         return FreezeStatus.of(self.chain, self.store)
 
     def report(self) -> FreezeCacheReport:
-        phases = self.ledger.phases
-        steps = sum(phase.steps for phase in phases if phase.mode in ("live", "replay"))
-        report = make_report(phases, self.meter.plain_per_step(steps))
-        return (
-            report if self.learning_rates is None else replace(report, learning_rates=self.learning_rates.describe())
-        )
+        rates = None if self.learning_rates is None else self.learning_rates.describe()
+        report = make_report(self.ledger.phases, self.meter.plain_per_step(self.ledger.training_steps))
+        return replace(report, learning_rates=rates)
 
     def numbers(self) -> dict[str, float]:
         """What is logged beside a loss of the running epoch; nothing between epochs. See `epoch_numbers`."""
