@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,39 @@ from .._common import Claim, make_parser, pick, prepare, result_folder, silence,
 from .._partials import add_task_options, settle_run_options
 from .._statistics import markdown_table
 from .._trainings import EpochClock, accuracy
-from ..headline.arms import make_args
-from ..headline.tasks import TASKS, Task, load_task
+from ..headline.arms import HEAD_START, make_args
+from ..headline.tasks import Task, load_task
+from .pictures import plot_regret, plot_rules
 
-#: Tasks, with a learning rate that plain training was tuned to, and numbers of epochs.
-RATES = {"caltech-112": (2e-4, 6), "cifar10-resnet20": (4e-3, 20), "banking77": (4e-4, 6)}
-NO_FREEZING = "none"
+NO_FREEZING, COLD = "none", "none, cold head"
+#: The task in which every cut is tried at every one of these epochs.
+SWEPT, SWEPT_EPOCHS, SWEPT_CUTS = "banking77", (0, 1, 2, 3), (3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a task is trained.
+
+    Args:
+        rate: learning rate that plain training was tuned to in `benchmarks/headline`.
+        epochs: of the training.
+        rows: training samples.
+        test_rows: test samples.
+        bf16: whether steps run in mixed precision.
+    """
+
+    rate: float
+    epochs: int
+    rows: int
+    test_rows: int
+    bf16: bool = False
+
+
+SETTINGS = {
+    "banking77": Settings(4e-4, 6, 1000, 1000, bf16=True),
+    "caltech-112": Settings(2e-4, 6, 1000, 500),
+    "cifar10-resnet20": Settings(4e-3, 20, 2000, 1000, bf16=True),
+}
 
 
 @dataclass(frozen=True)
@@ -54,26 +81,41 @@ class Arm:
         return FreezeCacheConfig(policy=self.policy, cache=self.cache, **self.settings)  # type: ignore[arg-type]
 
 
-def make_arms(predictor: str | None) -> list[Arm]:
-    """All arms.
+def make_arms(task: str = "", without: str | None = None) -> list[Arm]:
+    """All arms, in the order in which they are trained.
+
+    All have a head start where the model is pretrained, no freezing too; without one it is an arm of its own.
 
     Args:
-        predictor: of policy smartfrz: folder or id on the Hub; None: that policy is left out.
+        task: name of the task.
+        without: folder of predictors that were made without a network, named after the tasks; None: that arm is left
+            out.
     """
-    rules = [
+    rules: list[tuple[str, str, dict[str, Any]]] = [
         ("linear", "linear", {}),
-        ("freezeout", "freezeout", {}),
-        ("freezeout, annealed", "freezeout", {"anneal": "cosine", "anneal_scale": True}),
+        ("smartfrz", "smartfrz", {}),
         ("autofreeze", "autofreeze", {}),
         ("egeria", "egeria", {}),
         ("simfreeze", "simfreeze", {}),
+        ("freezeout", "freezeout", {}),
+        ("freezeout, annealed", "freezeout", {"anneal": "cosine", "anneal_scale": True}),
     ]
-    if predictor is not None:
-        rules.append(("smartfrz", "smartfrz", {"predictor": predictor}))
-    arms = [Arm(NO_FREEZING, "none")]
-    for name, policy, settings in rules:
-        arms += [Arm(name, policy, "never", settings), Arm(f"{name}, cached", policy, "auto", settings)]
-    return arms
+    if without is not None:
+        predictor = str(Path(without) / task)
+        rules.insert(2, ("smartfrz, network unseen", "smartfrz", {"predictor": predictor}))
+    alone = [Arm(name, policy, "never", settings) for name, policy, settings in rules]
+    cached = [Arm(f"{name}, cached", policy, "auto", settings) for name, policy, settings in rules]
+    cold = Arm(COLD, "none", settings={"head_start_epochs": 0})
+    return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, cold, *cached]
+
+
+def make_sweep() -> list[Arm]:
+    """One freeze each, at every epoch and cut that hindsight may choose from."""
+    points = [(epoch, cut) for epoch in SWEPT_EPOCHS for cut in SWEPT_CUTS]
+    return [
+        Arm(f"{epoch}:{cut}", "manual", settings={"freeze_points": f"{epoch}:{cut}", "head_start_epochs": HEAD_START})
+        for epoch, cut in points
+    ]
 
 
 def train_arm(arm: Arm, seed: int, task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,15 +127,15 @@ def train_arm(arm: Arm, seed: int, task: Task, options: argparse.Namespace) -> d
         task: what is learned.
         options: the settings.
     """
-    target = Path(options.output_dir) / "training"
+    target = Path(options.output_dir) / "trainings" / result_file(options, task.name, arm.name, seed).stem
     shutil.rmtree(target, ignore_errors=True)
-    rate, epochs = RATES[task.name]
-    epochs = 2 if options.smoke else epochs
+    settings = SETTINGS[task.name]
+    epochs = 2 if options.smoke else settings.epochs
     set_seed(seed)
     clock = EpochClock(1, set())
     trainer = FreezeCacheTrainer(
         task.load_model(),
-        args=make_args(task, target, options, epochs, rate, seed),
+        args=replace(make_args(task, target, options, epochs, settings.rate, seed), bf16=settings.bf16 or options.gpu),
         train_dataset=task.train,
         eval_dataset=task.test,
         data_collator=task.collator,
@@ -140,16 +182,19 @@ def result_file(options: argparse.Namespace, task: str, arm: str, seed: int) -> 
 
 def run_task(name: str, options: argparse.Namespace) -> None:
     """Trains all arms of a task with all seeds; those that are done are left out."""
-    arms = make_arms(options.predictor)
+    arms = make_sweep() if options.sweep else make_arms(name, options.without)
     missing = [
         (seed, arm)
-        for seed in options.seeds
         for arm in arms
+        for seed in options.seeds
         if not result_file(options, name, arm.name, seed).exists()
+        and (options.arms is None or arm.name in options.arms)
     ]
     if not missing:
         return
-    task = load_task(name, options)
+    own = SETTINGS[name]
+    sizes = {"rows": options.rows or own.rows, "test_rows": options.test_rows or own.test_rows}
+    task = load_task(name, argparse.Namespace(**{**vars(options), **sizes}))
     for seed, arm in missing:
         if time.time() > options.until:
             return
@@ -164,15 +209,64 @@ def collect(options: argparse.Namespace) -> None:
     """Writes the table and the results of what is finished."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name in options.tasks:
-        for arm in make_arms(options.predictor):
-            for seed in options.seeds:
-                path = result_file(options, name, arm.name, seed)
-                if path.exists():
-                    results.setdefault(name, {}).setdefault(arm.name, {})[str(seed)] = json.loads(path.read_text())
+        if found := read_results(options, name, make_arms(name, options.without)):
+            results[name] = found
+    folder = result_folder("policies", options.smoke)
+    if results:
+        plot_rules(results, NO_FREEZING, folder / "rules.png")
+    if swept := read_results(options, SWEPT, make_sweep()):
+        results[f"{SWEPT}, every cut and epoch"] = swept
+        points, rules = compare_with_hindsight(results[SWEPT], swept)
+        plot_regret({"task": SWEPT, "points": points}, rules, folder / "regret.png")
     text = "\n".join(line for name, arms in results.items() for line in [f"## {name}", "", *table(arms), ""])
-    (result_folder("policies", options.smoke) / "table.md").write_text(text + "\n", encoding="utf-8")
-    claims = [claim for name, arms in results.items() for claim in make_claims(name, arms)]
-    write_result("policies", options, pick(options, "tasks seeds rows batch_size test_rows"), results, claims)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    claims = [claim for name in options.tasks for claim in make_claims(name, results.get(name, {}))]
+    tasks = {name: asdict(SETTINGS[name]) for name in options.tasks}
+    settings = {**pick(options, "seeds rows batch_size test_rows"), "tasks": tasks}
+    write_result("policies", options, settings, results, claims)
+
+
+def read_results(options: argparse.Namespace, task: str, arms: Sequence[Arm]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What is finished, by arm and seed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm in arms:
+        for seed in options.seeds:
+            path = result_file(options, task, arm.name, seed)
+            if path.exists():
+                found.setdefault(arm.name, {})[str(seed)] = json.loads(path.read_text())
+    return found
+
+
+def compare_with_hindsight(
+    arms: Mapping[str, Mapping[str, Mapping[str, Any]]], swept: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
+    """FLOPs and points of accuracy relative to no freezing: of every cut and epoch, and of every rule.
+
+    Seeds are those that the sweep has: of a rule, the same ones.
+    """
+    plain = arms[NO_FREEZING]
+
+    def relative(by_seed: Mapping[str, Mapping[str, Any]], seeds: Sequence[str]) -> dict[str, float]:
+        return {
+            "flops": statistics.fmean(by_seed[seed]["flops"] / plain[seed]["flops"] for seed in seeds),
+            "accuracy": statistics.fmean(
+                100 * (by_seed[seed]["accuracy"] - plain[seed]["accuracy"]) for seed in seeds
+            ),
+        }
+
+    seeds = sorted(set(plain).intersection(*swept.values()))
+    if not seeds:
+        return [], {}
+    points = []
+    for name, by_seed in swept.items():
+        epoch, cut = map(int, name.split(":"))
+        points.append({"epoch": epoch, "cut": cut, **relative(by_seed, seeds)})
+    rules = {
+        name: relative(by_seed, seeds)
+        for name, by_seed in arms.items()
+        if not name.endswith(", cached") and name != NO_FREEZING and set(seeds) <= set(by_seed)
+    }
+    return points, rules
 
 
 def table(arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
@@ -201,12 +295,17 @@ def table(arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def make_claims(task: str, arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Claim]:
-    """What smartfrz must show, where it was trained."""
-    plain, smart = arms.get(NO_FREEZING, {}), arms.get("smartfrz", {})
-    pairs = [100 * (run["accuracy"] - plain[seed]["accuracy"]) for seed, run in smart.items() if seed in plain]
-    return (
-        [Claim(f"{task}: smartfrz minus no freezing, points", statistics.fmean(pairs), at_least=-0.3)] if pairs else []
-    )
+    """What smartfrz must show, where it was trained: beside no freezing, and beside `linear`."""
+    smart, found = arms.get("smartfrz", {}), []
+    for name, limit in ((NO_FREEZING, -0.3), ("linear", 0.0)):
+        pairs = [(run, arms[name][seed]) for seed, run in smart.items() if seed in arms.get(name, {})]
+        if pairs:
+            points = statistics.fmean(100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs)
+            found.append(Claim(f"{task}: smartfrz minus {name}, points", points, at_least=limit))
+    if pairs:
+        flops = statistics.fmean(run["flops"] / other["flops"] for run, other in pairs)
+        found.append(Claim(f"{task}: FLOPs of smartfrz / linear", flops, at_most=1.0))
+    return found
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -216,13 +315,16 @@ def _mean(runs: Sequence[Mapping[str, Any]], name: str) -> float:
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_task_options(parser, 32)
-    parser.add_argument("--predictor", help="of policy smartfrz, which is left out without one")
-    parser.add_argument("--tasks", nargs="+", default=list(RATES), choices=[name for name in TASKS if name in RATES])
+    parser.add_argument("--without", help="folder of predictors that were made without the network of a task")
+    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--sweep", action="store_true", help=f"try every cut at every epoch of {SWEPT} instead")
+    parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)
     if options.smoke:
         options.rows, options.test_rows, options.seeds = options.rows or 64, 32, [0]
     options.until = time.time() + options.seconds
+    options.tasks = [SWEPT] if options.sweep else options.tasks
     settle_run_options(options, "policies", 1)
     return options
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import timm
 import torch
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
@@ -18,8 +19,6 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     DataCollatorWithPadding,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
     RegNetConfig,
     RegNetForImageClassification,
     ViTConfig,
@@ -46,6 +45,7 @@ class Run:
         learning_rate: at its largest.
         epochs: of the training.
         schedule: of the learning rate, as `TrainingArguments` names it.
+        warmup: share of the steps in which the learning rate rises.
     """
 
     network: str
@@ -53,10 +53,12 @@ class Run:
     learning_rate: float
     epochs: int
     schedule: str = "linear"
+    warmup: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.learning_rate:g}-{self.epochs}-{self.schedule}-{self.seed}"
+        warmup = "-warmup" if self.warmup else ""
+        return f"{self.network}-{self.learning_rate:g}-{self.epochs}-{self.schedule}{warmup}-{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,9 +104,8 @@ def _tiny_vit(options: argparse.Namespace) -> nn.Module:
 
 
 def _mobilenet(options: argparse.Namespace) -> nn.Module:
-    return MobileNetV2ForImageClassification(
-        MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=CLASSES, finegrained_output=False)
-    )
+    """timm's: that of Transformers takes BatchNorm statistics of nearly the last batch alone (momentum 0.997)."""
+    return wrap_classifier(timm.create_model("mobilenetv2_035", num_classes=CLASSES))
 
 
 def _convnext(options: argparse.Namespace) -> nn.Module:
@@ -155,7 +156,7 @@ def runs(seeds: int) -> list[Run]:
     planned: list[list[Run]] = []
     for name, network in NETWORKS.items():
         variants = [
-            Run(name, seed, rate, epochs, ("linear", "cosine", "constant")[(seed + place) % 3])
+            Run(name, seed, rate, epochs, ("linear", "cosine", "constant")[(seed + place) % 3], 0.1 * (seed % 2))
             for seed in range(2 * seeds if network.is_test else seeds)
             for place, (rate, epochs) in enumerate(
                 (rate, epochs) for epochs in network.epochs for rate in network.rates

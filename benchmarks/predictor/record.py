@@ -55,6 +55,7 @@ def record(options: argparse.Namespace, run: Run, data: Any) -> float:
             num_train_epochs=run.epochs,
             learning_rate=run.learning_rate,
             lr_scheduler_type=run.schedule,
+            warmup_steps=run.warmup,
             weight_decay=0.05,
             **{**QUIET, "seed": run.seed, "use_cpu": not options.gpu},
         )

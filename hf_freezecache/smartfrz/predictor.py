@@ -13,6 +13,12 @@ from .history import NUM_FEATURES, SCALARS, Variant
 
 #: Folder of the predictor that comes with the package, where one does.
 SHIPPED = Path(__file__).parent / "shipped"
+_FIRST_SCALAR = NUM_FEATURES - len(SCALARS)
+#: What a predictor reads of a snapshot, by name, and where it is.
+INPUTS = {
+    "quantiles": slice(0, _FIRST_SCALAR),
+    **{name: slice(place, place + 1) for place, name in enumerate(SCALARS, _FIRST_SCALAR)},
+}
 
 
 class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezecache", tags=["layer-freezing"]):
@@ -26,10 +32,10 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         width: of queries, keys, values and the context.
         variant: how weights are sampled, see `WeightSampler.take`.
         attention: False: the mean of the values takes the place of attention, to learn what that is worth.
-        hidden_inputs: names of scalars that are not looked at, for the same reason.
+        hidden_inputs: scalars of a snapshot that are not looked at, or "quantiles", for the same reason.
 
     Raises:
-        ValueError: if there is no such scalar.
+        ValueError: if there is no such input.
     """
 
     def __init__(
@@ -46,9 +52,9 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         self.head = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 2))
         seen = torch.ones(NUM_FEATURES)
         for name in hidden_inputs or ():
-            if name not in SCALARS:
-                raise ValueError(f"hidden_inputs: there is no {name!r}; possible are {', '.join(SCALARS)}.")
-            seen[NUM_FEATURES - len(SCALARS) + SCALARS.index(name)] = 0.0
+            if name not in INPUTS:
+                raise ValueError(f"hidden_inputs: there is no {name!r}; possible are {', '.join(INPUTS)}.")
+            seen[INPUTS[name]] = 0.0
         self.register_buffer("seen", seen, persistent=False)
         self.seen: torch.Tensor
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks.policies import run
 
 
@@ -18,15 +20,30 @@ def result(accuracy, flops, cuts):
     }
 
 
-def test_every_rule_is_compared_freezing_alone_and_cached():
-    arms = run.make_arms("some/predictor")
-    assert [arm.name for arm in arms if arm.cache == "auto"] == [
-        f"{name}, cached"
-        for name in ("linear", "freezeout", "freezeout, annealed", "autofreeze", "egeria", "simfreeze", "smartfrz")
-    ]
-    assert len({arm.name for arm in arms}) == len(arms) == 15
-    assert len(run.make_arms(None)) == 13
-    assert all(arm.config().cache == arm.cache for arm in run.make_arms(None))
+def test_every_rule_is_compared_freezing_alone_and_cached_with_the_same_head_start():
+    names = ["linear", "smartfrz", "autofreeze", "egeria", "simfreeze", "freezeout", "freezeout, annealed"]
+    arms = run.make_arms()
+    assert [arm.name for arm in arms] == ["none", *names, "none, cold head", *(f"{name}, cached" for name in names)]
+    assert [arm.cache for arm in arms] == ["never"] * 9 + ["auto"] * 7
+    smart = {"smartfrz", "smartfrz, cached"}
+    configs = {arm.name: arm.config() for arm in arms if arm.name not in smart}
+    assert {name for name, config in configs.items() if config.epochs_of_head_start != 2} == {"none, cold head"}
+    unseen = [arm for arm in run.make_arms("banking77", "some/folder") if "unseen" in arm.name]
+    assert [arm.settings["predictor"] for arm in unseen] == ["some/folder/banking77"] * 2
+
+
+def test_hindsight_is_compared_with_the_rules_on_the_seeds_of_the_sweep():
+    assert all(arm.config().freeze_points == arm.name for arm in run.make_sweep())
+    arms = {
+        "none": {"0": result(0.8, 100, [0]), "1": result(0.9, 200, [0])},
+        "linear": {"0": result(0.7, 50, [1]), "1": result(0.0, 50, [1])},
+        "smartfrz": {"1": result(0.0, 50, [1])},
+        "linear, cached": {"0": result(0.0, 1, [1])},
+    }
+    points, rules = run.compare_with_hindsight(arms, {"1:5": {"0": result(0.78, 40, [0, 5])}})
+    assert points == [{"epoch": 1, "cut": 5, "flops": 0.4, "accuracy": pytest.approx(-2)}]
+    assert rules == {"linear": {"flops": 0.5, "accuracy": pytest.approx(-10)}}
+    assert run.compare_with_hindsight(arms, {"1:5": {"7": result(0.78, 40, [0, 5])}}) == ([], {})
 
 
 def test_cuts_by_epoch_are_those_of_the_phases():
@@ -39,11 +56,16 @@ def test_cuts_by_epoch_are_those_of_the_phases():
 
 
 def test_tables_pair_seeds_and_claims_say_what_fails(tmp_path, capsys, monkeypatch):
-    options = run.parse_options(["--smoke", "--tasks", "banking77", "--output_dir", str(tmp_path), "--predictor", "x"])
+    options = run.parse_options(["--smoke", "--tasks", "banking77", "--output_dir", str(tmp_path)])
     monkeypatch.setattr(run, "result_folder", lambda *_: tmp_path)
-    for arm, found in {"none": result(0.9, 100, [0, 0]), "smartfrz": result(0.88, 60, [0, 5])}.items():
+    found_by_arm = {"none": (0.9, 100, [0, 0]), "linear": (0.86, 50, [0, 5]), "smartfrz": (0.88, 60, [0, 5])}
+    for arm, found in ((arm, result(*found)) for arm, found in found_by_arm.items()):
         run.result_file(options, "banking77", arm, 0).write_text(json.dumps(found))
     run.collect(options)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert "| smartfrz | 88.0 | -2.0 | 10 | 8 | 0.60 | 0 5 | 1 |" in lines
-    assert "FAILS: banking77: smartfrz minus no freezing, points: -2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FAILS: banking77: smartfrz minus none, points: -2" in said
+    assert "holds: banking77: smartfrz minus linear, points: 2" in said
+    assert "FAILS: banking77: FLOPs of smartfrz / linear: 1.2" in said
+    assert (tmp_path / "rules.png").stat().st_size > 1000 and not (tmp_path / "regret.png").exists()
