@@ -84,7 +84,10 @@ class FreezeCacheConfig:
     )
     predictor: str | None = field(
         default=None,
-        metadata={"help": "For policy smartfrz: folder or id on the Hub of a predictor of what has settled."},
+        metadata={
+            "help": "For policy smartfrz: folder or id on the Hub of a predictor of what has settled; if not "
+            "given, the one that comes with the package."
+        },
     )
     head_start_epochs: int | None = field(
         default=None,

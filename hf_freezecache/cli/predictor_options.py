@@ -28,7 +28,7 @@ def add_predictor(commands: argparse._SubParsersAction) -> None:
     train.add_argument("output", metavar="DIR", help="folder of the predictor")
     train.add_argument("--variant", choices=("fixed", "fresh"), default="fixed", help="positions of the weights")
     train.add_argument("--window", type=int, default=16, help="snapshots that it looks at (default: %(default)s)")
-    train.add_argument("--epochs", type=int, default=15, help="(default: %(default)s)")
+    train.add_argument("--epochs", type=int, default=5, help="(default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     train.add_argument("--no-leave-one-out", action="store_true", help="skip the predictors without each network")
     evaluate = actions.add_parser("evaluate", help="score a predictor on recorded trainings that it has not seen")

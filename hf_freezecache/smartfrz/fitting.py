@@ -19,7 +19,7 @@ from .windows import Windows, make_windows
 
 @dataclass(frozen=True)
 class Fitting:
-    """How a predictor is trained.
+    """How a predictor is trained: briefly, so that it does not learn the networks it sees by heart.
 
     Args:
         epochs: over all windows.
@@ -30,9 +30,9 @@ class Fitting:
         seed: of the initialization and the order.
     """
 
-    epochs: int = 15
+    epochs: int = 5
     learning_rate: float = 1e-3
-    weight_decay: float = 1e-5
+    weight_decay: float = 0.1
     batch_size: int = 256
     clip: float = 1.0
     seed: int = 0

@@ -69,8 +69,7 @@ class SmartFrzPolicy(SettlingPolicy):
     block has settled when at least half of the last `votes` verdicts are a confidence of `threshold`.
 
     Args:
-        predictor: the network, or where it is: folder or id on the Hub; None: the one that comes with the package,
-            where one does.
+        predictor: the network, or where it is: folder or id on the Hub; None: the one that comes with the package.
         threshold: confidence from which on a verdict is "settled".
         votes: verdicts that are counted, at least half of which must be "settled".
         least: snapshots before the first verdict.

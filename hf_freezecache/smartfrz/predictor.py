@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from .history import NUM_FEATURES, SCALARS, Variant
 
-#: Folder of the predictor that comes with the package, where one does.
+#: Folder of the predictor that comes with the package.
 SHIPPED = Path(__file__).parent / "shipped"
 _FIRST_SCALAR = NUM_FEATURES - len(SCALARS)
 #: What a predictor reads of a snapshot, by name, and where it is.
@@ -41,7 +43,7 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
     def __init__(
         self,
         window: int = 16,
-        width: int = 64,
+        width: int = 32,
         variant: Variant = "fixed",
         attention: bool = True,
         hidden_inputs: list[str] | None = None,
@@ -92,14 +94,15 @@ def load_predictor(source: str | None = None) -> FreezePredictor:
     """A predictor, ready to decide: on the CPU, in eval mode.
 
     Args:
-        source: folder or id on the Hub; None: the one that comes with the package, where one does.
+        source: folder or id on the Hub; None: the one that comes with the package.
 
     Raises:
-        FileNotFoundError: if none does.
+        FileNotFoundError: if that one is missing.
     """
     if source is None and not (SHIPPED / "model.safetensors").is_file():
         raise FileNotFoundError(
-            "policy='smartfrz' needs a predictor, and none comes with this release: name one, predictor='<folder or "
-            "id on the Hub>'; `freezecache predictor record | label | train` makes one from trainings of your own."
+            f"policy='smartfrz' needs a predictor, and the one of the package is not in {SHIPPED}: install the "
+            "package again, or name another, predictor='<folder or id on the Hub>'."
         )
-    return FreezePredictor.from_pretrained(str(SHIPPED) if source is None else source).eval()
+    with contextlib.redirect_stdout(io.StringIO()):  # the Hub's library prints where it reads from
+        return FreezePredictor.from_pretrained(str(SHIPPED) if source is None else source).eval()

@@ -1,11 +1,14 @@
 """Attention over the history of a block."""
 
+import json
+
 import pytest
 import torch
+from support.recorded_runs import made_up_run
 
 from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
 from hf_freezecache.smartfrz.history import NUM_FEATURES
-from hf_freezecache.smartfrz.predictor import load_predictor
+from hf_freezecache.smartfrz.predictor import SHIPPED, load_predictor
 from hf_freezecache.training.settings import read_settings
 
 
@@ -66,7 +69,7 @@ def test_saved_predictor_is_loaded_as_it_was(predictor, tmp_path):
 def test_without_a_predictor_the_policy_is_refused_in_words(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_freezecache.smartfrz.predictor.SHIPPED", tmp_path)
     load_predictor.cache_clear()
-    with pytest.raises(FileNotFoundError, match="policy='smartfrz' needs a predictor.*name one"):
+    with pytest.raises(FileNotFoundError, match="policy='smartfrz' needs a predictor.*name another"):
         SmartFrzPolicy()
     with pytest.raises(FileNotFoundError, match="needs a predictor"):
         read_settings({"policy": "smartfrz"}, None)
@@ -77,3 +80,27 @@ def test_a_predictor_is_named_in_the_settings(predictor, tmp_path):
     _, policy = read_settings({"policy": "smartfrz", "predictor": str(tmp_path), "max_frozen": 0.5}, None)
     assert isinstance(policy, SmartFrzPolicy) and policy.predictor.window == 8 and policy.max_frozen == 0.5
     assert f"predictor={str(tmp_path)!r}" in policy.describe()
+
+
+def test_the_predictor_of_the_package_is_the_default_and_knows_what_moves_from_what_trembles(capfd):
+    load_predictor.cache_clear()
+    _, policy = read_settings({"policy": "smartfrz"}, None)
+    assert policy.predictor is load_predictor(None) and policy.source is None and not policy.predictor.training
+    run = made_up_run("new", "other", 5, (0.2, 0.95))
+    recent = torch.from_numpy(run.fixed[30:46]).transpose(0, 1)
+    settled, moving = policy.predictor.confidence(recent, torch.full((2,), 16)).tolist()
+    assert settled > 0.5 and settled > moving
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_card_of_the_package_tells_what_its_predictor_was_made_from():
+    training = json.loads((SHIPPED / "training.json").read_text())
+    card = (SHIPPED / "README.md").read_text()
+    networks = {run["network"] for run in training["runs"]}
+    assert networks >= {"resnet20", "vit", "deit", "minilm"} and not networks & {"mobilenetv2", "convnext"}
+    assert all(f"| {network} |" in card for network in networks)
+    validating = {run["run"] for run in training["runs"] if run["validates"]}
+    assert {name.split("-")[0] for name in validating} == networks
+    assert set(training["without_each_network"]) == networks
+    assert set(json.loads((SHIPPED / "evaluation.json").read_text())["scores"]) == {"all", "mobilenetv2", "convnext"}
+    assert (SHIPPED / "model.safetensors").stat().st_size < 500_000
