@@ -42,7 +42,7 @@ def plot_rules(results: Mapping[str, Arms], reference: str, path: Path) -> None:
                     flops, statistics.fmean(points), spread, color=color, marker=marker, capsize=2, label=name
                 )
         cuts.set(title=f"{task}: frozen blocks", xlabel="epoch", ylabel="cut (mean over seeds)", ylim=(0, None))
-        cuts.legend(fontsize=7)
+        cuts.legend(fontsize=7, loc="upper left")
         costs.axhline(0, color="0.8", zorder=0)
         costs.set(title=task, xlabel="FLOPs relative to no freezing", ylabel="points of accuracy (all seeds)")
         costs.legend(fontsize=7)

@@ -97,7 +97,9 @@ def label(options: argparse.Namespace) -> None:
     (folder / LABELS).write_text(json.dumps(asdict(rule)) + "\n", encoding="utf-8")
     rows = [_settled(run, rule) for run in runs]
     others = [
-        LabelRule(remaining, floor, rule.window) for remaining in (0.02, 0.05, 0.1, 0.2) for floor in (0.0, 0.005, 0.02)
+        LabelRule(remaining, floor, rule.window)
+        for remaining in (0.02, 0.05, 0.1, 0.2)
+        for floor in (0.0, 0.005, 0.02)
     ]
     sensitivity = [
         {**asdict(other), "settled": float(np.mean([other.settled(run.cka)[:-1].mean() for run in runs]))}

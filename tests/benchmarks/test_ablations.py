@@ -1,8 +1,9 @@
 """What a predictor needs, measured by leaving parts of it out."""
 
 import pytest
-from benchmarks.predictor import ablations
 from support.recorded_runs import made_up_run, made_up_runs
+
+from benchmarks.predictor import ablations
 
 
 def test_every_network_is_scored_by_a_predictor_that_was_made_without_it():

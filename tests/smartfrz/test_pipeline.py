@@ -17,7 +17,7 @@ RULE = LabelRule(remaining=0.1, window=1)
 @pytest.fixture(scope="module")
 def fitted():
     training, validation = split_runs(made_up_runs(), 0.25, 0)
-    return fit(training, validation, RULE, Fitting(epochs=6), window=8)
+    return fit(training, validation, RULE, Fitting(epochs=12), window=8)
 
 
 def test_runs_are_saved_and_loaded_as_they_were(tmp_path):
@@ -63,7 +63,7 @@ def test_a_predictor_learns_what_can_be_seen(fitted):
 def test_training_is_repeated_bit_for_bit_and_draws_nothing(fitted):
     training, validation = split_runs(made_up_runs(), 0.25, 0)
     before = torch.get_rng_state()
-    again, history = fit(training, validation, RULE, Fitting(epochs=6), window=8)
+    again, history = fit(training, validation, RULE, Fitting(epochs=12), window=8)
     assert torch.equal(torch.get_rng_state(), before) and history == fitted[1]
     assert all(torch.equal(value, fitted[0].state_dict()[name]) for name, value in again.state_dict().items())
 
