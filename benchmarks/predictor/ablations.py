@@ -32,12 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fresh positions": {"variant": "fresh"},
     "no attention": {"attention": False},
     "window 4": {"window": 4},
-    "window 8": {"window": 8},
+    "window 16": {"window": 16},
     "window 32": {"window": 32},
-    "no quantiles": {"hidden_inputs": ["quantiles"]},
-    **{f"no {name}": {"hidden_inputs": [name]} for name in SCALARS},
-    "progress alone": {"hidden_inputs": ["quantiles", *(name for name in SCALARS if name != "progress")]},
-    "quantiles alone": {"hidden_inputs": list(SCALARS)},
+    "with quantiles": {"inputs": ["quantiles", *SCALARS]},
+    "with quantiles, window 16": {"inputs": ["quantiles", *SCALARS], "window": 16},
+    **{f"no {name}": {"inputs": [other for other in SCALARS if other != name]} for name in SCALARS},
+    "progress alone": {"inputs": ["progress"]},
+    "quantiles alone": {"inputs": ["quantiles"]},
 }
 
 

@@ -21,6 +21,7 @@ from ..hub.pushing import Push, push_files
 from ..smartfrz.card import CARD, EVALUATION, TRAINING, write_card
 from ..smartfrz.evaluation import score, without_each_network
 from ..smartfrz.fitting import Fitting, fit
+from ..smartfrz.history import SCALARS
 from ..smartfrz.labels import LabelRule
 from ..smartfrz.predictor import FreezePredictor, load_predictor
 from ..smartfrz.recording import HistoryRecorder, RecordedRun, RunFacts
@@ -124,7 +125,7 @@ def train(options: argparse.Namespace) -> None:
     folder, rule = Path(options.runs), _rule_beside(Path(options.runs))
     runs = load_runs(folder)
     fitting = Fitting(epochs=options.epochs, seed=options.seed)
-    settings = {"window": options.window, "variant": options.variant}
+    settings = {"window": options.window, "variant": options.variant, "inputs": options.inputs or list(SCALARS)}
     training, validation = split_runs(runs, 0.2, options.seed)
     predictor, history = fit(training, validation or training, rule, fitting, **settings)
     output = Path(options.output)

@@ -27,7 +27,14 @@ def add_predictor(commands: argparse._SubParsersAction) -> None:
     train.add_argument("runs", metavar="RUNS", help="folder of recorded trainings")
     train.add_argument("output", metavar="DIR", help="folder of the predictor")
     train.add_argument("--variant", choices=("fixed", "fresh"), default="fixed", help="positions of the weights")
-    train.add_argument("--window", type=int, default=16, help="snapshots that it looks at (default: %(default)s)")
+    train.add_argument("--window", type=int, default=8, help="snapshots that it looks at (default: %(default)s)")
+    train.add_argument(
+        "--inputs",
+        nargs="+",
+        metavar="NAME",
+        help="what it reads of a snapshot, of those that the documentation of FreezePredictor names (default: all but "
+        "the quantiles)",
+    )
     train.add_argument("--epochs", type=int, default=5, help="(default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     train.add_argument("--no-leave-one-out", action="store_true", help="skip the predictors without each network")

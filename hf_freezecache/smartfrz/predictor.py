@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from .history import NUM_FEATURES, SCALARS, Variant
 #: Folder of the predictor that comes with the package.
 SHIPPED = Path(__file__).parent / "shipped"
 _FIRST_SCALAR = NUM_FEATURES - len(SCALARS)
-#: What a predictor reads of a snapshot, by name, and where it is.
+#: What a predictor can read of a snapshot, by name, and where it is.
 INPUTS = {
     "quantiles": slice(0, _FIRST_SCALAR),
     **{name: slice(place, place + 1) for place, name in enumerate(SCALARS, _FIRST_SCALAR)},
@@ -34,31 +35,28 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         width: of queries, keys, values and the context.
         variant: how weights are sampled, see `WeightSampler.take`.
         attention: False: the mean of the values takes the place of attention, to learn what that is worth.
-        hidden_inputs: scalars of a snapshot that are not looked at, or "quantiles", for the same reason.
+        inputs: names of what is read of a snapshot, from `INPUTS`; None: the scalars. With the quantiles, which tell
+            networks apart, predictors knew less of networks that they had not seen (benchmarks/predictor).
 
     Raises:
-        ValueError: if there is no such input.
+        ValueError: if there is no such input, or none at all.
     """
 
     def __init__(
         self,
-        window: int = 16,
+        window: int = 8,
         width: int = 32,
         variant: Variant = "fixed",
         attention: bool = True,
-        hidden_inputs: list[str] | None = None,
+        inputs: Sequence[str] | None = None,
     ):
         super().__init__()
         self.window, self.width, self.variant, self.attention = window, width, variant, attention
-        self.query, self.key, self.value = (_encoder(width) for _ in range(3))
+        places = _places(SCALARS if inputs is None else inputs)
+        self.query, self.key, self.value = (_encoder(len(places), width) for _ in range(3))
         self.head = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 2))
-        seen = torch.ones(NUM_FEATURES)
-        for name in hidden_inputs or ():
-            if name not in INPUTS:
-                raise ValueError(f"hidden_inputs: there is no {name!r}; possible are {', '.join(INPUTS)}.")
-            seen[INPUTS[name]] = 0.0
-        self.register_buffer("seen", seen, persistent=False)
-        self.seen: torch.Tensor
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+        self.places: torch.Tensor
 
     def forward(self, histories: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Logits `(B, 2)`: keep and freeze.
@@ -69,7 +67,7 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
 
         Shapes: B blocks, W snapshots.
         """
-        inputs = histories * self.seen
+        inputs = histories[:, :, self.places]
         query, keys, values = self.query(inputs[:, -1]), self.key(inputs), self.value(inputs)
         scores = (keys @ query[:, :, None])[:, :, 0] / self.width**0.5
         if not self.attention:
@@ -85,8 +83,15 @@ class FreezePredictor(nn.Module, PyTorchModelHubMixin, library_name="hf_freezeca
         return self(histories, lengths).softmax(1)[:, 1]
 
 
-def _encoder(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(NUM_FEATURES, width), nn.ReLU(), nn.Linear(width, width))
+def _places(inputs: Sequence[str]) -> list[int]:
+    unknown = [name for name in inputs if name not in INPUTS]
+    if unknown or not inputs:
+        raise ValueError(f"inputs={list(inputs)!r}: one or more of {', '.join(INPUTS)}.")
+    return [place for name in inputs for place in range(NUM_FEATURES)[INPUTS[name]]]
+
+
+def _encoder(inputs: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width))
 
 
 @functools.lru_cache(maxsize=4)

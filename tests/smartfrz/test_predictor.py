@@ -8,7 +8,7 @@ from support.recorded_runs import made_up_run
 
 from hf_freezecache.smartfrz import FreezePredictor, SmartFrzPolicy
 from hf_freezecache.smartfrz.history import NUM_FEATURES
-from hf_freezecache.smartfrz.predictor import SHIPPED, load_predictor
+from hf_freezecache.smartfrz.predictor import INPUTS, SHIPPED, load_predictor
 from hf_freezecache.training.settings import read_settings
 
 
@@ -44,14 +44,29 @@ def test_without_attention_all_snapshots_count_the_same():
     assert torch.allclose(flat(values, lengths), flat(values[:, torch.randperm(8)], lengths), atol=1e-6)
 
 
-def test_hidden_inputs_are_not_looked_at():
-    blind = FreezePredictor(hidden_inputs=["progress"]).eval()
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_looked_at_and_others_are_not(name):
     values, lengths = histories(), torch.full((3,), 8)
     other = values.clone()
-    other[:, :, -1] = 7.0
+    other[:, :, INPUTS[name]] = 7.0
+    blind = FreezePredictor(inputs=[each for each in INPUTS if each != name]).eval()
     assert torch.equal(blind(values, lengths), blind(other, lengths))
-    with pytest.raises(ValueError, match="colour"):
-        FreezePredictor(hidden_inputs=["colour"])
+    seeing = FreezePredictor(inputs=[name]).eval()
+    assert not torch.equal(seeing(values, lengths), seeing(other, lengths))
+
+
+def test_quantiles_are_not_looked_at_unless_asked_for():
+    values, lengths = histories(), torch.full((3,), 8)
+    other = values.clone()
+    other[:, :, INPUTS["quantiles"]] = 7.0
+    predictor = FreezePredictor().eval()
+    assert torch.equal(predictor(values, lengths), predictor(other, lengths))
+
+
+@pytest.mark.parametrize("inputs", [["colour"], []])
+def test_impossible_inputs_are_refused_with_the_possible_ones(inputs):
+    with pytest.raises(ValueError, match="quantiles, scale, drift"):
+        FreezePredictor(inputs=inputs)
 
 
 def test_saved_predictor_is_loaded_as_it_was(predictor, tmp_path):
