@@ -19,7 +19,7 @@ QUANTILES = 16
 
 Variant = Literal["fixed", "fresh"]
 #: Values that do not depend on the order of the weights, after the quantiles.
-SCALARS = ("scale", "drift", "step", "step_to_drift", "turn", "outward", "progress")
+SCALARS = ("scale", "drift", "step", "step_to_drift", "turn", "outward", "progress", "depth")
 NUM_FEATURES = 3 * QUANTILES + len(SCALARS)
 _TINY = 1e-8
 
@@ -93,12 +93,13 @@ def _scale(value: torch.Tensor) -> float:
 
 
 def describe_snapshot(
-    now: np.ndarray, first: np.ndarray, before: np.ndarray, step_before: np.ndarray, progress: float
+    now: np.ndarray, first: np.ndarray, before: np.ndarray, step_before: np.ndarray, progress: float, depth: float
 ) -> np.ndarray:
-    """What a predictor reads of one snapshot: scale, drift since the start, and step since the snapshot before.
+    """What a predictor reads of one snapshot: scale, drift since the start, step since the snapshot before, and where.
 
     Networks, kinds of layer and learning rates differ by orders of magnitude: shapes of distributions and logarithms
-    of sizes are what they have in common.
+    of sizes are what they have in common. Weights of blocks in all depths come to rest at nearly the same time, and
+    the outputs of the first ones much earlier: without its depth, a predictor cannot tell blocks of a network apart.
 
     Args:
         now: weights `(SAMPLED,)`, as `WeightSampler` takes them.
@@ -106,6 +107,7 @@ def describe_snapshot(
         before: at the snapshot before.
         step_before: from that before it to that.
         progress: share of the training that is done.
+        depth: of the block, see `depth_of`.
 
     Returns:
         float32 `(NUM_FEATURES,)`, all of the order of 1.
@@ -114,16 +116,17 @@ def describe_snapshot(
     sizes = [_rms(now), _rms(drift), _rms(step)]
     logs = [np.log10(size + _TINY) / 4 for size in sizes]
     shapes = [_quantiles(value / (size + _TINY)) for value, size in zip((now, drift, step), sizes, strict=True)]
-    scalars = [*logs, logs[2] - logs[1], _cosine(step, step_before), _cosine(step, drift), progress]
+    scalars = [*logs, logs[2] - logs[1], _cosine(step, step_before), _cosine(step, drift), progress, depth]
     return np.concatenate([*shapes, np.array(scalars)]).astype(np.float32)
 
 
-def describe_history(weights: np.ndarray, progress: Sequence[float]) -> np.ndarray:
+def describe_history(weights: np.ndarray, progress: Sequence[float], depth: float) -> np.ndarray:
     """The same for all snapshots of a block.
 
     Args:
         weights: `(S, SAMPLED)`.
         progress: `(S,)`.
+        depth: of the block, see `depth_of`.
 
     Returns:
         float32 `(S, NUM_FEATURES)`.
@@ -132,9 +135,14 @@ def describe_history(weights: np.ndarray, progress: Sequence[float]) -> np.ndarr
     """
     described, before, step_before = [], weights[0], np.zeros_like(weights[0])
     for now, done in zip(weights, progress, strict=True):
-        described.append(describe_snapshot(now, weights[0], before, step_before, done))
+        described.append(describe_snapshot(now, weights[0], before, step_before, done, depth))
         before, step_before = now, now - before
     return np.stack(described)
+
+
+def depth_of(index: int, num_blocks: int) -> float:
+    """Where a block is: 0 for the stem, 1 for the last one."""
+    return index / max(1, num_blocks - 1)
 
 
 def _rms(values: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from ..policies.base import Moment, ObservedBlock
 from ..policies.settling import SettlingPolicy, tensor_from_text, tensor_to_text
 from ..rng import hash_key
-from .history import WeightSampler, describe_snapshot, snapshot_every
+from .history import WeightSampler, depth_of, describe_snapshot, snapshot_every
 from .predictor import FreezePredictor, load_predictor
 
 
@@ -24,10 +24,11 @@ class BlockHistory:
         sampler: takes its weights.
         window: snapshots that are kept.
         votes: verdicts that are kept.
+        depth: of the block, see `depth_of`.
     """
 
-    def __init__(self, sampler: WeightSampler, window: int, votes: int):
-        self.sampler = sampler
+    def __init__(self, sampler: WeightSampler, window: int, votes: int, depth: float):
+        self.sampler, self.depth = sampler, depth
         self.snapshots: deque[np.ndarray] = deque(maxlen=window)
         self.verdicts: deque[bool] = deque(maxlen=votes)
         # Weights at the start and at the last snapshot, and the step to that.
@@ -36,7 +37,7 @@ class BlockHistory:
     def add(self, weights: np.ndarray, progress: float) -> None:
         """Adds a snapshot."""
         first, before, step = self.weights or [weights, weights, np.zeros_like(weights)]
-        self.snapshots.append(describe_snapshot(weights, first, before, step, progress))
+        self.snapshots.append(describe_snapshot(weights, first, before, step, progress, self.depth))
         self.weights = [first, weights, weights - before]
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class SmartFrzPolicy(SettlingPolicy):
             return
         live = [block for block in blocks if block.index >= self.settled and _trained(block)]
         for block in live:
-            history = self._history_of(block)
+            history = self._history_of(block, moment.num_blocks)
             weights = history.sampler.take(_trained(block), self._snapshot, self.predictor.variant)
             history.add(weights, moment.step / moment.max_steps)
         self._snapshot += 1
@@ -138,10 +139,11 @@ class SmartFrzPolicy(SettlingPolicy):
         verdicts = self._histories[index].verdicts
         return len(verdicts) == self.votes and 2 * sum(verdicts) >= self.votes
 
-    def _history_of(self, block: ObservedBlock) -> BlockHistory:
+    def _history_of(self, block: ObservedBlock, num_blocks: int) -> BlockHistory:
         if block.index not in self._histories:
             sampler = WeightSampler(_trained(block), hash_key(self.seed, block.index) % 2**32)
-            history = BlockHistory(sampler, self.predictor.window, self.votes)
+            depth = depth_of(block.index, num_blocks)
+            history = BlockHistory(sampler, self.predictor.window, self.votes, depth)
             if (saved := self._saved.get(str(block.index))) is not None:
                 history.load_state_dict(saved)
             self._histories[block.index] = history

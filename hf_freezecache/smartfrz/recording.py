@@ -19,7 +19,7 @@ from ..model.chain import BlockChain
 from ..model.similarities import read_similarities
 from ..policies.cka import cka, gram
 from ..rng import hash_key, preserve_rng
-from .history import WeightSampler, describe_history, snapshot_every
+from .history import NUM_FEATURES, WeightSampler, depth_of, describe_history, snapshot_every
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,18 @@ class RecordedRun:
         """Reads a run.
 
         Raises:
-            ValueError: if the file is no recorded run.
+            ValueError: if the file is no recorded run, or one of another version.
         """
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if "facts" not in metadata:
                 raise ValueError(f"{path} is no recorded training: `freezecache predictor record` writes them.")
             arrays = {name: file.get_tensor(name) for name in ("fixed", "fresh", "progress", "cka")}
+        if arrays["fixed"].shape[-1] != NUM_FEATURES:
+            raise ValueError(
+                f"{path} was recorded by another version: {arrays['fixed'].shape[-1]} values a snapshot, and a predictor "
+                f"reads {NUM_FEATURES}. Record the training again."
+            )
         return cls(RunFacts(**json.loads(metadata["facts"])), **arrays)
 
 
@@ -125,7 +130,11 @@ class HistoryRecorder(TrainerCallback):
         arrays = {}
         for variant, snapshots in self._weights.items():
             by_block = np.stack(snapshots, axis=1)
-            arrays[variant] = np.stack([describe_history(weights, self._progress) for weights in by_block], axis=1)
+            described = [
+                describe_history(weights, self._progress, depth_of(index, len(by_block)))
+                for index, weights in enumerate(by_block)
+            ]
+            arrays[variant] = np.stack(described, axis=1)
         RecordedRun(facts, **arrays, progress=np.array(self._progress), cka=np.array(curves)).save(self.path)
 
     def _take(self, model: nn.Module, progress: float) -> None:

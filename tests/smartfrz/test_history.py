@@ -11,6 +11,7 @@ from hf_freezecache.smartfrz.history import (
     SAMPLED,
     SCALARS,
     WeightSampler,
+    depth_of,
     describe_history,
     snapshot_every,
 )
@@ -22,8 +23,8 @@ def block(seed=0, scale=1.0):
     return {name: nn.Parameter(scale * value) for name, value in parameters.items()}
 
 
-def scalars(weights, progress):
-    described = describe_history(np.stack(weights), progress)
+def scalars(weights, progress, depth=0.5):
+    described = describe_history(np.stack(weights), progress, depth)
     return {name: described[:, 3 * QUANTILES + place] for place, name in enumerate(SCALARS)}
 
 
@@ -67,11 +68,15 @@ def test_drift_and_step_are_told_in_orders_of_magnitude():
     large = scalars([start + 1e-1 * gone * way for gone in (0, 1, 2, 3)], [0, 0.1, 0.2, 0.3])
     assert large["drift"][1:] - small["drift"][1:] == pytest.approx(np.full(3, 2 / 4), abs=1e-2)
     assert large["turn"][2:] == pytest.approx(np.ones(2), abs=1e-3)  # straight on
-    assert large["progress"] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert large["progress"] == pytest.approx([0, 0.1, 0.2, 0.3]) and set(large["depth"]) == {0.5}
     back = scalars([start, start + way, start], [0, 0.1, 0.2])
     assert back["turn"][2] == pytest.approx(-1, abs=1e-3)
-    still = describe_history(np.stack([start, start]), [0, 0.1])
+    still = describe_history(np.stack([start, start]), [0, 0.1], 0.0)
     assert np.isfinite(still).all() and still.shape == (2, NUM_FEATURES)
+
+
+def test_depth_is_0_for_the_stem_and_1_for_the_last_block():
+    assert [depth_of(index, 5) for index in range(5)] == [0, 0.25, 0.5, 0.75, 1] and depth_of(0, 1) == 0
 
 
 def test_trainings_of_any_length_have_as_many_snapshots():

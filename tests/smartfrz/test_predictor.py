@@ -103,8 +103,10 @@ def test_the_predictor_of_the_package_is_the_default_and_knows_what_moves_from_w
     assert policy.predictor is load_predictor(None) and policy.source is None and not policy.predictor.training
     run = made_up_run("new", "other", 5, (0.2, 0.95))
     recent = torch.from_numpy(run.fixed[30:46]).transpose(0, 1)
-    settled, moving = policy.predictor.confidence(recent, torch.full((2,), 16)).tolist()
-    assert settled > 0.5 and settled > moving
+    for depth in (0.0, 0.5):  # the same for both
+        recent[:, :, INPUTS["depth"]] = depth
+        settled, moving = policy.predictor.confidence(recent, torch.full((2,), 16)).tolist()
+        assert settled > 0.5 and settled > moving
     assert capfd.readouterr() == ("", "")
 
 
