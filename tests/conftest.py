@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_cases import MANY_CASES
+from slow_tests import LONG, MANY_CASES
 
 from hf_freezecache.distributed import Announcer
 
@@ -27,7 +27,7 @@ Announcer.raises = (
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items):
-    """Marks cases of tests with many of them as slow."""
+    """Marks tests that are long, and cases of tests with many of them, as slow."""
     tests, seen = Path(__file__).parent, {}
     for item in items:
         path, name = item.path.relative_to(tests).as_posix(), getattr(item, "originalname", item.name)
@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items):
             case = seen[path, name] = seen.get((path, name), -1) + 1
             if case % 8:
                 item.add_marker(pytest.mark.slow)
+        elif name in LONG.get(path, ()):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish(session):

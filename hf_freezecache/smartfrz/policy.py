@@ -66,8 +66,9 @@ class SmartFrzPolicy(SettlingPolicy):
     """Freezes the blocks of which a predictor says, again and again, that they have settled.
 
     SmartFRZ (ICLR 2023, "Attention-based layer freezing"). Sixty times in a training, 1,024 weights of every live
-    block are added to its history; a predictor that was trained once, on other trainings, reads the last few of them. A
-    block has settled when at least half of the last `votes` verdicts are a confidence of `threshold`.
+    block are added to its history; a predictor that was trained once, on other trainings, reads the last few of them,
+    how far the training is, and how deep the block. A block has settled when at least half of the last `votes`
+    verdicts are a confidence of `threshold`.
 
     Args:
         predictor: the network, or where it is: folder or id on the Hub; None: the one that comes with the package.

@@ -83,10 +83,10 @@ class RecordedRun:
             if "facts" not in metadata:
                 raise ValueError(f"{path} is no recorded training: `freezecache predictor record` writes them.")
             arrays = {name: file.get_tensor(name) for name in ("fixed", "fresh", "progress", "cka")}
-        if arrays["fixed"].shape[-1] != NUM_FEATURES:
+        if (values := arrays["fixed"].shape[-1]) != NUM_FEATURES:
             raise ValueError(
-                f"{path} was recorded by another version: {arrays['fixed'].shape[-1]} values a snapshot, and a predictor "
-                f"reads {NUM_FEATURES}. Record the training again."
+                f"{path} was recorded by another version: {values} values a snapshot, and a predictor reads "
+                f"{NUM_FEATURES}. Record the training again."
             )
         return cls(RunFacts(**json.loads(metadata["facts"])), **arrays)
 

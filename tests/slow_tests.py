@@ -1,7 +1,7 @@
-"""Tests of many cases that take seconds each, of which the quick suite runs a few."""
+"""Tests that take seconds, of which the quick suite runs a few."""
 
-#: By file. Of these, the first case and every eighth one belong to the quick suite, the others to the slow one:
-#: another change of the code rarely breaks one of these cases alone.
+#: Tests of many cases, by file. Of these, the first case and every eighth one belong to the quick suite, the others to
+#: the slow one: another change of the code rarely breaks one of these cases alone.
 MANY_CASES = {
     "augment/test_channel_map.py": ("test_store_keeps_the_maps_and_trains_from_them",),
     "build/test_comparison.py": ("test_rows_that_a_build_would_write_again_do_not_differ",),
@@ -13,12 +13,19 @@ MANY_CASES = {
         "test_store_that_can_be_deepened_has_no_reason_against_it",
         "test_two_processes_write_the_rows_of_one",
     ),
+    "build/test_reuse.py": ("test_views_of_replaced_files_are_computed_again",),
     "build/test_sizing.py": ("test_estimated_bytes_are_those_of_the_files",),
+    "cache/codec/test_mixed.py": ("test_narrowed_has_the_same_size_fitted_or_not",),
     "faults/test_broken_disks.py": ("test_full_disk_trains_live",),
+    "faults/test_damaged_bytes.py": ("test_damage_is_found_or_read_by_nobody",),
+    "faults/test_killed_trainings.py": ("test_newest_checkpoint_is_passed_over_where_it_is_incomplete",),
     "faults/test_stores_lost_in_training.py": (
+        "test_a_store_that_is_lost_costs_no_training",
         "test_training_resumed_in_the_epoch_of_a_loss_is_the_uninterrupted_one",
     ),
+    "hub/test_heads_of_families.py": ("test_head_on_its_base_is_the_trained_model_bit_for_bit",),
     "hub/test_heads_of_trainings.py": ("test_head_of_a_replayed_training_is_the_trained_model",),
+    "hub/test_hostile_heads.py": ("test_settings_of_timm_fetch_and_unpickle_nothing",),
     "hub/test_pushing.py": (
         "test_passing_errors_are_tried_again",
         "test_refused_push_says_why_and_loses_nothing",
@@ -32,6 +39,8 @@ MANY_CASES = {
     "invariant/test_equal_trajectories.py": (
         "test_cache_with_fp32_codec_is_freeze_only",
         "test_resumed_is_uninterrupted",
+        "test_resumed_without_its_store_builds_the_same_one",
+        "test_reused_store_is_built_store",
     ),
     "invariant/test_packed_rows.py": (
         "test_resumed_training_equals_the_uninterrupted_one",
@@ -44,13 +53,18 @@ MANY_CASES = {
         "test_write_through_of_exact_features_is_upfront_training",
         "test_writing_epochs_train_as_the_same_views_drawn_live",
     ),
+    "model/test_discovery.py": ("test_blocks_are_found_and_every_cut_is_proved_or_refused_in_words",),
     "replay/test_lost_stores.py": ("test_loader_processes_read_on_when_the_store_was_removed",),
-    "test_planning.py": ("test_bytes_are_those_of_the_store_that_is_then_built",),
+    "test_planning.py": (
+        "test_bytes_are_those_of_the_store_that_is_then_built",
+        "test_plan_predicts_the_packed_bytes",
+    ),
     "test_trainer.py": ("test_script_with_transform_collator_and_evaluation_works_unmodified",),
     "test_trainer_adapters.py": ("test_adapters_before_and_behind_the_cut_are_right",),
     "test_trainer_collators.py": ("test_blocks_are_frozen_whatever_the_collator_returns",),
     "test_trainer_learning_rates.py": (
         "test_a_trial_before_the_training_leaves_nothing_behind",
+        "test_annealed_training_is_that_of_groups_made_by_hand",
         "test_resumed_is_uninterrupted",
     ),
     "test_trainer_loaders.py": (
@@ -58,29 +72,43 @@ MANY_CASES = {
         "test_row_that_is_drawn_often_is_drawn_anew_also_after_a_resume",
     ),
     "test_trainer_models.py": ("test_training_on_features_is_the_frozen_training_on_samples",),
+    "test_trainer_pipelines.py": (
+        "test_collator_that_mixes_is_refused_a_cache_and_frozen_without_one",
+        "test_timms_random_transform_is_stored_in_whole_draws_and_said",
+        "test_timms_transform_of_evaluations_is_right",
+    ),
     "test_trainer_plain.py": ("test_compiled_model_trains_as_the_uncompiled_one",),
     "test_trainer_selections.py": (
         "test_folds_cost_one_build",
         "test_selections_of_any_data_set_are_cached",
     ),
+    "test_trainer_settling.py": (
+        "test_cached_is_freeze_only",
+        "test_learning_rates_fall_between_a_decision_and_its_freeze",
+        "test_resumed_training_decides_as_an_uninterrupted_one",
+    ),
     "test_trainer_sizes.py": (
+        "test_an_image_that_changes_is_seen_and_runs_as_it_is",
         "test_batches_of_one_image_of_any_size_are_cached",
         "test_batches_of_one_size_each_are_cached",
         "test_codecs_of_features_of_several_sizes",
         "test_defaults_and_trials_take_images_of_several_sizes",
         "test_samples_without_padding_are_stored_in_their_own_lengths",
         "test_sizes_that_are_not_those_of_samples_are_refused_before_the_first_step",
+        "test_training_is_the_frozen_one_bit_for_bit_where_a_build_has_its_batches",
         "test_ways_to_train_on_features_of_several_sizes",
     ),
     "test_trainer_texts.py": (
         "test_codecs_of_tokens",
         "test_training_on_features_is_close_to_the_frozen_one_where_batches_are_padded_to_their_longest",
         "test_training_on_features_is_the_frozen_one_where_batches_have_one_width",
+        "test_where_padding_counts_it_is_stored_too",
     ),
     "test_trainer_widths.py": (
         "test_a_sample_that_changes_is_seen_and_runs_as_it_is",
         "test_codecs_of_trimmed_features",
         "test_sounds_of_several_lengths_are_trimmed",
+        "test_sounds_whose_features_the_width_reaches_are_refused_before_the_first_step",
         "test_texts_whose_padding_counts_are_trimmed_to_the_width_of_a_batch",
         "test_training_is_the_frozen_one_bit_for_bit_where_batches_are_as_wide_as_the_widest",
         "test_ways_to_train_on_trimmed_features",
@@ -93,6 +121,7 @@ MANY_CASES = {
         "test_model_that_accelerate_has_hooked_is_right",
     ),
     "test_transformers_texts.py": ("test_cached_training_of_an_example_is_the_frozen_one",),
+    "training/test_data_state.py": ("test_rows_before_the_freeze_are_those_of_a_plain_trainer",),
     "training/test_evaluation.py": (
         "test_cached_evaluations_equal_those_on_images_within_half_precision",
         "test_cached_evaluations_in_full_precision_equal_those_on_images_bit_for_bit",
@@ -101,13 +130,28 @@ MANY_CASES = {
     ),
     "training/test_evaluation_of_images.py": ("test_evaluations_that_need_images_run_on_images",),
     "training/test_evaluation_passes.py": ("test_loop_takes_its_arguments_by_position_too",),
-    "training/test_freezing_trial.py": ("test_the_training_is_that_of_the_schedule_that_was_chosen",),
-    "training/test_head_start.py": ("test_the_training_behind_it_is_that_of_a_model_with_such_a_head",),
+    "training/test_freezing_trial.py": (
+        "test_a_head_start_leaves_the_held_out_samples_alone",
+        "test_the_training_is_that_of_the_schedule_that_was_chosen",
+    ),
+    "training/test_head_start.py": (
+        "test_features_that_do_not_fit_into_memory_give_the_same_head",
+        "test_on_samples_of_several_widths_and_sizes_it_is_a_training_by_hand",
+        "test_the_training_behind_it_is_that_of_a_model_with_such_a_head",
+        "test_which_heads_get_one",
+    ),
+    "training/test_head_start_by_default.py": (
+        "test_a_fault_of_the_disk_costs_no_training",
+        "test_what_a_model_remembers_is_that_of_its_training_alone",
+    ),
     "training/test_head_start_from_store.py": (
         "test_after_a_trial_the_head_is_trained_from_the_store_or_on_more_samples",
         "test_frozen_blocks_run_once_and_the_head_is_that_of_one_from_samples",
+        "test_of_augmented_samples_it_takes_the_base_view",
+        "test_samples_of_several_widths_and_sizes_are_read_from_their_store",
         "test_without_a_store_it_takes_samples",
     ),
+    "training/test_learning_rates.py": ("test_optimizers_of_the_trainer_do_as_with_groups_made_by_hand",),
     "training/test_rehearsal.py": ("test_under_the_defaults_it_trains_on_images_as_without_a_cache",),
     "training/test_replayed_tokens.py": ("test_replay_of_tokens_is_the_frozen_training",),
     "training/test_report_hooks.py": ("test_names_and_numbers_of_any_kind_break_no_training",),
@@ -116,10 +160,68 @@ MANY_CASES = {
         "test_value_that_no_fingerprint_tells_makes_another_store",
     ),
     "training/test_sentinels.py": ("test_a_change_after_the_build_ends_the_replay_and_nothing_is_trained_wrongly",),
+    "training/test_similarities.py": ("test_reading_changes_nothing_of_the_training",),
     "training/test_store_provider.py": (
         "test_resume_keeps_codec_and_stores_of_a_budget",
         "test_resume_of_a_deepened_store_is_exact_even_if_all_stores_are_gone",
     ),
     "training/test_store_provider_views.py": ("test_geometry_is_kept_in_the_smallest_way_that_fits",),
     "training/test_write_through.py": ("test_resumed_after_a_misfit_is_uninterrupted",),
+    "zeroth_order/test_zero_order_trainer.py": (
+        "test_loss_falls",
+        "test_training_on_features_is_the_frozen_training_bit_for_bit",
+    ),
+}
+
+#: Tests that belong to the slow suite: each takes many seconds, and what it tries is close to what a quick one tries.
+LONG = {
+    "build/test_deepening.py": ("test_views_that_are_missing_are_a_reason_not_to_deepen",),
+    "build/test_survey.py": ("test_budget_decides_the_number_of_channels",),
+    "distributed/test_two_processes.py": ("test_two_processes_agree_and_one_reads_their_store",),
+    "hub/test_pushing.py": ("test_pushed_head_is_loaded_on_another_machine",),
+    "invariant/test_writing_epochs.py": (
+        "test_drop_last_and_accumulation_leave_the_store_complete",
+        "test_number_of_workers_changes_nothing",
+    ),
+    "test_planning.py": ("test_geometry_that_is_no_homography_is_planned_as_it_would_be_kept",),
+    "test_trainer_plain.py": (
+        "test_code_that_rounds_otherwise_when_compiled_trains_on_the_cache",
+        "test_trials_share_one_budget_and_what_is_equal",
+    ),
+    "test_trainer_selections.py": (
+        "test_loader_processes_read_the_rows_of_the_fold",
+        "test_stores_of_trained_blocks_are_each_folds_own",
+        "test_texts_of_a_fold_are_read_from_the_shared_store",
+    ),
+    "test_trainer_settling.py": ("test_activations_of_compiled_models_are_observed",),
+    "test_trainer_sizes.py": (
+        "test_a_budget_holds_for_features_of_several_sizes",
+        "test_other_ways_to_make_a_store_fall_back_to_builds",
+        "test_several_cuts_are_stored_one_after_the_other",
+        "test_stores_are_reused_by_trainings_on_the_same_images",
+    ),
+    "test_trainer_widths.py": (
+        "test_other_ways_to_make_a_store_fall_back_to_builds",
+        "test_several_cuts_are_stored_one_after_the_other",
+    ),
+    "training/test_evaluation.py": (
+        "test_batch_metrics_and_dropped_batches_stay",
+        "test_images_of_another_size_than_in_training_are_cached_too",
+        "test_persistent_workers_see_the_source_turn",
+        "test_second_training_caches_its_evaluations",
+    ),
+    "training/test_head_start_from_store.py": (
+        "test_a_store_that_epochs_have_written_before_is_taken",
+        "test_loader_processes_read_the_store",
+    ),
+    "training/test_store_provider.py": (
+        "test_budget_counts_what_lies_on_the_disk_once_a_store_is_built",
+        "test_outdated_evaluation_stores_make_room_for_a_deeper_cut",
+        "test_store_before_goes_first_where_the_budget_does_not_hold_both",
+        "test_store_of_the_cut_before_is_removed_when_the_deeper_one_is_complete",
+    ),
+    "training/test_write_through.py": (
+        "test_finished_stores_are_replayed_at_once",
+        "test_too_few_epochs_build_upfront_and_say_so",
+    ),
 }
