@@ -1,6 +1,7 @@
 """Accuracy, seconds and FLOPs of every freezing rule, freezing alone and with a cache.
 
 python -m benchmarks.policies.run --threads 1               # continues after a kill
+python -m benchmarks.policies.run --threads 1 --validate    # on held-out training samples, to choose settings
 python -m benchmarks.policies.run --collect                 # the table of what is finished
 """
 
@@ -195,6 +196,9 @@ def run_task(name: str, options: argparse.Namespace) -> None:
     own = SETTINGS[name]
     sizes = {"rows": options.rows or own.rows, "test_rows": options.test_rows or own.test_rows}
     task = load_task(name, argparse.Namespace(**{**vars(options), **sizes}))
+    if options.validate:
+        train, held_out = task.split()
+        task = replace(task, train=train, test=held_out)
     for seed, arm in missing:
         if time.time() > options.until:
             return
@@ -212,6 +216,9 @@ def collect(options: argparse.Namespace) -> None:
         if found := read_results(options, name, make_arms(name, options.without)):
             results[name] = found
     folder = result_folder("policies", options.smoke)
+    if options.validate:
+        print("\n".join(line for name, arms in results.items() for line in [name, *table(arms), ""]))
+        return
     if results:
         plot_rules(results, NO_FREEZING, folder / "rules.png")
     if swept := read_results(options, SWEPT, make_sweep()):
@@ -319,6 +326,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--sweep", action="store_true", help=f"try every cut at every epoch of {SWEPT} instead")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="train on four fifths of the training samples and evaluate on the others, to choose settings of a rule; "
+        "prints a table",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -326,6 +339,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.until = time.time() + options.seconds
     options.tasks = [SWEPT] if options.sweep else options.tasks
     settle_run_options(options, "policies", 1)
+    if options.validate:
+        options.output_dir = str(Path(options.output_dir).parent / "validation")
     return options
 
 

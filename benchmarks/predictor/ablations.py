@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "with quantiles, window 16": {"inputs": ["quantiles", *SCALARS], "window": 16},
     **{f"no {name}": {"inputs": [other for other in SCALARS if other != name]} for name in SCALARS},
     "progress alone": {"inputs": ["progress"]},
+    "progress and depth alone": {"inputs": ["progress", "depth"]},
     "quantiles alone": {"inputs": ["quantiles"]},
 }
 

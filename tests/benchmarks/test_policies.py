@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from datasets import Dataset
 
+from benchmarks.headline.tasks import Task
 from benchmarks.policies import run
 
 
@@ -53,6 +55,28 @@ def test_cuts_by_epoch_are_those_of_the_phases():
         {"cut": 4, "mode": "replay", "epochs": 1},
     ]
     assert run.cuts(phases, 3) == [0, 0, 4] and run.cuts([], 3) == [0, 0, 0]
+
+
+def test_settings_are_chosen_on_training_samples_and_change_no_result(tmp_path, capsys, monkeypatch):
+    arguments = ["--smoke", "--tasks", "banking77", "--arms", "none", "--validate"]
+    options = run.parse_options([*arguments, "--output_dir", str(tmp_path / "partial")])
+    seen = {}
+    task = Task(
+        "banking77", Dataset.from_dict({"x": range(10)}), Dataset.from_dict({"x": [-1]}), *[None] * 2, 1, 7, 3, 5
+    )
+    monkeypatch.setattr(run, "load_task", lambda *_: task)
+    monkeypatch.setattr(run, "result_folder", lambda *_: tmp_path)
+
+    def train_arm(arm, seed, task, options):
+        seen[arm.name] = (task.train["x"][:], task.test["x"][:])
+        return result(0.5, 1.0, [0])
+
+    monkeypatch.setattr(run, "train_arm", train_arm)
+    run.run_task("banking77", options)
+    run.collect(options)
+    assert seen == {"none": (list(range(8)), [8, 9])}
+    assert "| none | 50.0 |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["validation"]
 
 
 def test_tables_pair_seeds_and_claims_say_what_fails(tmp_path, capsys, monkeypatch):

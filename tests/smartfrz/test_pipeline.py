@@ -1,5 +1,7 @@
 """From recorded trainings to a predictor that knows what has settled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,9 @@ def test_runs_are_saved_and_loaded_as_they_were(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is no recorded training"):
         RecordedRun.load(tmp_path / "other.safetensors")
+    replace(run, fixed=run.fixed[:, :, :-1]).save(tmp_path / "older.safetensors")
+    with pytest.raises(ValueError, match="recorded by another version: 55 values a snapshot"):
+        RecordedRun.load(tmp_path / "older.safetensors")
 
 
 def test_windows_end_with_the_snapshot_that_is_labelled():
