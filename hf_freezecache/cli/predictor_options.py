@@ -19,7 +19,7 @@ def add_predictor(commands: argparse._SubParsersAction) -> None:
     )
     label.add_argument("runs", metavar="RUNS", help="folder of recorded trainings")
     label.add_argument(
-        "--remaining", type=float, default=0.05, help="share of the largest distance, at most (default: %(default)s)"
+        "--remaining", type=float, default=0.02, help="share of the largest distance, at most (default: %(default)s)"
     )
     label.add_argument("--floor", type=float, default=0.005, help="distance that is small (default: %(default)s)")
     label.add_argument("--window", type=int, default=3, help="snapshots that are averaged (default: %(default)s)")

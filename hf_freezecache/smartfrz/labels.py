@@ -21,7 +21,7 @@ class LabelRule:
         window: snapshots over which distances are averaged, as one reading is noisy.
     """
 
-    remaining: float = 0.05
+    remaining: float = 0.02
     floor: float = 0.005
     window: int = 3
 
