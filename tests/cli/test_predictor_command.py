@@ -51,7 +51,7 @@ def test_a_training_is_recorded_once(tmp_path, capsys):
 def test_labels_are_printed_with_what_other_rules_would_say(runs, capsys):
     code, out, _ = call(capsys, "label", runs, "--json")
     told = json.loads(out)
-    assert code == 0 and told["rule"] == {"remaining": 0.05, "floor": 0.005, "window": 3} and len(told["runs"]) == 6
+    assert code == 0 and told["rule"] == {"remaining": 0.02, "floor": 0.005, "window": 3} and len(told["runs"]) == 6
     assert [entry["settled"] for entry in told["sensitivity"][::3]] == sorted(
         entry["settled"] for entry in told["sensitivity"][::3]
     )
