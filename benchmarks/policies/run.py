@@ -221,7 +221,7 @@ def collect(options: argparse.Namespace) -> None:
         return
     if results:
         plot_rules(results, NO_FREEZING, folder / "rules.png")
-    if swept := read_results(options, SWEPT, make_sweep()):
+    if SWEPT in results and (swept := read_results(options, SWEPT, make_sweep())):
         results[f"{SWEPT}, every cut and epoch"] = swept
         points, rules = compare_with_hindsight(results[SWEPT], swept)
         plot_regret({"task": SWEPT, "points": points}, rules, folder / "regret.png")

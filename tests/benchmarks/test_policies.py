@@ -93,3 +93,8 @@ def test_tables_pair_seeds_and_claims_say_what_fails(tmp_path, capsys, monkeypat
     assert "holds: banking77: smartfrz minus linear, points: 2" in said
     assert "FAILS: banking77: FLOPs of smartfrz / linear: 1.2" in said
     assert (tmp_path / "rules.png").stat().st_size > 1000 and not (tmp_path / "regret.png").exists()
+    run.result_file(options, "banking77", "1:3", 0).write_text(json.dumps(result(0.9, 70, [0, 3])))
+    run.collect(options)
+    assert (tmp_path / "regret.png").stat().st_size > 1000
+    options.tasks = ["caltech-112"]
+    run.collect(options)  # without the swept task there is nothing to compare its sweep with
