@@ -149,3 +149,11 @@ def test_handlers_of_the_user_are_not_doubled(levels, tmp_path, caplog):
     run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:2"), num_train_epochs=2, log_level="info")
     assert logging.getLogger("hf_freezecache").handlers == handlers
     assert sum("froze 2 of 4 blocks" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_trainer_hides_no_messages_that_were_asked_for(levels, tmp_path):
+    package = logging.getLogger("hf_freezecache")
+    for before, after in ((logging.DEBUG, logging.DEBUG), (logging.ERROR, logging.INFO)):
+        package.setLevel(before)
+        run(tiny_vit(), pixel_dataset(), tmp_path, manual("1:2"), num_train_epochs=1, log_level="info")
+        assert package.level == after

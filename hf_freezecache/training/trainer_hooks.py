@@ -481,10 +481,10 @@ def _keep_settings(init: Callable) -> Callable:
 
 
 def _follow_log_level(args: TrainingArguments) -> None:
-    """Shows this package's informative messages where `Trainer` shows its own."""
+    """Shows this package's informative messages where `Trainer` shows its own; hides none that are shown already."""
     package, level = python_logging.getLogger(__name__.partition(".")[0]), args.get_process_log_level()
     if level > python_logging.INFO:
         return
-    package.setLevel(level)
+    package.setLevel(min(level, package.getEffectiveLevel()))
     if not package.handlers and not python_logging.getLogger().handlers:
         package.addHandler(python_logging.StreamHandler())
