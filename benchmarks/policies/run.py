@@ -101,13 +101,14 @@ def make_arms(task: str = "", without: str | None = None) -> list[Arm]:
         ("freezeout", "freezeout", {}),
         ("freezeout, annealed", "freezeout", {"anneal": "cosine", "anneal_scale": True}),
     ]
+    deeper = [Arm(f"{rule}, to the head", rule, settings={"max_frozen": 1.0}) for rule in ("linear", "smartfrz")]
     if without is not None:
         predictor = str(Path(without) / task)
         rules.insert(2, ("smartfrz, network unseen", "smartfrz", {"predictor": predictor}))
     alone = [Arm(name, policy, "never", settings) for name, policy, settings in rules]
-    cached = [Arm(f"{name}, cached", policy, "auto", settings) for name, policy, settings in rules]
+    cached = [Arm(f"{name}, cached", policy, "always", settings) for name, policy, settings in rules]
     cold = Arm(COLD, "none", settings={"head_start_epochs": 0})
-    return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, cold, *cached]
+    return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, *deeper, cold, *cached]
 
 
 def make_sweep() -> list[Arm]:
