@@ -13,7 +13,7 @@ from torch import nn
 from ..policies.base import Moment, ObservedBlock
 from ..policies.settling import SettlingPolicy, tensor_from_text, tensor_to_text
 from ..rng import hash_key
-from .history import WeightSampler, depth_of, describe_snapshot, snapshot_every
+from .history import NUM_FEATURES, WeightSampler, depth_of, describe_snapshot, snapshot_every
 from .predictor import FreezePredictor, load_predictor
 
 
@@ -162,6 +162,13 @@ class SmartFrzPolicy(SettlingPolicy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._snapshot, self._saved = state.get("snapshot", 0), state.get("histories", {})
+        for history in self._saved.values():
+            if (values := history["snapshots"]["shape"][-1]) != NUM_FEATURES:
+                raise ValueError(
+                    f"Snapshots of weights in this checkpoint have {values} values, and those of this version of "
+                    f"hf_freezecache have {NUM_FEATURES}: policy='smartfrz' cannot go on from them. Resume with the "
+                    "version that wrote the checkpoint, or with another policy."
+                )
 
 
 def _trained(block: ObservedBlock) -> dict[str, nn.Parameter]:

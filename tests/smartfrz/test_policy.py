@@ -7,7 +7,9 @@ from support.predictors import ByDrift
 from torch import nn
 
 from hf_freezecache.policies import ObservedBlock
+from hf_freezecache.policies.settling import tensor_from_text, tensor_to_text
 from hf_freezecache.smartfrz import SmartFrzPolicy
+from hf_freezecache.smartfrz.history import NUM_FEATURES
 
 
 class Walk:
@@ -73,6 +75,16 @@ def test_memory_goes_on(step):
     walk.run(policy, range(step, 40))
     walk.run(resumed, range(step, 40))
     assert resumed.state_dict() == policy.state_dict() and policy.settled == 3
+
+
+def test_memory_of_other_values_is_refused():
+    policy, walk = started(), Walk([10, 30, 20, 60])
+    walk.run(policy, range(3))
+    state = policy.state_dict()
+    snapshots = tensor_from_text(state["histories"]["2"]["snapshots"])
+    state["histories"]["2"]["snapshots"] = tensor_to_text(snapshots[:, 1:])
+    with pytest.raises(ValueError, match=f"have {NUM_FEATURES - 1} values, and those of this version .* Resume with"):
+        started().load_state_dict(state)
 
 
 def test_steps_between_snapshots_cost_nothing():
