@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +13,7 @@ from .cache.codec import CODEC_NAMES, check_codec_name, make_codec
 from .cache.codec.progression import Progression
 from .cache.urls import check_url, is_url
 from .model.layout import FeatureLayout
-from .policies import ManualPolicy
+from .policies import SETTLING, ManualPolicy
 from .policies.around import layer_factor
 from .policies.schedule import format_freeze_points
 from .units import parse_bytes
@@ -28,6 +28,10 @@ ReuseMode = Literal["never", "proved", "content"]
 HeadStartMode = Literal["new", "always"]
 AnnealMode = Literal["none", "cosine"]
 CacheScope = Literal["shared", "node"]
+#: Policies that look which blocks have settled, and need no other limit.
+LOOKING = (*SETTLING, "smartfrz")
+#: Fraction of the blocks that the others freeze, at most, where the settings do not say it.
+MAX_FROZEN = 0.75
 #: Epochs of a head start where the settings do not say it; measured in `benchmarks/headline`.
 HEAD_START_EPOCHS = 2
 #: Folder of the stores in a training's output folder.
@@ -74,9 +78,12 @@ class FreezeCacheConfig:
     freeze_end: float = field(
         default=0.5, metadata={"help": "For policies linear and auto: fraction of training at the last stage."}
     )
-    max_frozen: float = field(
-        default=0.75,
-        metadata={"help": "For all policies but manual: fraction of the blocks frozen in the end, at most."},
+    max_frozen: float | None = field(
+        default=None,
+        metadata={
+            "help": "For all policies but manual: fraction of the blocks frozen in the end, at most. If not given: "
+            f"{MAX_FROZEN}; 1 for the policies that look which blocks have settled ({', '.join(LOOKING)})."
+        },
     )
     freeze_stages: int = field(
         default=2,
@@ -310,6 +317,8 @@ class FreezeCacheConfig:
     )
 
     def __post_init__(self):
+        if self.max_frozen is None:
+            self.max_frozen = self._own_max_frozen
         if self.freeze_points is not None:
             self.freeze_points = format_freeze_points(self.freeze_points)
         _one_of("policy", self.policy, PolicyName)
@@ -373,7 +382,18 @@ class FreezeCacheConfig:
             hidden: names that are left out.
         """
         given = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
+        given["max_frozen"] = self.max_frozen, self._own_max_frozen
         return {name: repr(own) for name, (own, default) in given.items() if name not in hidden and own != default}
+
+    def with_policy(self, policy: PolicyName) -> FreezeCacheConfig:
+        """The same settings with another policy: what only the one before reads, or has by default, is left out."""
+        deepest = None if self.max_frozen == self._own_max_frozen else self.max_frozen
+        points = self.freeze_points if policy == "manual" else None
+        return replace(self, policy=policy, freeze_points=points, max_frozen=deepest)
+
+    @property
+    def _own_max_frozen(self) -> float:
+        return 1.0 if self.policy in LOOKING else MAX_FROZEN
 
     @property
     def epochs_of_head_start(self) -> int:

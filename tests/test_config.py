@@ -66,6 +66,23 @@ def test_defaults_are_the_documented_ones():
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "deepest"),
+    [({"policy": "smartfrz"}, 1.0), ({"policy": "egeria", "max_frozen": 0.75}, 0.75), ({"policy": "auto"}, 0.75)],
+)
+def test_rules_that_look_have_no_limit_but_the_given_one(settings, deepest):
+    config = FreezeCacheConfig(**settings)
+    assert config.max_frozen == deepest
+    assert ("max_frozen" in config.changed()) == ("max_frozen" in settings)
+
+
+@pytest.mark.parametrize(("before", "deepest"), [({}, 1.0), ({"max_frozen": 0.5}, 0.5), ({"policy": "egeria"}, 1.0)])
+def test_another_policy_has_its_own_limit(before, deepest):
+    settings, policy = read_settings(FreezeCacheConfig(**before), "simfreeze")
+    assert settings.max_frozen == policy.max_frozen == deepest
+    assert read_settings(settings, "linear")[1].max_frozen == (0.75 if deepest == 1.0 else deepest)
+
+
 def test_annealing_needs_a_freeze():
     with pytest.raises(ValueError, match="policy='none' freezes none"):
         read_settings({"policy": "none", "anneal": "cosine"}, None)

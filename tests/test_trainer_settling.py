@@ -94,7 +94,7 @@ def test_learning_rates_fall_between_a_decision_and_its_freeze(name, tmp_path):
 def test_a_rule_goes_on_from_blocks_that_layer_decay_has_frozen(tmp_path):
     config = {"layer_decay": 0.5, "layer_decay_min": 0.2}  # the stem and the first of three blocks
     trainer = trained(tmp_path, RULES["simfreeze"](), cache="never", config=config)
-    assert cuts_of(trainer)[0] == 2 and cuts_of(trainer)[-1] == 3
+    assert cuts_of(trainer)[0] == 2 and cuts_of(trainer)[-1] == 4
 
 
 def test_freezeout_falls_as_it_freezes(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.config import MAX_FROZEN
 from hf_freezecache.training.flops import measure_training_flops
 
 from .._common import Claim, make_parser, pick, prepare, result_folder, silence, write_json, write_result
@@ -101,14 +102,17 @@ def make_arms(task: str = "", without: str | None = None) -> list[Arm]:
         ("freezeout", "freezeout", {}),
         ("freezeout, annealed", "freezeout", {"anneal": "cosine", "anneal_scale": True}),
     ]
-    deeper = [Arm(f"{rule}, to the head", rule, settings={"max_frozen": 1.0}) for rule in ("linear", "smartfrz")]
+    other_limits = [
+        Arm("linear, to the head", "linear", settings={"max_frozen": 1.0}),
+        Arm("smartfrz, three quarters", "smartfrz", settings={"max_frozen": MAX_FROZEN}),
+    ]
     if without is not None:
         predictor = str(Path(without) / task)
         rules.insert(2, ("smartfrz, network unseen", "smartfrz", {"predictor": predictor}))
     alone = [Arm(name, policy, "never", settings) for name, policy, settings in rules]
     cached = [Arm(f"{name}, cached", policy, "always", settings) for name, policy, settings in rules]
     cold = Arm(COLD, "none", settings={"head_start_epochs": 0})
-    return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, *deeper, cold, *cached]
+    return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, *other_limits, cold, *cached]
 
 
 def make_sweep() -> list[Arm]:

@@ -33,7 +33,7 @@ class AutoFreezePolicy(SettlingPolicy):
     name = "autofreeze"
     observes = frozenset({"gradients"})
 
-    def __init__(self, intervals: int = 2, max_frozen: float = 0.75):
+    def __init__(self, intervals: int = 2, max_frozen: float = 1.0):
         super().__init__(max_frozen)
         if isinstance(intervals, bool) or not isinstance(intervals, int) or intervals < 1:
             raise ValueError(f"intervals={intervals!r} of an epoch: 1, 2, ...")

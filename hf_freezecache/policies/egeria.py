@@ -40,7 +40,7 @@ class EgeriaPolicy(SettlingPolicy):
     name = "egeria"
     observes = frozenset({"similarities"})
 
-    def __init__(self, tolerance: float = 0.2, window: int = 3, max_frozen: float = 0.75, unfreeze: bool = False):
+    def __init__(self, tolerance: float = 0.2, window: int = 3, max_frozen: float = 1.0, unfreeze: bool = False):
         super().__init__(max_frozen)
         if unfreeze:
             raise ValueError(

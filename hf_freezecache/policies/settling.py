@@ -24,7 +24,7 @@ class SettlingPolicy(FreezePolicy):
         max_frozen: fraction of the blocks in the deepest cut.
     """
 
-    def __init__(self, max_frozen: float = 0.75):
+    def __init__(self, max_frozen: float = 1.0):
         self.max_frozen = max_frozen
         self.deepest = self.settled = 0
 

@@ -33,7 +33,7 @@ class SimFreezePolicy(SettlingPolicy):
     name = "simfreeze"
     observes = frozenset({"similarities"})
 
-    def __init__(self, tolerance: float = 0.01, window: int = 3, max_frozen: float = 0.75):
+    def __init__(self, tolerance: float = 0.01, window: int = 3, max_frozen: float = 1.0):
         super().__init__(max_frozen)
         if not tolerance > 0 or window < 1:
             raise ValueError(f"tolerance={tolerance!r} must be more than 0, and window={window!r} at least 1.")

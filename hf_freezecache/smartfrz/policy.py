@@ -92,7 +92,7 @@ class SmartFrzPolicy(SettlingPolicy):
         threshold: float = 0.5,
         votes: int = 4,
         least: int = 6,
-        max_frozen: float = 0.75,
+        max_frozen: float = 1.0,
         seed: int = 0,
     ):
         super().__init__(max_frozen)

@@ -48,7 +48,7 @@ def read_settings(settings: Any, policy: Any) -> tuple[FreezeCacheConfig, Freeze
             "{'policy': 'manual', 'freeze_points': '1:4'}."
         )
     if isinstance(policy, str):
-        settings = settings if policy == settings.policy else _with_policy(settings, policy)
+        settings = settings if policy == settings.policy else settings.with_policy(policy)  # type: ignore[arg-type]  # checked there
         policy = None
     if policy is not None and not isinstance(policy, FreezePolicy):
         raise TypeError(
@@ -71,13 +71,9 @@ def _with_learning_rates(settings: FreezeCacheConfig, policy: FreezePolicy) -> F
     return policy
 
 
-def _with_policy(settings: FreezeCacheConfig, policy: str) -> FreezeCacheConfig:
-    points = settings.freeze_points if policy == "manual" else None
-    return replace(settings, policy=policy, freeze_points=points)  # type: ignore[arg-type]  # checked there
-
-
 def make_policy(config: FreezeCacheConfig) -> FreezePolicy:
     """The policy that the settings name."""
+    assert config.max_frozen is not None  # the settings choose one
     if config.policy == "none":
         return NonePolicy()
     if config.policy == "manual":
