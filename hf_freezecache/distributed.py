@@ -179,6 +179,19 @@ class Group:
         """The contiguous part of `ranges` ranges of samples that is this process's."""
         return range(ranges * self.rank // self.size, ranges * (self.rank + 1) // self.size)
 
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether a value is true on some process; at once, as before every step.
+
+        Args:
+            value: this process's.
+            device: on which the processes communicate.
+        """
+        if self.size == 1:
+            return value
+        found = torch.tensor(int(value), device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return bool(found.item())
+
     def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrites the tensors with those of the main process, in place."""
         if self.size > 1:

@@ -24,23 +24,21 @@ from .._statistics import markdown_table
 
 #: Shares of the largest distance at which a block counts as settled, by hindsight.
 REMAINING = (0.02, 0.05, 0.1, 0.2)
-#: Deepest cut, as the rules have it.
-MAX_FROZEN = 0.75
 THRESHOLD, VOTES = 0.5, 4
 #: A distance counts as a share of at least this one: below, blocks of a fine-tuning have hardly moved at all.
 LEAST_DISTANCE = 0.1
 
 
 def by_epoch(cuts: Sequence[int], run: RecordedRun) -> list[int]:
-    """The cut of each epoch: what was found before it began, not above the deepest.
+    """The cut of each epoch: what was found before it began.
 
     Args:
         cuts: found by each snapshot.
         run: with those snapshots.
     """
-    epochs, deepest = run.facts.settings["epochs"], round(MAX_FROZEN * run.cka.shape[1])
+    epochs = run.facts.settings["epochs"]
     before = [int((run.progress < epoch / epochs - 1e-9).sum()) for epoch in range(epochs)]
-    return [min(deepest, cuts[number - 1]) if number else 0 for number in before]
+    return [cuts[number - 1] if number else 0 for number in before]
 
 
 def cuts_by_hindsight(run: RecordedRun, rule: LabelRule) -> list[int]:
@@ -51,7 +49,7 @@ def cuts_by_hindsight(run: RecordedRun, rule: LabelRule) -> list[int]:
 def cuts_of_linear(run: RecordedRun) -> list[int]:
     """The cut of each epoch by policy `linear`."""
     epochs, blocks = run.facts.settings["epochs"], run.cka.shape[1]
-    changes = LinearPolicy(max_frozen=MAX_FROZEN).changes(blocks, epochs)
+    changes = LinearPolicy().changes(blocks, epochs)
     return [max([cut for when, cut in changes if when <= epoch], default=0) for epoch in range(epochs)]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .installed import describe_origin
-from .model_digest import prefix_digest
+from .model_digest import class_of, prefix_digest
 from .row_files import known_files
 from .rows import RowSource
 from .value_digest import Undigestible, ValueDigest
@@ -58,12 +58,13 @@ def fingerprint_inputs(
         Name -> JSON value; the same in every process and every run with the same settings.
     """
     values = _value_digest(unknown or uuid.uuid4().hex, known_files(source.dataset))
+    kind = class_of(model)
     inputs = {
         "format_version": format_version,
         "dataset": values.hex(source.dataset),
         "collator": values.hex(source.collator),
         "rows": len(source),
-        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model": f"{kind.__module__}.{kind.__qualname__}",
         "config": config_digest(model, blocks, modules, values),
         "prefix": tensors_digest(tensors),
         "libraries": describe_origin("torch"),

@@ -30,6 +30,8 @@ _IRRELEVANT = set(vars(nn.Module())) | {
     "name_or_path",
     "warnings_issued",
 }
+#: Attributes and hooks that FSDP2 gives a module, its state behind them: how weights are split changes no feature.
+_OF_FSDP = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 #: Packages that put hooks and forwards into models which change nothing that the fingerprint does not tell.
 _HARMLESS = {"hf_freezecache", "accelerate"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -59,14 +61,21 @@ def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueD
 
 
 def _module_parts(module: nn.Module) -> list[Any]:
-    attributes = {name: vars(module)[name] for name in sorted(vars(module)) if name not in _IRRELEVANT}
+    names = [name for name in sorted(vars(module)) if name not in _IRRELEVANT and not name.startswith(_OF_FSDP)]
+    attributes = {name: vars(module)[name] for name in names}
     attributes = {
         name: _settings(value) if isinstance(value, PretrainedConfig) else value for name, value in attributes.items()
     }
-    parts: list[Any] = [type(module), attributes, _own_forward(module)]
+    parts: list[Any] = [class_of(module), attributes, _own_forward(module)]
     for kind in _HOOKS:
         parts += [kind, [hook for hook in getattr(module, kind).values() if not _is_harmless(hook)]]
     return parts
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of a module, as it was before FSDP2 put one derived from it in its place."""
+    kind = type(module)
+    return kind.__mro__[2] if kind.__module__.startswith("torch.distributed.fsdp") else kind
 
 
 def _own_forward(module: nn.Module) -> Any:

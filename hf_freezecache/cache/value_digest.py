@@ -359,7 +359,10 @@ def file_digest(path: str | Path, whole: bool = True) -> bytes:
 def tensor_memory(value: torch.Tensor) -> memoryview:
     """The bytes of a tensor in the order of its values; without a copy where it is contiguous and on the CPU."""
     value = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    return value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else memoryview(b"")
+    if not value.numel():
+        return memoryview(b"")
+    # `Tensor.numpy` would fix the size of the memory, which FSDP2 frees by making it smaller.
+    return np.from_dlpack(value.reshape(-1).view(torch.uint8)).data
 
 
 def _bulk(content: Any) -> bytes:

@@ -161,7 +161,9 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
     if session.chain.cut:
         return
     hopeless = session.keeper.provider.why_hopeless
-    with looking_at(session.context.source):
+    with looking_at(session.context.source), session.shards.whole():
+        if session.keeper.why_not_cached is not None:  # weights that were to be whole
+            return
         cuts = [cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None]
         why, is_error = session.proof.rehearse(cuts), session.explicit
         if why is None:

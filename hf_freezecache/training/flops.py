@@ -122,10 +122,13 @@ class FlopMeter:
         return self._per_sample[cut, mode]
 
     def measure_ahead(self) -> None:
-        """Measures steps and evaluations at every cut: a model that will be sharded can be measured before only.
+        """Measures steps and evaluations at every cut, and widths: a model in shards cannot be measured in a step.
 
-        A backward pass of one that is, outside the training's steps, would leave gradients for the next step.
+        A backward pass outside the training's own would leave gradients for the next step, and a forward pass waits
+        for all processes.
         """
+        if self._width is not None:
+            self._by_width = self._measure_by_width(self._width)
         for cut in range(len(self.chain) + 1):
             trained = [each for each in self.chain.prefix_parameters(cut).values() if each.requires_grad]
             try:

@@ -17,7 +17,6 @@ from .callback import FreezeCallback
 from .evaluation import EvaluationCache
 from .scope import Scope, store_directory
 from .session import FreezeSession
-from .sharding import WHY_ONLY_FROZEN
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -81,8 +80,6 @@ class TrainerHooks(_Trainer):
             why_not = "policy='none'"
         if self.args.n_gpu > 1:
             why_not = "several GPUs in one process"
-        if self.is_fsdp_enabled:
-            why_not = WHY_ONLY_FROZEN
         if why_not is not None:
             return Scope.without(self._group, why_not)
         scope = Scope.find(self._group, self._freeze_config, self._feature_cache_dir)

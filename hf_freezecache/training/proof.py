@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from transformers.utils import logging
 
@@ -29,10 +30,11 @@ class Proof:
     Args:
         context: the training.
         rehearsal: of the trainer's own step.
+        whole: makes a context in which every process has all weights.
     """
 
-    def __init__(self, context: BuildContext, rehearsal: Rehearsal):
-        self.context, self.rehearsal = context, rehearsal
+    def __init__(self, context: BuildContext, rehearsal: Rehearsal, whole: Callable[[], AbstractContextManager[None]]):
+        self.context, self.rehearsal, self._whole = context, rehearsal, whole
         self._rehearsed: set[int] = set()
         self._watch: FrozenWatch | None = None
 
@@ -76,7 +78,7 @@ class Proof:
 
     def _rehearse(self, cut: int) -> str | None:
         try:
-            with preserve_rng():
+            with self._whole(), preserve_rng():
                 self.rehearsal.check(cut)
         except (RehearsalError, ChainError) as error:
             return str(error)

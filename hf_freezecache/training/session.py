@@ -19,7 +19,7 @@ from ..cache.manifest import StoreError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
-from ..policies import ComingFreeze, Moment, ObservedBlock, Trial
+from ..policies import ComingFreeze, Moment, ObservedBlock
 from ..replay.collator import take_lost
 from ..replay.dataset import live_batch
 from ..replay.requests import SourceSwitch
@@ -30,6 +30,7 @@ from .announcements import describe_other_rates
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing, load_source
 from .evaluation import EvaluationCache
+from .findings import Findings
 from .freezing_trial import FreezingTrial
 from .head_start import HeadStart
 from .journal import Journal
@@ -41,6 +42,7 @@ from .recorder import BlockRecorder
 from .rehearsal import Rehearsal, Rehearsing
 from .report import FreezeCacheReport, FreezeStatus, epoch_numbers, make_report
 from .sharding import reshard
+from .shards import Shards
 from .similarities import SampleSimilarities
 from .step_state import StepState
 from .store_keeper import StoreKeeper
@@ -62,6 +64,7 @@ class FreezeSession:
         is_compiled: whether steps run compiled code, as far as is known.
         is_last: whether the training ends with this step, as far as is known.
         batches_per_step: batches that an optimizer step of this process takes.
+        is_split: whether FSDP2 will split the model.
 
     Attributes:
         source: where the batches of the running epoch come from.
@@ -82,6 +85,7 @@ class FreezeSession:
         is_compiled: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
         batches_per_step: int = 1,
+        is_split: bool = False,
     ):
         self.chain, self.config, self.group = context.chain, context.config, context.group
         self.announcer = Announcer(self.group, logger)
@@ -93,7 +97,8 @@ class FreezeSession:
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
-        self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects))
+        self.shards = Shards(self.chain, is_split, self.group, self.decline)
+        self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects), self.shards.whole)
         self.head_start = HeadStart(self.context, rehearsing, self.meter.see, provider.budget.room)
         self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
         similarities = SampleSimilarities(self.context, self.accounts.book_samples, batches_per_step)
@@ -116,10 +121,7 @@ class FreezeSession:
         # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
         self.force_eager = False
         self._live_buffers: list[torch.Tensor] = []
-        # What this process alone has found in the middle of an epoch: why the features are not used any more, and why
-        # the store could not be read on.
-        self._mismatch: str | None = None
-        self._lost: str | None = None
+        self.findings = Findings(self.group, context.device)
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, float] | None = None
 
@@ -168,10 +170,16 @@ class FreezeSession:
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
         with looking_at(self.context.source):
-            self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
+            wanted = moment.cut > 0 and self.keeper.why_not_cached is None
+            with self.shards.whole(wanted):
+                self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
-            self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
-            self._check_rows(moment.epoch)
+            with self.shards.whole(wanted):
+                self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
+                self._check_rows(moment.epoch)
+                self.findings.concern_the_step = self.shards.is_split and isinstance(self.source, FromStore)
+                if self.findings.concern_the_step:
+                    self.meter.per_sample(self.source.mode)  # not in a step
         if self.head_start.is_due:
             before_steps.give_head_start(self, self.store)
         self.source.turn(self.switch)
@@ -294,6 +302,8 @@ class FreezeSession:
                 return run(inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
+        if self.findings.before_step():
+            self._share_problems()
         if self.keeper.mismatch is None:
             step = self.source.step_inputs(batch, self.context)
             if not step.bypassed:
@@ -303,6 +313,7 @@ class FreezeSession:
                 with state.recording():
                     return self._run(step, mix, run)
             except FrozenOutputError as error:
+                self.shards.check_repeatable(error)
                 state.check_repeatable(error)
                 self._fall_back(str(error), alone=True)
             with state.repeating():
@@ -330,7 +341,7 @@ class FreezeSession:
         self.offloading.hold(0 if self.force_eager else step.bypassed)  # compiled code keeps addresses
         self._last_step, self.recorder.active = (step.mode, samples), True
         try:
-            with bypassing(self.chain, step, self.force_eager):
+            with self.shards.leaving_out(step.bypassed), bypassing(self.chain, step, self.force_eager):
                 return run(step.inputs)
         finally:
             self.recorder.active = False
@@ -348,27 +359,17 @@ class FreezeSession:
 
     # Proof: what is not valid any more is not used any more
 
-    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
-        """Before the first step; see `before_steps.try_freezing`."""
-        return before_steps.try_freezing(self, cut, max_steps, max_grad_norm)
-
-    def plan_head_start(self, cut: int, epochs: float) -> None:
-        """Before the first step; see `before_steps.plan_head_start`."""
-        before_steps.plan_head_start(self, cut, epochs)
-
-    def rehearse(self, epochs: Mapping[int, float]) -> None:
-        """Before the first step; see `before_steps.rehearse`."""
-        before_steps.rehearse(self, epochs)
-
-    def check_data(self, loader: Any) -> None:
-        """Before the first step; see `before_steps.check_data`."""
-        before_steps.check_data(self, loader)
+    try_freezing, plan_head_start = before_steps.try_freezing, before_steps.plan_head_start
+    rehearse, check_data = before_steps.rehearse, before_steps.check_data
 
     def _check_prefix(self, cut: int) -> None:
         source = self.source
         stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
-        if cut and self.keeper.why_not_cached is None and not stays_on_images and not self.decline_data():
-            self._fall_back(self.proof.of_prefix(cut))
+        if cut and self.keeper.why_not_cached is None and not stays_on_images:
+            with self.shards.whole():
+                declined = self.decline_data()
+            if not declined:
+                self._fall_back(self.proof.of_prefix(cut))
 
     def _check_rows(self, epoch: int) -> None:
         if isinstance(self.source, FromStore):
@@ -379,13 +380,11 @@ class FreezeSession:
     def _share_problems(self) -> None:
         """What one process has found in the middle of an epoch, or finds in the store's files now, counts for all."""
         self._check_files()
-        problems = self.group.gather((self._mismatch, self._lost))
-        self._mismatch = None
-        self._fall_back(next((mismatch for mismatch, _ in problems if mismatch is not None), None))
-        lost = next((lost for _, lost in problems if lost is not None), None)
+        mismatch, lost = self.findings.share()
+        self._fall_back(mismatch)
         if lost is not None:
             self._lose(lost)
-        self._lost = None
+        self.findings.lost = None
 
     def _check_files(self) -> None:
         if isinstance(self.source, FromStore) and self.source.is_open:
@@ -406,7 +405,7 @@ class FreezeSession:
 
     def _lose(self, why: str) -> None:
         """The rest of the epoch runs on samples; the next one opens or builds another store."""
-        self._lost = why
+        self.findings.lost = why
         if not isinstance(self.source, FromStore) or not self.source.is_open:
             return
         store = self.source.store
@@ -436,7 +435,7 @@ class FreezeSession:
                 "go on from samples."
             )
         if alone:
-            self._mismatch = why
+            self.findings.mismatch = why
         if self.keeper.mismatch is None:
             self.decline(why)
         if isinstance(self.source, FromStore):

@@ -20,11 +20,6 @@ _SPLITS = {
     "sp_size": "sequence parallelism",
 }
 
-#: Why a training under FSDP2 has no stores. A build runs the frozen part as often as a process has samples, a store is
-#: proved by running a few of them in one process, and one process runs a step again on samples: every one of these
-#: would wait for the other processes.
-WHY_ONLY_FROZEN = "FSDP shards the frozen blocks"
-
 
 def why_sharded(trainer: Any) -> str | None:
     """Names what splits the trainer's model or samples over processes.
@@ -70,7 +65,6 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
     if not trainer.is_fsdp_enabled:
         return
     asked = {
-        "cache='always'": config.cache == "always",
         "cache_eval=True": config.cache_eval,
         "share_store=True": config.share_store,
         f"head_start_epochs={config.head_start_epochs}": bool(config.head_start_epochs),
@@ -83,13 +77,15 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
     named = [name for name, is_asked in asked.items() if is_asked]
     if named:
         raise ValueError(
-            f"under FSDP2 blocks are frozen on a schedule, and nothing else: no process holds the whole model, which "
+            f"under FSDP2 blocks are frozen on a schedule: no process holds the whole model in a step, which "
             f"{', '.join(named)} would need. Leave that out, or use DDP."
         )
 
 
 def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
-    """The context of a training of which one process holds a part: without the default head start.
+    """The context of a training of which one process holds a part.
+
+    It has no default head start, and what is in shards waits nowhere else.
 
     Args:
         trainer: a `Trainer`, its accelerator set up.
@@ -97,7 +93,18 @@ def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
     """
     if not trainer.is_fsdp_enabled:
         return context
-    return replace(context, config=replace(context.config, head_start_epochs=0))
+    return replace(context, config=replace(context.config, head_start_epochs=0, offload_frozen=False))
+
+
+def describe_precision(trainer: Any) -> str:
+    """Mixed precision and parameter type of a training, and the types that FSDP2 casts to.
+
+    Args:
+        trainer: a `Trainer`, its accelerator set up.
+    """
+    words = f"{trainer.accelerator.mixed_precision}/{next(trainer.model.parameters()).dtype}"
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    return words if policy is None or not trainer.is_fsdp_enabled else f"{words}/{policy}"
 
 
 def reshard(model: nn.Module) -> None:
@@ -108,13 +115,17 @@ def reshard(model: nn.Module) -> None:
     Args:
         model: any; one that is not sharded stays as it is.
     """
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 wraps, in the order of the model."""
     if not torch.distributed.is_available():
-        return
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def why_model_sharded(model: nn.Module) -> str | None:

@@ -55,7 +55,7 @@ from .report_hooks import ReportHooks
 from .scope import Scope
 from .session import FreezeSession
 from .settings import read_settings
-from .sharding import WHY_ONLY_FROZEN, check_settings, without_whole_model
+from .sharding import check_settings, describe_precision, without_whole_model
 
 logger = logging.get_logger(__name__)
 
@@ -180,7 +180,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             cache_dir=self._feature_cache_dir,
             group=self._group,
             model_inputs=model_inputs,
-            precision=f"{self.accelerator.mixed_precision}/{next(self._own_model.parameters()).dtype}",
+            precision=describe_precision(self),
             disable_tqdm=bool(self.args.disable_tqdm),
             eval_dataset=self.eval_dataset,
             forward_passes=self._forward_passes,
@@ -273,8 +273,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             Announcer(self._group, logger).warning(f"Blocks are frozen, but nothing is cached: {scope.why_not}")
         if self.args.n_gpu > 1:
             logger.warning("Several GPUs in one process: blocks are frozen, but not cached. Use `accelerate launch`.")
-        if self.is_fsdp_enabled:
-            Announcer(self._group, logger).warning(f"{WHY_ONLY_FROZEN}: they are frozen, but not cached. Use DDP.")
         if self._runs_compiled:
             logger.warning("Compiled model: live epochs run compiled, builds and replay epochs do not.")
         return session
@@ -306,6 +304,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
             batches_per_step=self.args.gradient_accumulation_steps,
+            is_split=self.is_fsdp_enabled,
         )
         session.meter.forward_passes = self._forward_passes
         if self.is_fsdp_enabled:

@@ -25,10 +25,11 @@ class FrozenWatch:
         self._model = chain.model
         self._parameters = chain.prefix_parameters(self.cut)
         self._state = chain.prefix_state(self.cut)
+        self._values = {name: _of_this_process(tensor) for name, tensor in self._state.items()}
         self._modules = chain.prefix_modules(self.cut)
         self._names = {module: name for name, module in chain.model.named_modules()}
         self._versions = self._read_versions()
-        self._checksums = checksums(self._state)
+        self._checksums = checksums(self._values)
 
     def at_step(self) -> str | None:
         """What has changed, as a clause, as far as it costs next to nothing to see; None if nothing has."""
@@ -55,12 +56,22 @@ class FrozenWatch:
         return self.at_step() or self._changed_value(self._state)
 
     def _changed_value(self, names: Iterable[str]) -> str | None:
-        now = checksums({name: self._state[name] for name in names})
+        now = checksums({name: self._values[name] for name in names})
         name = next((name for name, value in now.items() if self._checksums[name] != value), None)
         return None if name is None else f"the values of '{name}' were changed"
 
     def _read_versions(self) -> dict[str, int]:
-        return {name: tensor._version for name, tensor in self._state.items()}
+        return {name: tensor._version for name, tensor in self._values.items()}
+
+
+def _of_this_process(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; it shares its memory, so that writing shows."""
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -14,10 +14,10 @@ def run_of(epochs, settles_at=(0.2, 0.5, 0.9, 0.9), network="net"):
     return replace(run, facts=replace(run.facts, settings={"epochs": epochs}))
 
 
-def test_cuts_take_effect_when_the_next_epoch_begins_and_stay_below_the_deepest():
+def test_cuts_take_effect_when_the_next_epoch_begins_all_blocks_included():
     run = run_of(4)
     cuts = [int(progress >= 0.2) + 3 * int(progress >= 0.6) for progress in run.progress]
-    assert hindsight.by_epoch(cuts, run) == [0, 1, 1, 3]
+    assert hindsight.by_epoch(cuts, run) == [0, 1, 1, 4]
     first = [1] + [0] * 60
     assert hindsight.by_epoch(first, run)[0] == 0  # nothing is known before the first step
 

@@ -25,8 +25,11 @@ def result(accuracy, flops, cuts):
 def test_every_rule_is_compared_freezing_alone_and_cached_with_the_same_head_start():
     names = ["linear", "smartfrz", "autofreeze", "egeria", "simfreeze", "freezeout", "freezeout, annealed"]
     arms = run.make_arms()
-    assert [arm.name for arm in arms] == ["none", *names, "none, cold head", *(f"{name}, cached" for name in names)]
-    assert [arm.cache for arm in arms] == ["never"] * 9 + ["auto"] * 7
+    limits = {"linear, to the head": 1.0, "smartfrz, three quarters": 0.75}
+    cached = [f"{name}, cached" for name in names]
+    assert [arm.name for arm in arms] == ["none", *names, *limits, "none, cold head", *cached]
+    assert [arm.cache for arm in arms] == ["never"] * 11 + ["always"] * 7
+    assert {arm.name: arm.config().max_frozen for arm in arms if arm.name in limits} == limits
     smart = {"smartfrz", "smartfrz, cached"}
     configs = {arm.name: arm.config() for arm in arms if arm.name not in smart}
     assert {name for name, config in configs.items() if config.epochs_of_head_start != 2} == {"none, cold head"}

@@ -9,6 +9,7 @@ Beside `--output` there is one argument, `--settings`, the JSON of a dictionary:
     stop_after: the training is stopped after so many steps
     resume: whether the training resumes from the last checkpoint
     fault: {"kind": a name of `support.deaths`, "rank": of the process that has it, ...}
+    trouble: {"kind": a name of `support.troubles`, "rank": of the process that has it, "step": when}
     trainer: "plain" for a `Trainer`
 """
 
@@ -32,8 +33,10 @@ from support.deaths import FAULTS, Images  # noqa: E402
 from support.helpers import losses, make_args, manual, pixel_dataset, tiny_resnet, tiny_vit  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sharded import shard_on_cpus  # noqa: E402
+from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer  # noqa: E402
+from hf_freezecache.distributed import count_operations  # noqa: E402
 
 
 class StopsAfter(TrainerCallback):
@@ -44,6 +47,19 @@ class StopsAfter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = control.should_training_stop = state.global_step >= self.step
+
+
+class CountsOperations(TrainerCallback):
+    """Notes how many operations between processes every step begins."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = count_operations()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(count_operations() - self.before)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -71,6 +87,7 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         PartialState(cpu=True, timeout=timedelta(seconds=settings["arguments"]["ddp_timeout"]))
     if "fsdp" in settings.get("arguments", {}):
         shard_on_cpus()
+    operations = CountsOperations()
     model, size = (tiny_resnet(), 32) if settings.get("model") == "resnet" else (tiny_vit(hidden_dropout_prob=0.0), 16)
     dataset = pixel_dataset(settings.get("rows", 48), size)
     fault, callbacks = settings.get("fault"), []
@@ -78,6 +95,9 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         dataset = Images(dataset)
         if rank == fault["rank"]:
             callbacks = FAULTS[fault["kind"]](dataset, fault)
+    trouble = settings.get("trouble")
+    if trouble is not None and rank == trouble["rank"]:
+        callbacks = [*callbacks, TROUBLES[trouble["kind"]](trouble["step"])]
     if "stop_after" in settings:
         callbacks = [*callbacks, StopsAfter(settings["stop_after"])]
     config = settings.get("config", {"points": "1:3"})
@@ -90,11 +110,11 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         args=make_args(output / "run", **{"ddp_timeout": 60, **settings.get("arguments", {})}),
         train_dataset=dataset,
         eval_dataset=pixel_dataset(32, size, seed=5),
-        callbacks=callbacks,
+        callbacks=[*callbacks, operations],
         **own,
     )
     trainer.train(resume_from_checkpoint=settings.get("resume", False))
-    seen = look_at(trainer)
+    seen = {**look_at(trainer), "operations": operations.counts}
     tensors = {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
     save_file(tensors, output / f"weights-{rank}.safetensors")
     (output / f"rank-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")

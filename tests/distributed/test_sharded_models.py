@@ -1,13 +1,15 @@
-"""FSDP2 in two processes (gloo, CPU): blocks freeze, nothing is cached; what needs a whole model is refused."""
+"""FSDP2 in two processes (gloo, CPU): blocks freeze and are replayed; what needs the whole model is refused."""
 
 import pytest
 from script_settings import train
 from support.launching import launch
-from support.together import SCRIPT, close, given, train_together
+from support.together import SCRIPT, close, given, same, train_together
 
 SLOW = pytest.mark.slow
 LAYERS = {"transformer_layer_cls_to_wrap": ["ViTLayer"]}
 FSDP2 = {"fsdp": "full_shard", "fsdp_config": {"version": 2, **LAYERS}}
+#: Stores whose features are those of the blocks, bit for bit; anything that is not as it should be is an error.
+EXACT = {"codec": "fp32", "cache": "always", "on_mismatch": "error"}
 
 
 def settings(processes, sharding=FSDP2, points="1:3", **more):
@@ -18,7 +20,7 @@ def settings(processes, sharding=FSDP2, points="1:3", **more):
 
 
 def alone(output, **more):
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     seen, weights = train(output, settings(1, {}, **more))
     return [seen], weights
 
@@ -36,17 +38,79 @@ def test_blocks_that_freeze_in_a_sharded_model_freeze_as_in_a_whole_one(points, 
     assert whole[0][0]["optimizer_states"] < 30
 
 
+@pytest.mark.parametrize(
+    ("points", "arguments"),
+    [
+        ("1:3", {}),
+        pytest.param("0:2,2:3", {}, marks=SLOW),
+        pytest.param("1:3", {"bf16": True}, marks=SLOW),
+        pytest.param("1:3", {"gradient_accumulation_steps": 2}, marks=SLOW),
+    ],
+)
+def test_replay_is_freezing_alone_bit_for_bit_and_gathers_no_frozen_block(points, arguments, tmp_path):
+    frozen = train_together(tmp_path / "frozen", settings(2, points=points, arguments=arguments))
+    cached = train_together(tmp_path / "cached", settings(2, points=points, arguments=arguments, config=EXACT))
+    assert same(cached, frozen)
+    for seen, other in zip(cached[0], frozen[0], strict=True):
+        assert seen["cut"] == 3 and seen["replaying"] and seen["modes"].count("build") == len(points.split(","))
+        assert seen["evaluations"] == other["evaluations"]
+        # Embeddings and two layers are not gathered, and no layer ahead of its backward pass; one operation tells that
+        # all is well.
+        batches = arguments.get("gradient_accumulation_steps", 1)
+        assert seen["operations"][-1] == other["operations"][-1] - (4 - 1) * batches
+
+
+@SLOW
+def test_a_store_of_a_sharded_model_is_that_of_a_whole_one(tmp_path):
+    """The weights are the same at the first epoch, so that a single process finds what two have stored."""
+    more = {"points": "0:3", "config": {**EXACT, "feature_cache_dir": str(tmp_path / "stores")}}
+    sharded = train_together(tmp_path / "sharded", settings(2, **more))
+    whole = alone(tmp_path / "whole", **more)
+    assert sharded[0][0]["built"] == 1 and whole[0][0]["built"] == 0 and whole[0][0]["replaying"]
+    assert close(sharded, whole)
+
+
 @SLOW
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_sharded_training_that_is_resumed_is_the_uninterrupted_one(kind, tmp_path):
+@pytest.mark.parametrize("config", [{}, EXACT], ids=["frozen", "cached"])
+def test_sharded_training_that_is_resumed_is_the_uninterrupted_one(config, kind, tmp_path):
     """On a resume, blocks freeze before the model is sharded."""
     sharding = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "state_dict_type": kind}}
-    more = {"arguments": {"save_strategy": "epoch"}}
+    more = {"arguments": {"save_strategy": "epoch"}, "config": config}
     whole = train_together(tmp_path / "whole", settings(2, sharding, **more))
     train_together(tmp_path / "parts", settings(2, sharding, stop_after=15, **more))
     parts = train_together(tmp_path / "parts", settings(2, sharding, resume=True, **more))
-    assert close(whole, parts) and parts[0][0]["cut"] == 3
+    assert close(whole, parts) and parts[0][0]["cut"] == 3 and parts[0][0]["replaying"] == bool(config)
     assert parts[0][0]["optimizer_states"] == whole[0][0]["optimizer_states"]
+
+
+@SLOW
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_one_process_cannot_read_any_more_is_left_by_all(rank, tmp_path):
+    """A process that ran frozen blocks alone would wait for the others for ever."""
+    trouble = {"kind": "loses", "rank": rank, "step": 8}
+    frozen = train_together(tmp_path / "frozen", settings(2))
+    cached = train_together(tmp_path / "cached", settings(2, config=EXACT, trouble=trouble))
+    assert same(cached, frozen)
+    for seen in cached[0]:
+        assert [mode for mode in seen["modes"] if mode != "eval"] == ["live", "build", "replay", "live"]
+        assert seen["replaying"]  # in the next epoch it can be read again
+
+
+@SLOW
+def test_frozen_weights_that_change_in_one_process_end_the_replay_in_all(tmp_path):
+    trouble = {"kind": "changes", "rank": 0, "step": 8}  # the second one holds no value of this parameter
+    cached = train_together(tmp_path, settings(2, config={**EXACT, "on_mismatch": "fallback"}, trouble=trouble))
+    for seen in cached[0]:
+        assert [mode for mode in seen["modes"] if mode != "eval"] == ["live", "build", "replay", "live"]
+        assert seen["steps"] == 24 and not seen["replaying"]
+
+
+@SLOW
+def test_a_step_on_features_that_needs_samples_is_an_error_in_words(tmp_path):
+    given_settings = settings(2, config=EXACT, trouble={"kind": "peeks", "rank": 1, "step": 8})
+    log = launch(given(tmp_path, given_settings), script=SCRIPT, fails=True)
+    assert "This step cannot be run again on samples: FSDP2 has begun it" in log
 
 
 @pytest.mark.parametrize(
@@ -58,7 +122,7 @@ def test_sharded_training_that_is_resumed_is_the_uninterrupted_one(kind, tmp_pat
             "cpu_ram_efficient_loading=False",
             marks=SLOW,
         ),
-        ({}, {"cache": "always", "anneal": "cosine"}, "cache='always', anneal='cosine' would need"),
+        ({}, {"cache_eval": True, "anneal": "cosine"}, "cache_eval=True, anneal='cosine' would need"),
         pytest.param({}, {"policy": "simfreeze", "points": None}, "which looks at the training", marks=SLOW),
         pytest.param({}, {"policy": "auto", "points": None}, "which tries freezing", marks=SLOW),
     ],
@@ -69,7 +133,7 @@ def test_what_needs_a_whole_model_is_refused_before_the_training(sharding, confi
 
 
 @SLOW
-def test_defaults_under_fsdp_freeze_and_say_once_that_nothing_is_cached(tmp_path):
+def test_defaults_under_fsdp_freeze(tmp_path):
     """FSDP1, which is refused, does not run on CPUs: see `test_trainer_sharding`."""
     log = launch(given(tmp_path / "defaults", {**settings(2), "config": None}), script=SCRIPT)
-    assert log.count("FSDP shards the frozen blocks") == 1
+    assert "of 4 blocks are frozen" in log and "this is plain training" not in log
