@@ -2,7 +2,7 @@
 
 Beside `--output` there is one argument, `--settings`, the JSON of a dictionary:
 
-    model: vit (without dropout) or resnet
+    model: vit, bert (both without dropout; texts are padded to the longest of a batch) or resnet
     rows: of the training
     config: of `FreezeCacheConfig`; "points" are its `freeze_points`; null: no settings of the user's
     arguments: of `TrainingArguments`
@@ -33,6 +33,7 @@ from support.deaths import FAULTS, Images  # noqa: E402
 from support.helpers import losses, make_args, manual, pixel_dataset, tiny_resnet, tiny_vit  # noqa: E402
 from support.pretrained import settle  # noqa: E402
 from support.sharded import shard_on_cpus  # noqa: E402
+from support.token_rows import Pad, Texts, bert  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer  # noqa: E402
@@ -88,8 +89,7 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     if "fsdp" in settings.get("arguments", {}):
         shard_on_cpus()
     operations = CountsOperations()
-    model, size = (tiny_resnet(), 32) if settings.get("model") == "resnet" else (tiny_vit(hidden_dropout_prob=0.0), 16)
-    dataset = pixel_dataset(settings.get("rows", 48), size)
+    model, dataset, evaluated, collator = subject(settings)
     fault, callbacks = settings.get("fault"), []
     if fault is not None:
         dataset = Images(dataset)
@@ -109,7 +109,8 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         model=settle(model) if config is None else model,
         args=make_args(output / "run", **{"ddp_timeout": 60, **settings.get("arguments", {})}),
         train_dataset=dataset,
-        eval_dataset=pixel_dataset(32, size, seed=5),
+        eval_dataset=evaluated,
+        data_collator=collator,
         callbacks=[*callbacks, operations],
         **own,
     )
@@ -120,6 +121,16 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     (output / f"rank-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.end_training()
     return seen, tensors
+
+
+def subject(settings: dict) -> tuple:
+    """Model, samples of the training and of evaluations, and their collator."""
+    rows = settings.get("rows", 48)
+    if settings.get("model") == "bert":
+        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return model, Texts(rows), Texts(32), Pad()
+    model, size = (tiny_resnet(), 32) if settings.get("model") == "resnet" else (tiny_vit(hidden_dropout_prob=0.0), 16)
+    return model, pixel_dataset(rows, size), pixel_dataset(32, size, seed=5), None
 
 
 def settings_of(config: dict) -> FreezeCacheConfig:

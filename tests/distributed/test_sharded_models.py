@@ -61,6 +61,14 @@ def test_replay_is_freezing_alone_bit_for_bit_and_gathers_no_frozen_block(points
 
 
 @SLOW
+def test_texts_of_many_lengths_are_replayed_as_they_are_frozen(tmp_path):
+    sharding = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
+    frozen = train_together(tmp_path / "frozen", settings(2, sharding, model="bert"))
+    cached = train_together(tmp_path / "cached", settings(2, sharding, model="bert", config=EXACT))
+    assert same(cached, frozen) and cached[0][0]["replaying"]
+
+
+@SLOW
 def test_a_store_of_a_sharded_model_is_that_of_a_whole_one(tmp_path):
     """The weights are the same at the first epoch, so that a single process finds what two have stored."""
     more = {"points": "0:3", "config": {**EXACT, "feature_cache_dir": str(tmp_path / "stores")}}
