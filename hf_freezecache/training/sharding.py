@@ -67,6 +67,7 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
     asked = {
         "cache_eval=True": config.cache_eval,
         "share_store=True": config.share_store,
+        "materialize='write_through'": config.materialize == "write_through",
         f"head_start_epochs={config.head_start_epochs}": bool(config.head_start_epochs),
         f"anneal='{config.anneal}'": config.anneal != "none",
         f"layer_decay={config.layer_decay}": config.layer_decay != 1.0,

@@ -75,6 +75,7 @@ class Shards:
         self._is_whole = True
         try:
             for module in self._modules:
+                module.reshard()  # an evaluation leaves some gathered
                 module.unshard()
             with contextlib.ExitStack() as stack:
                 for module in self._modules:

@@ -25,7 +25,8 @@ def alone(output, **more):
     return [seen], weights
 
 
-@pytest.mark.parametrize("points", ["1:3", pytest.param("0:2,2:3", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("points", ["1:3", "0:2,2:3"])
 def test_blocks_that_freeze_in_a_sharded_model_freeze_as_in_a_whole_one(points, tmp_path):
     """Before it is sharded (epoch 0 begins after it was, a resume before), and after an evaluation has gathered it."""
     sharded = train_together(tmp_path / "sharded", settings(2, points=points))
@@ -131,6 +132,7 @@ def test_a_step_on_features_that_needs_samples_is_an_error_in_words(tmp_path):
             marks=SLOW,
         ),
         ({}, {"cache_eval": True, "anneal": "cosine"}, "cache_eval=True, anneal='cosine' would need"),
+        pytest.param({}, {"materialize": "write_through"}, "materialize='write_through' would need", marks=SLOW),
         pytest.param({}, {"policy": "simfreeze", "points": None}, "which looks at the training", marks=SLOW),
         pytest.param({}, {"policy": "auto", "points": None}, "which tries freezing", marks=SLOW),
     ],
