@@ -71,6 +71,17 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
         ValueError: if the head cannot be trained alone, and the settings say that it is to be.
     """
     session.head_start.is_due = False
+    with session.shards.whole() as is_whole:
+        if is_whole:
+            _give_head_start(session, store)
+            return
+    why = "the head learns alone on whole weights, and not all processes have room for them."
+    if session.config.head_start_epochs is not None:  # it was asked for
+        raise ValueError(f"head_start_epochs={session.config.head_start_epochs}: {why}")
+    session.announcer.warning(f"No head start: {why}")
+
+
+def _give_head_start(session: FreezeSession, store: FeatureStore | None) -> None:
     epochs, cut = session.config.epochs_of_head_start, 0 if store is None else store.manifest.cut
     try:
         with looking_at(session.context.source), session.ledger.phase(cut, "head_start") as phase:
@@ -78,7 +89,7 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
     except Exception as error:  # of a disk, or of the user's samples, step or loss
         if store is not None and isinstance(error, (StoreError, OSError)):
             session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
-            return give_head_start(session)
+            return _give_head_start(session, None)
         if session.config.head_start_epochs is not None:  # it was asked for
             raise
         session.announcer.failure("The head does not learn alone before the training", error)
@@ -86,6 +97,8 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
     if started is None:
         session.ledger.drop(phase)
         return
+    if started.is_kept:
+        session.shards.take_over(started.parameters)
     phase.epochs, phase.steps = epochs, started.steps
     phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)

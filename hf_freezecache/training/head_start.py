@@ -279,13 +279,17 @@ class _Training:
         return RATES[max(0, RATES.index(best) - 1)]
 
     def train(self, batches: Sequence[HeadBatch], rate: float) -> None:
-        """Trains the head, the learning rate falling to 0 as a cosine."""
-        optimizer = torch.optim.AdamW(self.head.parameters.values(), lr=rate, weight_decay=0.0)
+        """Trains the head, the learning rate falling to 0 as a cosine.
+
+        Small steps are lost in weights of half precision: copies in single precision take them.
+        """
+        masters = {name: _master(parameter) for name, parameter in self.head.parameters.items()}
+        optimizer = torch.optim.AdamW(masters.values(), lr=rate, weight_decay=0.0)
         schedule = CosineAnnealingLR(optimizer, T_max=self.epochs * len(batches))
         for epoch in range(self.epochs):
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
             for number in order:
-                self._update(self._run(batches[number]), optimizer)
+                self._update(self._run(batches[number]), optimizer, masters)
                 schedule.step()
                 self.steps += 1
 
@@ -315,13 +319,27 @@ class _Training:
             why = f"a training step of the head alone fails with {describe_error(error)}"
             raise RehearsalError(f"{why}: head_start_epochs=0 is without a head start.") from error
 
-    def _update(self, outcome: Outcome, optimizer: torch.optim.Optimizer) -> None:
+    def _update(
+        self, outcome: Outcome, optimizer: torch.optim.Optimizer, masters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
         parameters = self.head.parameters
-        gradients = [outcome.gradients.get(name, torch.zeros_like(value)) for name, value in parameters.items()]
+        gradients = [
+            outcome.gradients.get(name, torch.zeros_like(value)).to(masters[name].dtype)
+            for name, value in parameters.items()
+        ]
         self.context.group.average_tensors(gradients)
-        before = {name: parameter.grad for name, parameter in parameters.items()}
-        for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
+        before = {name: master.grad for name, master in masters.items()}
+        for master, gradient in zip(masters.values(), gradients, strict=True):
+            master.grad = gradient
         optimizer.step()
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
+        for name, master in masters.items():
+            master.grad = before[name]
+            if master is not parameters[name]:
+                parameters[name].data.copy_(master.data)
+
+
+def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """The parameter, or a copy of it in single precision where it has less."""
+    if not parameter.is_floating_point() or parameter.dtype.itemsize >= 4:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ class Proof:
         whole: makes a context in which every process has all weights.
     """
 
-    def __init__(self, context: BuildContext, rehearsal: Rehearsal, whole: Callable[[], AbstractContextManager[None]]):
+    def __init__(self, context: BuildContext, rehearsal: Rehearsal, whole: Callable[[], AbstractContextManager[Any]]):
         self.context, self.rehearsal, self._whole = context, rehearsal, whole
         self._rehearsed: set[int] = set()
         self._watch: FrozenWatch | None = None

@@ -68,7 +68,6 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
         "cache_eval=True": config.cache_eval,
         "share_store=True": config.share_store,
         "materialize='write_through'": config.materialize == "write_through",
-        f"head_start_epochs={config.head_start_epochs}": bool(config.head_start_epochs),
         f"anneal='{config.anneal}'": config.anneal != "none",
         f"layer_decay={config.layer_decay}": config.layer_decay != 1.0,
         "push_head_only=True": config.push_head_only,
@@ -86,7 +85,7 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
 def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
     """The context of a training of which one process holds a part.
 
-    It has no default head start, and what is in shards waits nowhere else.
+    What is in shards waits nowhere else.
 
     Args:
         trainer: a `Trainer`, its accelerator set up.
@@ -94,7 +93,7 @@ def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
     """
     if not trainer.is_fsdp_enabled:
         return context
-    return replace(context, config=replace(context.config, head_start_epochs=0, offload_frozen=False))
+    return replace(context, config=replace(context.config, offload_frozen=False))
 
 
 def describe_precision(trainer: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Shards:
         self.is_split, self._group, self._decline = is_split, group, decline
         self._chain, self._is_whole = chain, False
         self._modules: list[Any] = []
+        self._taken: dict[str, torch.Tensor] = {}
         self._frozen: tuple[int, list[nn.Module]] = (0, [])
 
     def _why_not_whole(self) -> str | None:
@@ -56,21 +57,24 @@ class Shards:
         )
 
     @contextlib.contextmanager
-    def whole(self, wanted: bool = True) -> Iterator[None]:
+    def whole(self, wanted: bool = True) -> Iterator[bool]:
         """Inside, every process has all weights, in the precision of the steps, and runs the model alone.
 
         All processes enter and leave it together: they gather the weights at its beginning.
 
         Args:
             wanted: whether anything is to run so.
+
+        Yields:
+            Whether the model is whole now: not where there is no room for that.
         """
         if not wanted or not self.is_split or self._is_whole:
-            yield
+            yield wanted
             return
         self._modules = sharded_modules(self._chain.model)
         if (why := self._why_not_whole()) is not None:
             self._decline(why)
-            yield
+            yield False
             return
         self._is_whole = True
         try:
@@ -80,11 +84,33 @@ class Shards:
             with contextlib.ExitStack() as stack:
                 for module in self._modules:
                     stack.enter_context(_instead(module, *_casts(module)))
-                yield
+                yield True
         finally:
             self._is_whole = False
             for module in self._modules:
                 module.reshard()
+        self._write_back()
+
+    def take_over(self, names: Collection[str]) -> None:
+        """Inside `whole`: what has become of some parameters stays, in the shards as well.
+
+        Args:
+            names: of parameters that are the same on all processes.
+        """
+        if self._is_whole:
+            parameters = self._chain.model.named_parameters()
+            self._taken = {name: value.detach().clone() for name, value in parameters if name in names}
+
+    def _write_back(self) -> None:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        taken, self._taken = self._taken, {}
+        for name, shard in self._chain.model.named_parameters():
+            if name in taken:
+                mesh = shard.device_mesh  # type: ignore[attr-defined]  # a DTensor now
+                whole = DTensor.from_local(taken[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
+                with torch.no_grad():
+                    shard.copy_(whole.redistribute(placements=shard.placements))  # type: ignore[attr-defined]
 
     def check_repeatable(self, error: FrozenOutputError) -> None:
         """Whether a step may be run again on samples, after it has failed on features.

@@ -106,7 +106,7 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         cache = str(output / "cache")
         own["freeze_cache"] = None if config is None else settings_of({"feature_cache_dir": cache, **config})
     trainer = (Trainer if settings.get("trainer") == "plain" else FreezeCacheTrainer)(
-        model=settle(model) if config is None else model,
+        model=settle(model) if config is None or "head_start_epochs" in config else model,
         args=make_args(output / "run", **{"ddp_timeout": 60, **settings.get("arguments", {})}),
         train_dataset=dataset,
         eval_dataset=evaluated,

@@ -62,6 +62,27 @@ def test_replay_is_freezing_alone_bit_for_bit_and_gathers_no_frozen_block(points
 
 
 @SLOW
+@pytest.mark.parametrize("config", [{}, EXACT], ids=["frozen", "cached"])
+def test_a_head_start_is_that_of_a_whole_model(config, tmp_path):
+    more = {"points": "0:3", "config": {**config, "head_start_epochs": 1}}
+    sharded = train_together(tmp_path / "sharded", settings(2, **more))
+    whole = train_together(tmp_path / "whole", settings(2, {}, **more))
+    assert close(sharded, whole)
+    for seen in sharded[0]:
+        assert "head_start" in seen["modes"] and seen["replaying"] == bool(config)
+    cold = train_together(tmp_path / "cold", settings(2, points="0:3", config={"head_start_epochs": 0}))
+    assert cold[0][0]["losses"][0] > sharded[0][0]["losses"][0]
+
+
+@SLOW
+def test_a_head_start_of_half_precision_learns_in_single_precision(tmp_path):
+    more = {"points": "0:3", "config": {"head_start_epochs": 2}}
+    half = train_together(tmp_path / "half", settings(2, arguments={"bf16": True}, **more))
+    single = train_together(tmp_path / "single", settings(2, **more))
+    assert half[0][0]["losses"] == pytest.approx(single[0][0]["losses"], abs=0.05)
+
+
+@SLOW
 def test_texts_of_many_lengths_are_replayed_as_they_are_frozen(tmp_path):
     sharding = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
     frozen = train_together(tmp_path / "frozen", settings(2, sharding, model="bert"))
