@@ -15,8 +15,9 @@ from ..cache.rows import RowError, RowSource
 from ..distributed import Announcer, describe_error
 from ..model.chain import BlockChain
 from ..model.errors import ChainError
-from ..model.padding import Trimming, relative_difference, tolerance_of
+from ..model.padding import Trimming
 from ..model.probes import first_rows
+from ..model.rounding import relative_difference
 from ..rng import preserve_rng
 from .context import BuildContext
 from .materialize import spread
@@ -130,7 +131,7 @@ def why_width_counts(context: BuildContext, cut: int, rows: Sequence[int]) -> tu
     dim = 1 + chain.layout(cut).channel_dim
     found, expected = (each.movedim(dim, -1).reshape(-1, each.shape[dim]) for each in (trimmed, own))
     difference = relative_difference(found, expected)
-    if difference <= tolerance_of(own.dtype, own.device):
+    if difference <= chain.own_trace().tolerance(own.dtype, own.device):
         return None, size
     beside_wider = f"beside a wider sample they differ by {100 * difference:.2g} % at a position"
     return f"the width of a batch changes them: {beside_wider}", size

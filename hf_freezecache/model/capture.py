@@ -48,6 +48,7 @@ def capture(
 
     def keep(call: Call, structure: Any) -> None:
         tensors = dict(leaves(structure))
+        trace.is_autocast = torch.is_autocast_enabled(trace.probe[trace.main_input].device.type)
         captured.update({number: tensors[place.path] for number, place in enumerate(places) if place.call is call})
         if len(captured) == len(places):
             raise _Captured

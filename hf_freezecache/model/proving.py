@@ -10,9 +10,9 @@ import torch
 from ..rng import RngState, preserve_rng
 from .errors import ChainError, PaddingError
 from .modes import eval_mode
-from .padding import relative_difference, tolerance_of
 from .probes import take_rows
 from .record import answers_of
+from .rounding import relative_difference
 from .stand_ins import StandIn
 from .structure import Path
 from .tokens import blank_padding, take_text, token_mask, why_not_padded
@@ -167,7 +167,7 @@ def _check_company(
         for number, (tokens, text) in enumerate(zip(texts, features[row].unflatten(0, texts.shape), strict=True)):
             own = chain.capture(take_text(inputs, mask, row, number), cut)[0, : tokens.sum()]
             difference = max(difference, relative_difference(text[tokens], own))  # each token by itself
-    if difference > tolerance_of(features.dtype, features.device):
+    if difference > chain.own_trace().tolerance(features.dtype, features.device):
         if mask is not None and not mask.all():
             raise PaddingError("padding changes the features of the tokens beside it")
         raise ChainError(

@@ -18,6 +18,7 @@ from .inputs import argument_names, main_input_name
 from .layout import FeatureLayout, token_grid
 from .probes import check_checkpointing
 from .record import Call, TensorSpec, record_run
+from .rounding import tolerance_of
 from .stand_ins import StandIn, stays_real
 from .structure import Path
 from .tokens import take_columns, token_mask
@@ -218,11 +219,17 @@ class Trace:
         #: See `BlockChain.needs_modes` and `Padding.ignored`; filled there.
         self.moving: dict[int, bool] = {}
         self.ignored_padding: dict[int, frozenset[str]] = {}
+        #: Whether the last run up to a cut was one under autocast, as where accelerate has prepared the model for it.
+        self.is_autocast = False
         #: Cuts in runs on main inputs of other sizes, by cut and size; filled by `resize`.
         self.resized: dict[tuple[int, tuple[int, ...]], Any] = {}
         #: What tells calls that give the same shapes, and the shapes that they have given; filled there as well.
         self.kinds: dict[Call, tuple[Any, ...]] = {}
         self.shapes: dict[Any, dict[Path, torch.Size]] = {}
+
+    def tolerance(self, dtype: torch.dtype, device: torch.device) -> float:
+        """The relative difference of features of the same samples that rounding explains, as the model runs now."""
+        return tolerance_of(dtype, device, self.is_autocast)
 
     def fits(self, inputs: Mapping[str, Any], any_width: bool = False, any_size: bool = False) -> bool:
         """Whether the main input has the shape (without the batch), dtype and device of the recorded one.

@@ -20,7 +20,7 @@ from ..build.trimming import settle_trimming
 from ..build.widest import narrow_batch
 from ..distributed import Announcer, count_operations, describe_error
 from ..model.modes import eval_mode, untouched
-from ..model.padding import relative_difference, tolerance_of
+from ..model.rounding import relative_difference
 from ..model.stand_ins import FrozenOutputError, StandIn, stays_real
 from ..model.tokens import blank_padding, token_mask
 from ..replay.collator import CODE_PREFIX, SIZE
@@ -213,7 +213,7 @@ class Rehearsal:
         except Exception as error:  # the model's own code may raise anything; the step itself will tell
             Announcer.survived(logger, "The frozen blocks do not run with other labels", error)
             return
-        if found.shape != features.shape or relative_difference(found, features) > tolerance_of(
+        if found.shape != features.shape or relative_difference(found, features) > chain.own_trace().tolerance(
             features.dtype, features.device
         ):
             raise RehearsalError(

@@ -102,9 +102,9 @@ def test_precision_is_read_however_it_was_set(precision, larger):
     """`TrainingArguments(tf32=...)` sets it so; a process of its own, as the older setting cannot be read after it."""
     code = (
         f"import torch; torch.backends.fp32_precision = {precision!r}\n"
-        "from hf_freezecache.model.padding import tolerance_of\n"
+        "from hf_freezecache.model.rounding import tolerance_of\n"
         "device = torch.device('cuda')\n"
-        "print(tolerance_of(torch.float32, device) > tolerance_of(torch.float32, torch.device('cpu')))"
+        "print(tolerance_of(torch.float32, device, False) > tolerance_of(torch.float32, torch.device('cpu'), False))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == str(larger), found.stderr
