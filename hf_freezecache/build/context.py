@@ -41,6 +41,7 @@ class BuildContext:
         forward_passes: of a training step that has no backward pass; None: it is one of each.
         disk_group: the processes that see this process's directory of the stores; None: all of them.
         remote: where stores are looked for that are not on the disk, and uploaded to; None: nowhere.
+        is_split: whether FSDP2 splits the model, so that no process runs it alone in a step.
     """
 
     chain: BlockChain
@@ -56,6 +57,7 @@ class BuildContext:
     forward_passes: int | None = None
     disk_group: Group | None = None
     remote: RemoteStores | None = None
+    is_split: bool = False
 
     @property
     def disk(self) -> Group:

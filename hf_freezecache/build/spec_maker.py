@@ -146,6 +146,7 @@ class SpecMaker:
 
         Raises:
             ChainError: if the cut fails the proof on this training's data.
+            RowError: if steps would run the frozen part of a split model to learn the sizes of features.
         """
         context = self.context
 
@@ -164,6 +165,8 @@ class SpecMaker:
         agree_on_padding(context.chain, cut, context.group)
         self.look()
         self.settle_padding(cut)
+        if context.is_split and context.chain.padding.is_any_size(cut):
+            raise RowError("samples have several sizes, and FSDP2 splits the blocks that tell how large features are")
         self._look_closer()
         made_from = context.group.on_main(
             lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())

@@ -62,7 +62,7 @@ def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueD
 
 def _module_parts(module: nn.Module) -> list[Any]:
     names = [name for name in sorted(vars(module)) if name not in _IRRELEVANT and not name.startswith(_OF_FSDP)]
-    attributes = {name: vars(module)[name] for name in names}
+    attributes = {name: vars(module)[name] for name in names if not _is_of_fsdp(vars(module)[name])}
     attributes = {
         name: _settings(value) if isinstance(value, PretrainedConfig) else value for name, value in attributes.items()
     }
@@ -75,7 +75,16 @@ def _module_parts(module: nn.Module) -> list[Any]:
 def class_of(module: nn.Module) -> type:
     """The class of a module, as it was before FSDP2 put one derived from it in its place."""
     kind = type(module)
-    return kind.__mro__[2] if kind.__module__.startswith("torch.distributed.fsdp") else kind
+    return kind.__mro__[2] if _is_of_fsdp(kind) else kind
+
+
+def _is_of_fsdp(value: Any) -> bool:
+    """Whether a class, or a method that an instance was given, is FSDP2's: it gathers weights around the own one."""
+    function = getattr(value, "__func__", value)
+    code = getattr(function, "__code__", None)
+    name = "" if code is None else code.co_filename.replace("\\", "/")
+    named = isinstance(value, type) and value.__module__.startswith("torch.distributed.fsdp")
+    return named or "/torch/distributed/fsdp/" in name
 
 
 def _own_forward(module: nn.Module) -> Any:

@@ -174,7 +174,7 @@ def rehearse(session: FreezeSession, epochs: Mapping[int, float]) -> None:
     if session.chain.cut:
         return
     hopeless = session.keeper.provider.why_hopeless
-    with looking_at(session.context.source), session.shards.whole():
+    with looking_at(session.context.source), session.shards.whole(bool(epochs)):
         if session.keeper.why_not_cached is not None:  # weights that were to be whole
             return
         cuts = [cut for cut, count in sorted(epochs.items()) if hopeless(cut, count) is None]

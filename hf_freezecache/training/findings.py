@@ -26,12 +26,14 @@ class Findings:
         self.lost: str | None = None
         self.concern_the_step = False
 
-    def before_step(self) -> bool:
-        """Whether some process has found something that all must know now; all processes ask together."""
-        if not self.concern_the_step or not self._group.any(bool(self.mismatch or self.lost), self._device):
-            return False
-        self.concern_the_step = False  # from here on, all run on samples
-        return True
+    def before_step(self, is_live: bool) -> bool:
+        """Whether some process runs a step on samples that was to be one on features; all processes ask together.
+
+        Args:
+            is_live: whether this one does.
+        """
+        found = is_live or self.mismatch is not None or self.lost is not None
+        return self.concern_the_step and self._group.any(found, self._device)
 
     def share(self) -> tuple[str | None, str | None]:
         """The first mismatch and the first loss that some process has found, which are over then."""

@@ -64,7 +64,6 @@ class FreezeSession:
         is_compiled: whether steps run compiled code, as far as is known.
         is_last: whether the training ends with this step, as far as is known.
         batches_per_step: batches that an optimizer step of this process takes.
-        is_split: whether FSDP2 will split the model.
 
     Attributes:
         source: where the batches of the running epoch come from.
@@ -85,7 +84,6 @@ class FreezeSession:
         is_compiled: Callable[[], bool] = lambda: False,
         is_last: Callable[[], bool] = lambda: False,
         batches_per_step: int = 1,
-        is_split: bool = False,
     ):
         self.chain, self.config, self.group = context.chain, context.config, context.group
         self.announcer = Announcer(self.group, logger)
@@ -97,7 +95,7 @@ class FreezeSession:
         provider = StoreProvider(spec_maker)
         self.keeper = StoreKeeper(provider, self.accounts, explicit, why_not_cached)
         self.explicit, self._is_compiled = explicit, is_compiled
-        self.shards = Shards(self.chain, is_split, self.group, self.decline)
+        self.shards = Shards(self.chain, context.is_split, self.group, self.decline)
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects), self.shards.whole)
         self.head_start = HeadStart(self.context, rehearsing, self.meter.see, provider.budget.room)
         self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
@@ -170,11 +168,10 @@ class FreezeSession:
                 f"'{self.chain.names[moment.cut - 1]}'."
             )
         with looking_at(self.context.source):
-            wanted = moment.cut > 0 and self.keeper.why_not_cached is None
-            with self.shards.whole(wanted):
+            with self.shards.whole(self._may_store(moment.cut) and self.source.cut != moment.cut):
                 self.source = self.keeper.without_measuring(moment.cut, epochs_left, self.source)
             self._check_prefix(moment.cut)
-            with self.shards.whole(wanted):
+            with self.shards.whole(self._may_store(moment.cut)):
                 self.source = self.keeper.next(moment.cut, epochs_left, self.source, moment.epoch)
                 self._check_rows(moment.epoch)
                 self.findings.concern_the_step = self.shards.is_split and isinstance(self.source, FromStore)
@@ -302,31 +299,24 @@ class FreezeSession:
                 return run(inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
-        if self.findings.before_step():
+        source = self.source if self.keeper.mismatch is None else FromImages(self.chain.cut)
+        step = source.step_inputs(batch, self.context)
+        if self.findings.before_step(not step.bypassed):
             self._share_problems()
-        if self.keeper.mismatch is None:
-            step = self.source.step_inputs(batch, self.context)
-            if not step.bypassed:
+            self.findings.concern_the_step = self.store is not None
+            step = FromImages(self.chain.cut).step_inputs(batch, self.context)
+        if not step.bypassed:
+            return self._run(step, mix, run)
+        state = StepState(self.wrapped_model, self._live_buffers, self.group)
+        try:
+            with state.recording():
                 return self._run(step, mix, run)
-            state = StepState(self.wrapped_model, self._live_buffers, self.group)
-            try:
-                with state.recording():
-                    return self._run(step, mix, run)
-            except FrozenOutputError as error:
-                self.shards.check_repeatable(error)
-                state.check_repeatable(error)
-                self._fall_back(str(error), alone=True)
-            with state.repeating():
-                return self._run_on_images(batch, mix, run)
-        return self._run_on_images(batch, mix, run)
-
-    def _run_on_images(
-        self,
-        batch: dict[str, Any],
-        mix: Callable[[StepInputs], StepInputs],
-        run: Callable[[dict[str, Any]], torch.Tensor],
-    ) -> torch.Tensor:
-        return self._run(FromImages(self.chain.cut).step_inputs(batch, self.context), mix, run)
+        except FrozenOutputError as error:
+            self.shards.check_repeatable(error)
+            state.check_repeatable(error)
+            self._fall_back(str(error), alone=True)
+        with state.repeating():
+            return self._run(FromImages(self.chain.cut).step_inputs(batch, self.context), mix, run)
 
     def _run(
         self,
@@ -363,13 +353,17 @@ class FreezeSession:
     rehearse, check_data = before_steps.rehearse, before_steps.check_data
 
     def _check_prefix(self, cut: int) -> None:
-        source = self.source
-        stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
-        if cut and self.keeper.why_not_cached is None and not stays_on_images:
+        if self._may_store(cut):
             with self.shards.whole():
                 declined = self.decline_data()
             if not declined:
                 self._fall_back(self.proof.of_prefix(cut))
+
+    def _may_store(self, cut: int) -> bool:
+        """Whether the epoch that begins may read features, as far as is known: its store may have to be made."""
+        source = self.source
+        stays_on_images = isinstance(source, FromImages) and source.cut == cut and source.lasts(self.switch.epoch)
+        return cut > 0 and self.keeper.why_not_cached is None and not stays_on_images
 
     def _check_rows(self, epoch: int) -> None:
         if isinstance(self.source, FromStore):

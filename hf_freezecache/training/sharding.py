@@ -11,6 +11,7 @@ from torch import nn
 from ..build.context import BuildContext
 from ..config import FreezeCacheConfig
 from ..policies import FreezePolicy
+from ..units import show_bytes
 
 #: Sizes of accelerate's `ParallelismConfig` above 1 that split a model or a sample over processes.
 _SPLITS = {
@@ -44,6 +45,15 @@ def why_sharded(trainer: Any) -> str | None:
                 "a model that FSDP loads in the main process alone (set cpu_ram_efficient_loading=False: blocks are "
                 "found in every process)"
             )
+        if plugin.activation_checkpointing:
+            return (
+                "FSDP2 with activation checkpointing of its own, which gives weights other names (set "
+                "gradient_checkpointing=True in TrainingArguments in place of it)"
+            )
+        if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or plugin.cpu_offload is True:
+            return "FSDP2 with cpu_offload, under which weights and features are on other devices"
+        if trainer.args.torch_compile:
+            return "FSDP2 with torch_compile, which splits what it has compiled"
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if trainer.accelerator.distributed_type == "MEGATRON_LM":
@@ -82,6 +92,39 @@ def check_settings(trainer: Any, config: FreezeCacheConfig, policy: FreezePolicy
         )
 
 
+def place_whole(trainer: Any) -> None:
+    """Moves a model that FSDP2 will split to the device of the training: blocks are found and costs measured there.
+
+    `Trainer` leaves it where it is until it is split.
+
+    Args:
+        trainer: a `Trainer`, its accelerator set up.
+
+    Raises:
+        ValueError: if the whole model has no room there.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    model, device = trainer.model, trainer.args.device
+    needed = sum(each.numel() * each.element_size() for each in model.parameters() if each.device != device)
+    free = free_memory(device)
+    if free is not None and free < needed:
+        raise ValueError(
+            f"the whole model has no room on {device}: its blocks are found by running it before FSDP2 splits it. It "
+            f"takes {show_bytes(needed)}, and {show_bytes(free)} are free."
+        )
+    if needed:
+        model.to(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that an accelerator has left; None: nobody can tell."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
     """The context of a training of which one process holds a part.
 
@@ -93,7 +136,7 @@ def without_whole_model(trainer: Any, context: BuildContext) -> BuildContext:
     """
     if not trainer.is_fsdp_enabled:
         return context
-    return replace(context, config=replace(context.config, offload_frozen=False))
+    return replace(context, config=replace(context.config, offload_frozen=False), is_split=True)
 
 
 def describe_precision(trainer: Any) -> str:

@@ -15,7 +15,7 @@ from ..model.chain import BlockChain
 from ..model.stand_ins import FrozenOutputError
 from ..units import show_bytes
 from .proof import MismatchError
-from .sharding import sharded_modules
+from .sharding import free_memory, sharded_modules
 
 #: Where the functions come from that FSDP2 has a module call before and after its forward pass.
 _FSDP = "torch.distributed.fsdp"
@@ -126,7 +126,7 @@ class Shards:
 
     @contextlib.contextmanager
     def leaving_out(self, cut: int) -> Iterator[None]:
-        """Inside, nothing is gathered for modules that run before a cut only.
+        """Inside, nothing is gathered for modules that do not run on features.
 
         Args:
             cut: frozen blocks that the step bypasses; 0: none.
@@ -135,20 +135,19 @@ class Shards:
             yield
             return
         if self._frozen[0] != cut:
-            prefix = set(self._chain.prefix_modules(cut))
-            self._frozen = cut, [module for module in self._modules if module in prefix]
+            self._frozen = cut, self._not_run(cut)
         with contextlib.ExitStack() as stack:
             for module in self._frozen[1]:
                 stack.enter_context(_instead(module, _nothing, _nothing))
             yield
 
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that an accelerator has left; None: nobody can tell."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    def _not_run(self, cut: int) -> list[nn.Module]:
+        """The modules that a step on features leaves out, with all that FSDP2 gathers together with them."""
+        trace = self._chain.own_trace()
+        skipped = trace.cut(cut).boundary.skipped
+        live = trace.record.live_calls(skipped)
+        left = {module for module in self._modules if set(live.get(module, ())) <= set(skipped)}
+        return [module for module in self._modules if left.issuperset(module._get_fsdp_state()._modules)]
 
 
 def _own_hooks(hooks: dict[int, Callable]) -> list[int]:

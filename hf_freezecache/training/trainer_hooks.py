@@ -55,7 +55,7 @@ from .report_hooks import ReportHooks
 from .scope import Scope
 from .session import FreezeSession
 from .settings import read_settings
-from .sharding import check_settings, describe_precision, without_whole_model
+from .sharding import check_settings, describe_precision, place_whole, without_whole_model
 
 logger = logging.get_logger(__name__)
 
@@ -286,6 +286,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             check_trained(self._own_model)
         if blocks is not None:
             self._freeze_policy.start(len(blocks))
+        place_whole(self)
         context = without_whole_model(self, scope.of(self.build_context(dataset, collator)))
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
@@ -304,7 +305,6 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
                 trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
             ),
             batches_per_step=self.args.gradient_accumulation_steps,
-            is_split=self.is_fsdp_enabled,
         )
         session.meter.forward_passes = self._forward_passes
         if self.is_fsdp_enabled:

@@ -2,7 +2,8 @@
 
 Beside `--output` there is one argument, `--settings`, the JSON of a dictionary:
 
-    model: vit, bert (both without dropout; texts are padded to the longest of a batch) or resnet
+    model: vit, bert (both without dropout; texts are padded to the longest of a batch), resnet, "vit of sizes" (images
+        of many) or "shares positions"
     rows: of the training
     config: of `FreezeCacheConfig`; "points" are its `freeze_points`; null: no settings of the user's
     arguments: of `TrainingArguments`
@@ -32,7 +33,8 @@ torch.set_num_threads(1)
 from support.deaths import FAULTS, Images  # noqa: E402
 from support.helpers import losses, make_args, manual, pixel_dataset, tiny_resnet, tiny_vit  # noqa: E402
 from support.pretrained import settle  # noqa: E402
-from support.sharded import shard_on_cpus  # noqa: E402
+from support.sharded import SharesPositions, shard_on_cpus  # noqa: E402
+from support.sized_images import SizedImages, interpolating  # noqa: E402
 from support.token_rows import Pad, Texts, bert  # noqa: E402
 from support.troubles import TROUBLES  # noqa: E402
 
@@ -129,6 +131,11 @@ def subject(settings: dict) -> tuple:
     if settings.get("model") == "bert":
         model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         return model, Texts(rows), Texts(32), Pad()
+    if settings.get("model") == "vit of sizes":
+        images = SizedImages(rows, tuple((16, 16 + 4 * number) for number in range(rows // 2)), in_a_row=2)
+        return tiny_vit(hidden_dropout_prob=0.0), images, images, interpolating
+    if settings.get("model") == "shares positions":
+        return SharesPositions(), pixel_dataset(rows, 16), pixel_dataset(32, 16, seed=5), None
     model, size = (tiny_resnet(), 32) if settings.get("model") == "resnet" else (tiny_vit(hidden_dropout_prob=0.0), 16)
     return model, pixel_dataset(rows, size), pixel_dataset(32, size, seed=5), None
 

@@ -91,6 +91,26 @@ def test_texts_of_many_lengths_are_replayed_as_they_are_frozen(tmp_path):
 
 
 @SLOW
+def test_a_frozen_module_of_which_a_part_runs_on_is_gathered(tmp_path):
+    sharding = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["_Layer"]}}
+    frozen = train_together(tmp_path / "frozen", settings(2, sharding, model="shares positions"))
+    cached = train_together(tmp_path / "cached", settings(2, sharding, model="shares positions", config=EXACT))
+    assert same(cached, frozen) and cached[0][0]["replaying"]
+
+
+@SLOW
+def test_samples_of_many_sizes_are_frozen_and_not_cached(tmp_path):
+    """A step of one process might have to run frozen blocks to learn how large the features of a size are."""
+    arguments = {"per_device_train_batch_size": 1, "remove_unused_columns": False, "eval_strategy": "no"}
+    arguments["num_train_epochs"] = 2
+    more = {"model": "vit of sizes", "rows": 24, "arguments": arguments, "points": "0:3"}
+    frozen = train_together(tmp_path / "frozen", settings(2, **more))
+    cached = train_together(tmp_path / "cached", settings(2, config={"cache": "always", "codec": "fp32"}, **more))
+    assert same(cached, frozen)
+    assert cached[0][0]["cut"] == 3 and not cached[0][0]["replaying"]
+
+
+@SLOW
 def test_a_store_of_a_sharded_model_is_that_of_a_whole_one(tmp_path):
     """The weights are the same at the first epoch, so that a single process finds what two have stored."""
     more = {"points": "0:3", "config": {**EXACT, "feature_cache_dir": str(tmp_path / "stores")}}
@@ -154,6 +174,13 @@ def test_a_step_on_features_that_needs_samples_is_an_error_in_words(tmp_path):
         ),
         ({}, {"cache_eval": True, "anneal": "cosine"}, "cache_eval=True, anneal='cosine' would need"),
         pytest.param({}, {"materialize": "write_through"}, "materialize='write_through' would need", marks=SLOW),
+        pytest.param(
+            {"fsdp_config": {"version": 2, "activation_checkpointing": True, **LAYERS}},
+            {},
+            "activation checkpointing of its own",
+            marks=SLOW,
+        ),
+        pytest.param({"torch_compile": True}, {}, "FSDP2 with torch_compile", marks=SLOW),
         pytest.param({}, {"policy": "simfreeze", "points": None}, "which looks at the training", marks=SLOW),
         pytest.param({}, {"policy": "auto", "points": None}, "which tries freezing", marks=SLOW),
     ],

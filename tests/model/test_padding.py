@@ -108,3 +108,14 @@ def test_precision_is_read_however_it_was_set(precision, larger):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == str(larger), found.stderr
+
+
+def test_rounding_under_autocast_is_that_of_the_run_not_of_the_place_that_asks():
+    """accelerate puts autocast into `forward`, and features may be of single precision all the same."""
+    chain, inputs = chain_and_batch(bert)
+    with torch.no_grad():
+        chain.capture(inputs, 2)
+        exact = chain.own_trace().tolerance(torch.float32, torch.device("cpu"))
+        chain.model.forward = torch.autocast("cpu", torch.bfloat16)(chain.model.forward)
+        assert chain.capture(inputs, 2).dtype == torch.float32
+    assert exact < 1e-3 < 1e-2 < chain.own_trace().tolerance(torch.float32, torch.device("cpu"))
