@@ -32,6 +32,8 @@ from ..headline.tasks import Task, load_task
 from .pictures import plot_regret, plot_rules
 
 NO_FREEZING, COLD = "none", "none, cold head"
+#: Batches of which the FLOPs of plain training without a report are counted.
+COUNTED_BATCHES = 8
 #: The task in which every cut is tried at every one of these epochs.
 SWEPT, SWEPT_EPOCHS, SWEPT_CUTS = "banking77", (0, 1, 2, 3), (3, 4, 5, 6)
 
@@ -108,7 +110,8 @@ def make_arms(task: str = "", without: str | None = None) -> list[Arm]:
     ]
     if without is not None:
         predictor = str(Path(without) / task)
-        rules.insert(2, ("smartfrz, network unseen", "smartfrz", {"predictor": predictor}))
+        settings = {"predictor": predictor, "max_frozen": MAX_FROZEN}
+        rules.insert(2, ("smartfrz, network unseen, three quarters", "smartfrz", settings))
     alone = [Arm(name, policy, "never", settings) for name, policy, settings in rules]
     cached = [Arm(f"{name}, cached", policy, "always", settings) for name, policy, settings in rules]
     cold = Arm(COLD, "none", settings={"head_start_epochs": 0})
@@ -171,9 +174,12 @@ def train_arm(arm: Arm, seed: int, task: Task, options: argparse.Namespace) -> d
 def plain_flops(trainer: FreezeCacheTrainer, task: Task) -> float:
     """FLOPs of an epoch of plain training, which has no report."""
     train: Any = task.train
-    rows = train.__getitems__([0, 1]) if hasattr(train, "__getitems__") else [train[0], train[1]]
-    probe = trainer._prepare_inputs(task.collator(rows))
-    return measure_training_flops(trainer.model, probe) * len(train)
+    size, counted = trainer.args.per_device_train_batch_size, []
+    for first in range(0, min(len(train), COUNTED_BATCHES * size), size):  # texts are padded to the longest of a batch
+        rows = [train[row] for row in range(first, min(first + size, len(train)))]
+        probe = trainer._prepare_inputs(task.collator(rows))
+        counted.append(measure_training_flops(trainer.model, probe))
+    return statistics.fmean(counted) * len(train)
 
 
 def cuts(phases: Iterable[Mapping[str, Any]], epochs: int) -> list[int]:

@@ -35,6 +35,7 @@ def test_every_rule_is_compared_freezing_alone_and_cached_with_the_same_head_sta
     assert {name for name, config in configs.items() if config.epochs_of_head_start != 2} == {"none, cold head"}
     unseen = [arm for arm in run.make_arms("banking77", "some/folder") if "unseen" in arm.name]
     assert [arm.settings["predictor"] for arm in unseen] == ["some/folder/banking77"] * 2
+    assert {arm.config().max_frozen for arm in unseen} == {0.75}
 
 
 def test_hindsight_is_compared_with_the_rules_on_the_seeds_of_the_sweep():
