@@ -26,7 +26,12 @@ def plot_rules(results: Mapping[str, Arms], reference: str, path: Path) -> None:
     figure, rows = plt.subplots(len(results), 2, figsize=(11, 3.4 * len(results)), squeeze=False)
     for (task, arms), (cuts, costs) in zip(results.items(), rows, strict=True):
         plain = arms.get(reference, {})
-        alone = {name: by_seed for name, by_seed in arms.items() if not name.endswith(", cached")}
+        # Without a head start, all of the picture would be the distance to it.
+        alone = {
+            name: by_seed
+            for name, by_seed in arms.items()
+            if not name.endswith(", cached") and not name.startswith(f"{reference}, ")
+        }
         for number, (name, by_seed) in enumerate(alone.items()):
             color, marker = f"C{number}", "osD^vP*Xh<"[number % 10]
             curves = [run["cut_by_epoch"] for run in by_seed.values()]
