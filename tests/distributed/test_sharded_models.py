@@ -39,13 +39,21 @@ def test_blocks_that_freeze_in_a_sharded_model_freeze_as_in_a_whole_one(points, 
     assert whole[0][0]["optimizer_states"] < 30
 
 
+def test_replay_of_a_sharded_model_is_that_of_a_whole_one(tmp_path):
+    sharded = train_together(tmp_path / "sharded", settings(2, config=EXACT))
+    assert close(sharded, alone(tmp_path / "whole", config=EXACT))
+    for seen in sharded[0]:
+        assert seen["replaying"] and seen["operations"][-1] == seen["operations"][6] < seen["operations"][5]
+
+
+@SLOW
 @pytest.mark.parametrize(
     ("points", "arguments"),
     [
         ("1:3", {}),
-        pytest.param("0:2,2:3", {}, marks=SLOW),
-        pytest.param("1:3", {"bf16": True}, marks=SLOW),
-        pytest.param("1:3", {"gradient_accumulation_steps": 2}, marks=SLOW),
+        ("0:2,2:3", {}),
+        ("1:3", {"bf16": True}),
+        ("1:3", {"gradient_accumulation_steps": 2}),
     ],
 )
 def test_replay_is_freezing_alone_bit_for_bit_and_gathers_no_frozen_block(points, arguments, tmp_path):
