@@ -178,6 +178,7 @@ LONG = {
     "build/test_deepening.py": ("test_views_that_are_missing_are_a_reason_not_to_deepen",),
     "build/test_survey.py": ("test_budget_decides_the_number_of_channels",),
     "distributed/test_two_processes.py": ("test_two_processes_agree_and_one_reads_their_store",),
+    "estimate/test_probing.py": ("test_training_that_waits_for_its_loader_is_measured_with_its_steps",),
     "hub/test_pushing.py": ("test_pushed_head_is_loaded_on_another_machine",),
     "invariant/test_writing_epochs.py": (
         "test_drop_last_and_accumulation_leave_the_store_complete",
@@ -193,7 +194,10 @@ LONG = {
         "test_stores_of_trained_blocks_are_each_folds_own",
         "test_texts_of_a_fold_are_read_from_the_shared_store",
     ),
-    "test_trainer_settling.py": ("test_activations_of_compiled_models_are_observed",),
+    "test_trainer_settling.py": (
+        "test_activations_of_compiled_models_are_observed",
+        "test_compiled_models_are_observed",
+    ),
     "test_trainer_sizes.py": (
         "test_a_budget_holds_for_features_of_several_sizes",
         "test_other_ways_to_make_a_store_fall_back_to_builds",
