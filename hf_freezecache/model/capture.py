@@ -45,10 +45,11 @@ def capture(
     found = trace.cut(cut)
     places = [part.places[0] for part in found.parts]
     captured: dict[int, torch.Tensor] = {}
+    kind = trace.probe[trace.main_input].device.type
 
     def keep(call: Call, structure: Any) -> None:
         tensors = dict(leaves(structure))
-        trace.is_autocast = torch.is_autocast_enabled(trace.probe[trace.main_input].device.type)
+        trace.is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         captured.update({number: tensors[place.path] for number, place in enumerate(places) if place.call is call})
         if len(captured) == len(places):
             raise _Captured

@@ -76,7 +76,7 @@ class Shards:
             self._decline(why)
             yield False
             return
-        self._is_whole = True
+        self._is_whole, self._taken = True, {}
         try:
             for module in self._modules:
                 module.reshard()  # an evaluation leaves some gathered
