@@ -20,6 +20,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
+from hf_freezecache.cache.rows import fetch
 from hf_freezecache.config import MAX_FROZEN
 from hf_freezecache.training.flops import measure_training_flops
 
@@ -108,12 +109,11 @@ def make_arms(task: str = "", without: str | None = None) -> list[Arm]:
         Arm("linear, to the head", "linear", settings={"max_frozen": 1.0}),
         Arm("smartfrz, three quarters", "smartfrz", settings={"max_frozen": MAX_FROZEN}),
     ]
-    if without is not None:
-        predictor = str(Path(without) / task)
-        settings = {"predictor": predictor, "max_frozen": MAX_FROZEN}
-        rules.insert(2, ("smartfrz, network unseen, three quarters", "smartfrz", settings))
     alone = [Arm(name, policy, "never", settings) for name, policy, settings in rules]
     cached = [Arm(f"{name}, cached", policy, "always", settings) for name, policy, settings in rules]
+    if without is not None:
+        unseen = {"predictor": str(Path(without) / task), "max_frozen": MAX_FROZEN}
+        alone.insert(2, Arm("smartfrz, network unseen, three quarters", "smartfrz", settings=unseen))
     cold = Arm(COLD, "none", settings={"head_start_epochs": 0})
     return [Arm(NO_FREEZING, "none", settings={"head_start_epochs": HEAD_START}), *alone, *other_limits, cold, *cached]
 
@@ -176,7 +176,7 @@ def plain_flops(trainer: FreezeCacheTrainer, task: Task) -> float:
     train: Any = task.train
     size, counted = trainer.args.per_device_train_batch_size, []
     for first in range(0, min(len(train), COUNTED_BATCHES * size), size):  # texts are padded to the longest of a batch
-        rows = [train[row] for row in range(first, min(first + size, len(train)))]
+        rows = fetch(train, range(first, min(first + size, len(train))))
         probe = trainer._prepare_inputs(task.collator(rows))
         counted.append(measure_training_flops(trainer.model, probe))
     return statistics.fmean(counted) * len(train)

@@ -52,8 +52,8 @@ def plan_head_start(session: FreezeSession, cut: int, epochs: float) -> None:
 
 def _may_have_store(session: FreezeSession, cut: int, epochs: float) -> bool:
     """Whether a store may be found or built for the first epoch, which does not need the head to be trained before."""
-    if session.keeper.why_not_cached is not None or session.keeper.provider.disks.are_many:
-        return False  # a node's store has some of the rows, and the head learns from all
+    if session.keeper.why_not_cached is not None:
+        return False
     chain = session.chain
     if make_codec(session.config.codec_at(cut, len(chain)), chain.layout(cut)).uses_weights:
         return False  # the head tells how much an error in a channel costs

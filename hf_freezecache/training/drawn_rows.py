@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -25,8 +26,29 @@ def in_random_order(source: RowSource, group: Group) -> list[int]:
         source: of all rows.
         group: the processes; all get as many rows.
     """
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
-    return order[group.rank :: group.size][: len(order) // group.size]
+    return _deal(_shuffled(source), group)
+
+
+def of_node_in_random_order(source: RowSource, group: Group, disk: Group, stored: np.ndarray) -> list[int]:
+    """This process's share of the rows that its node stores, in the order of `in_random_order`.
+
+    Args:
+        source: of all rows.
+        group: the processes; all get as many rows, so that what a node has more than another one is left out.
+        disk: those of this node.
+        stored: numbers of the rows that it stores, `(N,)`.
+    """
+    own = set(stored.tolist())
+    mine = _deal([row for row in _shuffled(source) if row in own], disk)
+    return mine[: min(group.gather(len(mine)))]
+
+
+def _shuffled(source: RowSource) -> list[int]:
+    return torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
+
+
+def _deal(rows: list[int], group: Group) -> list[int]:
+    return rows[group.rank :: group.size][: len(rows) // group.size]
 
 
 def of_rows(source: RowSource, rows: Sequence[int]) -> RowSource:

@@ -20,7 +20,7 @@ from ..model.head import Head
 from ..model.stand_ins import stays_real
 from ..model.structure import Path
 from ..replay.collator import CODE_PREFIX, SIZE
-from .drawn_rows import in_batches, in_random_order, of_batches
+from .drawn_rows import in_batches, in_random_order, of_batches, of_node_in_random_order
 from .epoch_source import FromStore, with_main_input
 
 #: Names of the codes of a batch of the head start: what the head gets, and the shape of the main input, and 0.
@@ -80,16 +80,20 @@ class HeadBatches:
         self.context, self.head, self.shelf, self._see = context, head, shelf, see
         self._main_input = context.chain.main_input
 
-    def rows(self, leave_out: int, most: int | None) -> list[Sequence[int]]:
-        """This process's share of all rows in random order, in batches.
+    def rows(self, leave_out: int, most: int | None, store: FeatureStore | None = None) -> list[Sequence[int]]:
+        """This process's share of all rows in random order, in batches; where nodes store shares, of its node's.
 
         Args:
             leave_out: how many of the first ones are held out.
             most: of the others, at most.
+            store: from which their features are read; None: from none.
         """
         source, group = self.context.source, self.context.group
         source.sizes = group.on_main(lambda: rows_by_size(source, self._main_input))
-        rows = in_random_order(source, group)[leave_out:][:most]
+        if store is not None and store.share is not None:  # what a trial has held out lies on any node
+            rows = of_node_in_random_order(source, group, self.context.disk, store.share.rows())[:most]
+        else:
+            rows = in_random_order(source, group)[leave_out:][:most]
         return group.on_all(lambda: in_batches(source, rows, self._main_input))
 
     def make(

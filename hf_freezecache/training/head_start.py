@@ -194,7 +194,7 @@ class HeadStart:
         self, made: HeadBatches, store: FeatureStore | None, most: int | None
     ) -> tuple[list[HeadBatch], int]:
         """The batches, and how many samples have run for them."""
-        rows = made.rows(self.leave_out, most)
+        rows = made.rows(self.leave_out, most, store)
         known, self._done = ([] if store is not None else self._done), []
         if most is None:
             Announcer(self.context.group, logger).warning(

@@ -21,7 +21,8 @@ from hf_freezecache.build import materialize  # noqa: E402
 from hf_freezecache.cache.fingerprint import tensors_digest  # noqa: E402
 from hf_freezecache.cache.store import FeatureStore  # noqa: E402
 from hf_freezecache.replay.collator import take_codes  # noqa: E402
-from hf_freezecache.training import scope  # noqa: E402
+from hf_freezecache.training import head_start, scope  # noqa: E402
+from hf_freezecache.training.head_batches import HeadBatches  # noqa: E402
 
 SETTINGS = ("points", "codec", "cache", "cache_scope", "cache_budget")
 
@@ -42,9 +43,27 @@ class NotesRows(FreezeCacheTrainer):
             numbers, labels = replayed.rows.numbers.tolist(), replayed.inputs["labels"].tolist()
             self.rows.setdefault(epoch, []).extend(zip(numbers, labels, strict=True))
         if self.state.global_step == self._loses_in_step:
-            for file in self.freeze_status().store_path.glob("*.arrow"):
-                os.truncate(file, 100)
+            _cut_short(self.freeze_status().store_path)
         return super().training_step(model, inputs, *args, **kwargs)
+
+
+class NotesLearned(HeadBatches):
+    """Notes the rows whose stored features a head start takes."""
+
+    learned, loses_store = list[int](), False
+
+    def make(self, batches, store, done=()):
+        if store is not None and self.loses_store:
+            _cut_short(store.path)
+        made = super().make(batches, store, done)
+        if store is not None:
+            self.learned.extend(row for batch in batches for row in batch)
+        return made
+
+
+def _cut_short(store: Path) -> None:
+    for file in store.glob("*.arrow"):
+        os.truncate(file, 100)
 
 
 def parse() -> argparse.Namespace:
@@ -65,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lost", help="the node whose folder is emptied before")
     parser.add_argument("--unwritable", help="the node whose folder is a file")
     parser.add_argument("--loses_in_step", type=int, help="the second node's store is cut short there")
+    parser.add_argument("--loses_before_head_start", action="store_true", help="the same, as the head start begins")
     parser.add_argument("--sampling", default="random")
     parser.add_argument("--dispatch", action="store_true")
     parser.add_argument("--split", action="store_true")
@@ -95,6 +115,8 @@ def main() -> None:
         folder = options.output / f"cache-of-{os.environ['RANK']}"
     if options.fails_in_build == node:
         materialize.ShardWriter.write = fail
+    head_start.HeadBatches = NotesLearned
+    NotesLearned.loses_store = options.loses_before_head_start and os.environ["GROUP_RANK"] == "1"
     seen = {}
     try:
         seen = train(options, folder)
@@ -169,6 +191,7 @@ def what_was_seen(trainer: NotesRows, labels: list[int] | None) -> dict:
         "rows": trainer.rows,
         "batches": trainer.batches,
         "labels": labels,
+        "learned": NotesLearned.learned,
         "cut": status.cut,
         "replaying": status.replaying,
         "modes": [phase.mode for phase in trainer.freeze_cache_report().phases],

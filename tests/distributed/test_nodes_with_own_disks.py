@@ -178,10 +178,23 @@ def test_split_batches_are_read_by_the_nodes_that_store_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_head_start_of_nodes_takes_samples(tmp_path):
-    seen, _ = train(tmp_path, "--points", "0:2", "--epochs", "2", "--head_start_epochs", "1")
-    assert all(each["modes"] == ["head_start", "build", "replay"] for each in seen)
-    assert len({each["weights"] for each in seen}) == 1
+def test_head_start_of_nodes_takes_the_features_that_each_stores(tmp_path):
+    """Of 51 rows the first node stores 27, the second one 24, and both of its processes get 12."""
+    arguments = ["--points", "0:2", "--epochs", "2", "--rows", "51", "--codec", "fp32", "--head_start_epochs", "1"]
+    seen, log = train(tmp_path, *arguments, processes=4, nodes=2)
+    assert all(each["modes"] == ["build", "head_start", "replay"] for each in seen)
+    assert len({each["weights"] for each in seen}) == 1 and "from the feature store" in log
+    learned = [set(each["learned"]) for each in seen]
+    assert all(rows <= set(each["share"]) for rows, each in zip(learned, seen, strict=True))
+    assert [len(rows) for rows in learned] == [12] * 4 and len(set.union(*learned)) == 48
+
+
+@pytest.mark.slow
+def test_head_start_of_nodes_takes_samples_if_one_has_lost_its_store(tmp_path):
+    arguments = ["--points", "0:2", "--epochs", "2", "--head_start_epochs", "1", "--loses_before_head_start"]
+    seen, log = train(tmp_path, *arguments)
+    assert "The head start takes samples" in log and len({each["weights"] for each in seen}) == 1
+    assert all(not each["learned"] and "head_start" in each["modes"] for each in seen)
 
 
 @pytest.mark.slow
