@@ -4,6 +4,7 @@
 #: the slow one: another change of the code rarely breaks one of these cases alone.
 MANY_CASES = {
     "augment/test_channel_map.py": ("test_store_keeps_the_maps_and_trains_from_them",),
+    "augment/test_transforms.py": ("test_warped_base_image_is_the_view",),
     "build/test_comparison.py": ("test_rows_that_a_build_would_write_again_do_not_differ",),
     "build/test_deepening.py": (
         "test_deepening_a_lossless_store_gives_the_bytes_of_a_build_from_images",
@@ -52,6 +53,10 @@ MANY_CASES = {
         "test_resumed_with_opaque_draws_is_uninterrupted_if_the_directory_is_kept",
         "test_write_through_of_exact_features_is_upfront_training",
         "test_writing_epochs_train_as_the_same_views_drawn_live",
+    ),
+    "model/test_chain.py": (
+        "test_advance_from_any_cut_to_any_later_one_is_the_prefix_bit_for_bit",
+        "test_every_cut_reproduces_logits_bit_for_bit",
     ),
     "model/test_discovery.py": ("test_blocks_are_found_and_every_cut_is_proved_or_refused_in_words",),
     "replay/test_lost_stores.py": ("test_loader_processes_read_on_when_the_store_was_removed",),
@@ -179,11 +184,14 @@ LONG = {
     "build/test_survey.py": ("test_budget_decides_the_number_of_channels",),
     "distributed/test_two_processes.py": ("test_two_processes_agree_and_one_reads_their_store",),
     "estimate/test_probing.py": ("test_training_that_waits_for_its_loader_is_measured_with_its_steps",),
+    "hub/test_hostile_heads.py": ("test_no_value_anywhere_gets_through",),
     "hub/test_pushing.py": ("test_pushed_head_is_loaded_on_another_machine",),
     "invariant/test_writing_epochs.py": (
         "test_drop_last_and_accumulation_leave_the_store_complete",
         "test_number_of_workers_changes_nothing",
     ),
+    "model/test_padding.py": ("test_precision_is_read_however_it_was_set",),
+    "test_packaging.py": ("test_every_module_is_imported_without_the_packages_of_the_extras",),
     "test_planning.py": ("test_geometry_that_is_no_homography_is_planned_as_it_would_be_kept",),
     "test_trainer_plain.py": (
         "test_code_that_rounds_otherwise_when_compiled_trains_on_the_cache",
@@ -218,6 +226,7 @@ LONG = {
         "test_a_store_that_epochs_have_written_before_is_taken",
         "test_loader_processes_read_the_store",
     ),
+    "training/test_losses_of_images.py": ("test_weights_that_become_nan_are_named_and_end_no_training",),
     "training/test_store_provider.py": (
         "test_budget_counts_what_lies_on_the_disk_once_a_store_is_built",
         "test_outdated_evaluation_stores_make_room_for_a_deeper_cut",
