@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ class Bypass:
                 # A user has called a part of the model by itself.
                 self._check(find_tensor((args, kwargs)))
             samples, wider = len(self._feature), self.cut.wider(self._feature)
-            given = dict(leaves((args, kwargs)))
+            given = functools.cache(lambda: dict(leaves((args, kwargs))))  # few blocks hand something through
             tensors = self.cut.unpack(self._feature) if places else []
 
             def answer(path: tuple, leaf: Any) -> Any:
@@ -90,8 +91,8 @@ class Bypass:
                 if path in places:
                     return tensors[places[path]]
                 handed_through = next((place for place, spec in call.arguments.items() if _is_same(spec, leaf)), None)
-                if handed_through in given:
-                    return given[handed_through]
+                if handed_through is not None and handed_through in given():
+                    return given()[handed_through]
                 spec = self._resized.spec_of(call, path, leaf)
                 return StandIn(spec.shape_for(samples, wider), spec.dtype, spec.device, stands_for)
 

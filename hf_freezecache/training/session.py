@@ -119,6 +119,7 @@ class FreezeSession:
         # Whether steps of this epoch on features run compiled code uncompiled: it would run the bypassed blocks.
         self.force_eager = False
         self._live_buffers: list[torch.Tensor] = []
+        self._parameters: list[nn.Parameter] = []
         self.findings = Findings(self.group, context.device)
         # Mode and samples of the last micro-batch.
         self._last_step: tuple[str, float] | None = None
@@ -183,6 +184,7 @@ class FreezeSession:
         self.force_eager = self._is_compiled()
         frozen = set(map(id, self.chain.prefix_buffers(self.chain.cut).values()))
         self._live_buffers = [buffer for buffer in self.context.model.buffers() if id(buffer) not in frozen]
+        self._parameters = list(self.context.model.parameters())
         phase = self.accounts.begin_epoch(self.chain.cut, self.source.mode)
         if self.source.store_bytes:
             phase.store_bytes = self.source.store_bytes
@@ -307,7 +309,7 @@ class FreezeSession:
             step = FromImages(self.chain.cut).step_inputs(batch, self.context)
         if not step.bypassed:
             return self._run(step, mix, run)
-        state = StepState(self.wrapped_model, self._live_buffers, self.group)
+        state = StepState(self.wrapped_model, self._live_buffers, self._parameters, self.group)
         try:
             with state.recording():
                 return self._run(step, mix, run)

@@ -28,13 +28,16 @@ class StepState:
     Args:
         model: as the training calls it.
         buffers: that the step may change: those of the blocks that are not frozen.
+        parameters: of the model. To look for them takes the host longer than all else that is kept here.
         group: the processes.
     """
 
-    def __init__(self, model: nn.Module, buffers: Sequence[torch.Tensor], group: Group):
+    def __init__(
+        self, model: nn.Module, buffers: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], group: Group
+    ):
         self._buffers, self._ddp, self._group = buffers, find_ddp(model), group
         self._rng, self._before = RngState(), self._copy()
-        self._gradients = [(parameter, _version(parameter)) for parameter in model.parameters()]
+        self._gradients = [(parameter, _version(parameter)) for parameter in parameters]
         # What the wrapper's forward passes of the first try have begun with.
         self._received: list[_Buffers] = []
         # Operations between processes: those before the step, and those of the wrapper's before its forward passes.
@@ -69,8 +72,7 @@ class StepState:
         Raises:
             MismatchError: if there may not.
         """
-        added = [parameter for parameter, version in self._gradients if version and _version(parameter) != version]
-        if added:
+        if any(version and _version(parameter) != version for parameter, version in self._gradients):
             raise _not_again("it has added to gradients of the batches before it", error)
         operations = count_operations()  # the same on processes that have come to the same place
         communicated = operations - self._operations - self._wrappers
