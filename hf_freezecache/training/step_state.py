@@ -28,14 +28,14 @@ class StepState:
     Args:
         model: as the training calls it.
         buffers: that the step may change: those of the blocks that are not frozen.
-        parameters: of the model. To look for them takes the host longer than all else that is kept here.
+        parameters: of the model, when the epoch began: to look for them takes longer than all else that is kept here.
         group: the processes.
     """
 
     def __init__(
         self, model: nn.Module, buffers: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], group: Group
     ):
-        self._buffers, self._ddp, self._group = buffers, find_ddp(model), group
+        self._model, self._buffers, self._ddp, self._group = model, buffers, find_ddp(model), group
         self._rng, self._before = RngState(), self._copy()
         self._gradients = [(parameter, _version(parameter)) for parameter in parameters]
         # What the wrapper's forward passes of the first try have begun with.
@@ -74,6 +74,9 @@ class StepState:
         """
         if any(version and _version(parameter) != version for parameter, version in self._gradients):
             raise _not_again("it has added to gradients of the batches before it", error)
+        known = {id(parameter) for parameter, _ in self._gradients}
+        if any(each.grad is not None and id(each) not in known for each in self._model.parameters()):
+            raise _not_again("parameters that were added since the epoch began have gradients", error)
         operations = count_operations()  # the same on processes that have come to the same place
         communicated = operations - self._operations - self._wrappers
         if communicated and not self._group.meet(f"freezecache/again after {operations}", _PATIENCE_SECONDS):
