@@ -181,6 +181,8 @@ def why_model_sharded(model: nn.Module) -> str | None:
         return None
     from torch.distributed.tensor import DTensor
 
+    if sharded_modules(model):
+        return "a model that FSDP2 has split before this training: give each training a new model and a new trainer"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, DTensor):
             return f"a model with sharded tensors (DTensor), e.g. '{name}'"

@@ -9,6 +9,7 @@ Beside `--output` there is one argument, `--settings`, the JSON of a dictionary:
     arguments: of `TrainingArguments`
     stop_after: the training is stopped after so many steps
     resume: whether the training resumes from the last checkpoint
+    again: whether the same trainer trains a second time
     fault: {"kind": a name of `support.deaths`, "rank": of the process that has it, ...}
     trouble: {"kind": a name of `support.troubles`, "rank": of the process that has it, "step": when}
     trainer: "plain" for a `Trainer`
@@ -117,6 +118,8 @@ def train(output: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         **own,
     )
     trainer.train(resume_from_checkpoint=settings.get("resume", False))
+    if settings.get("again"):
+        trainer.train()
     seen = {**look_at(trainer), "operations": operations.counts}
     tensors = {name: whole(value).clone() for name, value in trainer.model.state_dict().items()}
     save_file(tensors, output / f"weights-{rank}.safetensors")

@@ -199,6 +199,21 @@ def test_what_needs_a_whole_model_is_refused_before_the_training(sharding, confi
 
 
 @SLOW
+@pytest.mark.parametrize("policy", ["linear", "freezeout"])
+def test_schedules_of_policies_freeze_and_replay_as_in_a_whole_model(policy, tmp_path):
+    config = {**EXACT, "policy": policy, "points": None, "head_start_epochs": 0}
+    sharded = train_together(tmp_path / "sharded", settings(2, config=config))
+    assert close(sharded, alone(tmp_path / "whole", config=config))
+    assert all(seen["cut"] == 3 and seen["built"] for seen in sharded[0])
+
+
+@SLOW
+def test_a_second_training_of_a_model_in_shards_is_refused(tmp_path):
+    log = launch(given(tmp_path, settings(2, again=True)), script=SCRIPT, fails=True)
+    assert "give each training a new model and a new trainer" in log
+
+
+@SLOW
 def test_defaults_under_fsdp_freeze(tmp_path):
     """FSDP1, which is refused, does not run on CPUs: see `test_trainer_sharding`."""
     log = launch(given(tmp_path / "defaults", {**settings(2), "config": None}), script=SCRIPT)
