@@ -24,6 +24,8 @@ class AutoFreezePolicy(SettlingPolicy):
     whose norm the paper takes, would need their memory once more); norms that are not finite, of a step that fp16
     skips, do not count. The rule is relative, so that something below the median freezes whether or not anything has
     settled: the stem alone has even odds in every interval, in the first ones of a training from scratch as well.
+    Measured (`benchmarks/policies`): fine-tunings kept their accuracy, at more FLOPs than with a schedule; a training
+    from scratch lost 15 points.
 
     Args:
         intervals: in an epoch.

@@ -24,7 +24,8 @@ class EgeriaPolicy(SettlingPolicy):
     quantized copy of the model on every batch that it looks at. The reference is the model after the first epoch,
     which stands for the paper's critical period, and stays; the paper renews it. All blocks are watched, not only the
     foremost live one. Nothing freezes before epoch 2, nor before eleven readings, so that a training of few epochs may
-    end before anything does.
+    end before anything does. Measured (`benchmarks/policies`): nothing froze in fine-tunings of six epochs, and little
+    in the last fifth of twenty from scratch.
 
     Args:
         tolerance: share of the largest of the first three slopes.

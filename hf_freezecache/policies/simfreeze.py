@@ -22,7 +22,8 @@ class SimFreezePolicy(SettlingPolicy):
     As implemented: readings are as often as costs little, `similarities` of `ObservedBlock`, so that `tolerance` is
     one from reading to reading. The output of a block moves with the blocks before it. A rule of small steps cannot
     tell a block that has settled from one that has not begun: a small learning rate, a warm-up, or close readings
-    freeze too early.
+    freeze too early. Measured (`benchmarks/policies`): it froze late, saved 3 to 13 % of the FLOPs, and was 0.1 to 1.4
+    points below no freezing.
 
     Args:
         tolerance: largest change from one reading to the next, relative to the value.
