@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+#: One for each rule, or more: the last ones are not among matplotlib's ten.
+COLORS = (*(f"C{number}" for number in range(10)), "black", "gold")
 Arms = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
@@ -23,7 +25,8 @@ def plot_rules(results: Mapping[str, Arms], reference: str, path: Path) -> None:
         reference: the arm without freezing.
         path: of the picture.
     """
-    figure, rows = plt.subplots(len(results), 2, figsize=(11, 3.4 * len(results)), squeeze=False)
+    figure, rows = plt.subplots(len(results), 2, figsize=(11, 3.4 * len(results) + 1), squeeze=False)
+    names: dict[str, int] = {}
     for (task, arms), (cuts, costs) in zip(results.items(), rows, strict=True):
         plain = arms.get(reference, {})
         # Without a head start, all of the picture would be the distance to it.
@@ -32,12 +35,14 @@ def plot_rules(results: Mapping[str, Arms], reference: str, path: Path) -> None:
             for name, by_seed in arms.items()
             if not name.endswith(", cached") and not name.startswith(f"{reference}, ")
         }
-        for number, (name, by_seed) in enumerate(alone.items()):
-            color, marker = f"C{number}", "osD^vP*Xh<"[number % 10]
+        for name, by_seed in alone.items():
+            number = names.setdefault(name, len(names))
+            color, marker = COLORS[number % len(COLORS)], "osD^vP*Xh<>d"[number % 12]
             curves = [run["cut_by_epoch"] for run in by_seed.values()]
             if any(map(any, curves)):
                 means = [statistics.fmean(epoch) for epoch in zip(*curves, strict=True)]
-                cuts.step(range(len(means) + 1), [*means, means[-1]], where="post", color=color, label=name)
+                line = "--" if ", " in name else "-"  # over that of the same rule with other settings
+                cuts.step(range(len(means) + 1), [*means, means[-1]], line, where="post", color=color)
             pairs = [(run, plain[seed]) for seed, run in by_seed.items() if seed in plain]
             if pairs:
                 points = [100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs]
@@ -47,11 +52,13 @@ def plot_rules(results: Mapping[str, Arms], reference: str, path: Path) -> None:
                     flops, statistics.fmean(points), spread, color=color, marker=marker, capsize=2, label=name
                 )
         cuts.set(title=f"{task}: frozen blocks", xlabel="epoch", ylabel="cut (mean over seeds)", ylim=(0, None))
-        cuts.legend(fontsize=7, loc="upper left")
         costs.axhline(0, color="0.8", zorder=0)
         costs.set(title=task, xlabel="FLOPs relative to no freezing", ylabel="points of accuracy (all seeds)")
-        costs.legend(fontsize=7)
-    figure.tight_layout()
+    found = {
+        name: handle for axes in rows[:, 1] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))
+    figure.legend(found.values(), found.keys(), loc="lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
