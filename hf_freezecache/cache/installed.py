@@ -12,6 +12,8 @@ from typing import Any
 
 #: This package counts as installed wherever it lies.
 _OWN = __name__.split(".")[0]
+#: Folders into which packages are installed, of whichever Python or user they are.
+_PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
 #: Flag of classes that were made at run time (`Py_TPFLAGS_HEAPTYPE`).
 _HEAP_TYPE = 1 << 9
 
@@ -65,11 +67,27 @@ def _is_installed(top: str) -> bool:
         file = paths[0] if paths else None
     if file is None:
         return False
-    return any(Path(file).resolve().is_relative_to(folder) for folder in _package_folders())
+    path = Path(file).resolve()
+    is_beside_others = not _PACKAGE_FOLDERS.isdisjoint(path.parts)
+    is_of_python = any(path.is_relative_to(folder) for folder in _folders_of_python())
+    return is_beside_others or is_of_python or _is_recorded(top, path)
+
+
+def _is_recorded(top: str, path: Path) -> bool:
+    """Whether an installer has noted that it put a module where it lies (`pip install --target`).
+
+    One that is installed for editing (`pip install --editable`) lies elsewhere, and is the user's own code.
+    """
+    folder = next((parent.parent for parent in path.parents if parent.name == top), path.parent)
+    for record in folder.glob("*.dist-info/RECORD"):
+        with record.open(encoding="utf-8", errors="replace") as lines:
+            if any(line.startswith((f"{top}/", f"{top}.py,")) for line in lines):
+                return True
+    return False
 
 
 @functools.cache
-def _package_folders() -> list[Path]:
+def _folders_of_python() -> list[Path]:
     paths = sysconfig.get_paths()
     return [Path(paths[name]).resolve() for name in ("purelib", "platlib", "stdlib", "platstdlib")]
 
