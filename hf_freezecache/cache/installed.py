@@ -10,6 +10,12 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+from ..distributed import Announcer
+
+logger = logging.get_logger(__name__)
+
 #: This package counts as installed wherever it lies.
 _OWN = __name__.split(".")[0]
 #: Folders into which packages are installed, of whichever Python or user they are.
@@ -76,13 +82,17 @@ def _is_installed(top: str) -> bool:
 def _is_recorded(top: str, path: Path) -> bool:
     """Whether an installer has noted that it put a module where it lies (`pip install --target`).
 
-    One that is installed for editing (`pip install --editable`) lies elsewhere, and is the user's own code.
+    One that is installed for editing (`pip install --editable`) lies elsewhere, and is the user's own code; so is one
+    beside a record that cannot be read, which costs more work and loses nothing.
     """
     folder = next((parent.parent for parent in path.parents if parent.name == top), path.parent)
     for record in folder.glob("*.dist-info/RECORD"):
-        with record.open(encoding="utf-8", errors="replace") as lines:
-            if any(line.startswith((f"{top}/", f"{top}.py,")) for line in lines):
-                return True
+        try:
+            with record.open(encoding="utf-8", errors="replace") as lines:
+                if any(line.startswith((f"{top}/", f"{top}.py,")) for line in lines):
+                    return True
+        except OSError as error:
+            Announcer.survived(logger, f"{record}, the record of an installed package, cannot be read", error)
     return False
 
 

@@ -14,7 +14,7 @@ def placed(tmp_path, monkeypatch):
 
     def place(name, folder, record=None, is_package=True):
         here = tmp_path / folder
-        here.mkdir(parents=True)
+        here.mkdir(parents=True, exist_ok=True)
         if is_package:
             (here / name).mkdir()
         (here / name / "__init__.py" if is_package else here / f"{name}.py").write_text("def function(): return 1\n")
@@ -53,3 +53,9 @@ def test_a_folder_to_which_an_installer_has_copied_it_counts(is_package, placed)
 )
 def test_code_of_the_user_does_not(record, placed):
     assert not is_installed(placed("freezecache_probe_c", "work", record))
+
+
+def test_a_record_that_cannot_be_read_ends_nothing(placed, tmp_path):
+    (tmp_path / "work" / "broken-1.0.dist-info" / "RECORD").mkdir(parents=True)
+    name = placed("freezecache_probe_d", "work")
+    assert not is_installed(name)
