@@ -54,10 +54,12 @@ def minilm_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def load_minilm(options: argparse.Namespace) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
-    """MiniLM-L6 with a new head of 77 intents, and its tokenizer."""
+def load_minilm(
+    options: argparse.Namespace, classes: int = INTENTS
+) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+    """MiniLM-L6 with a new head, and its tokenizer."""
     folder = minilm_folder(options)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=INTENTS)
+    model = BertForSequenceClassification.from_pretrained(folder, num_labels=classes)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .methods import EPS, METHODS, OTHER_EPS, Method, make_methods
+from .tasks import Learned
 
 #: The seed of the trainings by which learning rates are chosen.
 TUNING_SEED = 100
@@ -71,11 +72,30 @@ def accuracy(result: Result) -> float:
 
 @dataclass(frozen=True)
 class Series:
-    """All trainings of a method from one start."""
+    """All trainings of a method from one start.
+
+    Args:
+        task: what is learned.
+        start: head start or new head.
+        method: how.
+        half_decades: by how much a method's first learning rates are larger, if they are a task's own.
+    """
 
     task: str
     start: str
     method: Method
+    half_decades: int = 0
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates that are tried first."""
+        shift = self.half_decades if self.method.follows_slope else 0
+        return [neighbour(rate, shift) for rate in self.method.rates]
+
+    @property
+    def tuned(self) -> Series:
+        """The series whose learning rate and distance it has."""
+        return replace(self, method=METHODS[self.method.tuned_as]) if self.method.tuned_as else self
 
     def trial(self, rate: float, eps: float) -> Job:
         """The training by which a learning rate and a distance are judged."""
@@ -96,15 +116,15 @@ class Series:
         it is tried. Then comes the other distance, at the best learning rate.
         """
         if self.method.tuned_as:
-            return Series(self.task, self.start, METHODS[self.method.tuned_as]).missing_trials(done)
+            return self.tuned.missing_trials(done)
         eps = EPS if self.method.has_eps else 0.0
-        jobs = [job for rate in self.method.rates if (job := self.trial(rate, eps)) not in done]
+        jobs = [job for rate in self.rates if (job := self.trial(rate, eps)) not in done]
         if jobs:
             return jobs
         found = {rate: points for (rate, own), points in self.trials(done).items() if own == eps}
         rates = sorted(found)
         best = best_of(found)
-        if best in (rates[0], rates[-1]) and len(rates) < len(self.method.rates) + _MOST_WIDENED:
+        if best in (rates[0], rates[-1]) and len(rates) < len(self.rates) + _MOST_WIDENED:
             return [self.trial(neighbour(best, 1 if best == rates[-1] else -1), eps)]
         if self.method.has_eps and (job := self.trial(best, OTHER_EPS)) not in done:
             return [job]
@@ -115,7 +135,7 @@ class Series:
         if self.missing_trials(done):
             return None
         if self.method.tuned_as:
-            return Series(self.task, self.start, METHODS[self.method.tuned_as]).chosen(done)
+            return self.tuned.chosen(done)
         return best_of(self.trials(done))
 
     def finals(self, done: Done, seeds: Iterable[int]) -> list[Job]:
@@ -131,21 +151,32 @@ def best_of(points: Mapping[Any, float]) -> Any:
     return max(sorted(points), key=points.__getitem__)
 
 
-def neighbour(rate: float, direction: int) -> float:
-    """The next learning rate of 1, 3, 10, 30, ..., up or down."""
+def neighbour(rate: float, steps: int) -> float:
+    """The learning rate so many steps up or down among 1, 3, 10, 30, ..."""
     digit, exponent = f"{rate:.0e}".split("e")
-    place = 2 * int(exponent) + _STEPS.index(int(digit)) + direction
+    place = 2 * int(exponent) + _STEPS.index(int(digit)) + steps
     return float(f"{_STEPS[place % 2]}e{place // 2}")
 
 
-def make_series(tasks: Iterable[str], from_scratch: Iterable[str], only: Iterable[str] | None = None) -> list[Series]:
-    """All series, the most important ones first: methods in their order, with a new head after the first six."""
+def make_series(tasks: Iterable[Learned], of_both: Iterable[str], only: Iterable[str] | None = None) -> list[Series]:
+    """All series, the most important ones first: methods in their order, with the other start after the first six.
+
+    Args:
+        tasks: what is learned.
+        of_both: names of the methods that begin with both starts.
+        only: names of methods; None: all.
+    """
     methods = [method for method in make_methods() if not only or method.name in only]
-    tasks, scratch = list(tasks), set(from_scratch)
-    started = [Series(task, "head start", method) for method in methods for task in tasks]
-    new = [Series(task, "new head", method) for method in methods if method.name in scratch for task in tasks]
+    tasks, both = list(tasks), set(of_both)
+    own = [Series(task.name, task.start, method, task.half_decades) for method in methods for task in tasks]
+    other = [
+        Series(task.name, task.other_start, method, task.half_decades)
+        for method in methods
+        if method.name in both
+        for task in tasks
+    ]
     first = 6 * len(tasks)
-    return [*started[:first], *new, *started[first:]]
+    return [*own[:first], *other, *own[first:]]
 
 
 def next_jobs(series: Iterable[Series], done: Done, seeds: Iterable[int], running: Callable[[Job], bool]) -> list[Job]:

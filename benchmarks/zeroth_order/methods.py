@@ -46,6 +46,11 @@ class Method:
         """Whether losses are looked at in some distance."""
         return self.settings is not None
 
+    @property
+    def follows_slope(self) -> bool:
+        """Whether a step is as long as the loss is steep along a random direction, so that rates are a task's own."""
+        return self.settings is not None and self.settings.get("estimator") != "one_sided"
+
 
 def pool(size: int) -> str:
     """The name of the method with a pool."""
@@ -91,5 +96,5 @@ def make_methods() -> list[Method]:
 
 
 METHODS = {method.name: method for method in make_methods()}
-#: Those that are trained from a new head as well; the best PeZO of each task comes to them.
-FROM_SCRATCH = ("MeZO", "exact gradient", pool(4095), on_the_fly(8))
+#: Those that begin with the other start as well.
+OF_BOTH_STARTS = ("MeZO", "exact gradient", pool(4095), on_the_fly(8))

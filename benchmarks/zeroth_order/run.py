@@ -19,17 +19,17 @@ import torch
 from .._common import describe_machine, make_parser, prepare, quiet, write_json
 from .._partials import add_task_options, settle_run_options
 from ..gpu.workload import describe_card
-from ..headline.tasks import Task, load_task
+from ..headline.tasks import Task
 from .jobs import Done, Job, Result, make_series, next_jobs, read_done
-from .methods import FROM_SCRATCH, make_methods
+from .methods import OF_BOTH_STARTS, make_methods
 from .tables import MACHINE, collect
+from .tasks import TASKS
 from .trainings import run_job
 
-TASKS = ("caltech-224", "banking77")
 #: Forward passes of a training.
 PASSES = 3000
 #: The tasks that this process, and those that it starts, has in memory.
-_TASKS: dict[str, Task] = {}
+_LOADED: dict[str, Task] = {}
 
 
 def results_folder(options: argparse.Namespace) -> Path:
@@ -41,7 +41,7 @@ def run_and_write(job: Job, options: argparse.Namespace) -> tuple[Job, Result]:
     """Runs a job in a process of its own and writes the result at once."""
     quiet()
     torch.set_num_threads(options.threads)
-    result = run_job(job, _TASKS[job.task], options) | asdict(job) | {"jobs": options.jobs}
+    result = run_job(job, _LOADED[job.task], options) | asdict(job) | {"jobs": options.jobs}
     write_json(results_folder(options) / job.file, result)
     what = f"{job.method}, {job.rate:g}, eps {job.eps:g}" if job.method else "store and head"
     kind = "tuning" if job.is_tuning else f"seed {job.seed}"
@@ -60,8 +60,8 @@ def run_all(options: argparse.Namespace) -> list[str]:
     """
     deadline = time.time() + options.seconds
     for name in options.tasks:
-        _TASKS[name] = load_task(name, options)
-    series = make_series(options.tasks, FROM_SCRATCH, options.methods)
+        _LOADED[name] = TASKS[name].load(options)
+    series = make_series(map(TASKS.__getitem__, options.tasks), OF_BOTH_STARTS, options.methods)
     done: Done = read_done(results_folder(options))
     running: dict[Future[tuple[Job, Result]], Job] = {}
     failures: dict[Job, str] = {}

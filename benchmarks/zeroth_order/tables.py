@@ -12,7 +12,8 @@ from typing import Any
 from .._common import Claim, pick, result_folder, write_result
 from .._statistics import deviation, markdown_table, paired
 from .jobs import Done, Result, Series, accuracy, make_series, preparation, read_done
-from .methods import FROM_SCRATCH, METHODS, WIDTHS, on_the_fly, pool
+from .methods import METHODS, OF_BOTH_STARTS, WIDTHS, on_the_fly, pool
+from .tasks import TASKS
 
 #: The methods whose curves are shown.
 SHOWN = ("exact gradient", "MeZO", pool(4095), on_the_fly(8), "naive uniform", "naive uniform, not tuned", "FZOO-like")
@@ -30,7 +31,7 @@ def collect(options: argparse.Namespace, folder: Path) -> None:
         return
     target = result_folder("zeroth_order", options.smoke) / ("gpu" if options.gpu else "cpu")
     target.mkdir(parents=True, exist_ok=True)
-    series = make_series(options.tasks, FROM_SCRATCH)
+    series = make_series(map(TASKS.__getitem__, options.tasks), OF_BOTH_STARTS)
     found = {each: rows for each in series if (rows := final_rows(each, done, options.seeds))}
     text = "\n".join(
         part

@@ -137,6 +137,7 @@ def train_method(
     seconds = time.perf_counter() - start
     status = trainer.freeze_status()
     assert status.replaying, "the steps did not run on features"
+    evaluated = trainer.evaluate()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "steps": steps,
@@ -144,7 +145,8 @@ def train_method(
         "seconds": seconds,
         "parameters": status.trainable_parameters,
         "losses": [[entry["step"] * method.passes, entry["loss"]] for entry in log],
-        "accuracy": trainer.evaluate()["eval_accuracy"],
+        "accuracy": evaluated["eval_accuracy"],
+        "test_loss": evaluated["eval_loss"],
     }
     if method.settings is not None:
         result["numbers_drawn"] = log[-1]["zero_order/numbers_drawn"]

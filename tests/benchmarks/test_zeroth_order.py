@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import pytest
+import torch
+from datasets import Dataset
 
+from benchmarks._images import Pixels
+from benchmarks.headline.tasks import Task
+from benchmarks.zeroth_order import tasks
 from benchmarks.zeroth_order.jobs import Series, make_series, neighbour, next_jobs, preparation
-from benchmarks.zeroth_order.methods import EPS, FROM_SCRATCH, METHODS, OTHER_EPS, RATES
+from benchmarks.zeroth_order.methods import EPS, METHODS, OF_BOTH_STARTS, OTHER_EPS, RATES
+from benchmarks.zeroth_order.tasks import HEAD_START, NEW_HEAD, TASKS, Learned
 
 SEEDS = [0, 1, 2]
+
+
+def learned(name, start=HEAD_START, half_decades=0):
+    return Learned(name, start, half_decades, load=None)
 
 
 def run_all(series, points, tasks=("task",)):
@@ -61,7 +72,7 @@ def test_stores_and_heads_come_first_and_test_samples_last():
 
 
 def test_method_that_is_not_tuned_has_the_settings_of_another():
-    series = make_series(["task"], [], ["naive uniform, not tuned"])
+    series = make_series([learned("task")], [], ["naive uniform, not tuned"])
     order, _ = run_all(series, peak(1e-4))
     trained = [job for job in order if job.method]
     assert {job.method for job in trained if job.is_tuning} == {"MeZO"}
@@ -69,11 +80,46 @@ def test_method_that_is_not_tuned_has_the_settings_of_another():
 
 
 def test_all_methods_are_tried_alike():
-    order, done = run_all(make_series(["a", "b"], FROM_SCRATCH), lambda job: 0.5 if job.rate == 3e-5 else 0.4)
-    series = make_series(["a", "b"], FROM_SCRATCH)
+    both = [learned("a"), learned("b")]
+    order, done = run_all(make_series(both, OF_BOTH_STARTS), lambda job: 0.5 if job.rate == 3e-5 else 0.4)
+    series = make_series(both, OF_BOTH_STARTS)
     counts = {
         each: len(each.trials(done)) for each in series if each.method.rates == RATES and not each.method.tuned_as
     }
     assert set(counts.values()) == {4} and len(counts) > 30
     assert [job.method for job in order if job.method][:6] == ["MeZO"] * 6
     assert len(order) == len(set(order))
+
+
+def test_every_method_begins_as_its_task_does_and_some_the_other_way():
+    series = make_series([learned("a", NEW_HEAD), learned("b", HEAD_START)], ["MeZO"])
+    methods = {
+        (each.task, each.start): {
+            own.method.name for own in series if (own.task, own.start) == (each.task, each.start)
+        }
+        for each in series
+    }
+    assert methods == {
+        ("a", NEW_HEAD): set(METHODS),
+        ("b", HEAD_START): set(METHODS),
+        ("a", HEAD_START): {"MeZO"},
+        ("b", NEW_HEAD): {"MeZO"},
+    }
+
+
+def test_first_learning_rates_are_a_tasks_own_where_steps_follow_the_slope():
+    rates = {each.method.name: each.rates for each in make_series([learned("a", half_decades=3)], [])}
+    assert rates["MeZO"] == rates["pool 4095"] == [1e-3, 3e-4, 3e-3]
+    assert rates["exact gradient"] == list(METHODS["exact gradient"].rates)
+    assert rates["FZOO-like"] == list(METHODS["FZOO-like"].rates)
+
+
+def test_small_tasks_have_ten_classes_and_one_live_block(monkeypatch):
+    images = Pixels(torch.zeros(30, 3, 8, 8), torch.arange(30) % 15)
+    questions = Dataset.from_dict({"input_ids": [[1]] * 30, "label": [row % 15 for row in range(30)]})
+    for name, parent, rows in [("caltech-112-ten", "caltech-112", images), ("banking77-ten", "banking77", questions)]:
+        whole = Task(parent, rows, rows, None, None, 16, 7, 4, 5)
+        monkeypatch.setattr(tasks, "load_task", lambda name, options, whole=whole: whole)
+        task = TASKS[name].load(argparse.Namespace(rows=None))
+        found = [int(task.train[row].get("labels", task.train[row].get("label"))) for row in range(len(task.train))]
+        assert sorted(found) == sorted(2 * list(range(10))) and len(task.test) == 20 and task.deep == 6
