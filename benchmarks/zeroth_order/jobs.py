@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .methods import EPS, METHODS, OTHER_EPS, Method, make_methods
+from .methods import EPS, FIRST, METHODS, OTHER_EPS, Method, make_methods
 from .tasks import Learned
 
 #: The seed of the trainings by which learning rates are chosen.
@@ -159,7 +159,7 @@ def neighbour(rate: float, steps: int) -> float:
 
 
 def make_series(tasks: Iterable[Learned], of_both: Iterable[str], only: Iterable[str] | None = None) -> list[Series]:
-    """All series, the most important ones first: methods in their order, with the other start after the first six.
+    """All series, the most important ones first: methods in their order, with the other start after the first ones.
 
     Args:
         tasks: what is learned.
@@ -175,7 +175,7 @@ def make_series(tasks: Iterable[Learned], of_both: Iterable[str], only: Iterable
         if method.name in both
         for task in tasks
     ]
-    first = 6 * len(tasks)
+    first = FIRST * len(tasks)
     return [*own[:first], *other, *own[first:]]
 
 

@@ -85,16 +85,20 @@ def make_methods() -> list[Method]:
     ]
     return [
         *first,
+        last[0],
         pools.pop(255),
         pools.pop(65535),
-        *last[:2],
+        last[1],
         registers.pop(4),
+        registers.pop(16),
+        last[2],
         *pools.values(),
         *registers.values(),
-        last[2],
     ]
 
 
 METHODS = {method.name: method for method in make_methods()}
+#: So many come before those that begin with the other start.
+FIRST = 13
 #: Those that begin with the other start as well.
 OF_BOTH_STARTS = ("MeZO", "exact gradient", pool(4095), on_the_fly(8))

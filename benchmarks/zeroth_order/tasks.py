@@ -45,19 +45,21 @@ def _all_classes(name: str) -> Callable[[argparse.Namespace], Task]:
 
 
 def _ten_images(options: argparse.Namespace) -> Task:
-    return _with_few_classes(load_task("caltech-112", options), lambda: load_deit(options, classes=CLASSES))
+    whole = load_task("caltech-112", options)
+    return _with_few_classes("caltech-112-ten", whole, lambda: load_deit(options, classes=CLASSES))
 
 
 def _ten_intents(options: argparse.Namespace) -> Task:
     # All questions are read: those of ten intents are an eighth of them.
     every = argparse.Namespace(**vars(options) | {"rows": options.rows or 10**9})
-    return _with_few_classes(load_task("banking77", every), lambda: load_minilm(options, CLASSES)[0])
+    whole = load_task("banking77", every)
+    return _with_few_classes("banking77-ten", whole, lambda: load_minilm(options, CLASSES)[0])
 
 
-def _with_few_classes(task: Task, load_model: Callable[[], Any]) -> Task:
+def _with_few_classes(name: str, task: Task, load_model: Callable[[], Any]) -> Task:
     """The same task with ten classes, and one live block."""
     parts = {"train": _first_classes(task.train), "test": _first_classes(task.test)}
-    return replace(task, **parts, load_model=load_model, deep=task.blocks - 1)
+    return replace(task, name=name, **parts, load_model=load_model, deep=task.blocks - 1)
 
 
 def _first_classes(dataset: Any) -> Dataset:
