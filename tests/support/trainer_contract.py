@@ -297,7 +297,7 @@ def current(orders: dict[str, list[str]]) -> dict[str, Any]:
 
     def entry(thing: Any, overridden: bool | None = None) -> dict[str, Any]:
         extra = {} if overridden is None else {"overridden": overridden}
-        return {**extra, "signature": signature_of(thing), "bodies": {digest(thing): version}}
+        return {**extra, "signatures": [signature_of(thing)], "bodies": {digest(thing): version}}
 
     code = {name: trainer_code(name) for name in sorted(uses.names)}
     return {
@@ -322,9 +322,10 @@ def renew(orders: dict[str, list[str]]) -> list[str]:
             before = old[section].get(name)
             if before is None:
                 continue
-            if before["signature"] != entry["signature"]:
-                refused.append(f"{name}: recorded {before['signature']}, now {entry['signature']}")
-                entry["signature"] = before["signature"]
+            [now] = entry["signatures"]
+            if now not in before["signatures"]:
+                refused.append(f"{name}: recorded {' and '.join(before['signatures'])}, now {now}")
+            entry["signatures"] = before["signatures"]
             (body, version), bodies = *entry["bodies"].items(), before["bodies"]
             bodies[body] = " ".join(sorted({*bodies.get(body, "").split(), version}, key=_version_key))
             entry["bodies"] = dict(sorted(bodies.items(), key=lambda item: _version_key(item[1].split()[0])))
