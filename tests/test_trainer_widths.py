@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.helpers import assert_same_weights, losses, make_args, manual, messages, run, weights
 from support.pretrained import settle
-from support.sounds import PadSounds, Sounds, wav2vec2, wav2vec2_of_groups, wav2vec2_of_letters
+from support.sounds import CUT_IN_LAYERS, PadSounds, Sounds, wav2vec2, wav2vec2_of_groups, wav2vec2_of_letters
 from support.token_rows import Pad, Texts, bert, bert_of_questions, gpt2, xlnet
 from transformers import (
     DistilBertConfig,
@@ -117,6 +117,7 @@ def test_codecs_of_trimmed_features(codec, lossless, tmp_path):
     assert losses(trained) == pytest.approx(losses(frozen), abs=0.03)
 
 
+@CUT_IN_LAYERS
 @pytest.mark.parametrize(
     ("make", "letters", "points"),
     [(wav2vec2, False, "1:4"), (wav2vec2, False, "1:6"), (wav2vec2_of_letters, True, "1:5")],
@@ -133,6 +134,7 @@ def test_sounds_of_several_lengths_are_trimmed(make, letters, points, workers, t
     assert store_of(tmp_path / "cached").codec.layout.shape == (((longest - 5) // 3 + 1 - 3) // 2 + 1, 32)
 
 
+@CUT_IN_LAYERS
 @pytest.mark.parametrize(
     ("make", "collator"),
     [
@@ -254,7 +256,7 @@ def test_padding_of_several_values_is_refused_before_the_first_step(tmp_path):
     ("make", "samples", "collator", "points"),
     [
         (bert_of_questions, Texts(label="span"), Pad(), "1:3"),
-        pytest.param(wav2vec2, Sounds(), PadSounds(), "1:4", marks=pytest.mark.slow),
+        pytest.param(wav2vec2, Sounds(), PadSounds(), "1:4", marks=[pytest.mark.slow, CUT_IN_LAYERS]),
     ],
     ids=["texts", "sounds"],
 )
