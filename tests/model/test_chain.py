@@ -354,6 +354,24 @@ def test_feature_that_is_not_the_samples_own_is_refused(build):
         chain.prefix({"x": x}, 2)
 
 
+class Draws(zoo.ConvNet):
+    """Between two blocks, a number is drawn that changes nothing, in evaluation as well."""
+
+    def forward(self, x):
+        first = self.first(self.stem(x))
+        torch.rand([])
+        return self.head(self.second(first).mean((2, 3)))
+
+
+def test_random_numbers_that_are_drawn_before_the_cut_are_refused():
+    """What they decide is not known: whether a layer runs, for example."""
+    x = torch.randn(4, 3, 8, 8)
+    chain = BlockChain.from_model(Draws().eval(), blocks=zoo.CONVNET_BLOCKS, probe={"x": x})
+    with pytest.raises(ChainError, match="what runs before it draws random numbers in eval mode too"):
+        chain.prove({"x": x}, 2)
+    chain.prove({"x": x}, 1)
+
+
 def test_rows_of_a_batch_are_those_of_its_main_input():
     """Whatever stands before it in the batch, a constant for example."""
 
