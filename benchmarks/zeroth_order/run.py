@@ -26,8 +26,6 @@ from .tables import MACHINE, collect
 from .tasks import TASKS
 from .trainings import run_job
 
-#: Forward passes of a training.
-PASSES = 3000
 #: The tasks that this process, and those that it starts, has in memory.
 _LOADED: dict[str, Task] = {}
 
@@ -85,7 +83,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_task_options(parser, 16)
-    parser.add_argument("--passes", type=int, default=PASSES, help="forward passes of a training")
+    parser.add_argument("--passes", type=int, help="forward passes of a training (default: the task's)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in make_methods()])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -35,7 +35,7 @@ def collect(options: argparse.Namespace, folder: Path) -> None:
     found = {each: rows for each in series if (rows := final_rows(each, done, options.seeds))}
     text = "\n".join(
         part
-        for task in options.tasks
+        for task in dict.fromkeys(job.task for job in done if job.task in options.tasks)
         for part in (*_tables(task, found, _heads(task, done, options.seeds)), _trials_table(task, series, done))
     )
     print(text)
@@ -92,8 +92,8 @@ def _heads(task: str, done: Done, seeds: list[int]) -> Rows:
 
 def _tables(task: str, found: Mapping[Series, Rows], heads: Rows) -> list[str]:
     header = (
-        "method | learning rate | eps | test accuracy, % | minus the head start's | minus MeZO's (95 % interval) | "
-        "training loss, begin | end | steps | random numbers drawn | seeds"
+        "method | learning rate | eps | test accuracy, % | test loss | minus the head start's | "
+        "minus MeZO's (95 % interval) | training loss, begin | end | steps | random numbers drawn | seeds"
     )
     tables = []
     for start in ("head start", "new head"):
@@ -112,12 +112,14 @@ def _tables(task: str, found: Mapping[Series, Rows], heads: Rows) -> list[str]:
 def _line(name: str, rows: Rows, heads: Rows, mezo: Rows) -> tuple[str, ...]:
     first = next(iter(rows.values()))
     points = [100 * accuracy(row) for row in rows.values()]
+    losses = [row["test_loss"] for row in rows.values() if "test_loss" in row]
     drawn = [row["numbers_drawn"] for row in rows.values() if "numbers_drawn" in row]
     return (
         name,
         f"{first['rate']:g}",
         f"{first['eps']:g}" if first["eps"] else "",
         f"{statistics.mean(points):.2f} ± {deviation(points):.2f}",
+        f"{statistics.mean(losses):.3f} ± {deviation(losses):.3f}" if losses else "",
         _difference(rows, heads),
         "" if name == "MeZO" else _difference(rows, mezo),
         f"{statistics.mean(row['losses'][0][1] for row in rows.values()):.3f}",

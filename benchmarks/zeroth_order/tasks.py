@@ -1,4 +1,4 @@
-"""What is learned: all classes of a data set from a head start, or ten of them from a new head."""
+"""What is learned: all classes of a data set from a head start; ten from a new head, with one live block or none."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class Learned:
         name: in tables and files.
         start: with what all methods begin; some begin with the other one, too.
         half_decades: by how much the first learning rates of steps along random directions are larger than `RATES`.
+        passes: forward passes of a training.
         load: reads the data; the features of the first `Task.deep` blocks are cached.
     """
 
     name: str
     start: str
     half_decades: int
+    passes: int
     load: Callable[[argparse.Namespace], Task]
 
     @property
@@ -44,22 +46,28 @@ def _all_classes(name: str) -> Callable[[argparse.Namespace], Task]:
     return lambda options: load_task(name, options)
 
 
-def _ten_images(options: argparse.Namespace) -> Task:
-    whole = load_task("caltech-112", options)
-    return _with_few_classes("caltech-112-ten", whole, lambda: load_deit(options, classes=CLASSES))
+def _ten_images(name: str, live: int) -> Callable[[argparse.Namespace], Task]:
+    def load(options: argparse.Namespace) -> Task:
+        whole = load_task("caltech-112", options)
+        return _with_few_classes(name, whole, live, lambda: load_deit(options, classes=CLASSES))
+
+    return load
 
 
-def _ten_intents(options: argparse.Namespace) -> Task:
-    # All questions are read: those of ten intents are an eighth of them.
-    every = argparse.Namespace(**vars(options) | {"rows": options.rows or 10**9})
-    whole = load_task("banking77", every)
-    return _with_few_classes("banking77-ten", whole, lambda: load_minilm(options, CLASSES)[0])
+def _ten_intents(name: str, live: int) -> Callable[[argparse.Namespace], Task]:
+    def load(options: argparse.Namespace) -> Task:
+        # All questions are read: those of ten intents are an eighth of them.
+        every = argparse.Namespace(**vars(options) | {"rows": options.rows or 10**9})
+        whole = load_task("banking77", every)
+        return _with_few_classes(name, whole, live, lambda: load_minilm(options, CLASSES)[0])
+
+    return load
 
 
-def _with_few_classes(name: str, task: Task, load_model: Callable[[], Any]) -> Task:
-    """The same task with ten classes, and one live block."""
+def _with_few_classes(name: str, task: Task, live: int, load_model: Callable[[], Any]) -> Task:
+    """The same task with ten classes, and so many live blocks before the head."""
     parts = {"train": _first_classes(task.train), "test": _first_classes(task.test)}
-    return replace(task, name=name, **parts, load_model=load_model, deep=task.blocks - 1)
+    return replace(task, name=name, **parts, load_model=load_model, deep=task.blocks - live)
 
 
 def _first_classes(dataset: Any) -> Dataset:
@@ -73,9 +81,11 @@ def _first_classes(dataset: Any) -> Dataset:
 TASKS = {
     task.name: task
     for task in (
-        Learned("caltech-224", HEAD_START, 0, _all_classes("caltech-224")),
-        Learned("banking77", HEAD_START, 0, _all_classes("banking77")),
-        Learned("caltech-112-ten", NEW_HEAD, 1, _ten_images),
-        Learned("banking77-ten", NEW_HEAD, 3, _ten_intents),
+        Learned("caltech-224", HEAD_START, 0, 3000, _all_classes("caltech-224")),
+        Learned("banking77", HEAD_START, 0, 3000, _all_classes("banking77")),
+        Learned("caltech-112-ten", NEW_HEAD, 1, 2000, _ten_images("caltech-112-ten", 1)),
+        Learned("banking77-ten", NEW_HEAD, 3, 2000, _ten_intents("banking77-ten", 1)),
+        Learned("caltech-112-ten-head", NEW_HEAD, 2, 8000, _ten_images("caltech-112-ten-head", 0)),
+        Learned("banking77-ten-head", NEW_HEAD, 7, 8000, _ten_intents("banking77-ten-head", 0)),
     )
 }

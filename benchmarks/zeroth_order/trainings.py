@@ -20,6 +20,7 @@ from .._trainings import accuracy
 from ..headline.tasks import Task
 from .jobs import Job, Result
 from .methods import METHODS
+from .tasks import TASKS
 
 #: Epochs of the head start, and its learning rate.
 HEAD_EPOCHS, HEAD_RATE = 1, 1e-3
@@ -119,7 +120,7 @@ def train_method(
 ) -> Result:
     """Trains with a method and evaluates once, at the end."""
     method = METHODS[job.method]
-    steps = max(1, options.passes // method.passes)
+    steps = max(1, (options.passes or TASKS[job.task].passes) // method.passes)
     kwargs: dict[str, Any] = {
         "args": make_args(job, task, target, options, steps),
         "train_dataset": train,
