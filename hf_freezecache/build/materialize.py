@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -30,11 +31,13 @@ from ..units import show_bytes
 from .errors import BuildFailed, GeometryMisfit, NotWritable, OverLimit
 from .feature_sources import ImageFeatures, ViewRun
 from .kept_memory import memory_kept
+from .one_behind import OneBehind
 from .sizing import spec_bytes
 from .store_spec import StoreSpec
 from .texts_by_length import run_by_length
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 #: Seconds between two looks at a build of another run.
 _POLL_SECONDS = 1.0
@@ -113,8 +116,8 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """Runs the prefix over all samples and writes the store.
 
     Every process writes the shard of a contiguous range of samples; the main process fits the codec before and
-    completes the store after. The bytes do not depend on the number of processes. The random generators are left
-    untouched.
+    completes the store after. While a range of samples is encoded and written, the prefix runs on the next one. The
+    bytes do not depend on the number of processes. The random generators are left untouched.
 
     Where another run is building the same store, this one waits for it and uses what it gets.
 
@@ -261,7 +264,8 @@ class _Build:
     def _write_shard(self, aside: Path, codec: Codec, views: ViewColumns, probe: BatchSplit) -> Shard:
         spec, group = self.spec, self.group
         mine = group.my_ranges(spec.source.num_ranges)
-        fresh = run_views(spec, [number for number in mine if number not in self.in_memory])
+        # Loader processes are forked now, before there is a thread beside this one.
+        fresh = _begun(run_views(spec, [number for number in mine if number not in self.in_memory]))
         bar = tqdm(
             total=sum(len(spec.source.rows(number)) for number in mine),
             desc="Building feature store",
@@ -269,17 +273,25 @@ class _Build:
             disable=spec.disable_tqdm or not group.is_main,
         )
         path = aside / shard_name(group.rank, group.size)
-        with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer:
+
+        def write(number: int, view_runs: list[ViewRun]) -> None:
+            rows = spec.source.rows(number)
+            codes, inputs = encode_range(spec, codec, views, probe, view_runs, rows)
+            writer.write(rows[0], codes, inputs)
+            if spec.layout.is_token:  # how many tokens there are is seen only now
+                check_limit(spec, writer.bytes)
+            bar.set_postfix_str(show_bytes(writer.bytes), refresh=False)
+            bar.update(len(rows))
+
+        with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer, OneBehind() as thread:
             for number in mine:
-                view_runs = self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1]
-                rows = spec.source.rows(number)
-                codes, inputs = encode_range(spec, codec, views, probe, view_runs, rows)
-                writer.write(rows[0], codes, inputs)
-                if spec.layout.is_token:  # how many tokens there are is seen only now
-                    check_limit(spec, writer.bytes)
-                bar.set_postfix_str(show_bytes(writer.bytes), refresh=False)
-                bar.update(len(rows))
+                thread.run(write, number, self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1])
         return writer.shard()
+
+
+def _begun(runs: Iterator[T]) -> Iterator[T]:
+    """The same, of which the first one is made already."""
+    return itertools.chain(list(itertools.islice(runs, 1)), runs)
 
 
 def encode_range(
