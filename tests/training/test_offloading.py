@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.helpers import assert_same_weights, losses, manual, messages, pixel_dataset, run, tiny_vit, weights
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.utils import logging
@@ -221,3 +222,27 @@ def test_memory_of_the_host_is_mapped_in_every_form(dtype):
         host, view = map_host(there)
         host.copy_(there)
         assert view.is_cuda and host.is_pinned() and torch.equal(view, there) and view.stride() == there.stride()
+
+
+def test_checkpoints_of_steps_in_which_weights_wait_hold_them(tmp_path, made):
+    """Saving reads them where they wait; a training that is resumed from there is the uninterrupted one."""
+
+    class Notes(TrainerCallback):
+        waiting = []
+
+        def on_save(self, args, state, control, **kwargs):
+            self.waiting.append(made[-1].waiting)
+
+    settings = dict(num_train_epochs=3, save_strategy="steps", save_steps=6)
+    moved = run(tiny_vit(), pixel_dataset(), tmp_path / "moved", manual("1:2"), callbacks=[Notes()], **settings)
+    stay = manual("1:2", offload_frozen=False)
+    stayed = run(tiny_vit(), pixel_dataset(), tmp_path / "stayed", stay, **settings)
+    assert Notes.waiting[0] == size(frozen(tiny_vit()))
+    saved = [load_file(tmp_path / name / "checkpoint-6" / "model.safetensors") for name in ("moved", "stayed")]
+    assert_same_weights(*saved)
+    checkpoint = str(tmp_path / "moved" / "checkpoint-6")
+    resumed = run(
+        tiny_vit(), pixel_dataset(), tmp_path / "moved", manual("1:2"), resume_from_checkpoint=checkpoint, **settings
+    )
+    assert_same_weights(weights(resumed), weights(stayed))
+    assert losses(moved) == losses(stayed)
