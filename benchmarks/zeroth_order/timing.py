@@ -78,7 +78,7 @@ class StepClock(TrainerCallback):
 
 
 class Watched(ZeroOrderTrainer):
-    """Measures the memory of a whole step and of one loss from the store, and the generator's share of a step."""
+    """Measures the memory of all losses of a step and of one from the store, and the generator's share of the time."""
 
     def __init__(self, *args, on_gpu: bool, **kwargs):
         super().__init__(*args, **kwargs)

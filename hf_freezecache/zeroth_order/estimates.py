@@ -48,6 +48,11 @@ def look_around(
     return losses
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean, also of infinite numbers, whose sum may be none."""
+    return sum(values) / len(values)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What the losses of a step say.
@@ -90,7 +95,7 @@ class Estimate:
     @property
     def norm(self) -> float:
         """The root mean square of the slopes: of the gradient's norm, if directions have variance 1."""
-        return math.sqrt(statistics.fmean(slope * slope for slope in self.slopes))
+        return math.sqrt(mean([slope * slope for slope in self.slopes]))
 
     def gradients(self, max_norm: float = 0.0) -> dict[int, float]:
         """By direction, how far to go against it, at a learning rate of 1.

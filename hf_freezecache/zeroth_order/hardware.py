@@ -14,9 +14,10 @@ Every design gives `lanes` numbers a clock cycle. Building blocks, and where the
 - **Shift register** (LFSR): a flip-flop for each bit, and one look-up table for the feedback, whose taps here are at
   most four (P. Alfke, Xilinx application note XAPP 052, 1996). One that stands alone in its lane has 31 bits, so that
   its numbers do not repeat within a step.
-- **Pool**: numbers in block RAMs of 36 kbit that are read `lanes` at a time, a counter for the address, and a rotation
-  of the lanes, as the size of the pool is no multiple of them: a look-up table chooses one of four bits, for two of
-  the `log2(lanes)` stages. Pool and rotation are this package's design: the paper's is not public.
+- **Pool**: numbers in block RAMs of 36 kbit, each of which gives 72 bits a clock cycle at most (AMD, UG473, "7 Series
+  FPGAs Memory Resources", simple dual port); they are read `lanes` numbers at a time. A counter for the address, and
+  a rotation of the lanes, as the size of the pool is no multiple of them: a look-up table chooses one of four bits,
+  for two of the `log2(lanes)` stages. Pool and rotation are this package's design: the paper's is not public.
 - **Rotated registers**: every register takes the next state of its neighbour, which is wiring; so they cost what as
   many short registers cost.
 - **Scaling** by a power of two: a shift by one of eight distances, three stages of two-way choices a bit. Exact
@@ -36,6 +37,8 @@ PUBLISHED = {"look_up_tables": -0.486, "flip_flops": -0.127, "power_at_most": -0
 #: Bits of a number of the published Gaussian generators, how many are summed, bits of a register that stands alone.
 _GAUSSIAN_BITS, _SUMMED, _LONG_REGISTER = 16, 4, 31
 _BLOCK_RAM_BITS = 36 * 1024
+#: Bits that a block RAM gives in a clock cycle, as a memory that is written and read at different ports.
+_BLOCK_RAM_WIDTH = 72
 #: Stages of a shift by one of eight distances.
 _SHIFT_STAGES = 3
 
@@ -159,7 +162,7 @@ def estimate_costs(
     words = -(-pool_size // lanes)
     address = max(1, math.ceil(math.log2(words)))
     rotation = -(-math.ceil(math.log2(lanes)) // 2) * lanes * bits
-    rams = math.ceil(pool_size * bits / _BLOCK_RAM_BITS)
+    rams = max(math.ceil(pool_size * bits / _BLOCK_RAM_BITS), math.ceil(lanes * bits / _BLOCK_RAM_WIDTH))
     return HardwareCosts(
         parameters,
         lanes,

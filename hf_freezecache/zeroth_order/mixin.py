@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,8 +15,11 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..distributed import Announcer, Group
+from ..rng import RngState
 from .config import ZeroOrderConfig
-from .estimates import Estimate, look_around
+from .digits import DigitWatch
+from .estimates import Estimate, look_around, mean
+from .numbers import as_double
 from .optimizer import TrialMoves, ZeroOrderOptimizer
 from .perturbation import Displacement
 from .preconditions import check_freezing, check_trainer, why_hard
@@ -27,6 +30,11 @@ else:
     _Trainer = object  # what stands behind the mixin is known where they are mixed
 
 logger = logging.get_logger(__name__)
+
+#: Accelerate sets it on a model that it has prepared, and leaves such a one as it is.
+_PREPARED = "_is_accelerate_prepared"
+#: A loss that goes on to the backward pass is a multiple of what `compute_loss` gave, but for rounding.
+_ROUNDING = 1e-4
 
 
 class ZeroOrderMixin(_Trainer):
@@ -60,10 +68,20 @@ class ZeroOrderMixin(_Trainer):
         # Losses of the batches since the last step of the optimizer, summed; and what the last full step has found.
         self._losses: torch.Tensor | None = None
         self._estimate: Estimate | None = None
+        self._saw_digits = False
         super().__init__(*args, **kwargs)
         if self._freeze_config is not None and self._freeze_config.head_start_epochs is None:
             # It follows gradients, if only of the head.
             self._freeze_config = replace(self._freeze_config, head_start_epochs=0)
+
+    def train(self, *args, **kwargs):
+        """As `Trainer`'s; a later training of the same model that follows gradients gets its wrapper."""
+        was_prepared = _PREPARED in vars(self.model) if isinstance(self.model, nn.Module) else False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if not was_prepared and self.model is not None:
+                vars(self.model).pop(_PREPARED, None)
 
     # The optimizer
 
@@ -71,7 +89,7 @@ class ZeroOrderMixin(_Trainer):
         check_trainer(self)
         if self._freeze_policy is not None:
             check_freezing(self._freeze_policy, self._freeze_config)
-        self._losses, self._estimate = None, None
+        self._losses, self._estimate, self._saw_digits = None, None, False
         if self.optimizer is None:
             if (why := why_hard(self.accelerator.unwrap_model(self.model))) is not None:
                 self._announcer.warning(why)
@@ -164,12 +182,19 @@ class ZeroOrderMixin(_Trainer):
 
         def compute_around(model: nn.Module, inputs: Any, *args, **kwargs) -> Any:
             rest: tuple = ()
+            generators: RngState | None = None
 
             def run() -> torch.Tensor:
-                nonlocal rest
+                nonlocal rest, generators
+                if generators is None:
+                    generators = RngState()
+                else:
+                    generators.restore()  # a loss that draws numbers gets the same ones at every place
                 torch.clear_autocast_cache()  # of the weights, which have moved
-                answer = compute(model, copy.copy(inputs), *args, **kwargs)
+                with self._watching_digits() as check:
+                    answer = compute(model, copy.copy(inputs), *args, **kwargs)
                 loss, *others = answer if isinstance(answer, tuple) else (answer,)
+                check(loss)
                 rest = tuple(others)
                 return loss.detach().mean()
 
@@ -180,6 +205,26 @@ class ZeroOrderMixin(_Trainer):
 
         with _replaced(self, "compute_loss", compute_around), _replaced(self.accelerator, "backward", taken.backward):
             yield
+
+    @contextmanager
+    def _watching_digits(self) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Inside, the first loss of a training with weights of 16 bits is watched; what it gives checks that loss.
+
+        Raises:
+            ValueError: by the check, if the loss has too few digits.
+        """
+        is_fine = all(parameter.element_size() >= 4 for parameter in self._own_optimizer.perturbation.live)
+        if self._saw_digits or is_fine:
+            yield lambda loss: None
+            return
+
+        def check(loss: torch.Tensor) -> None:
+            if (why := watch.check(loss)) is not None:
+                self._announcer.warning(why)
+            self._saw_digits = True
+
+        with DigitWatch() as watch:
+            yield check
 
     def _estimate_from(self, losses: torch.Tensor) -> Estimate:
         config = self._zero_order
@@ -210,9 +255,9 @@ class ZeroOrderMixin(_Trainer):
             found = self._estimate
             logs = {
                 **logs,
-                "zero_order/loss_ahead": fmean(found.ahead),
-                "zero_order/loss_behind": fmean(found.behind),
-                "zero_order/projected_gradient": fmean(found.slopes),
+                "zero_order/loss_ahead": mean(found.ahead),
+                "zero_order/loss_behind": mean(found.behind),
+                "zero_order/projected_gradient": mean(found.slopes),
                 "zero_order/numbers_drawn": self._own_optimizer.perturbation.numbers.drawn,
             }
         super().log(logs, *args, **kwargs)
@@ -236,20 +281,33 @@ class _Taken:
             That, as a number whose derivative tells what the step has made of it.
         """
         shown_loss = losses[:shown].mean().requires_grad_()
-        self._calls.append((shown_loss, losses.double()))
+        self._calls.append((shown_loss, as_double(losses)))
         return shown_loss
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Stands in for the backward pass of accelerate: a step may divide the loss, or add several."""
+        """Stands in for the backward pass of accelerate: a step may divide the loss, or add several.
+
+        Raises:
+            ValueError: if the step goes on with anything else.
+        """
         if not loss.requires_grad:
             raise ValueError(
                 "the training step does not go on with what `compute_loss` gave it: zeroth-order training takes its "
                 "losses there."
             )
-        factors = torch.autograd.grad(loss, [shown for shown, _ in self._calls], allow_unused=True)
+        shown = [each for each, _ in self._calls]
+        others = [leaf for leaf in _leaves(loss) if not any(leaf is each for each in shown)]
+        factors = torch.autograd.grad(loss, shown, allow_unused=True)
+        pairs = [(each, factor) for each, factor in zip(shown, factors, strict=True) if factor is not None]
+        expected, value = sum(each.item() * factor.item() for each, factor in pairs), loss.item()
+        if others or (math.isfinite(value) and not math.isclose(value, expected, rel_tol=_ROUNDING, abs_tol=1e-9)):
+            raise ValueError(
+                "the training step adds something to what `compute_loss` gave it, or changes it in another way than "
+                "by a factor: zeroth-order training would not see that. Do it in `compute_loss`."
+            )
         for factor, (_, losses) in zip(factors, self._calls, strict=True):
             if factor is not None:
-                scaled = losses * factor.double()
+                scaled = losses * as_double(factor).to(losses.device)
                 self._total = scaled if self._total is None else self._total + scaled
 
     def total(self) -> torch.Tensor:
@@ -264,6 +322,22 @@ class _Taken:
                 "that of `Trainer` does: zeroth-order training does not go with this trainer."
             )
         return self._total
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a number was computed from by operations that autograd has recorded."""
+    found, seen, waiting = [], set(), [loss.grad_fn]
+    if loss.is_leaf:
+        return [loss]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [each for each, _ in node.next_functions]
+    return found
 
 
 @contextmanager

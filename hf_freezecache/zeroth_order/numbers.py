@@ -17,6 +17,8 @@ from .lfsr import RotatedLFSRs, check_bits, cycle
 Distribution = Literal["gaussian", "uniform"]
 #: Most numbers that are in memory at a time.
 PIECE = 2**20
+#: Types of accelerators without double precision.
+_WITHOUT_DOUBLE = {"mps"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Numbers(ABC):
 
     def squares(self, pieces: Sequence[Piece], device: torch.device) -> float:
         """The sum of the squares of the numbers of pieces of a perturbation."""
-        return sum(float(self.take(piece, device).double().square().sum()) for piece in pieces)
+        return sum(float(as_double(self.take(piece, device)).square().sum()) for piece in pieces)
 
 
 class FreshNumbers(Numbers):
@@ -212,6 +214,11 @@ class OnTheFly(Stream):
         if device not in self._fractions:
             self._fractions[device] = as_fractions(torch.from_numpy(cycle(self.bits)), self.bits).repeat(2).to(device)
         return self._fractions[device].index_select(0, self.row.places(position, length, device))
+
+
+def as_double(values: torch.Tensor) -> torch.Tensor:
+    """In double precision, on the CPU where an accelerator has none."""
+    return (values.cpu() if values.device.type in _WITHOUT_DOUBLE else values).double()
 
 
 def as_fractions(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -60,10 +60,17 @@ class Perturbation:
 
     @torch.no_grad()
     def add(self, direction: int, factor: float) -> None:
-        """Moves the weights along a direction, in place."""
+        """Moves the weights along a direction, in place; all of them, or, after an error, none."""
         factor *= self.scale(direction)
-        for lot in self._lots(self.live):
-            torch._foreach_add_([target for target, _ in lot], self._take(lot, direction), alpha=factor)
+        moved: list[Lot] = []
+        try:
+            for lot in self._lots(self.live):
+                torch._foreach_add_([target for target, _ in lot], self._take(lot, direction), alpha=factor)
+                moved.append(lot)
+        except BaseException:
+            for lot in moved:
+                torch._foreach_add_([target for target, _ in lot], self._take(lot, direction), alpha=-factor)
+            raise
 
     @torch.no_grad()
     def descend(

@@ -44,7 +44,12 @@ def check_trainer(trainer: Any) -> None:
     if accelerator.scaler is not None:
         raise ValueError(
             "zeroth-order training has no gradients that a GradScaler could scale: use bf16=True in place of "
-            "fp16=True, or load the model in half precision."
+            "fp16=True."
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            "NEFTune draws its noise in train mode, and zeroth-order training takes its losses in eval mode: leave "
+            "out neftune_noise_alpha."
         )
     default = next(each.default for each in fields(TrainingArguments) if each.name == "optim")
     if args.optim != getattr(TrainingArguments, "default_optim", default):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
@@ -58,6 +59,12 @@ def main() -> None:
         "is_wrapped": trainer.model_wrapped is not trainer.model,
         "gradients": sum(parameter.grad is not None for parameter in trainer.model.parameters()),
     }
+    # The same model, along gradients: processes must agree on them.
+    args = make_args(options.output / "later", per_device_train_batch_size=options.batch, max_steps=3)
+    later = Trainer(model=model, args=args, train_dataset=pixel_dataset(rows=48))
+    later.train()
+    seen["later"] = tensors_digest(dict(model.named_parameters()))
+    seen["is_wrapped_later"] = later.model_wrapped is not later.model
     path = options.output / f"rank-{trainer.accelerator.process_index}.json"
     path.write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.end_training()

@@ -25,6 +25,7 @@ def test_two_processes_exchange_losses_and_are_one_with_larger_batches(tmp_path)
     assert first["gradients"] == second["gradients"] == 0
     # No wrapper, which would keep buffers for gradients.
     assert not first["is_wrapped"] and not second["is_wrapped"]
+    assert first["is_wrapped_later"] and first["later"] == second["later"] != first["weights"]
     assert runs["frozen"][0]["weights"] == first["weights"] and runs["frozen"][0]["losses"] == first["losses"]
     [alone] = runs["alone"]
     assert first["losses"][:6] == pytest.approx(alone["losses"][:6], rel=1e-3)

@@ -35,6 +35,8 @@ def test_sizes_follow_from_the_building_blocks():
     assert (alone.look_up_tables, alone.flip_flops) == (8 + shift, 8 * 31)
     pool = costs["PeZO pool"]
     assert (pool.numbers, pool.block_rams, pool.flip_flops) == (0, 1, 9)
+    wide = by_name(estimate_costs(1000, lanes=64, bits=16, pool_size=4095))["PeZO pool"]
+    assert wide.block_rams == 15  # for 1,024 bits a clock cycle; the pool fits into two
     assert pool.cycles == rotated.cycles == lee.cycles == 125 * 4
     assert rotated.drawn_bits == 4 * 1000 * 8
 

@@ -240,3 +240,31 @@ def test_other_weights_are_refused(weight):
 def test_impossible_sources_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_move_that_is_interrupted_is_undone(fails_at, monkeypatch):
+    """Weights of three lots; the numbers of one cannot be made, as memory is full."""
+    weights = [nn.Parameter(torch.randn(numbers_module.PIECE)) for _ in range(3)]
+    before = [weight.detach().clone() for weight in weights]
+    perturbation = Perturbation(weights, FreshNumbers("gaussian", 0), "none")
+    take, calls = perturbation.numbers.take_each, []
+
+    def failing(pieces, device):
+        calls.append(pieces)
+        if len(calls) == 4 + fails_at:  # in the move to the other side
+            raise torch.OutOfMemoryError("no memory")
+        return take(pieces, device)
+
+    monkeypatch.setattr(perturbation.numbers, "take_each", failing)
+    with pytest.raises(torch.OutOfMemoryError), Displacement(perturbation, exact=False) as displacement:
+        displacement.move(0, 1e-3)
+        displacement.move(0, -1e-3)
+    assert all(torch.allclose(weight, own, atol=1e-6) for weight, own in zip(weights, before, strict=True))
+
+
+def test_accelerators_without_double_precision_count_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(numbers_module, "_WITHOUT_DOUBLE", {"meta"})
+    with pytest.raises(NotImplementedError):  # as the values would have to come to the CPU
+        numbers_module.as_double(torch.ones(2, device="meta"))
+    assert numbers_module.as_double(torch.ones(2)).dtype == torch.float64
