@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._common import Claim, make_parser, pick, prepare, result_folder, write_result
-from . import company, damages, disks, kills
+from . import company, damages, disks, kills, losses
 from .trainings import PHASES
 
 Rows = list[dict[str, Any]]
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--races", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="of kills, disks, damages, races, cleaning (default: all)")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="parts (default: all)")
     options = parser.parse_args()
     if options.smoke:
         options.kills, options.damages, options.races = 3, 6, 1
@@ -104,6 +104,17 @@ def run_damages(folder: Path, options: argparse.Namespace) -> Rows:
     return rows
 
 
+def run_losses(folder: Path, options: argparse.Namespace) -> Rows:
+    """Stores that are lost while a training reads them."""
+    weights, rows = losses.train_frozen(folder / "frozen-whole"), []
+    for number, loss in enumerate(losses.LOSSES[:: 5 if options.smoke else 1]):
+        story = losses.suffer_loss(loss, weights, folder / f"loss-{number}")
+        wrong = not story.equal and not story.failed
+        rows.append({"kind": "store lost", **asdict(story), "lost": story.failed is not None, "wrong": wrong})
+        print(loss, "survived" if story.survived else story, flush=True)
+    return rows
+
+
 def run_races(folder: Path, options: argparse.Namespace) -> Rows:
     """Two trainings that need one store."""
     alone, rows = company.train_alone(folder / "alone"), []
@@ -130,6 +141,7 @@ PARTS: Mapping[str, Callable[[Path, argparse.Namespace], Rows]] = {
     "kills": run_kills,
     "disks": run_disks,
     "damages": run_damages,
+    "losses": run_losses,
     "races": run_races,
     "cleaning": run_cleaning,
 }
@@ -144,6 +156,7 @@ _WORDS = {
     "read-only disk": "the disk is read-only",
     "byte changed before a training": "a byte of a store changes before a training",
     "byte changed while a training reads the store": "a byte of a store changes while a training reads it",
+    "store lost": "a store is lost while a training reads it",
     "race": "two trainings need the same store",
     "clean": "`freezecache clean --yes` beside a training",
 }
@@ -193,9 +206,17 @@ def _notes(kind: str, rows: Rows) -> str:
     if "byte" in kind:
         found = sum(row["found"] for row in rows)
         return f"{found} found, {len(rows) - found} in what no training reads (again)"
+    if kind == "store lost":
+        ways = Counter(row["loss"]["way"] for row in rows)
+        return ", ".join(f"{count} {way}" for way, count in ways.items()) + f"; {_replayed(rows)} replay to the end"
     if kind == "race":
         return f"{sum(row['built'] for row in rows)} stores built, {sum(row['waited'] for row in rows)} waited"
     return ", ".join(row["phase"] for row in rows)
+
+
+def _replayed(rows: Rows) -> int:
+    """Trainings whose last epoch has read a store."""
+    return sum(row["replayed"] for row in rows)
 
 
 def make_claims(results: Mapping[str, Any]) -> list[Claim]:

@@ -1,84 +1,51 @@
 """Stores that are removed, cut short or overwritten while a training reads them: it goes on, with the right rows."""
 
-import itertools
 import shutil
 from pathlib import Path
 
 import pytest
-from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, tiny_vit, weights
+from support.helpers import assert_same_weights, losses, manual, pixel_dataset, run, tiny_vit, weights
 from transformers import TrainerCallback
 
-from hf_freezecache import FreezeCacheTrainer
-from hf_freezecache.cache.store import remove_store
+from benchmarks.faults.losses import LOSSES, Loss, overwrite, suffer_loss, train_frozen
 
-
-def arrow_files(folder):
-    return sorted(path for path in folder.glob("*/data-*.arrow") if ".tmp" not in path.parent.name)
-
-
-def remove(folder):
-    for path in arrow_files(folder):
-        if path.parent.exists():
-            remove_store(path.parent)
-
-
-def delete(folder):
-    for path in arrow_files(folder):
-        shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def shorten(folder):
-    for path in arrow_files(folder):
-        with open(path, "r+b") as file:
-            file.truncate(path.stat().st_size // 2)
-
-
-def overwrite(folder):
-    for path in arrow_files(folder):
-        content = bytearray(path.read_bytes())
-        for place in range(1000, len(content), 500):
-            content[place] ^= 0xFF
-        path.write_bytes(content)
-
-
-class Damage(TrainerCallback):
-    def __init__(self, folder, how, step):
-        self.folder, self.how, self.step = folder, how, step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.how(self.folder)
-
-
-def train(path, how=None, step=0, cache="always", codec="fp32", callbacks=(), resume=None, **settings):
-    folder = Path(path) / "stores"
-    trainer = FreezeCacheTrainer(
-        model=tiny_vit(),
-        args=make_args(path, num_train_epochs=5, **settings),
-        train_dataset=pixel_dataset(),
-        freeze_cache=manual("1:2", cache=cache, codec=codec, feature_cache_dir=str(folder)),
-        callbacks=[*callbacks, *([] if how is None else [Damage(folder, how, step)])],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+QUICK = [
+    Loss("removed", 10, 1),
+    Loss("deleted", 8, 0),
+    Loss("cut short", 8, 0),
+    Loss("cut short", 10, 1),
+    Loss("overwritten", 10, 0),
+]
+CASES = [loss if loss in QUICK else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("never"), cache="never")
+def frozen(tmp_path_factory):
+    return train_frozen(tmp_path_factory.mktemp("never"))
 
 
-QUICK = [(remove, 10, 1), (shorten, 8, 0), (shorten, 10, 1), (overwrite, 10, 0)]
-EVERY = itertools.product([remove, delete, shorten, overwrite], [8, 10], [0, 1])
-CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in QUICK)]
+@pytest.mark.parametrize("loss", CASES, ids=lambda loss: f"{loss.way}-{loss.step}-{loss.workers}")
+def test_a_store_that_is_lost_costs_no_training(loss, frozen, tmp_path):
+    story = suffer_loss(loss, frozen, tmp_path / "run")
+    assert story.survived, story
+    assert story.replayed  # from the files that are held, or from another store
 
 
-@pytest.mark.parametrize(("how", "step", "workers"), CASES)
-def test_a_store_that_is_lost_costs_no_training(how, step, workers, oracle, tmp_path):
-    trainer = train(tmp_path, how, step, dataloader_num_workers=workers)
-    assert losses(trainer) == losses(oracle)
-    assert_same_weights(weights(trainer), weights(oracle))
-    assert trainer.freeze_status().replaying  # from the files that are held, or from another store
+class OverwriteAt(TrainerCallback):
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for store in self.folder.iterdir():
+                overwrite(store)
+
+
+def train(path, overwritten=None, codec="fp32", callbacks=(), resume=None):
+    folder = Path(path) / "stores"
+    damage = [] if overwritten is None else [OverwriteAt(folder, overwritten)]
+    config = manual("1:2", codec=codec, feature_cache_dir=str(folder))
+    return run(tiny_vit(), pixel_dataset(), path, config, resume, callbacks=[*callbacks, *damage], num_train_epochs=5)
 
 
 class SaveAt(TrainerCallback):
@@ -94,7 +61,7 @@ class SaveAt(TrainerCallback):
 @pytest.mark.parametrize(("step", "is_removed"), [(9, False), (10, True), (11, False), (12, True)])
 def test_training_resumed_in_the_epoch_of_a_loss_is_the_uninterrupted_one(step, is_removed, tmp_path):
     """Epoch 2 reads the store in its first steps and images from the loss on; with a coarse codec they differ."""
-    whole = train(tmp_path, overwrite, 9, codec="int3", callbacks=[SaveAt(9, 10, 11, 12)])
+    whole = train(tmp_path, 9, codec="int3", callbacks=[SaveAt(9, 10, 11, 12)])
     if is_removed:
         shutil.rmtree(tmp_path / "stores")
     resumed = train(tmp_path, codec="int3", resume=str(tmp_path / f"checkpoint-{step}"))
