@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -106,6 +107,42 @@ def test_vit_on_tar_shards_with_more_augmentation_in_two_processes(shards, tiny_
         f"--model_name_or_path {tiny_vit} {files} {SHORT} {more} --output_dir {output}",
     )
     assert "replay" in phases(output)
+
+
+def as_folder(shards, target):
+    """The images of the archives in a folder for each class; the options that name it."""
+    for shard in sorted(shards.parent.glob("train-*.tar")):
+        with tarfile.open(shard) as archive:
+            for image in (name for name in archive.getnames() if name.endswith(".jpg")):
+                stem = image.removesuffix(".jpg")
+                label = archive.extractfile(f"{stem}.cls").read().decode()
+                (target / label).mkdir(parents=True, exist_ok=True)
+                (target / label / f"{stem}.jpg").write_bytes(archive.extractfile(image).read())
+    return f"--train_dir {target} --validation_dir {target}"
+
+
+def as_parquet(shards, target):
+    """The same as two Parquet files."""
+    as_folder(shards, target)
+    rows = datasets.load_dataset("imagefolder", data_dir=str(target), split="train")
+    for part in range(2):
+        rows.shard(2, part).to_parquet(target.parent / f"part-{part}.parquet")
+    return f"--train_files {target.parent}/part-*.parquet --validation_files {target.parent}/part-*.parquet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", [as_folder, as_parquet], ids=["folder", "parquet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_folders_and_parquet_files_in_two_processes(kind, store, shards, tiny_resnet, tiny_vit, tmp_path):
+    output, model = tmp_path / "run", {"vit": tiny_vit, "resnet": tiny_resnet}[kind]
+    files = store(shards, tmp_path / "images")
+    launch_by_command(
+        "eight_gpus.yaml",
+        f"{kind}_imagenet.py",
+        f"--model_name_or_path {model} {files} {SHORT} --output_dir {output}",
+    )
+    assert "replay" in phases(output)
+    assert json.loads((output / "report.json").read_text())["train_images"] == 16
 
 
 @pytest.mark.parametrize(
