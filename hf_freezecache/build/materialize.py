@@ -116,8 +116,8 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """Runs the prefix over all samples and writes the store.
 
     Every process writes the shard of a contiguous range of samples; the main process fits the codec before and
-    completes the store after. While a range of samples is encoded and written, the prefix runs on the next one. The
-    bytes do not depend on the number of processes. The random generators are left untouched.
+    completes the store after. On an accelerator, a range of samples is encoded and written while the prefix runs on
+    the next one. The bytes do not depend on the number of processes. The random generators are left untouched.
 
     Where another run is building the same store, this one waits for it and uses what it gets.
 
@@ -283,10 +283,16 @@ class _Build:
             bar.set_postfix_str(show_bytes(writer.bytes), refresh=False)
             bar.update(len(rows))
 
-        with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer, OneBehind() as thread:
+        beside = OneBehind(_waits_for(spec))
+        with bar, ShardWriter(path, codec, views, probe.describe(), spec.lossless) as writer, beside:
             for number in mine:
-                thread.run(write, number, self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1])
+                beside.run(write, number, self.in_memory.pop(number) if number in self.in_memory else next(fresh)[1])
         return writer.shard()
+
+
+def _waits_for(spec: StoreSpec) -> bool:
+    """Whether the host waits for an accelerator while the prefix runs; else both would want the same cores."""
+    return any(parameter.device.type != "cpu" for parameter in spec.chain.model.parameters())
 
 
 def _begun(runs: Iterator[T]) -> Iterator[T]:

@@ -18,12 +18,16 @@ logger = logging.get_logger(__name__)
 class OneBehind(contextlib.AbstractContextManager):
     """Runs functions one after the other in a thread, while the caller prepares the next one.
 
+    Args:
+        is_beside: whether they run in a thread; else the caller waits for each.
+
     At most one is under way, so that what it holds is in memory once beside what the caller makes. They run without
     gradients, and on an accelerator in the caller's stream, behind what the caller has started there before. An error
     of one is raised at the next call, or on leaving the context.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_beside: bool = True) -> None:
+        self._is_beside = is_beside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf_freezecache")
         self._running: Future[None] | None = None
 
@@ -34,6 +38,9 @@ class OneBehind(contextlib.AbstractContextManager):
             Exception: what the function before has raised.
         """
         self.wait()
+        if not self._is_beside:
+            function(*args)
+            return
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self._running = self._thread.submit(_in_stream, stream, function, args)
 

@@ -1,10 +1,12 @@
 """Builds: which finished store matches, what a build never exceeds, and what a broken one leaves."""
 
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from support.helpers import tiny_vit
 from support.packed_stores import assert_same_rows, pack
 
 from hf_freezecache import FeatureStore
+from hf_freezecache.build import materialize as building
 from hf_freezecache.build.materialize import BuildFailed, OverLimit, materialize, open_matching
 from hf_freezecache.cache import completing
 from hf_freezecache.cache.manifest import StoreError
@@ -62,6 +65,45 @@ def test_damaged_store_is_taken_away_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path, **settings: None)
     assert open_matching(spec, Group()) is None
     assert not store.path.exists() and len(list(tmp_path.iterdir())) == 1
+
+
+# Beside the prefix
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Encodes and writes in a thread, as where the host waits for an accelerator; notes the threads that do."""
+    threads, write = set(), ShardWriter.write
+
+    def noting(self, *args):
+        threads.add(threading.get_ident())
+        write(self, *args)
+
+    monkeypatch.setattr(ShardWriter, "write", noting)
+    monkeypatch.setattr(building, "_waits_for", lambda spec: True)
+    return threads
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int4"])
+def test_store_that_is_written_beside_the_prefix_has_the_same_bytes(model, codec, tmp_path, monkeypatch, beside):
+    stores = []
+    for name in ("beside", "in turn"):
+        monkeypatch.setattr(building, "_waits_for", lambda spec, name=name: name == "beside")
+        stores.append(materialize(make_spec(model, tmp_path / name, codec=codec), Group()))
+        assert len(beside) == 1 and (threading.get_ident() in beside) == (name == "in turn")
+        beside.clear()
+    for path in stores[0].path.glob("data-*"):
+        assert path.read_bytes() == (stores[1].path / path.name).read_bytes()
+
+
+def test_what_fails_beside_the_prefix_leaves_nothing(model, tmp_path, monkeypatch, beside):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(BuildFailed, match="No space left"):
+        materialize(make_spec(model, tmp_path), Group())
+    assert not list(tmp_path.glob("*/data-*"))
 
 
 # Limits

@@ -73,3 +73,10 @@ def test_nothing_records_gradients():
     with OneBehind() as behind:
         behind.run(lambda: modes.append(torch.is_grad_enabled()))
     assert modes == [False] and torch.is_grad_enabled()
+
+
+def test_without_a_thread_the_caller_waits():
+    threads = []
+    with OneBehind(is_beside=False) as behind:
+        behind.run(lambda: threads.append(threading.get_ident()))
+        assert threads == [threading.get_ident()]
