@@ -196,11 +196,10 @@ def _plot(found: Mapping[Series, Rows], path: Path) -> None:
 
 
 def _plot_sources(axis: Any, found: Mapping[Series, Rows]) -> None:
-    """Test accuracies from a head start, by the numbers that there are: bits of a register, or of the pool's size."""
-    for colour, task in zip(("C0", "C1"), sorted({each.task for each in found}), strict=False):
-        own = {
-            each.method.name: rows for each, rows in found.items() if (each.task, each.start) == (task, "head start")
-        }
+    """Test accuracies from a task's own start, by the numbers that there are: bits of a register, or of the pool."""
+    for colour, task in zip(("C0", "C1", "C2", "C3"), sorted({each.task for each in found}), strict=False):
+        start = TASKS[task].start
+        own = {each.method.name: rows for each, rows in found.items() if (each.task, each.start) == (task, start)}
         mean = {name: 100 * statistics.mean(map(accuracy, rows.values())) for name, rows in own.items()}
         pools = [(bits, mean[pool(2**bits - 1)]) for bits in (8, 10, 12, 14, 16) if pool(2**bits - 1) in mean]
         flies = [(bits, mean[on_the_fly(bits)]) for bits in WIDTHS if on_the_fly(bits) in mean]
@@ -210,6 +209,6 @@ def _plot_sources(axis: Any, found: Mapping[Series, Rows]) -> None:
             axis.plot(*zip(*flies, strict=True), "s--", color=colour, label=f"{task}, registers of x bits")
         if "MeZO" in mean:
             axis.axhline(mean["MeZO"], color=colour, linewidth=0.8)
-    axis.set(title="line: MeZO", xlabel="x", ylabel="test accuracy from a head start, %")
+    axis.set(title="line: MeZO", xlabel="x", ylabel="test accuracy, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
