@@ -213,8 +213,9 @@ class ZeroOrderMixin(_Trainer):
         Raises:
             ValueError: by the check, if the loss has too few digits.
         """
-        is_fine = all(parameter.element_size() >= 4 for parameter in self._own_optimizer.perturbation.live)
-        if self._saw_digits or is_fine:
+        if not self._saw_digits:
+            self._saw_digits = all(each.element_size() >= 4 for each in self._own_optimizer.perturbation.live)
+        if self._saw_digits:
             yield lambda loss: None
             return
 
