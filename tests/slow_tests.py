@@ -182,8 +182,10 @@ MANY_CASES = {
 LONG = {
     "build/test_deepening.py": ("test_views_that_are_missing_are_a_reason_not_to_deepen",),
     "build/test_survey.py": ("test_budget_decides_the_number_of_channels",),
+    "distributed/test_stores_of_two_processes.py": ("test_views_of_two_processes_are_those_of_one",),
     "distributed/test_two_processes.py": ("test_two_processes_agree_and_one_reads_their_store",),
     "estimate/test_probing.py": ("test_training_that_waits_for_its_loader_is_measured_with_its_steps",),
+    "faults/test_trainings_side_by_side.py": ("test_clean_beside_a_training_touches_nothing_that_it_uses",),
     "hub/test_hostile_heads.py": ("test_no_value_anywhere_gets_through",),
     "hub/test_pushing.py": ("test_pushed_head_is_loaded_on_another_machine",),
     "invariant/test_writing_epochs.py": (
@@ -193,6 +195,7 @@ LONG = {
     "model/test_padding.py": ("test_precision_is_read_however_it_was_set",),
     "test_packaging.py": ("test_every_module_is_imported_without_the_packages_of_the_extras",),
     "test_planning.py": ("test_geometry_that_is_no_homography_is_planned_as_it_would_be_kept",),
+    "test_recipes_imagenet.py": ("test_resnet_from_scratch_on_tar_shards_in_two_processes",),
     "test_trainer_plain.py": (
         "test_code_that_rounds_otherwise_when_compiled_trains_on_the_cache",
         "test_trials_share_one_budget_and_what_is_equal",
@@ -237,4 +240,5 @@ LONG = {
         "test_finished_stores_are_replayed_at_once",
         "test_too_few_epochs_build_upfront_and_say_so",
     ),
+    "zeroth_order/test_zero_order_trainer.py": ("test_half_weights_learn_where_the_loss_has_32_bits",),
 }

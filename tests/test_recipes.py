@@ -146,7 +146,10 @@ def test_vit_imagenet_on_local_folders_writes_report(recipes_on_path, tiny_vit, 
     assert "replay" in modes(report)
 
 
-@pytest.mark.parametrize(("recipe", "package"), [("image_classification", "evaluate"), ("quickstart", "sklearn")])
+@pytest.mark.parametrize(
+    ("recipe", "package"),
+    [pytest.param("image_classification", "evaluate", marks=pytest.mark.slow), ("quickstart", "sklearn")],
+)
 def test_recipe_without_a_package_names_it_and_the_command_that_installs_it(recipe, package, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); sys.modules[{package!r}] = None; import {recipe}"
     finished = run_code(code, tmp_path)

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.faults.company import CLEANINGS, clean_beside, race, train_alone
 
-NAMES = [name if name == "write-through" else pytest.param(name, marks=pytest.mark.slow) for name in CLEANINGS]
+NAMES = list(CLEANINGS)
 
 
 @pytest.mark.parametrize("name", NAMES)
