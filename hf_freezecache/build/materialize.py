@@ -116,7 +116,7 @@ def materialize(spec: StoreSpec, group: Group) -> FeatureStore:
     """Runs the prefix over all samples and writes the store.
 
     Every process writes the shard of a contiguous range of samples; the main process fits the codec before and
-    completes the store after. On an accelerator, a range of samples is encoded and written while the prefix runs on
+    completes the store after. On CUDA and ROCm, a range of samples is encoded and written while the prefix runs on
     the next one. The bytes do not depend on the number of processes. The random generators are left untouched.
 
     Where another run is building the same store, this one waits for it and uses what it gets.
@@ -291,8 +291,11 @@ class _Build:
 
 
 def _waits_for(spec: StoreSpec) -> bool:
-    """Whether the host waits for an accelerator while the prefix runs; else both would want the same cores."""
-    return any(parameter.device.type != "cpu" for parameter in spec.chain.model.parameters())
+    """Whether the host waits for a GPU while the prefix runs, and a thread can follow it in the same stream.
+
+    On a CPU, both would want the same cores; other accelerators have not been tried with two threads.
+    """
+    return any(parameter.device.type == "cuda" for parameter in spec.chain.model.parameters())
 
 
 def _begun(runs: Iterator[T]) -> Iterator[T]:

@@ -18,12 +18,12 @@ logger = logging.get_logger(__name__)
 class OneBehind(contextlib.AbstractContextManager):
     """Runs functions one after the other in a thread, while the caller prepares the next one.
 
+    At most one is under way, so that what it holds is in memory once beside what the caller makes. They run without
+    gradients, and on CUDA and ROCm in the caller's stream, behind what the caller has started there before. An error
+    of one is raised at the next call, or on leaving the context.
+
     Args:
         is_beside: whether they run in a thread; else the caller waits for each.
-
-    At most one is under way, so that what it holds is in memory once beside what the caller makes. They run without
-    gradients, and on an accelerator in the caller's stream, behind what the caller has started there before. An error
-    of one is raised at the next call, or on leaving the context.
     """
 
     def __init__(self, is_beside: bool = True) -> None:

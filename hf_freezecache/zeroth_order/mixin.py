@@ -327,9 +327,9 @@ class _Taken:
 
 def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a number was computed from by operations that autograd has recorded."""
-    found, seen, waiting = [], set(), [loss.grad_fn]
     if loss.is_leaf:
         return [loss]
+    found, seen, waiting = [], set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
