@@ -46,6 +46,7 @@ class Story:
         equal: whether the final weights are those of the uninterrupted training.
         debris: what is left that should not be, in words.
         failed: the error of a resumed training that could not go on; None: none.
+        processes: which one was killed, of a training that has several.
     """
 
     plan: str
@@ -53,6 +54,7 @@ class Story:
     equal: bool
     debris: tuple[str, ...]
     failed: str | None = None
+    processes: tuple[int, ...] = ()
 
     @property
     def survived(self) -> bool:
@@ -94,7 +96,17 @@ def make_job(plan: str, folder: Path, resume: bool = False) -> Job:
 
 def run_whole(plan: str, folder: Path) -> Whole:
     """Trains without a fault."""
-    running, timeline = Running(make_job(plan, folder)), []
+    return follow(plan, Running(make_job(plan, folder)))
+
+
+def follow(plan: str, running: Running) -> Whole:
+    """Notes what a training does until it ends.
+
+    Args:
+        plan: its settings.
+        running: that has just been started.
+    """
+    timeline = []
     while (phase := running.listen(None)) is not None:
         timeline.append((time.monotonic(), phase))
     outcome, begin = running.finish(), timeline[0][0]
@@ -162,7 +174,7 @@ def tell_story(moments: Sequence[Moment], whole: Whole, folder: Path) -> Story:
     plan, killed_in = whole.plan, list[str]()
     for number, moment in enumerate(moments):
         running = Running(make_job(plan, folder, resume=number > 0), f"log-{number}.txt")
-        if _kill(running, moment):
+        if kill_at(running, moment):
             killed_in.append(running.phase)
         elif running.outcome is None:
             return Story(plan, tuple(killed_in), False, (), failed=running.log.read_text()[-3000:])
@@ -175,8 +187,8 @@ def tell_story(moments: Sequence[Moment], whole: Whole, folder: Path) -> Story:
     return Story(plan, tuple(killed_in), outcome.weights == whole.outcome.weights, tuple(debris))
 
 
-def _kill(running: Running, moment: Moment) -> bool:
-    """Kills a training at a moment; False if it has ended before."""
+def kill_at(running: Running, moment: Moment) -> bool:
+    """Kills a process at a moment; False if it has ended before."""
     begin, seen = time.monotonic(), 0
     while moment.phase is not None and seen < moment.times:
         found = running.listen(None)

@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from .._common import Claim, make_parser, pick, prepare, result_folder, write_result
-from . import company, damages, disks, kills, losses
+from . import company, damages, disks, groups, kills, losses
 from .trainings import PHASES
 
 Rows = list[dict[str, Any]]
-#: Phases that are aimed at, each as often; every other training is killed at any time.
-_AIMED = [phase for phase in PHASES if phase != "resuming"]
+#: Phases of the first kills of trainings, in turn: half of them are aimed at a phase, the others (None) come at any time.
+_FIRST_KILLS = [phase for aimed in PHASES if aimed != "resuming" for phase in (aimed, None)]
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--group_kills", type=int, default=20, help="of one of two processes")
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--races", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="parts (default: all)")
     options = parser.parse_args()
     if options.smoke:
-        options.kills, options.damages, options.races = 3, 6, 1
+        options.kills, options.group_kills, options.damages, options.races = 3, 1, 6, 1
     prepare(options)
     logging.getLogger("hf_freezecache").setLevel(logging.WARNING)
     logging.getLogger("hf_freezecache").propagate = False
@@ -42,7 +43,7 @@ def main() -> None:
     print(table)
     folder = result_folder("faults", options.smoke)
     (folder / "table.md").write_text(table)
-    write_result("faults", options, pick(options, "kills damages races"), results, make_claims(results))
+    write_result("faults", options, pick(options, "kills group_kills damages races"), results, make_claims(results))
 
 
 def _wanted(part: str, options: argparse.Namespace) -> bool:
@@ -61,11 +62,21 @@ def _timed(run: Callable[[Path, argparse.Namespace], Rows], folder: Path, option
 def run_kills(folder: Path, options: argparse.Namespace) -> Rows:
     """Kills at any time, and kills in phases that are aimed at, half of each."""
     wholes = {plan: kills.run_whole(plan, folder / f"whole-{plan}") for plan in kills.PLANS}
-    phases = [phase for aimed in _AIMED for phase in (aimed, None)]
+    return _listen("kill -9", kills.tell_stories(wholes, options.seed, options.kills, folder / "kills", _FIRST_KILLS))
+
+
+def run_groups(folder: Path, options: argparse.Namespace) -> Rows:
+    """The same of trainings in two processes, of which one is killed."""
+    wholes = {plan: groups.run_whole_group(plan, folder / f"group-{plan}") for plan in kills.PLANS}
+    stories = groups.tell_stories_of_groups(wholes, options.seed, options.group_kills, folder / "groups", _FIRST_KILLS)
+    return _listen("kill -9 of one of two", stories)
+
+
+def _listen(kind: str, stories: Iterable[kills.Story]) -> Rows:
     rows = []
-    for story in kills.tell_stories(wholes, options.seed, options.kills, folder / "kills", phases):
+    for story in stories:
         lost = bool(story.failed or story.debris)
-        rows.append({"kind": "kill -9", **asdict(story), "lost": lost, "wrong": not story.equal and not story.failed})
+        rows.append({"kind": kind, **asdict(story), "lost": lost, "wrong": not story.equal and not story.failed})
         print(" ".join(story.killed_in), "survived" if story.survived else story, flush=True)
     return rows
 
@@ -139,6 +150,7 @@ def run_cleaning(folder: Path, options: argparse.Namespace) -> Rows:
 
 PARTS: Mapping[str, Callable[[Path, argparse.Namespace], Rows]] = {
     "kills": run_kills,
+    "groups": run_groups,
     "disks": run_disks,
     "damages": run_damages,
     "losses": run_losses,
@@ -152,6 +164,7 @@ PARTS: Mapping[str, Callable[[Path, argparse.Namespace], Rows]] = {
 #: Kind -> how the table calls it.
 _WORDS = {
     "kill -9": "`kill -9`, then resumed",
+    "kill -9 of one of two": "`kill -9` of one of two processes (DDP), then both resumed",
     "full disk": "the disk is full",
     "read-only disk": "the disk is read-only",
     "byte changed before a training": "a byte of a store changes before a training",
@@ -198,7 +211,7 @@ def _wrong(row: Mapping[str, Any]) -> int:
 
 
 def _notes(kind: str, rows: Rows) -> str:
-    if kind == "kill -9":
+    if kind.startswith("kill -9"):
         found = Counter(phase for row in rows for phase in row["killed_in"])
         return f"{len(rows)} trainings; " + ", ".join(f"{found[phase]} {phase}" for phase in PHASES if found[phase])
     if "disk" in kind:

@@ -231,11 +231,11 @@ class Messages(logging.Handler):
 
 def train(job: Job, marks: Marks) -> Outcome:
     """Trains to the end; what is arranged for a job stays in this process."""
-    marks.tell("resuming" if job.resume else "starting")
     mark_stores(marks)
     with Messages.collected() as messages:
         if job.prepare is not None:
             job = job.prepare(job)
+        marks.tell("resuming" if job.resume else "starting")
         trainer = make_trainer(job, marks)
         if job.disturb is not None:
             job.disturb(trainer, job)

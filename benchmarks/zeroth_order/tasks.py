@@ -86,6 +86,6 @@ TASKS = {
         Learned("caltech-112-ten", NEW_HEAD, 1, 2000, _ten_images("caltech-112-ten", 1)),
         Learned("banking77-ten", NEW_HEAD, 3, 2000, _ten_intents("banking77-ten", 1)),
         Learned("caltech-112-ten-head", NEW_HEAD, 2, 8000, _ten_images("caltech-112-ten-head", 0)),
-        Learned("banking77-ten-head", NEW_HEAD, 7, 8000, _ten_intents("banking77-ten-head", 0)),
+        Learned("banking77-ten-head", NEW_HEAD, 4, 8000, _ten_intents("banking77-ten-head", 0)),
     )
 }

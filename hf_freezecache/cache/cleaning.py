@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .leases import changed_within, describe, holders, is_built
-from .names import MANIFEST, is_fingerprint, parse_aside, parse_partial, parse_removed, removed_path
+from .names import MANIFEST, SEEN, is_fingerprint, parse_aside, parse_partial, parse_removed, removed_path
 from .small_files import LARGEST_JSON, read_small
 
 #: Seconds without a change after which a store that the epochs of a training write counts as given up: a resumed
@@ -53,7 +53,7 @@ def find_stores(directory: Path) -> list[Removable]:
         if path.is_symlink() or not path.is_dir():
             continue
         aside, removed, used_by = parse_aside(path.name), parse_removed(path.name), describe(holders(path))
-        if aside is not None and _is_store_name(aside.final):
+        if aside is not None and (aside.final == SEEN or _is_store_name(aside.final)):
             stores.append(Removable(path, _size(path), False, is_built(path, aside), used_by))
         elif removed is not None and is_fingerprint(removed):
             stores.append(Removable(path, _size(path), finished=False))

@@ -8,6 +8,7 @@ A feature cache directory holds these directories; a fingerprint is 32 hexadecim
 | `<fingerprint>.partial` | a store that the epochs of a training write |
 | `<final>.tmp-<host>-<process>-<random>` | a directory that a process writes until it gets its final name |
 | `<name>.removed.tmp-<random>` | a store that is being deleted |
+| `.seen-by-all.tmp-<host>-<process>-<random>` | by this the processes of a training find that they see one directory |
 
 A store has these columns; views count from 1:
 
@@ -34,6 +35,8 @@ from pathlib import Path
 
 # Directories
 
+#: Final name, which it never gets, of the directory by which processes find that they see the same one.
+SEEN = ".seen-by-all"
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _PARTIAL_SUFFIX = ".partial"
 _ASIDE = re.compile(r"(?P<final>.+?)\.tmp-(?P<host>.+)-(?P<process>[0-9]+)-[0-9a-f]+")

@@ -6,12 +6,13 @@ import contextlib
 import os
 import socket
 import time
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..build.context import BuildContext
+from ..cache.directories import create_aside, discard_aside
+from ..cache.names import SEEN
 from ..cache.remote import RemoteStores
 from ..cache.urls import is_url, local_copy
 from ..config import CACHE_FOLDER, FreezeCacheConfig
@@ -22,7 +23,7 @@ from ..replay.node_order import Dealing
 if TYPE_CHECKING:
     from .session import FreezeSession
 
-#: Seconds for which a process looks for a file that another one has written: network disks need a moment.
+#: Seconds for which a process looks for what another one has made: network disks need a moment.
 _PATIENCE = 5.0
 
 
@@ -109,7 +110,7 @@ class Scope:
 
 
 def _why_not_seen(group: Group, directory: Path, remedy: str) -> str | None:
-    """Why a directory is not the same for some processes, found by a file that the main one writes and all read.
+    """Why a directory is not the same for some processes: the main one makes a directory in it that all look for.
 
     Where nothing can be written, nobody can tell: what is stored there is opened by all or by none.
 
@@ -120,26 +121,23 @@ def _why_not_seen(group: Group, directory: Path, remedy: str) -> str | None:
     """
     if group.size == 1:
         return None
-    token = uuid.uuid4().hex
     made: list[Path] = []
-    file = directory / f".seen-by-all-{token}"
 
-    def write() -> str | None:
+    def make() -> str | None:
         try:
             made.extend(path for path in (directory, *directory.parents) if not path.exists())
-            directory.mkdir(parents=True, exist_ok=True)
-            file.write_text(token)
+            return create_aside(directory / SEEN).name
         except OSError:  # a build says so, where there is one
             return None
-        return str(file)
 
-    written = group.on_main(write)
+    name = group.on_main(make)
     # Every process looks at its own directory: it may have another path.
-    seen = written is None or _sees(directory / Path(written).name, Path(written).name.rpartition("-")[2])
+    seen = name is None or _sees(directory / name)
     places = group.gather(None if seen else f"process {group.number(group.rank)} on {socket.gethostname()}")
     if group.is_main:
-        with contextlib.suppress(OSError):  # a tiny file stays; nothing reads it
-            file.unlink(missing_ok=True)
+        if name is not None:
+            discard_aside(directory / name)
+        with contextlib.suppress(OSError):  # of an empty directory, which nobody minds
             for path in made:
                 path.rmdir()
     blind = [place for place in places if place is not None]
@@ -147,17 +145,15 @@ def _why_not_seen(group: Group, directory: Path, remedy: str) -> str | None:
         return None
     return (
         f"the directory of feature stores, {directory}, is not the same for all processes: {', '.join(blind[:3])}"
-        f"{' and others' if len(blind) > 3 else ''} did not see a file that process {group.number(0)} has written "
+        f"{' and others' if len(blind) > 3 else ''} did not see what process {group.number(0)} has made "
         f"there. Set feature_cache_dir to a directory that all of them see, {remedy}."
     )
 
 
-def _sees(file: Path, token: str) -> bool:
+def _sees(path: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE
-    while True:
-        with contextlib.suppress(OSError):
-            if file.read_text() == token:
-                return True
+    while not path.is_dir():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
+    return True

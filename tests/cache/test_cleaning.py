@@ -13,7 +13,7 @@ import pytest
 
 from hf_freezecache.cache.cleaning import Removable, find_stores, remove
 from hf_freezecache.cache.directories import create_aside
-from hf_freezecache.cache.names import MANIFEST, aside_path, partial_path, removed_path
+from hf_freezecache.cache.names import MANIFEST, SEEN, aside_path, partial_path, removed_path
 
 FINGERPRINT = "0123456789abcdef" * 2
 HOUR, DAY = 3600, 24 * 3600
@@ -67,9 +67,9 @@ def test_directory_without_a_readable_manifest_is_not_a_store(content, tmp_path)
     assert find_stores(tmp_path) == []
 
 
-@pytest.mark.parametrize("partial", [False, True])
-def test_build_of_this_machine_runs_as_long_as_its_process(partial, dead_process, tmp_path):
-    final = partial_path(tmp_path / FINGERPRINT) if partial else tmp_path / FINGERPRINT
+@pytest.mark.parametrize("name", [FINGERPRINT, partial_path(Path(FINGERPRINT)).name, SEEN])
+def test_build_of_this_machine_runs_as_long_as_its_process(name, dead_process, tmp_path):
+    final = tmp_path / name
     path = make_directory(aside_path(final, socket.gethostname(), os.getpid()), age=2 * DAY)
     assert only(tmp_path) == Removable(path, 100, finished=False, running=True)
     path = path.rename(aside_path(final, socket.gethostname(), dead_process))
