@@ -20,7 +20,7 @@ from . import company, damages, disks, groups, kills, losses
 from .trainings import PHASES
 
 Rows = list[dict[str, Any]]
-#: Phases of the first kills of trainings, in turn: half of them are aimed at a phase, the others (None) come at any time.
+#: Phases of the first kills of trainings, in turn: half of them are aimed at, the others (None) come at any time.
 _FIRST_KILLS = [phase for aimed in PHASES if aimed != "resuming" for phase in (aimed, None)]
 
 

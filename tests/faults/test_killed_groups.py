@@ -1,4 +1,4 @@
-"""A training in two processes of which one is killed: the other ends, and both, resumed, end as the uninterrupted one."""
+"""Of two processes that train together, one is killed: the other ends, and both, resumed, end as if nobody was."""
 
 import pytest
 
