@@ -238,6 +238,8 @@ class RowSource:
             None.
         is_padded: whether the collator pads samples to the longest of a batch; None: nobody has looked.
         sizes: rows by the size of their main input, see `rows_by_size`; None: nobody has looked.
+        sampled: rows as the training's sampler draws them in an epoch, some again or never; None: each as often as
+            any other, or nobody has asked it.
         drawn_as: for every row the number from which its random numbers follow; None: its own.
     """
 
@@ -257,6 +259,7 @@ class RowSource:
         self.rule: PaddingRule | SizeRule | None = None
         self.is_padded: bool | None = None
         self.sizes: Sequence[Sequence[int]] | None = None
+        self.sampled: Sequence[int] | None = None
         self.drawn_as: Sequence[int] | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context

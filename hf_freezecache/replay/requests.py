@@ -259,6 +259,13 @@ def find_switch(loader: Any) -> SourceSwitch | None:
     return sampler._switch if type(sampler) is StampingSampler else None
 
 
+def sampler_of(loader: Any) -> Any:
+    """A loader's innermost sampler, or batch sampler without one; None if there is none."""
+    holder, name = _innermost(loader)
+    sampler = getattr(holder, name, None)
+    return sampler._sampler if type(sampler) is StampingSampler else sampler
+
+
 def _innermost(loader: Any) -> tuple[Any, str]:
     """The object that holds the innermost sampler, and the name of its attribute; (None, "") if there is none.
 

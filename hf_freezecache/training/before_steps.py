@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..distributed import Announcer
 from ..model.errors import ChainError
+from ..model.freshness import is_untrained
 from ..model.tokens import token_mask
 from ..policies import Trial
 from ..replay.passage import trial_rows, why_not_through
+from ..replay.requests import sampler_of
 from .data_state import looking_at
+from .drawn_rows import SamplerError, ask_sampler
 from .freezing_trial import kept
 from .preconditions import check_trainable
 from .rehearsal import RehearsalError
@@ -45,6 +49,9 @@ def plan_head_start(session: FreezeSession, cut: int, epochs: float) -> None:
     """
     if not session.config.epochs_of_head_start:
         return
+    if epochs < 1 and session.config.head_start_epochs is None:
+        # A part of an epoch (a trial run of ten steps, say) is not to wait for a look at all samples.
+        session.head_start.most = math.ceil(epochs * len(session.context.source) / session.group.size)
     session.head_start.is_due = cut > 0 and _may_have_store(session, cut, epochs)
     if not session.head_start.is_due:
         give_head_start(session)
@@ -84,8 +91,9 @@ def give_head_start(session: FreezeSession, store: FeatureStore | None = None) -
 def _give_head_start(session: FreezeSession, store: FeatureStore | None) -> None:
     epochs, cut = session.config.epochs_of_head_start, 0 if store is None else store.manifest.cut
     try:
+        _ask_sampler(session)
         with looking_at(session.context.source), session.ledger.phase(cut, "head_start") as phase:
-            started = session.head_start.run(epochs, store)
+            started = session.head_start.run(epochs, store, session.head_start.most)
     except Exception as error:  # of a disk, or of the user's samples, step or loss
         if store is not None and isinstance(error, (StoreError, OSError)):
             session.announcer.failure("The head start takes samples, as the feature store could not be read", error)
@@ -96,6 +104,7 @@ def _give_head_start(session: FreezeSession, store: FeatureStore | None) -> None
         return
     if started is None:
         session.ledger.drop(phase)
+        _say_why_none(session)
         return
     if started.is_kept:
         session.shards.take_over(started.parameters)
@@ -103,6 +112,18 @@ def _give_head_start(session: FreezeSession, store: FeatureStore | None) -> None
     phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * started.passes
     session.meter.book(phase.flops)
     session.announcer.warning(started.describe())
+
+
+def _say_why_none(session: FreezeSession) -> None:
+    is_asked_for = session.config.head_start_epochs is not None
+    say = session.announcer.warning if is_asked_for else session.announcer.info
+    if is_untrained(session.chain.model):
+        say("No head start: the whole model has the weights of its initialization.")
+    else:
+        say(
+            "No head start: nothing behind the last block is known to have the weights of an initialization (of what "
+            "has no bias that cannot be told). head_start='always' trains all that is behind it."
+        )
 
 
 def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
@@ -121,6 +142,12 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
         The losses on held-out training samples; None if the training is too short for a trial.
     """
     check_trainable(session.chain, cut)
+    try:
+        if cut:
+            _ask_sampler(session)
+    except SamplerError as error:
+        session.announcer.failure("There is no trial before the training", error)
+        return None
     plan = session.trial.plan(max_steps) if cut else None
     if any(steps is None for steps in session.group.gather(None if plan is None else plan.steps)):
         plan = None
@@ -143,11 +170,22 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
     return trial
 
 
+def _ask_sampler(session: FreezeSession) -> None:
+    """Finds out which samples the training draws, and how often: no other is to teach it anything.
+
+    Raises:
+        SamplerError: on every process, if that cannot be told.
+    """
+    source, loaders = session.context.source, (session.iterated, session.loader)
+    loader = next((loader for loader in loaders if sampler_of(loader) is not None), None)
+    source.sampled = session.group.on_main(lambda: ask_sampler(loader, len(source)))
+
+
 def _start_for_trial(session: FreezeSession, most: int) -> float:
     """Trains the head for a trial; the forward passes of a sample through the whole model that it took."""
     goes_on, is_asked_for = bool(session.config.epochs_of_head_start), bool(session.config.head_start_epochs)
     try:
-        started = session.head_start.run(_EPOCHS_FOR_TRIAL, most=most, goes_on=goes_on)
+        started = session.head_start.run(_EPOCHS_FOR_TRIAL, most=most, is_trial=True, goes_on=goes_on)
     except (ChainError, RehearsalError) as error:
         if is_asked_for:
             raise
@@ -206,6 +244,7 @@ def check_data(session: FreezeSession, loader: Any) -> None:
         ValueError: under `cache="always"`, if they are or do not.
     """
     shared, session.shared = session.shared, ()
+    session.iterated = loader
     if session.keeper.why_not_cached is not None:
         return
     augmentation = session.group.broadcast(session.keeper.provider.spec_maker.augmentation)

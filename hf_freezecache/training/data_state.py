@@ -71,23 +71,27 @@ def looking_at(source: RowSource) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(*owners: Any) -> Iterator[None]:
+def undisturbed(*owners: Any) -> Iterator[bool]:
     """Puts back on leaving what the code inside has moved in some objects, and in what they refer to.
 
     These are numbers, containers, arrays and generators of random numbers, in attributes, closures, and in classes and
     globals of the user's code. If there is anything else that may move, all is left as it is then.
 
     Args:
-        owners: data sets, transforms, collators.
+        owners: data sets, transforms, collators, samplers.
+
+    Yields:
+        Whether all that may move is known, and is put back.
     """
-    memory = _Memory()
+    memory, is_known = _Memory(), True
     try:
         for owner in owners:
             memory.keep(owner)
     except _Unknown:
         memory.forget()
+        is_known = False
     try:
-        yield
+        yield is_known
     finally:
         memory.put_back()
 

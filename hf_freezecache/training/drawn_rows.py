@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler, SequentialSampler
+from transformers.trainer_utils import has_length
 
+from ..cache.installed import package_of
 from ..cache.rows import RowSource, fetch
 from ..cache.sized import size_of
 from ..cache.store import FeatureStore
 from ..distributed import Group
 from ..replay.collator import ReplayCollator
 from ..replay.dataset import BatchRows, CachedRows
-from ..replay.requests import RequestedRow, RowOrigin
+from ..replay.requests import RequestedRow, RowOrigin, sampler_of
+from ..rng import preserve_rng
+from .data_state import undisturbed
+
+#: Packages whose samplers, beside those of torch, draw each row as often as any other.
+_FAIR_PACKAGES = ("transformers", "accelerate")
 
 
 def in_random_order(source: RowSource, group: Group) -> list[int]:
-    """This process's share of all rows, in an order that depends on the seed of the training alone.
+    """This process's share of the rows that the training draws, in an order that depends on its seed alone.
 
     Args:
-        source: of all rows.
+        source: of all rows; those that count, and how often, are `source.sampled`.
         group: the processes; all get as many rows.
     """
     return _deal(_shuffled(source), group)
@@ -44,7 +52,50 @@ def of_node_in_random_order(source: RowSource, group: Group, disk: Group, stored
 
 
 def _shuffled(source: RowSource) -> list[int]:
-    return torch.randperm(len(source), generator=torch.Generator().manual_seed(source.seed)).tolist()
+    count = len(source) if source.sampled is None else len(source.sampled)
+    places = torch.randperm(count, generator=torch.Generator().manual_seed(source.seed)).tolist()
+    return places if source.sampled is None else [source.sampled[place] for place in places]
+
+
+class SamplerError(ValueError):
+    """Nobody can tell which rows a sampler draws without disturbing it."""
+
+
+def ask_sampler(loader: Any, rows: int) -> list[int] | None:
+    """The rows that a loader's sampler draws in an epoch; it goes on from where it was.
+
+    Args:
+        loader: of the training, wrapped by accelerate or not.
+        rows: of the data set.
+
+    Returns:
+        Their numbers, in the order in which one epoch may draw them; None for samplers of torch, Transformers and
+        accelerate that draw each row as often as any other.
+
+    Raises:
+        SamplerError: if it yields something else, or has a state that cannot be put back.
+    """
+    sampler: Any = sampler_of(loader)
+    kind = type(sampler).__name__
+    if type(sampler) in (RandomSampler, SequentialSampler) or package_of(type(sampler).__module__) in _FAIR_PACKAGES:
+        return None
+    if sampler is None:
+        raise SamplerError("the loader has no sampler")
+    length = len(sampler) if has_length(sampler) else None
+    if length is None:
+        raise SamplerError(f"{kind} has no length")
+    with preserve_rng(), undisturbed(sampler) as is_known:
+        if not is_known:
+            raise SamplerError(f"{kind} has a state that cannot be put back")
+        drawn = list(itertools.islice(sampler, length))
+    numbers = [row for each in drawn for row in (each if isinstance(each, (list, tuple)) else [each])]
+    try:
+        numbers = [operator.index(row) for row in numbers]
+    except TypeError as error:
+        raise SamplerError(f"{kind} draws something else than numbers of rows") from error
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < rows:
+        raise SamplerError(f"{kind} draws {'other rows than those of the data set' if numbers else 'nothing'}")
+    return numbers
 
 
 def _deal(rows: list[int], group: Group) -> list[int]:

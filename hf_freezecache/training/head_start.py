@@ -99,6 +99,7 @@ class HeadStart:
 
     Attributes:
         is_due: whether the first epoch gives it, as soon as it is known whether there is a store.
+        most: samples of this process, at most, that it takes; None: all.
         leave_out: samples of this process that were held out for a trial.
     """
 
@@ -111,6 +112,7 @@ class HeadStart:
     ):
         self.context, self._rehearsing, self._see, self._room = context, rehearsing, see, room
         self.is_due, self.leave_out = False, 0
+        self.most: int | None = None
         self._head: Head | None = None
         # What was made for a trial, and is good for more.
         self._done: list[HeadBatch] = []
@@ -137,7 +139,12 @@ class HeadStart:
             yield inputs
 
     def run(
-        self, epochs: int, store: FeatureStore | None = None, most: int | None = None, goes_on: bool = False
+        self,
+        epochs: int,
+        store: FeatureStore | None = None,
+        most: int | None = None,
+        is_trial: bool = False,
+        goes_on: bool = False,
     ) -> HeadStarted | None:
         """Trains the head, if it is new and the model behind it is not.
 
@@ -147,6 +154,7 @@ class HeadStart:
             epochs: of the head alone.
             store: whose features take the place of the blocks before its cut; None: these run as well.
             most: samples of this process, at most.
+            is_trial: whether it is taken back after a trial.
             goes_on: whether another one on more of the same samples may follow.
 
         Returns:
@@ -169,7 +177,8 @@ class HeadStart:
             self._head = head
             try:
                 head.prove(self.context.model_inputs(self.context.source.probe()))
-                batches, rows_run = self._make_batches(HeadBatches(self.context, head, shelf, self._see), store, most)
+                made = HeadBatches(self.context, head, shelf, self._see)
+                batches, rows_run = self._make_batches(made, store, most, is_trial)
                 with self._rehearsing(head.parameters.keys()) as step:
                     training = _Training(head, step, self.context, batches, epochs)
                     rate, loss_before, loss_after = training.run(config.head_start_lr)
@@ -191,12 +200,12 @@ class HeadStart:
         return HeadStarted(rows, store is not None, names, rate, *losses, training.steps, passes, seconds)
 
     def _make_batches(
-        self, made: HeadBatches, store: FeatureStore | None, most: int | None
+        self, made: HeadBatches, store: FeatureStore | None, most: int | None, is_trial: bool
     ) -> tuple[list[HeadBatch], int]:
         """The batches, and how many samples have run for them."""
         rows = made.rows(self.leave_out, most, store)
         known, self._done = ([] if store is not None else self._done), []
-        if most is None:
+        if not is_trial:
             Announcer(self.context.group, logger).warning(
                 f"Before the first step, the new head learns alone: {', '.join(made.head.parameters)}. For that "
                 f"{sum(map(len, rows))} samples run once through "

@@ -69,6 +69,7 @@ class FreezeSession:
         source: where the batches of the running epoch come from.
         evaluation: stores of the evaluation sets; None where evaluations run on samples, and after the training.
         loader: of the training, as `Trainer` made it.
+        iterated: the loader that the training iterates over: this one, or one that the user has made of it.
         shared: what objects of the user's may refer to and nobody copies: the trainer, the model. Until the data is
             checked: the trainer refers to its session.
     """
@@ -106,6 +107,7 @@ class FreezeSession:
         self.offloading = Offloading(self.chain, self.announcer, self.config.offload_frozen)
         self.source: EpochSource = FromImages()
         self.loader: Any = None
+        self.iterated: Any = None
         self.shared: Sequence[Any] = ()
         self.evaluation: EvaluationCache | None = None
         if self.config.cache_eval:
@@ -298,7 +300,7 @@ class FreezeSession:
                 return run(step.inputs)
         if self.head_start.is_running:
             with self.head_start.bypassing(batch) as inputs:
-                return run(inputs)
+                return run(mix(StepInputs(inputs, 0)).inputs)
         if isinstance(self.source, FromStore):
             self._fall_back(self.proof.at_step(), alone=True)
         source = self.source if self.keeper.mismatch is None else FromImages(self.chain.cut)

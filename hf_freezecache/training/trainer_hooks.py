@@ -440,7 +440,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
         if self._mixer is None:
             return step
         name, inputs = main_input_name(self._own_model), self._prepare_inputs(step.inputs)
-        if self._session is not None and self._session.proof.rehearsal.is_running:
+        session = self._session
+        if session is not None and (session.proof.rehearsal.is_running or session.head_start.is_running):
             return replace(step, inputs=self._mixer.unmixed(inputs))  # images are not mixed as features are
         if step.features is None:
             return replace(step, inputs=self._mixer(inputs, name))
