@@ -25,6 +25,7 @@ RATIOS = {
     "replay_workers / memory_gpu": ("replay_workers", "memory_gpu"),
     "replay / memory_host": ("replay", "memory_host"),
     "plain / replay": ("plain", "replay"),
+    "plain_gpu / replay": ("plain_gpu", "replay"),
     "freeze_only / replay": ("freeze_only", "replay"),
     "plain / freeze_only": ("plain", "freeze_only"),
     "plain_jpeg / replay": ("plain_jpeg", "replay"),

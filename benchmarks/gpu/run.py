@@ -32,6 +32,12 @@ MEMORY_LIMIT, WAIT_LIMIT = 0.30, 0.05
 DEPTHS = (1 / 3, 2 / 3, 5 / 6)
 PREFLIGHT = "preflight"
 SPEED = ("plain", "freeze_only", "replay", "replay_resident", "memory_gpu")
+#: At the deepest cut of large batches; plain training is the same at the others.
+DEEPEST = ("plain", "plain_gpu", "freeze_only", "replay", "replay_resident", "memory_gpu")
+COMPILED = ("plain", "freeze_only", "replay")
+MODELS = ("vit-base", "resnet-50", "deit-tiny")
+#: Compiled after the uncompiled large batches; the other models and cuts come last, if there is time.
+COMPILED_FIRST = (("vit-base", DEPTHS[1]), ("resnet-50", DEPTHS[1]))
 ALL = ("plain", "freeze_only", "replay", "replay_resident", "replay_workers", "memory_gpu", "memory_host")
 AGAINST_MEMORY = ("replay", "memory_gpu")
 JPEG = ("plain_jpeg", "freeze_only_jpeg")
@@ -192,13 +198,13 @@ def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
     ]
     profiled = Setting("vit-base", batch, 0.75)
     return [
+        *(task(55, Setting(name, largest, DEPTHS[-1]), DEEPEST) for name in MODELS),
         *(
-            task(45, Setting(name, largest, fraction), SPEED)
-            for name in ("vit-base", "resnet-50", "deit-tiny")
-            for fraction in DEPTHS
+            task(25, Setting(name, largest, fraction), ("freeze_only", *AGAINST_MEMORY))
+            for name in MODELS
+            for fraction in reversed(DEPTHS[:-1])
         ),
-        task(60, Setting("vit-base", largest, DEPTHS[1], compiled=True), ("plain", "freeze_only", "replay")),
-        task(60, Setting("resnet-50", largest, DEPTHS[1], compiled=True), ("plain", "freeze_only", "replay")),
+        *(task(60, Setting(name, largest, depth, compiled=True), COMPILED) for name, depth in COMPILED_FIRST),
         task(70, Setting("vit-base", batch, 0.75), ALL),
         task(35, Setting("vit-base", batch, 11 / 12), (*AGAINST_MEMORY, "freeze_only")),
         task(35, Setting("vit-base", batch, 0.5), (*AGAINST_MEMORY, "freeze_only")),
@@ -230,6 +236,12 @@ def make_tasks(options: argparse.Namespace, folder: Path) -> list[Task]:
             task(25, Setting(name, batch, 0.75, codec), AGAINST_MEMORY)
             for name in ("resnet-50", "deit-tiny")
             for codec in ("int8", "fp16")
+        ),
+        *(
+            task(60, Setting(name, largest, depth, compiled=True), COMPILED)
+            for name in MODELS
+            for depth in DEPTHS
+            if (name, depth) not in COMPILED_FIRST
         ),
     ]
 

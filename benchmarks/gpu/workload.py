@@ -296,6 +296,7 @@ class Bench:
         self.cut = cut_at(setting.fraction, self.blocks)
         self._features: dict[str, Pool] = {}
         self._jpegs: JpegImages | None = None
+        self._images_on_device: Pool | None = None
         self.store: FeatureStore | None = None
 
     def arguments(self, **settings) -> TrainingArguments:
@@ -349,6 +350,13 @@ class Bench:
             feature_cache_dir=str(self.folder / "stores"),
         )
 
+    def images_on_device(self) -> Pool:
+        """The same images as `plain` trains on, in the GPU's memory."""
+        if self._images_on_device is None:
+            images = self.images
+            self._images_on_device = Pool(images.values.to(device()), images.labels.to(device()))
+        return self._images_on_device
+
     def jpegs(self) -> JpegImages:
         if self._jpegs is None:
             self._jpegs = JpegImages(self.rows, image_size(self.options.smoke), self.options.seed)
@@ -361,6 +369,9 @@ class Bench:
         from_jpegs = dict(dataset=self.jpegs, data_collator=None, dataloader_num_workers=workers)
         return {
             "plain": self.plain,
+            "plain_gpu": lambda callbacks: self.plain(
+                callbacks, dataset=self.images_on_device, dataloader_pin_memory=False
+            ),
             "freeze_only": self.frozen,
             "plain_jpeg": lambda callbacks: self.plain(callbacks, **from_jpegs),
             "freeze_only_jpeg": lambda callbacks: self.frozen(callbacks, **from_jpegs),
@@ -383,6 +394,8 @@ class Bench:
         """
         if side.startswith("memory"):
             self._features_in(device().type if side == "memory_gpu" else "cpu")
+        elif side == "plain_gpu":
+            self.images_on_device()
         gc.collect()
         kept = torch.cuda.memory_allocated() if use_gpu() else 0
         clock, start = BlockClock(self.options.warmup), time.perf_counter()

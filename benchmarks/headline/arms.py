@@ -100,7 +100,7 @@ def make_arms() -> list[Arm]:
         Arm("linear probe 12", 12, points="0:all"),
         Arm("layer decay 0.75 of 4", 4, settings={"layer_decay": 0.75}),
         Arm(f"plain 3, {started}", 3, HEAD_START),
-        Arm(f"linear of 4, {started}", 4, HEAD_START, settings={"policy": "linear"}),
+        Arm(f"linear of 4, {started}", 4, HEAD_START, settings={"policy": "linear"}, is_core=True),
         Arm(f"{half}, frozen only", 4, 0, "0:half", cache="never", tuned_as=half),
         Arm(f"{deep}, frozen only", 4, HEAD_START, "2:deep", cache="never", tuned_as=deep),
         Arm(f"{deep}, annealed", 4, HEAD_START, "2:deep", settings={"anneal": "cosine"}),
