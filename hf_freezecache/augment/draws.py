@@ -2,17 +2,22 @@
 
 A data set passes images to its transform, not sample numbers. Code that fetches rows sets a `Draw` for the length of a
 context. The transform reads from it what its random numbers depend on, and writes the geometry of its views to it.
+Code that wants to know which functions of rows a data set calls, and with which rows, watches the calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _current: ContextVar[Draw | None] = ContextVar("freezecache_draw", default=None)
+_calls: ContextVar[list[RowCall] | None] = ContextVar("freezecache_calls", default=None)
 
 
 class Draw:
@@ -25,6 +30,8 @@ class Draw:
         view: number of the view for the cache, 0 for the base view, or one number per sample; None in live epochs.
         geometry: kind and feature grid `(h, w)` of the geometry that is requested; None: no geometry is.
         occurrences: how often each sample was drawn in the live epoch before; None: never.
+        together: whether a function of rows gets all rows of a call at once in a live epoch, as from `with_transform`,
+            with random numbers from the global generators: it combines rows.
 
     Attributes:
         geometries: geometry of the views that are not the base view, `(G,)` each, written by the transform.
@@ -43,6 +50,7 @@ class Draw:
         view: int | Sequence[int] | None = None,
         geometry: tuple[str, tuple[int, int]] | None = None,
         occurrences: Sequence[int] | None = None,
+        together: bool = False,
     ):
         if not (view is None or isinstance(view, int)) and len(view) != len(samples):
             raise ValueError(f"got {len(view)} views for {len(samples)} samples: one each, or one number for all.")
@@ -50,6 +58,7 @@ class Draw:
             raise ValueError(f"got {len(occurrences)} occurrences for {len(samples)} samples: one each.")
         self.seed, self.samples, self.epoch, self.geometry = seed, samples, epoch, geometry
         self._view, self._occurrences = view, occurrences
+        self.together = together and view is None
         self.geometries: list[torch.Tensor] = []
         self.refused: str | None = None
         self.position = 0
@@ -112,3 +121,36 @@ def use_draw(draw: Draw) -> Iterator[Draw]:
 def current_draw() -> Draw | None:
     """The draw of the fetch that is running; None if rows are read outside `use_draw`."""
     return _current.get()
+
+
+@dataclass(frozen=True)
+class RowCall:
+    """One call of a transform that consists of functions of rows.
+
+    Args:
+        functions: the functions by name, `train` and `base`.
+        column: of the images.
+        rows: column name -> values that the call got.
+    """
+
+    functions: Mapping[str, Callable]
+    column: str
+    rows: Mapping[str, Sequence[Any]]
+
+
+@contextlib.contextmanager
+def watch_calls() -> Iterator[list[RowCall]]:
+    """Inside the context, the calls of functions of rows are added to the list."""
+    calls: list[RowCall] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def note_call(functions: Mapping[str, Callable], column: str, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Adds a call to the list of `watch_calls`, with copies of its rows; does nothing outside it. See `RowCall`."""
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(RowCall(functions, column, copy.deepcopy(dict(rows))))

@@ -17,7 +17,7 @@ from ..rng import preserve_rng, seed_rng
 from .agreement import GeometryProof
 from .coordinate_grid import GridRefusedError
 from .drawing import Drawer, Drawn, ImageDrawer, generator_states, make_drawer
-from .draws import Draw, current_draw
+from .draws import Draw, current_draw, note_call
 from .geometry import cell_centres, encode_geometry, fit_affine, map_points
 
 # Interpolation errs along borders by half a pixel of the image plus half a pixel of the view; this adds a margin.
@@ -38,6 +38,10 @@ class ReplayableTransform:
     they return is returned. Outside a trainer with a feature cache it draws as they do. While such a trainer fetches
     rows, a draw depends on the seed of the training, the sample and the epoch (or the number of the view), but not on
     batches, workers or earlier draws. Random numbers come from the global generators of Python, NumPy and torch.
+
+    A function of rows gets one row at a time then. One that combines rows (mixes their images, standardizes over them)
+    would have nothing to combine: a trainer finds such functions at its start, see `find_combined`, gives them whole
+    batches as `with_transform` does, and caches nothing.
 
     The geometry of a function's views is found by following its calls of torchvision (first or second version), and
     proved on the first views of a process, whose pixels are compared with the base view moved by the geometry. A
@@ -98,7 +102,13 @@ class ReplayableTransform:
                 "ReplayableTransform(..., image_column=...)"
             )
         drawer = self._drawer_for(rows)
+        if drawer.is_followed:
+            note_call({"train": self.train, "base": self.base}, self.image_column, rows)
         draw = current_draw()
+        if drawer.is_followed and draw is not None and draw.together:
+            for _ in rows[self.image_column]:
+                draw.take()
+            return self.train(rows)
         if draw is None:
             if drawer.is_followed:
                 return self.train(rows)

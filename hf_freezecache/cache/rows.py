@@ -241,6 +241,8 @@ class RowSource:
         sampled: rows as the training's sampler draws them in an epoch, some again or never; None: each as often as
             any other, or nobody has asked it.
         drawn_as: for every row the number from which its random numbers follow; None: its own.
+        combined: why samples depend on the others that are fetched with them, see `find_combined`; empty if they do
+            not; None: nobody has looked.
     """
 
     def __init__(
@@ -261,6 +263,7 @@ class RowSource:
         self.sizes: Sequence[Sequence[int]] | None = None
         self.sampled: Sequence[int] | None = None
         self.drawn_as: Sequence[int] | None = None
+        self.combined: str | None = None
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
         self.num_workers, self.multiprocessing_context = num_workers, multiprocessing_context
 
@@ -285,7 +288,9 @@ class RowSource:
 
     def _reading(self, dataset: Any, collator: Callable) -> RowSource:
         workers, context = self.num_workers, self.multiprocessing_context
-        return RowSource(dataset, collator, self.batch_size, self.seed, workers, context, self.texts)
+        other = RowSource(dataset, collator, self.batch_size, self.seed, workers, context, self.texts)
+        other.combined = self.combined
+        return other
 
     @property
     def num_ranges(self) -> int:
@@ -378,7 +383,7 @@ class ChosenRows(RowSource):
             source.multiprocessing_context,
             source.texts,
         )
-        self.rule, self.drawn_as = source.rule, source.drawn_as
+        self.rule, self.drawn_as, self.combined = source.rule, source.drawn_as, source.combined
         self._row_numbers = list(row_numbers)
 
     def __len__(self) -> int:

@@ -183,13 +183,16 @@ class ReplayDataset(Dataset):
         seed: of the training. What a replayable transform draws, and which view is replayed, depend on it, the epoch,
             the sample and its occurrence in the epoch.
         texts: what the frozen blocks read of texts; stores of these alone need it.
+        together: whether functions of rows get whole batches in live epochs, see `Draw`.
 
     Attributes:
         pinned: whether this process reads codes into page-locked memory; see `FeatureStore.read_rows`.
     """
 
-    def __init__(self, inner: Any, switch: SourceSwitch, seed: int, texts: TextInputs | None = None):
-        self.inner, self.seed, self.texts, self.pinned = inner, seed, texts, False
+    def __init__(
+        self, inner: Any, switch: SourceSwitch, seed: int, texts: TextInputs | None = None, together: bool = False
+    ):
+        self.inner, self.seed, self.texts, self.pinned, self.together = inner, seed, texts, False, together
         self.switch: SourceSwitch | None = switch
         self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
 
@@ -236,7 +239,8 @@ class ReplayDataset(Dataset):
 
     def _draw_live(self, rows: Sequence[RequestedRow], fetch_samples: Callable[[], Any]) -> Any:
         epoch = rows[0].origin.epoch
-        draw = Draw(self.seed, [int(row) for row in rows], epoch=epoch, occurrences=_occurrences(rows))
+        numbers = [int(row) for row in rows]
+        draw = Draw(self.seed, numbers, epoch=epoch, occurrences=_occurrences(rows), together=self.together)
         with use_draw(draw):
             return fetch_samples()
 
@@ -316,6 +320,6 @@ def live_batch(source: RowSource, rows: BatchRows) -> Any:
         source: the samples of the training.
         rows: which rows, e.g. those of a batch from a store.
     """
-    dataset = ReplayDataset(source.dataset, SourceSwitch(0), source.seed)
+    dataset = ReplayDataset(source.dataset, SourceSwitch(0), source.seed, together=bool(source.combined))
     epoch = int(rows.epochs[-1])
     return source.collator(dataset.live_samples(rows.numbers.tolist(), rows.occurrences.tolist(), epoch))
