@@ -37,6 +37,7 @@ from .model.modes import eval_mode, override_forward
 from .model.tokens import blank_padding, token_mask
 from .rng import preserve_rng
 from .trainer import FreezeCacheTrainer, ZeroOrderTrainer
+from .training.combining import find_combined
 from .training.data_state import undisturbed
 from .training.scope import store_directory
 from .units import parse_bytes
@@ -131,6 +132,7 @@ class _Planner:
         self.context, self.batches, self.steps, self.step_inputs = context, batches, steps, step_inputs
         self.left_out: dict[int, str] = {}
         self.chain, self.source, self.config = context.chain, context.source, context.config
+        self.source.combined = find_combined(self.source)
         with preserve_rng():
             self.augmentation = survey(self.source, self.chain.main_input)
             if self.augmentation.declined is not None:

@@ -84,6 +84,8 @@ def survey(source: RowSource, main_input: str) -> Augmentation:
     Raises:
         ValueError: if the two pipelines of a `ReplayableTransform` do not fit each other.
     """
+    if source.combined:
+        return Augmentation(declined=source.combined)
     groups: list[Sequence[int]] = [spread_rows(source.dataset, _ROWS, source.seed)]
     if collator_pads(source, main_input) or (source.batch_size == 1 and rows_by_size(source, main_input)):
         return survey_padded(source, main_input, in_batches(groups[0], _TOGETHER))

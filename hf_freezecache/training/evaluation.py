@@ -27,6 +27,7 @@ from ..replay.requests import SourceSwitch, find_switch
 from ..rng import preserve_rng
 from ..units import show_bytes
 from .accounting import Accounts
+from .combining import find_combined
 from .data_state import looking_at
 from .epoch_source import EpochSource, FromImages, FromStore, StepInputs, bypassing
 from .store_provider import Declined
@@ -220,12 +221,15 @@ class EvaluationCache:
                 train.multiprocessing_context,
                 train.texts,
             )
+            with looking_at(rows):
+                rows.combined = find_combined(rows)
             entry = _CachedSet(loader, rows)
             foreign = [entry for entry in self._sets if not entry.loader.is_trainers and entry.source is None]
             if len(foreign) == _MOST_FOREIGN_SETS:
                 self._sets.remove(foreign[0])
             self._sets.append(entry)
-        return ReplayDataset(loader.inner, entry.switch, entry.rows.seed, entry.rows.texts)
+        rows = entry.rows
+        return ReplayDataset(loader.inner, entry.switch, rows.seed, rows.texts, together=bool(rows.combined))
 
     def prepare(self, loader: DataLoader) -> None:
         """Opens the store for the loader's data set at the current cut, or builds it if a further evaluation reads it.

@@ -42,6 +42,7 @@ from ..replay.requests import stamp_rows
 from ..rng import preserve_rng
 from .callback import FreezeCallback
 from .checkpoint_hooks import CheckpointHooks
+from .combining import settle_combining
 from .data_state import undisturbed
 from .epoch_source import StepInputs, live_shapes
 from .evaluation import EvaluationCache, UsersLoader
@@ -288,6 +289,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             self._freeze_policy.start(len(blocks))
         place_whole(self)
         context = without_whole_model(self, scope.of(self.build_context(dataset, collator)))
+        settle_combining(context.source, self._group)
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection
@@ -348,7 +350,8 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             # Loaders of an earlier training or evaluation, kept for their workers, know nothing of this session.
             self.__dict__.pop("_eval_dataloaders", None)
         session = self._session
-        wrapped = ReplayDataset(inner, session.switch, session.context.source.seed, session.context.source.texts)
+        source = session.context.source
+        wrapped = ReplayDataset(inner, session.switch, source.seed, source.texts, together=bool(source.combined))
         loader = self._get_replay_loader(wrapped, collator, description, batch_size, settings)
         try:
             check_even(loader)
