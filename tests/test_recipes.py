@@ -157,7 +157,7 @@ def test_recipe_without_a_package_names_it_and_the_command_that_installs_it(reci
     assert finished.stderr.endswith(f'The recipes need the package {package}: pip install -e ".[recipes]"\n')
 
 
-@pytest.mark.parametrize("arm", ["plain", "cached", "none"])
+@pytest.mark.parametrize("arm", ["plain", "short", "cached", "none"])
 def test_quickstart_arm_measures_accuracy_time_and_flops(recipes_on_path, arm, tmp_path, monkeypatch):
     import quickstart
 
@@ -183,7 +183,7 @@ TINY = ViTConfig(
 
 
 @pytest.mark.slow
-def test_quickstart_compares_both_arms_in_processes_of_their_own(tmp_path):
+def test_quickstart_compares_its_arms_in_processes_of_their_own(tmp_path):
     command = [sys.executable, str(RECIPES / "quickstart.py"), "--limit", "64", "--epochs", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
@@ -191,7 +191,8 @@ def test_quickstart_compares_both_arms_in_processes_of_their_own(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert [result["arm"] for result in results] == ["plain", "cached"]
+    assert [result["arm"] for result in results] == ["plain", "short", "cached"]
+    assert [result["epochs"] for result in results] == [4, 2, 4]
     assert (tmp_path / "comparison.png").stat().st_size > 0
     assert "FreezeCacheTrainer" in finished.stdout
 
