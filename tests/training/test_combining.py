@@ -255,3 +255,13 @@ def test_cache_that_must_be_is_refused(tmp_path):
     data = picture_dataset(32, 24).with_transform(wrapped)
     with pytest.raises(ValueError, match="nothing can be cached: the function `train`"):
         plan(tiny_vit(), data, FreezeCacheConfig(), data_collator=official_collate)
+
+
+def test_evaluation_set_whose_rows_are_combined_is_evaluated_in_whole_batches(tmp_path):
+    function = Counted()
+    held_out = picture_dataset(16, 24, seed=1).with_transform(ReplayableTransform(train=function, base=VALIDATION))
+    settings = {"eval_dataset": held_out, "eval_strategy": "epoch"}
+    trainer = train(TRAIN, tmp_path, manual("0:2", cache_eval=True), **settings)
+    assert function.calls[-4:] == [8] * 4
+    evaluations = [phase for phase in trainer.freeze_cache_report().phases if phase.mode == "eval"]
+    assert all(not phase.store_bytes for phase in evaluations)
