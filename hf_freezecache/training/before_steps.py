@@ -23,9 +23,10 @@ from ..replay.passage import trial_rows, why_not_through
 from ..replay.requests import sampler_of
 from .data_state import looking_at
 from .drawn_rows import SamplerError, ask_sampler
-from .freezing_trial import kept
+from .freezing_trial import Updates, kept
 from .preconditions import check_trainable
 from .rehearsal import RehearsalError
+from .trial_rates import rates_of_trial
 
 if TYPE_CHECKING:
     from .session import FreezeSession
@@ -126,7 +127,9 @@ def _say_why_none(session: FreezeSession) -> None:
         )
 
 
-def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+def try_freezing(
+    session: FreezeSession, cut: int, max_steps: int, max_grad_norm: float | None, scheduler: Any
+) -> Trial | None:
     """Trains a few steps with frozen blocks and with none, and takes these back.
 
     A new head gets a short head start for the trial alone, which is taken back as well: gradients of a random head say
@@ -137,6 +140,7 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
         cut: frozen blocks of the trial; 0: there is none.
         max_steps: optimizer steps of the training.
         max_grad_norm: to which gradients are clipped; None or 0: they are not.
+        scheduler: of the learning rates of the training.
 
     Returns:
         The losses on held-out training samples; None if the training is too short for a trial.
@@ -159,7 +163,9 @@ def try_freezing(session: FreezeSession, cut: int, max_steps: int, max_grad_norm
         most = _BATCHES_FOR_TRIAL * session.context.source.batch_size
         passes = _start_for_trial(session, most)
         phase.flops += session.meter.per_sample("eval") * session.meter.mean_seen() * passes
-        trial = session.trial.run(cut, plan, session.optimizer, max_grad_norm)
+        optimizer = getattr(session.optimizer, "optimizer", session.optimizer)  # accelerate has wrapped it
+        rates = rates_of_trial(scheduler, optimizer, plan.steps, max_steps)
+        trial = session.trial.run(cut, plan, Updates(optimizer, rates, max_grad_norm))
     phase.steps = 2 * plan.steps
     trained, tested = plan.samples_run
     live, forward = session.meter.per_sample("live", 0), session.meter.per_sample("eval")

@@ -71,7 +71,7 @@ class RunningTraining(Protocol):
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
 
-    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None) -> Trial | None:
+    def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None, scheduler: Any) -> Trial | None:
         """Before the first step: a trial, with a head start for it alone.
 
         Returns:
@@ -81,6 +81,7 @@ class RunningTraining(Protocol):
             cut: frozen blocks of the trial; 0: there is none.
             max_steps: optimizer steps of the training.
             max_grad_norm: to which gradients are clipped.
+            scheduler: of the learning rates, as `Trainer` made it.
         """
 
     def plan_head_start(self, cut: int, epochs: float) -> None:
@@ -167,7 +168,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         }
         return {"args": {}, "attributes": attributes}
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, lr_scheduler=None, **kwargs):
         self._epoch = None
         session = self._session
         if session is None:
@@ -181,7 +182,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
         steps_per_epoch = self._count(session, args, state, train_dataloader)
         if state.global_step == 0:
             cut = self._rule.trial_cut(session.num_blocks)
-            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm)
+            trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm, lr_scheduler)
             if cut:
                 session.announce(self._rule.take_trial(trial, session.num_blocks))
         changes = self._rule.changes(session.num_blocks, self._num_epochs) or []

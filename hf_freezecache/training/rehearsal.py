@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import logging
@@ -60,8 +60,20 @@ class Outcome:
     gradients: Mapping[str, torch.Tensor]
 
 
-#: Runs a trainer's own step on a collated batch, without any update.
-Step = Callable[[Mapping[str, Any]], Outcome]
+class Step(Protocol):
+    """A trainer's own steps on the micro-batches of one update, without the update."""
+
+    def __call__(self, *batches: Mapping[str, Any]) -> Outcome:
+        """Runs one step per micro-batch.
+
+        Args:
+            batches: collated, as many as the update accumulates.
+
+        Returns:
+            The sums of losses and gradients, which the step has divided; the outputs of the last batch.
+        """
+
+
 #: Makes a context in which such steps run, with gradients of the parameters of these names; of all if None.
 Rehearsing = Callable[[Collection[str] | None], AbstractContextManager[Step]]
 

@@ -52,7 +52,7 @@ class RehearsalHooks(TrainerHooks):
                 the training would follow.
 
         Yields:
-            What runs a step on a batch.
+            What runs a step on a batch, or one on each micro-batch of an update.
         """
         assert self._session is not None
         model, own = self._session.wrapped_model, self._own_model
@@ -61,12 +61,14 @@ class RehearsalHooks(TrainerHooks):
             trained = {name: trained[name] for name in names}
         outputs: dict[str, torch.Tensor] = {}
 
-        def run(batch: Mapping[str, Any]) -> Outcome:
+        def run(*batches: Mapping[str, Any]) -> Outcome:
             outputs.clear()
-            batches, num_items_in_batch = self.get_batch_samples(iter([batch]), 1, self.args.device)
-            loss = self.training_step(model, batches[0], num_items_in_batch)
-            gradients = captured.take()
-            return Outcome(loss.detach(), {name: value.detach() for name, value in outputs.items()}, gradients)
+            count = len(batches)
+            taken, num_items_in_batch = self.get_batch_samples(iter(batches), count, self.args.device)
+            self.current_gradient_accumulation_steps = len(taken)
+            losses = [self.training_step(model, batch, num_items_in_batch).detach() for batch in taken]
+            loss = sum(losses[1:], losses[0])
+            return Outcome(loss, {name: value.detach() for name, value in outputs.items()}, captured.take())
 
         hook = own.register_forward_hook(lambda module, args, output: outputs.update(find_tensors(output)))
         try:

@@ -99,7 +99,7 @@ class FreezeSession:
         self.shards = Shards(self.chain, context.is_split, self.group, self.decline)
         self.proof = Proof(self.context, Rehearsal(self.context, rehearsing, suspects), self.shards.whole)
         self.head_start = HeadStart(self.context, rehearsing, self.meter.see, provider.budget.room)
-        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see)
+        self.trial = FreezingTrial(self.context, rehearsing, self.proof.rehearsal, self.meter.see, batches_per_step)
         similarities = SampleSimilarities(self.context, self.accounts.book_samples, batches_per_step)
         self.recorder, self.journal = BlockRecorder(self.chain, similarities), Journal()
         self.learning_rates = LearningRates(self.chain, self.config) if self.config.changes_learning_rates else None

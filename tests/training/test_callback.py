@@ -21,7 +21,7 @@ class Mover:
     def check_data(self, loader):
         self.checked = loader
 
-    def try_freezing(self, cut, max_steps, max_grad_norm):
+    def try_freezing(self, cut, max_steps, max_grad_norm, scheduler):
         self.started = getattr(self, "started", 0) + 1
 
     def plan_head_start(self, cut, epochs):

@@ -4,9 +4,19 @@ import re
 
 import pytest
 import torch
-from support.helpers import assert_same_weights, losses, make_args, manual, pixel_dataset, run, tiny_vit, weights
+from support.helpers import (
+    assert_same_weights,
+    losses,
+    make_args,
+    manual,
+    pixel_dataset,
+    run,
+    tiny_vit,
+    weights,
+)
 from support.pretrained import settle
 from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
@@ -19,6 +29,13 @@ LONG = {"num_train_epochs": 2, "logging_steps": 20}
 @pytest.fixture(autouse=True)
 def longer_trials(monkeypatch):
     monkeypatch.setattr(freezing_trial, "_SHARE", 0.2)
+
+
+class Stops(TrainerCallback):
+    """The trial is over before the first step: what comes later is of no interest."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
 
 
 class Remembering(AutoPolicy):
@@ -65,16 +82,38 @@ def test_the_training_is_that_of_the_schedule_that_was_chosen(sign, points, sett
     assert_same_weights(weights(trainer), weights(other))
 
 
-def test_what_it_measures_is_a_training_by_hand(tmp_path):
+ACCUMULATING = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def of_all_items(outputs, labels, num_items_in_batch):
+    return cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, [1 - step / 40 for step in range(8)]),
+        ({"warmup_steps": 4}, [0, 1 / 4, 1 / 2, 3 / 4, 1, 35 / 36, 34 / 36, 33 / 36]),
+        ({"warmup_steps": 16}, [1 / 16, 3 / 16, 5 / 16, 7 / 16, 9 / 16, 11 / 16, 13 / 16, 15 / 16]),
+        (ACCUMULATING, [1 - step / 40 for step in range(8)]),
+        ({**ACCUMULATING, "compute_loss_func": of_all_items}, [1 - step / 40 for step in range(8)]),
+    ],
+    ids=["decay", "warm-up", "warm-up that is longer than the trial", "accumulation", "accumulation of sums"],
+)
+def test_what_it_measures_is_a_training_by_hand(settings, shares, tmp_path):
+    """Steps of eight samples, at these shares of the learning rate."""
     model = settle(tiny_vit(hidden_dropout_prob=0.0), head="none")
     policy, data = Remembering(-1), pixel_dataset(160)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = FreezeCacheConfig(cache="never")
-    run(model, data, tmp_path, config, policy=policy, optim="sgd", learning_rate=0.05, max_grad_norm=0.0, **LONG)
+    own = {**LONG, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, **settings}
+    run(model, data, tmp_path, config, policy=policy, callbacks=[Stops()], **own)
     [trial] = policy.trials
     assert (trial.cut, trial.steps, trial.samples) == (3, 8, 16)
     order = torch.randperm(160, generator=torch.Generator().manual_seed(3)).tolist()
-    held_out, training = [order[:8], order[8:16]], [order[16 + 8 * step : 24 + 8 * step] for step in range(8)]
+    size = own.get("per_device_train_batch_size", 8)
+    held_out = [order[first : first + size] for first in range(0, 16, size)]
+    training = [order[16 + 8 * step : 24 + 8 * step] for step in range(8)]
 
     def loss(rows):
         batch = data[rows]
@@ -89,11 +128,11 @@ def test_what_it_measures_is_a_training_by_hand(tmp_path):
         ]
         model.requires_grad_(True)
         model.train()
-        for rows in training:
+        for share, rows in zip(shares, training, strict=True):
             gradients = torch.autograd.grad(loss(rows), trained)
             with torch.no_grad():
                 for value, gradient in zip(trained, gradients, strict=True):
-                    value -= 0.05 * gradient
+                    value -= 0.05 * share * gradient
         assert expected == pytest.approx([float(loss(rows).detach()) for rows in held_out], rel=1e-4)
 
 
