@@ -10,7 +10,7 @@ from .linear import LinearPolicy
 from .manual import ManualPolicy
 from .none import NonePolicy
 from .simfreeze import SimFreezePolicy
-from .trial import Trial
+from .trial import Choice, Trial
 
 #: Rules that find out which blocks have settled, by name.
 SETTLING = {cls.name: cls for cls in (AutoFreezePolicy, EgeriaPolicy, SimFreezePolicy)}
@@ -19,6 +19,7 @@ __all__ = [
     "SETTLING",
     "AutoFreezePolicy",
     "AutoPolicy",
+    "Choice",
     "ComingFreeze",
     "DelayedPolicy",
     "EgeriaPolicy",

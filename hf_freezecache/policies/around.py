@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from .base import ComingFreeze, FreezePolicy, Moment, ObservedBlock
-from .trial import Trial
+from .trial import Choice, Trial
 
 
 class AroundPolicy(FreezePolicy):
@@ -32,6 +32,9 @@ class AroundPolicy(FreezePolicy):
 
     def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
         return self.policy.take_trial(trial, num_blocks)
+
+    def choice(self) -> Choice | None:
+        return self.policy.choice()
 
     def decide(self, moment: Moment) -> int:
         return self.policy.decide(moment)

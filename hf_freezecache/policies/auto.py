@@ -14,7 +14,7 @@ from .schedule import (
     scheduled_changes,
     scheduled_cut,
 )
-from .trial import Trial
+from .trial import Choice, Trial
 
 #: Share of the deepest cut that is frozen from the start where the trial allows it.
 _AT_ONCE = 2 / 3
@@ -40,28 +40,33 @@ class AutoPolicy(FreezePolicy):
     def __init__(self, max_frozen: float = 0.75, end: float = 0.5):
         self.max_frozen, self.end = max_frozen, end
         self._points: list[FreezePoint] | None = None
-        self.why = ""
+        self.why, self._numbers = "", dict[str, float | None]()
 
     def describe(self) -> str:
         return f"auto, max_frozen={self.max_frozen}, freeze_end={self.end}"
 
     def start(self, num_blocks: int) -> None:
-        self._points, self.why = None, ""
+        self._points, self.why, self._numbers = None, "", {}
 
     def trial_cut(self, num_blocks: int) -> int:
         return round(self.max_frozen * num_blocks)
 
     def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
-        deep = self.trial_cut(num_blocks)
+        self._numbers = {} if trial is None else trial.numbers()
         if trial is not None and trial.difference < -trial.error:
             self._points = [FreezePoint(0, round(self.max_frozen * num_blocks * _AT_ONCE))]
             verdict = "features of the model as it is suit these samples, so that blocks are frozen from the start"
         else:
-            self._points = [FreezePoint(float(self.end), deep)]
+            self._points = self._late(num_blocks)
             verdict = "early blocks adapt first, and are frozen late"
         found = "the training is too short for a trial" if trial is None else trial.describe()
         self.why = f"{found[0].upper()}{found[1:]}: {verdict}."
         return self.why
+
+    def choice(self) -> Choice | None:
+        if self._points is None:
+            return None
+        return Choice(self.name, self._format_points(), self.why, self._numbers)
 
     def changes(self, num_blocks: int, num_epochs: int) -> list[tuple[int, int]] | None:
         return None if self._points is None else scheduled_changes(self._points, num_epochs)
@@ -72,6 +77,12 @@ class AutoPolicy(FreezePolicy):
     def next_change(self, moment: Moment) -> int | None:
         return next_change(self._chosen, moment.epoch, moment.num_epochs, moment.cut)
 
+    def _late(self, num_blocks: int) -> list[FreezePoint]:
+        return [FreezePoint(float(self.end), self.trial_cut(num_blocks))]
+
+    def _format_points(self) -> str:
+        return format_freeze_points([(point.when, point.cut) for point in self._chosen])
+
     @property
     def _chosen(self) -> list[FreezePoint]:
         if self._points is None:
@@ -79,9 +90,11 @@ class AutoPolicy(FreezePolicy):
         return self._points
 
     def state_dict(self) -> dict[str, Any]:
-        points = [(point.when, point.cut) for point in self._points or ()]
-        return {"points": format_freeze_points(points) if points else None, "why": self.why}
+        points = None if self._points is None else self._format_points()
+        return {"points": points, "why": self.why, "numbers": self._numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        points = state.get("points")
-        self._points, self.why = None if points is None else parse_freeze_points(points), state.get("why", "")
+        if state.get("points") is None or "why" not in state:  # of another rule
+            return
+        self._points, self.why = parse_freeze_points(state["points"]), state["why"]
+        self._numbers = state.get("numbers", {})  # checkpoints of earlier versions have none

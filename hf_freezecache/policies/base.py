@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .trial import Trial
+from .trial import Choice, Trial
 
 #: Signals that a policy may observe.
 SIGNALS = ("activations", "gradients", "weights", "similarities")
@@ -126,6 +126,10 @@ class FreezePolicy(ABC):
             What the rule makes of it, as a sentence for the log.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for a trial, so it has to take it.")
+
+    def choice(self) -> Choice | None:
+        """What the rule has chosen for this training, for the report; None if it has nothing to choose."""
+        return None
 
     @abstractmethod
     def decide(self, moment: Moment) -> int:

@@ -47,6 +47,9 @@ class RunRecord:
         totals: their sums.
         plain_estimate: seconds and FLOPs of the same steps without freezing, as far as they can be told.
         store: facts of the last store, by name; None if there was none.
+        note: why nothing was booked; None if something was.
+        learning_rates: what was done to the learning rates of blocks; None if nothing was.
+        choice: the schedule that the policy has chosen, and why, see `policies.trial.Choice`; None if it did not.
     """
 
     run: Mapping[str, Any]
@@ -60,6 +63,7 @@ class RunRecord:
     store: Mapping[str, Any] | None = None
     note: str | None = None
     learning_rates: str | None = None
+    choice: Mapping[str, Any] | None = None
     format: int = field(default=FORMAT)
 
     @property

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from ..policies import ComingFreeze, FreezePolicy, Moment, ObservedBlock, Trial
+from ..policies import Choice, ComingFreeze, FreezePolicy, Moment, ObservedBlock, Trial
 from .announcements import describe_freeze, describe_other_rule, describe_schedule
 from .journal import Journal
 
@@ -70,6 +70,9 @@ class RunningTraining(Protocol):
 
     def check_data(self, loader: Any) -> None:
         """Before the first step: proves that rows of batches are samples and reach the training as they are."""
+
+    #: What the rule has chosen for this training, for the report.
+    choice: Choice | None
 
     def try_freezing(self, cut: int, max_steps: int, max_grad_norm: float | None, scheduler: Any) -> Trial | None:
         """Before the first step: a trial, with a head start for it alone.
@@ -185,6 +188,7 @@ class FreezeCallback(TrainerCallback, ExportableState):
             trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm, lr_scheduler)
             if cut:
                 session.announce(self._rule.take_trial(trial, session.num_blocks))
+        session.choice = self._rule.choice()
         changes = self._rule.changes(session.num_blocks, self._num_epochs) or []
         planned = {cut: epoch for epoch, cut in reversed(changes) if cut and epoch < self._num_epochs}
         end = state.max_steps / steps_per_epoch

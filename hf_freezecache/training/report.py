@@ -10,6 +10,7 @@ from torch import nn
 
 from ..cache.store import FeatureStore
 from ..model.chain import BlockChain
+from ..policies import Choice
 from ..units import format_table, show_bytes, show_flops, show_seconds
 from .accounting import Phase
 
@@ -88,6 +89,7 @@ class FreezeCacheReport:
         plain_estimate: what the same steps would have cost without freezing.
         note: why nothing was booked; None if something was.
         learning_rates: what was done to the learning rates of blocks; None if nothing was.
+        choice: the schedule that the policy has chosen, why, and the numbers of its trial; None if it does not choose.
     """
 
     phases: list[Phase]
@@ -95,6 +97,7 @@ class FreezeCacheReport:
     plain_estimate: PlainEstimate
     note: str | None = None
     learning_rates: str | None = None
+    choice: Choice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -121,6 +124,7 @@ class FreezeCacheReport:
         if estimate:
             lines.append(f"plain training, estimated: {', '.join(estimate)}")
         lines += [] if self.learning_rates is None else [self.learning_rates]
+        lines += [] if self.choice is None else [self.choice.describe()]
         return "\n".join([table, *lines])
 
 

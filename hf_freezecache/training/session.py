@@ -19,7 +19,7 @@ from ..cache.manifest import StoreError
 from ..cache.store import FeatureStore
 from ..distributed import Announcer, rewrap_ddp
 from ..model.stand_ins import FrozenOutputError
-from ..policies import ComingFreeze, Moment, ObservedBlock
+from ..policies import Choice, ComingFreeze, Moment, ObservedBlock
 from ..replay.collator import take_lost
 from ..replay.dataset import live_batch
 from ..replay.requests import SourceSwitch
@@ -67,6 +67,7 @@ class FreezeSession:
 
     Attributes:
         source: where the batches of the running epoch come from.
+        choice: what the rule has chosen for this training; None if it has nothing to choose.
         evaluation: stores of the evaluation sets; None where evaluations run on samples, and after the training.
         loader: of the training, as `Trainer` made it.
         iterated: the loader that the training iterates over: this one, or one that the user has made of it.
@@ -106,6 +107,7 @@ class FreezeSession:
         self.switch = SourceSwitch(len(context.source))
         self.offloading = Offloading(self.chain, self.announcer, self.config.offload_frozen)
         self.source: EpochSource = FromImages()
+        self.choice: Choice | None = None
         self.loader: Any = None
         self.iterated: Any = None
         self.shared: Sequence[Any] = ()
@@ -480,7 +482,7 @@ class FreezeSession:
     def report(self) -> FreezeCacheReport:
         rates = None if self.learning_rates is None else self.learning_rates.describe()
         report = make_report(self.ledger.phases, self.meter.plain_per_step(self.ledger.training_steps))
-        return replace(report, learning_rates=rates)
+        return replace(report, learning_rates=rates, choice=self.choice)
 
     def numbers(self) -> dict[str, float]:
         """What is logged beside a loss of the running epoch; nothing between epochs. See `epoch_numbers`."""

@@ -1,5 +1,6 @@
 """The trial before a training: what it measures, and that it leaves nothing behind."""
 
+import json
 import re
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
+from hf_freezecache.reporting.run_record import read_record
 from hf_freezecache.training import freezing_trial, head_batches
 
 #: 40 steps: with a fifth of them on trial, a trial of eight, with two batches held out.
@@ -187,6 +189,18 @@ def test_a_short_training_has_no_trial(tmp_path, monkeypatch):
     assert trainer.freeze_status().cut == 3 and "trial" not in [
         phase.mode for phase in trainer.freeze_cache_report().phases
     ]
+
+
+def test_what_is_chosen_is_in_the_report(tmp_path):
+    policy = Remembering(-1)
+    report = auto(policy, tmp_path, save_strategy="steps", save_steps=30).freeze_cache_report()
+    entry = json.loads(json.dumps(report.to_dict()))["choice"]
+    assert entry["schedule"] == "0:2" and entry["policy"] == "auto" and entry["why"] == policy.why
+    assert entry["numbers"]["difference"] == -0.5 and entry["numbers"]["steps"] == 8
+    assert "'0:2'" in str(report) and policy.why in str(report)
+    assert read_record(tmp_path).choice == entry
+    resumed = auto(Remembering(1), tmp_path, resume=str(tmp_path / "checkpoint-30"))
+    assert resumed.freeze_cache_report().choice == report.choice
 
 
 def test_its_cost_is_in_the_report(tmp_path):

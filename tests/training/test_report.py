@@ -90,7 +90,7 @@ def test_table_leaves_out_what_plain_training_is_not_known_to_cost():
 def test_report_is_written_as_json():
     report = make_report(phases(), 5e9)
     content = json.loads(json.dumps(report.to_dict()))
-    assert content.keys() == {"phases", "totals", "plain_estimate", "note", "learning_rates"}
+    assert content.keys() == {"phases", "totals", "plain_estimate", "note", "learning_rates", "choice"}
     assert [Phase(**phase) for phase in content["phases"]] == report.phases == phases()
     assert content["totals"] == vars(report.totals)
     assert content["plain_estimate"] == {"seconds": 32.0, "flops": 80e9}
