@@ -33,6 +33,9 @@ class AroundPolicy(FreezePolicy):
     def take_trial(self, trial: Trial | None, num_blocks: int) -> str:
         return self.policy.take_trial(trial, num_blocks)
 
+    def skip_trial(self, num_blocks: int) -> str | None:
+        return self.policy.skip_trial(num_blocks)
+
     def choice(self) -> Choice | None:
         return self.policy.choice()
 

@@ -28,6 +28,7 @@ class AutoPolicy(FreezePolicy):
     by more than its standard error, features of the pretrained model suit the data better than what a few steps make
     of them, and two thirds of these blocks are frozen from the start. Else, and where the training is too short for a
     trial, the early blocks have to adapt first: all of these blocks are frozen at the fraction `end` of the training.
+    So they are where a training is resumed from a checkpoint of another rule: the moment for a trial is over.
     Ours; measured in `benchmarks/headline`.
 
     Args:
@@ -63,6 +64,17 @@ class AutoPolicy(FreezePolicy):
         self.why = f"{found[0].upper()}{found[1:]}: {verdict}."
         return self.why
 
+    def skip_trial(self, num_blocks: int) -> str | None:
+        if self._points is not None:
+            return None
+        self._points = self._late(num_blocks)
+        self.why = (
+            "Policy auto decides by a trial before the first step, which the checkpoint's training did not have; "
+            f"without one, {self.trial_cut(num_blocks)} of {num_blocks} blocks are frozen at the fraction {self.end} "
+            "of the training, and what is frozen already stays frozen."
+        )
+        return self.why
+
     def choice(self) -> Choice | None:
         if self._points is None:
             return None
@@ -86,7 +98,7 @@ class AutoPolicy(FreezePolicy):
     @property
     def _chosen(self) -> list[FreezePoint]:
         if self._points is None:
-            raise RuntimeError("policy 'auto' decides after its trial: `take_trial` was not called.")
+            raise RuntimeError("policy 'auto' decides after its trial: call `take_trial` or `skip_trial` before.")
         return self._points
 
     def state_dict(self) -> dict[str, Any]:

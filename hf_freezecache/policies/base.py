@@ -127,6 +127,20 @@ class FreezePolicy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} asks for a trial, so it has to take it.")
 
+    def skip_trial(self, num_blocks: int) -> str | None:
+        """Called before the first step of a resumed training if there is a `trial_cut`, after `load_state_dict`.
+
+        No trial is run then: the weights are not those of the beginning any more. The rule chooses without one, unless
+        the checkpoint has told it what was chosen.
+
+        Args:
+            num_blocks: number of blocks, `len(chain)`.
+
+        Returns:
+            What the rule makes of it, as a sentence for the log; None if it had chosen before.
+        """
+        return None
+
     def choice(self) -> Choice | None:
         """What the rule has chosen for this training, for the report; None if it has nothing to choose."""
         return None

@@ -188,6 +188,10 @@ class FreezeCallback(TrainerCallback, ExportableState):
             trial = session.try_freezing(cut, state.max_steps, args.max_grad_norm, lr_scheduler)
             if cut:
                 session.announce(self._rule.take_trial(trial, session.num_blocks))
+        elif self._rule.trial_cut(session.num_blocks):
+            without_trial = self._rule.skip_trial(session.num_blocks)
+            if without_trial is not None:
+                session.announce(without_trial)
         session.choice = self._rule.choice()
         changes = self._rule.changes(session.num_blocks, self._num_epochs) or []
         planned = {cut: epoch for epoch, cut in reversed(changes) if cut and epoch < self._num_epochs}

@@ -10,6 +10,7 @@ from support.helpers import (
     losses,
     make_args,
     manual,
+    messages,
     pixel_dataset,
     run,
     tiny_vit,
@@ -17,7 +18,7 @@ from support.helpers import (
 )
 from support.pretrained import settle
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_freezecache import FreezeCacheConfig, FreezeCacheTrainer
 from hf_freezecache.policies import AutoPolicy
@@ -179,6 +180,22 @@ def test_a_resumed_training_does_as_it_would_have_done(tmp_path):
     assert len(first.trials) == 1 and not again.trials
     assert_same_weights(weights(whole), weights(resumed))
     assert again.why == first.why
+
+
+@pytest.mark.parametrize(
+    ("points", "before", "after"), [(None, 0, 3), ("0:1", 1, 3), ("0:4", 4, 4)], ids=["Trainer", "manual", "deeper"]
+)
+def test_a_checkpoint_of_another_rule_goes_on_without_a_trial(points, before, after, tmp_path, caplog):
+    settings = {"save_strategy": "epoch", "num_train_epochs": 3}
+    config, trainer_class = (None, Trainer) if points is None else (manual(points, cache="never"), FreezeCacheTrainer)
+    run(settle(tiny_vit()), pixel_dataset(), tmp_path, config, trainer_class=trainer_class, **settings)
+    config, policy, folder = FreezeCacheConfig(cache="never"), Remembering(-1), tmp_path / "checkpoint-4"
+    trainer = run(settle(tiny_vit()), pixel_dataset(), tmp_path, config, str(folder), policy=policy, **settings)
+    cuts = [entry["freeze/cut"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > 4]
+    assert not policy.trials and cuts == 4 * [before] + 4 * [after]
+    said = [line for line in messages(caplog).splitlines() if line.startswith("Policy auto decides by a trial")]
+    assert said == [policy.why] and "what is frozen already stays frozen" in policy.why
+    assert policy.why in str(trainer.freeze_cache_report())
 
 
 def test_a_short_training_has_no_trial(tmp_path, monkeypatch):
