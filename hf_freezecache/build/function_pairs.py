@@ -27,7 +27,7 @@ def suggest_replayable(train: Any, evaluation: Any) -> str | None:
     """
     if isinstance(evaluation, Mapping) and not isinstance(evaluation, datasets.Dataset):
         evaluation = next(iter(evaluation.values()), None)
-    functions = _transform_of(train), _transform_of(evaluation)
+    functions = transform_of(train), transform_of(evaluation)
     if functions[0] is None or functions[1] is None or functions[0] is functions[1]:
         return None
     columns = _image_columns(train) & _image_columns(evaluation)
@@ -47,7 +47,8 @@ def suggest_replayable(train: Any, evaluation: Any) -> str | None:
     return f"ReplayableTransform(train={names[0]}, base={names[1]}{named})"
 
 
-def _transform_of(dataset: Any) -> Callable | None:
+def transform_of(dataset: Any) -> Callable | None:
+    """What a data set was given by `with_transform` or `set_transform`; None if nothing."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] != "custom":
         return None
     return dataset.format["format_kwargs"].get("transform")

@@ -15,12 +15,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from transformers.utils import logging
 
 from ..augment.altered import BRIGHT, DARK, INVERSE, altered
 from ..augment.drawing import PIXELS, generator_states
 from ..augment.draws import RowCall, watch_calls
+from ..augment.transforms import ReplayableTransform
+from ..build.function_pairs import transform_of
 from ..build.spread_rows import spread_rows
 from ..cache.rows import RowSource, fetch, is_same
 from ..distributed import Announcer, Group
@@ -41,17 +44,19 @@ _AGAIN = 3
 _SHIFTS, _NO_ACCIDENT = 32, 6.0
 
 
-def settle_combining(source: RowSource, group: Group) -> None:
+def settle_combining(source: RowSource, group: Group, may_store: bool) -> None:
     """Finds out on the main process whether samples are combined, for all processes.
 
     Args:
         source: the samples; `combined` is set.
         group: the processes.
+        may_store: whether features may be stored: a function that is not wrapped is of interest then alone, as live
+            epochs leave it to the data set anyway.
     """
 
     def look() -> str:
         with looking_at(source):
-            return find_combined(source)
+            return find_combined(source, may_store)
 
     source.combined = group.on_main(look)
     if source.combined:
@@ -61,26 +66,32 @@ def settle_combining(source: RowSource, group: Group) -> None:
         )
 
 
-def find_combined(source: RowSource) -> str:
+def find_combined(source: RowSource, plain: bool = True) -> str:
     """Why samples depend on the others that are fetched with them, as the end of a sentence; empty if they do not.
 
-    The functions of a `ReplayableTransform` are called with rows from all over the data set, and once more under the
-    same random numbers with other pixels in every second row, or with other rows behind the first. Rows that stay must
-    be returned as before, bit for bit. Where a call draws more random numbers than the other one, only the first row
-    counts: those that come after an exchanged row may get other numbers.
+    The functions of a `ReplayableTransform`, or that of `with_transform` or `set_transform`, are called with rows from
+    all over the data set, and once more under the same random numbers with other pixels in every second row, or with
+    other rows behind the first. Rows that stay must be returned as before, bit for bit. Where a call draws more random
+    numbers than the other one, only the first row counts: those that come after an exchanged row may get other numbers.
 
     Args:
         source: the samples.
+        plain: whether to look at a function that is not in a `ReplayableTransform`, too.
     """
     if source.batch_size == 1 or not getattr(source.dataset, "__getitems__", None):
         return ""
-    for call in _calls_of(source):
+    for call in _calls_of(source) or (_call_of_plain(source) if plain else []):
         size = min(source.batch_size, len(call.rows[call.column]))
         for name, function in call.functions.items():
-            if size > 1 and _Trials(function, call, source.seed).combines(min(size, _MANY), name == "train"):
+            if size == 1:
+                continue
+            trials = _Trials(function, call, source.seed)
+            is_random = name == "train" or (not name and trials.draws())
+            if trials.combines(min(size, _MANY), is_random):
+                whose = f"function `{name}` of the data set's ReplayableTransform" if name else "data set's function"
                 return (
-                    f"the function `{name}` of the data set's ReplayableTransform combines rows: what it returns for "
-                    "a row changes with the other rows of its batch (it mixes images, or standardizes over the batch?)"
+                    f"the {whose} combines rows: what it returns for a row changes with the other rows of its batch "
+                    "(it mixes images, or standardizes over the batch?)"
                 )
     return ""
 
@@ -94,6 +105,17 @@ def _calls_of(source: RowSource) -> list[RowCall]:
         if not calls:
             break
     return calls
+
+
+def _call_of_plain(source: RowSource) -> list[RowCall]:
+    """A call of the function that a data set of images has been given; none if it has none."""
+    function = transform_of(source.dataset)
+    if function is None or isinstance(function, ReplayableTransform):  # of a pipeline, which gets single images
+        return []
+    rows = spread_rows(source.dataset, max(_ROWS, min(source.batch_size, _MANY)), source.seed)
+    columns = source.dataset.with_format(None)[list(rows)]
+    images = [name for name, values in columns.items() if isinstance(values[0], PIL.Image.Image)]
+    return [RowCall({"": function}, images[0], columns)] if images else []
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,17 @@ class _Trials:
     def __init__(self, function: Callable, call: RowCall, seed: int):
         self._function, self._seed = function, seed
         self._rows, self._column = call.rows, call.column
+
+    def draws(self) -> bool:
+        """Whether a call draws random numbers, or returns something else when it is repeated."""
+        rows = self._take(self._places(0)[:_FEW])
+        with seeded_rng("combining", self._seed, 0):
+            before = generator_states()
+        try:
+            first, second = self._call(rows, 0, restored=False), self._call(rows, 0, restored=False)
+        except _Fails:
+            return True
+        return first.generators != before or first.differs(second, range(_FEW))
 
     def combines(self, size: int, is_random: bool) -> bool:
         """Whether the function combines rows.

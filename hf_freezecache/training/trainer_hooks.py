@@ -289,7 +289,7 @@ class FreezeCacheMixin(EvaluationHooks, CheckpointHooks, RehearsalHooks, HubHook
             self._freeze_policy.start(len(blocks))
         place_whole(self)
         context = without_whole_model(self, scope.of(self.build_context(dataset, collator)))
-        settle_combining(context.source, self._group)
+        settle_combining(context.source, self._group, self._freeze_config.cache != "never")
         if blocks is None:
             self._freeze_policy.start(len(context.chain))
         # Not in a cycle with the trainer: one that is dropped goes at once, as a `Trainer` does. In garbage collection

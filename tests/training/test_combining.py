@@ -93,6 +93,32 @@ def test_function_that_combines_rows_is_found(name):
     assert "`train` of the data set's ReplayableTransform combines rows" in reason(COMBINE[name])
 
 
+@pytest.mark.parametrize("name", COMBINE)
+def test_function_without_a_replayable_transform_is_found_as_well(name):
+    data = picture_dataset(64, 20).with_transform(COMBINE[name])
+    source = RowSource(data, official_collate, 8, 0)
+    assert "the data set's function combines rows" in find_combined(source)
+    assert not find_combined(source, plain=False)
+
+
+@pytest.mark.parametrize("function", [TRAIN, VALIDATION])
+def test_functions_that_combine_nothing_are_not(function):
+    assert not find_combined(RowSource(picture_dataset(64, 20).with_transform(function), official_collate, 8, 0))
+
+
+@pytest.mark.parametrize("cache", ["always", "auto", "never"])
+def test_nothing_is_stored_of_a_function_that_combines_rows(cache, tmp_path, caplog):
+    data = picture_dataset(32, 20).with_transform(COMBINE["mixup"])
+    settings = {"data_collator": official_collate, "remove_unused_columns": False, "num_train_epochs": 2}
+    if cache == "always":
+        with pytest.raises(ValueError, match="function combines rows"):
+            run(tiny_vit(image_size=16), data, tmp_path, manual("1:2"), **settings)
+        return
+    trainer = run(tiny_vit(image_size=16), data, tmp_path, manual("1:2", cache=cache), **settings)
+    assert trainer.freeze_status().cut == 2 and not trainer.freeze_status().replaying
+    assert ("The data set's function combines rows" in messages(caplog)) == (cache == "auto")
+
+
 def test_base_that_combines_rows_is_found():
     def standardized(rows):
         rows = VALIDATION(rows)
