@@ -72,7 +72,7 @@ def find_combined(source: RowSource, plain: bool = True) -> str:
     The functions of a `ReplayableTransform`, or that of `with_transform` or `set_transform`, are called with rows from
     all over the data set, and once more under the same random numbers with other pixels in every second row, or with
     other rows behind the first. Rows that stay must be returned as before, bit for bit. Where a call draws more random
-    numbers than the other one, only the first row counts: those that come after an exchanged row may get other numbers.
+    numbers than the other one, only the first row counts: those behind an exchanged row may get other numbers.
 
     Args:
         source: the samples.
