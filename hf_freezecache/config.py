@@ -185,9 +185,10 @@ class FreezeCacheConfig:
     share_store: bool = field(
         default=False,
         metadata={
-            "help": "Where the train data set is a selection of rows (`select`, `filter`, `shuffle`, torch's Subset), "
-            "the store of blocks frozen from the start holds all rows of its table and is kept, so that trainings on "
-            "other selections, such as the folds of a cross-validation, read it instead of building their own."
+            "help": "Where the train data set is a selection of rows (`select`, `filter`, `shuffle`, torch's Subset, "
+            "also a contiguous range), the store of blocks frozen from the start holds all rows of its table and is "
+            "kept, so that trainings on other selections, such as the folds of a cross-validation, read it instead of "
+            "building their own."
         },
     )
     report: ReportMode = field(

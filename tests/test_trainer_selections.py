@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,53 @@ def assert_as_frozen(dataset, tmp_path, config, model=tiny_vit, **settings):
 
 def shared(tmp_path, points="0:2", **settings):
     return manual(points, codec="fp32", share_store=True, feature_cache_dir=str(tmp_path / "shared"), **settings)
+
+
+def consecutive_folds(table, count=3):
+    """Training sets of an unshuffled cross-validation: the first and the last one are ranges."""
+    return [table.select(np.delete(np.arange(ROWS), part)) for part in np.array_split(np.arange(ROWS), count)]
+
+
+@pytest.mark.parametrize("kept", ["memory", "one file", "files"])
+def test_consecutive_folds_cost_one_build(kept, tmp_path, caplog):
+    table, found = pixel_dataset(ROWS), set()
+    if kept != "memory":
+        table.save_to_disk(tmp_path / "data", num_shards=1 if kept == "one file" else 3)
+        table = datasets.load_from_disk(tmp_path / "data").with_format("torch")
+    ranges = consecutive_folds(table)
+    assert [dataset._indices is None for dataset in ranges] == [True, False, True]
+    for dataset in [*ranges, table.train_test_split(0.25, shuffle=False)["train"]]:
+        trainer = assert_as_frozen(dataset, tmp_path, shared(tmp_path), num_train_epochs=2)
+        assert trainer.freeze_status().replaying
+        found.add(trainer.freeze_status().store_path)
+    assert len(found) == 1
+    assert messages(caplog).count("Built the feature store") == 1
+
+
+def test_range_reads_the_store_of_a_training_on_all_rows(tmp_path):
+    table, settings = pixel_dataset(ROWS), {"codec": "fp32", "feature_cache_dir": str(tmp_path / "shared")}
+    run(tiny_vit(), table, tmp_path / "whole", manual("0:2", **settings), num_train_epochs=1)
+    before = stores(tmp_path / "shared")
+    assert_as_frozen(table.select(range(9, 33)), tmp_path, manual("0:2", **settings), num_train_epochs=2)
+    assert stores(tmp_path / "shared") == before
+
+
+def test_range_of_pieces_in_memory_builds_its_own_store_and_says_so(tmp_path, caplog):
+    pieces = datasets.concatenate_datasets([pixel_dataset(ROWS), pixel_dataset(ROWS, seed=1)])
+    trainer = assert_as_frozen(pieces.select(range(9, 60)), tmp_path, shared(tmp_path), num_train_epochs=2)
+    assert FeatureStore.open(trainer.freeze_status().store_path).manifest.rows == 51
+    assert "its table lies in memory in 2 pieces" in messages(caplog) and "shuffle(seed=0)" in messages(caplog)
+
+
+def test_range_of_a_file_that_was_replaced_builds_its_own_store_and_says_so(tmp_path, caplog):
+    for number in range(2):
+        pixel_dataset(ROWS, seed=number).save_to_disk(tmp_path / f"data {number}")
+    table = datasets.load_from_disk(tmp_path / "data 0")
+    name = Path(table.cache_files[0]["filename"]).name
+    (tmp_path / "data 1" / name).replace(tmp_path / "data 0" / name)
+    trainer = assert_as_frozen(table.select(range(9, 33)), tmp_path, shared(tmp_path), num_train_epochs=2)
+    assert FeatureStore.open(trainer.freeze_status().store_path).manifest.rows == 24
+    assert "holds other rows than when it was opened" in messages(caplog)
 
 
 @pytest.mark.parametrize("selected", ["select", "subset", "subset of a selection", "filter"])

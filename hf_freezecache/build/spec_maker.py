@@ -16,7 +16,7 @@ from ..cache.manifest import FORMAT_VERSION
 from ..cache.names import TOKENS
 from ..cache.row_files import ROW_FILES
 from ..cache.rows import RowError, RowSource
-from ..cache.selections import selection_of
+from ..cache.selections import agreed_selection, why_unknown
 from ..cache.shares import SHARE, Share, share_rows
 from ..cache.sized import SizedBatch, SizeRule, parts_of
 from ..cache.store import FeatureStore
@@ -99,7 +99,7 @@ class SpecMaker:
         self.unknown = context.group.broadcast(uuid.uuid4().hex)
         self.reuse = StoreReuse(replace(context, group=context.disk), self._draws_once)
         self._notes: Mapping[str, Any] = {}
-        self.selection = selection_of(context.source.dataset)
+        self.selection = agreed_selection(context.source.dataset, context.group)
         self._whole = None if self.selection is None else self.selection.source(context.source)
         self._share: tuple[Share, RowSource] | None = None
         #: By data set, and by cut where that counts.
@@ -268,7 +268,8 @@ class SpecMaker:
         """The spec of the store of all rows that the samples are selected from; nobody owns it.
 
         None if they are not selected, that is the spec itself, or the samples have not the same features there: where
-        something is drawn for a row number, rows are as wide as the widest, or have sizes of their own.
+        something is drawn for a row number, rows are as wide as the widest, or have sizes of their own. None, too, if
+        a table that the rows were cut from holds others by now.
 
         Args:
             spec: what `make` returned.
@@ -277,9 +278,21 @@ class SpecMaker:
         context, is_drawn = self.context, self._augmentation.random
         if whole is None or self.is_of_whole(spec) or is_drawn or context.chain.padding.is_any_size(spec.cut):
             return None
+        if not context.group.on_main(lambda: self._is_proved):
+            return None
         inputs = context.group.on_main(lambda: dataset_inputs(whole, self.unknown))
         draft = context.group.on_all(lambda: self._draft(whole, spec.cut, spec.codec, spec.views))
         return replace(draft, made_from={**spec.made_from, **inputs}, weights=spec.weights)
+
+    def why_not_of_whole(self) -> str | None:
+        """Why nothing tells of which rows the samples are a range, if they are one, as the end of a sentence."""
+        if not self._is_proved:
+            return "the file that it is read from holds other rows than when it was opened"
+        return why_unknown(self.context.source.dataset)
+
+    @property
+    def _is_proved(self) -> bool:
+        return self.selection is None or self.selection.is_proved
 
     def is_of_whole(self, spec: StoreSpec) -> bool:
         """Whether the spec's store has all rows that the samples are selected from."""

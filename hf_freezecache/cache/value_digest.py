@@ -33,9 +33,10 @@ from torch import nn
 
 from .code_digest import class_parts, code_parts, function_parts
 from .installed import describe_origin, is_installed
+from .table_origins import ranges_of
 
 #: The most bytes of one table, array or file that are read; larger ones count by the size and time of their files.
-_MOST_BYTES = 1 << 32
+LARGEST_READ = 1 << 32
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 #: Entries from which on a container of plain values is digested as one text.
 _LARGE = 64
@@ -263,7 +264,7 @@ class ValueDigest:
         described = f"{value.shape}|{value.dtype.str}|{value.dtype.fields}".encode()
         if value.dtype.hasobject:
             return _join(b"array", [described, self(value.tolist())])
-        if isinstance(value, np.memmap) and value.nbytes > _MOST_BYTES and value.filename is not None:
+        if isinstance(value, np.memmap) and value.nbytes > LARGEST_READ and value.filename is not None:
             return _join(b"array", [described, str(value.offset).encode(), file_digest(str(value.filename))])
         contiguous = np.ascontiguousarray(value)
         return _join(b"array", [described, _bulk(contiguous.reshape(-1).view(np.uint8).data if value.size else b"")])
@@ -274,8 +275,8 @@ class ValueDigest:
             name for name, feature in value.features.items() if isinstance(feature, datasets.Image | datasets.Audio)
         ]
         table, files = value.data.table, [entry["filename"] for entry in value.cache_files]
-        if table.nbytes > _MOST_BYTES and files:
-            content = b"".join(file_digest(file, whole=False) for file in files)
+        if table.nbytes > LARGEST_READ and files:
+            content = b"".join(file_digest(file, whole=False) for file in files) + self(ranges_of(value.data))
         else:
             parts = [table_digest(table.drop_columns(media))]
             parts += [self._media(table.column(name)) for name in media]
@@ -283,7 +284,8 @@ class ValueDigest:
         indices = b"" if value._indices is None else table_digest(value._indices.table)
         form = value.format
         versions = describe_origin("PIL") if media else ""
-        shape = (repr(value.features), form["type"], form["columns"], form["output_all_columns"], versions)
+        columns = sorted(form["columns"])  # rows have them in the order of the table
+        shape = (repr(value.features), form["type"], columns, form["output_all_columns"], versions)
         return _join(b"dataset", [content, indices, self(shape), self(dict(form["format_kwargs"]))])
 
     def _media(self, column: pa.ChunkedArray) -> bytes:
@@ -345,7 +347,7 @@ def file_digest(path: str | Path, whole: bool = True) -> bytes:
     """
     try:
         status = os.stat(path)
-        if not whole or status.st_size > _MOST_BYTES:
+        if not whole or status.st_size > LARGEST_READ:
             return f"file|{status.st_size}|{status.st_mtime_ns}".encode()
         total = xxhash.xxh3_128()
         with open(path, "rb") as file:

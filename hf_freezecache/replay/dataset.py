@@ -195,6 +195,7 @@ class ReplayDataset(Dataset):
         self.inner, self.seed, self.texts, self.pinned, self.together = inner, seed, texts, False, together
         self.switch: SourceSwitch | None = switch
         self._store: tuple[tuple[Path, StoreHandle | None], FeatureStore] | None = None
+        self._selected: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -300,13 +301,20 @@ class ReplayDataset(Dataset):
             return store if store.share is not None else store.spread(handle.share)
         if handle is None or not handle.is_selection or store.is_selection:
             return store
+        rows = self._selected_rows()
+        assert rows is not None  # where the handle comes from, the data set was a selection
+        return store.select(rows)
+
+    def _selected_rows(self) -> np.ndarray | None:
+        if self._selected is not None:
+            return self._selected
         selection = selection_of(self.inner)
-        assert selection is not None  # where the handle comes from, the data set was one
-        return store.select(selection.rows)
+        return None if selection is None else selection.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process opens the store itself.
-        return {**self.__dict__, "_store": None, "switch": None}
+        # A loader process opens the store itself. A range of rows in memory is copied there without the rows beside
+        # it, and does not tell any more which rows it is.
+        return {**self.__dict__, "_store": None, "switch": None, "_selected": self._selected_rows()}
 
 
 def _occurrences(rows: Sequence[RequestedRow]) -> list[int]:

@@ -117,6 +117,20 @@ def describe_draws(why_not: str | None, draws: int, size: int) -> str:
     )
 
 
+def describe_unshared(why: str) -> str:
+    """The line on a data set that may be a range of rows of a larger one, with `share_store`.
+
+    Args:
+        why: why nothing tells of which, as the end of a sentence.
+    """
+    return (
+        "share_store: the store of this training holds its own rows alone. If the train data set is a range of rows "
+        f"of a larger one (`select(range(...))`), nothing tells of which: {why}. To share one store among ranges, "
+        "shuffle the larger data set once before you split it (`shuffle(seed=0)`), or save it with `save_to_disk` and "
+        "split what `load_from_disk` returns."
+    )
+
+
 def describe_built(store: FeatureStore, codec: str, is_deepened: bool, num_blocks: int) -> str:
     """The line on a store that was built.
 

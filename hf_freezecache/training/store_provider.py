@@ -25,7 +25,15 @@ from ..cache.view_columns import ViewSpec
 from ..distributed import Announcer, describe_error
 from ..estimate.pace import Pace
 from ..units import show_bytes
-from .announcements import NO_VIEWS, OTHER_NODES, describe_built, describe_draws, describe_rows, describe_views
+from .announcements import (
+    NO_VIEWS,
+    OTHER_NODES,
+    describe_built,
+    describe_draws,
+    describe_rows,
+    describe_unshared,
+    describe_views,
+)
 from .budget import StoreBudget
 from .disks import Disks, owned_stores
 from .store_requests import Attempt, Decision, Request
@@ -207,6 +215,9 @@ class StoreProvider:
         if self.disks.are_many:
             return self._find_or_make_like(self._share_of(first), codec, attempt)
         if self.config.share_store and attempt.request.is_first:
+            why = self.group.on_main(self.spec_maker.why_not_of_whole)
+            if why is not None:
+                self.announcer.warning_once(describe_unshared(why))
             try:
                 whole = self.spec_maker.of_whole(first)
                 if whole is not None:

@@ -18,7 +18,7 @@ from hf_freezecache.augment.geometry import PROJECTIVE
 from hf_freezecache.cache.rows import RowSource
 from hf_freezecache.replay.collator import ReplayCollator, take_codes
 from hf_freezecache.replay.dataset import CachedRows, choose_views, live_batch, rotate_views
-from hf_freezecache.replay.requests import SourceSwitch, WriteRound
+from hf_freezecache.replay.requests import RequestedRow, RowOrigin, SourceSwitch, WriteRound
 
 # Rows that the training asks for
 
@@ -163,6 +163,16 @@ def test_data_set_pickles_without_its_mapped_files(store):
     dataset.switch.set(store.path)
     ask(dataset, [0])
     assert len(pickle.dumps(dataset)) < 300
+
+
+def test_copy_of_a_range_in_memory_reads_its_rows(store):
+    """A spawned process gets a range in memory without the rows beside it."""
+    dataset = wrap(pixel_dataset(22).select(range(5, 17)))
+    origin = RowOrigin(store=store.path, handle=store.select(range(5, 17)).handle)
+    copied = pickle.loads(pickle.dumps(dataset))
+    for data in (dataset, copied):
+        found = data.__getitems__([RequestedRow(row, origin, 0) for row in (0, 11)])
+        assert torch.equal(found.rows["labels"], store.read_rows([5, 16])["labels"])
 
 
 # Live samples
