@@ -157,7 +157,8 @@ def why_not_deepen(store: FeatureStore, spec: StoreSpec) -> str | None:
     if len(store) != len(spec.source):
         return f"the store at cut {cut} holds {len(store)} samples instead of {len(spec.source)}"
     blocks, modules = chain.names[:cut], chain.prefix_modules(cut)
-    if made_from.get("blocks") != blocks or made_from.get("config") != config_digest(chain.model, blocks, modules):
+    digests = [config_digest(chain.model, blocks, modules, neutral=neutral) for neutral in (True, False)]
+    if made_from.get("blocks") != blocks or made_from.get("config") not in digests:
         return f"the model's configuration is not what the store at cut {cut} was made with"
     if store.codec.layout != chain.stored_layout(cut):
         layout = chain.stored_layout(cut)

@@ -23,7 +23,7 @@ from ..cache.store import FeatureStore
 from ..cache.texts import split_texts
 from ..cache.view_columns import ViewSpec
 from ..model.layout import FeatureLayout
-from ..model.proving import answers_by_position
+from ..model.proving import answers_by_position, is_neutral
 from ..rng import preserve_rng
 from ..units import parse_bytes
 from .context import BuildContext
@@ -150,7 +150,7 @@ class SpecMaker:
         """
         context = self.context
 
-        def prove() -> None:
+        def prove() -> bool:
             samples = (
                 context.source
                 if context.chain.padding.has_sizes(cut)
@@ -160,8 +160,9 @@ class SpecMaker:
             # Traced again: mixed precision set up since the training began may change the type of the features.
             context.chain.trace(probe)
             context.chain.prove(probe, cut)
+            return is_neutral(context.chain, probe, cut)
 
-        context.group.on_all(prove)
+        neutral = context.group.on_all(prove)
         agree_on_padding(context.chain, cut, context.group)
         self.look()
         self.settle_padding(cut)
@@ -169,7 +170,7 @@ class SpecMaker:
             raise RowError("samples have several sizes, and FSDP2 splits the blocks that tell how large features are")
         self._look_closer()
         made_from = context.group.on_main(
-            lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws())
+            lambda: self._made_from(context.source, cut, codec, self._augmentation_settings(), self._draws(), neutral)
         )
         draft = context.group.on_all(lambda: self.draft(cut, codec))
         return self.with_codec(replace(draft, made_from=made_from), codec)
@@ -237,6 +238,7 @@ class SpecMaker:
         """
         context = self.context
         context.group.on_all(lambda: context.chain.prove(probe, cut))
+        neutral = context.group.on_all(lambda: is_neutral(context.chain, probe, cut))
         agree_on_padding(context.chain, cut, context.group)
         if context.chain.padding.is_any_size(cut):
             raise RowError(
@@ -249,7 +251,9 @@ class SpecMaker:
                 "read it"
             )
         draws = _DRAWS if random else ()
-        made_from = context.group.on_main(lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws))
+        made_from = context.group.on_main(
+            lambda: self._made_from(source, cut, EVALUATION_CODEC, _EVALUATION, draws, neutral)
+        )
         spec = context.group.on_all(lambda: self._draft(source, cut, EVALUATION_CODEC, ViewSpec()))
         notes = context.group.on_main(lambda: file_notes(source.dataset, context.config.reuse))
         return replace(spec, made_from=made_from, limit=limit, notes=notes)
@@ -409,7 +413,13 @@ class SpecMaker:
         )
 
     def _made_from(
-        self, source: RowSource, cut: int, codec: str, augmentation: Mapping[str, Any], draws: Collection[str]
+        self,
+        source: RowSource,
+        cut: int,
+        codec: str,
+        augmentation: Mapping[str, Any],
+        draws: Collection[str],
+        neutral: bool,
     ) -> dict[str, Any]:
         chain = self.context.chain
         inputs = fingerprint_inputs(
@@ -425,6 +435,7 @@ class SpecMaker:
             modules=chain.prefix_modules(cut),
             draws=draws,
             unknown=self.unknown,
+            neutral=neutral,
         )
         if self.context.config.reuse == "never":
             inputs[_TRAINING] = self.unknown

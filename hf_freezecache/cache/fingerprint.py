@@ -35,6 +35,7 @@ def fingerprint_inputs(
     modules: Iterable[nn.Module] = (),
     draws: Collection[str] = ("seed", "batch_size"),
     unknown: str | None = None,
+    neutral: bool = False,
 ) -> dict[str, Any]:
     """Everything a store depends on, as JSON values.
 
@@ -53,6 +54,7 @@ def fingerprint_inputs(
         modules: modules outside the blocks that run before the cut.
         draws: what of `seed` and `batch_size` the random numbers in the rows depend on; empty where nothing is drawn.
         unknown: stands for what cannot be digested, the same for all stores of a training; None: what is never equal.
+        neutral: see `config_digest`.
 
     Returns:
         Name -> JSON value; the same in every process and every run with the same settings.
@@ -65,7 +67,7 @@ def fingerprint_inputs(
         "collator": values.hex(source.collator),
         "rows": len(source),
         "model": f"{kind.__module__}.{kind.__qualname__}",
-        "config": config_digest(model, blocks, modules, values),
+        "config": config_digest(model, blocks, modules, values, neutral),
         "prefix": tensors_digest(tensors),
         "libraries": describe_origin("torch"),
         "cut": cut,
@@ -99,7 +101,11 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def config_digest(
-    model: nn.Module, blocks: Collection[str], modules: Iterable[nn.Module] = (), digest: ValueDigest | None = None
+    model: nn.Module,
+    blocks: Collection[str],
+    modules: Iterable[nn.Module] = (),
+    digest: ValueDigest | None = None,
+    neutral: bool = False,
 ) -> str:
     """Digest of what the features depend on besides the tensors: configuration, modules, their code and attributes.
 
@@ -108,10 +114,12 @@ def config_digest(
         blocks: module names of the prefix.
         modules: others that run before the cut.
         digest: of values.
+        neutral: whether probabilities of dropout and the classes of the head do not count: `proving.is_neutral` has
+            found that they change no feature.
     """
     names = {name for name, _ in model.named_modules() if _within(name, blocks)}
     inside = [module for name, module in model.named_modules() if name in names]
-    return prefix_digest(model, [*inside, *modules], digest or _value_digest(uuid.uuid4().hex))
+    return prefix_digest(model, [*inside, *modules], digest or _value_digest(uuid.uuid4().hex), neutral)
 
 
 def _within(name: str, blocks: Collection[str]) -> bool:

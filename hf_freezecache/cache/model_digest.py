@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..model.neutral import neutral_settings
 from .installed import global_name_of, package_of
 from .value_digest import ValueDigest
 
 #: Entries of a model's configuration that do not change the features.
-_IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "id2label", "label2id", "architectures", "problem_type"}
+_IRRELEVANT_CONFIG = {"transformers_version", "_name_or_path", "architectures"}
 # `save_pretrained` adds these to a configuration; the dtypes of the tensors themselves are in the digest.
 _IRRELEVANT_CONFIG |= {"dtype", "torch_dtype"}
 #: Attributes of every module, and those that a training sets, which do not change what it computes.
@@ -37,27 +39,33 @@ _HARMLESS = {"hf_freezecache", "accelerate"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueDigest) -> str:
+def prefix_digest(model: nn.Module, modules: Iterable[nn.Module], digest: ValueDigest, neutral: bool = False) -> str:
     """Digest of what the features depend on besides the prefix's tensors.
 
     Args:
         model: the model.
         modules: all modules that run before the cut, submodules included.
         digest: of values.
+        neutral: whether dropout and the classes of the head were tried to change no feature (`is_neutral`), so that
+            models that differ in these alone have one digest.
 
     Returns:
         64 hexadecimal digits.
     """
+    with neutral_settings(model) if neutral else contextlib.nullcontext():
+        return digest.parts("prefix", _prefix_parts(model, {id(module) for module in modules}, digest)).hex()
+
+
+def _prefix_parts(model: nn.Module, members: set[int], digest: ValueDigest) -> list[Any]:
     # A patched forward may refer to the model, whose later blocks change while it trains.
     for name, part in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
         digest.name(part, name)
-    members = {id(module) for module in modules}
     parts: list[Any] = [_settings(getattr(model, "config", None))]
     for name, module in model.named_modules():
         # A module that holds one of the prefix's runs it, by its own code and attributes.
         if id(module) in members or any(id(child) in members for child in module.modules()):
             parts += [name, *_module_parts(module)]
-    return digest.parts("prefix", parts).hex()
+    return parts
 
 
 def _module_parts(module: nn.Module) -> list[Any]:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
+from ..distributed import Announcer
 from ..rng import RngState, preserve_rng
 from .errors import ChainError, PaddingError
 from .modes import eval_mode
+from .neutral import neutral_settings
 from .probes import take_rows
 from .record import answers_of
 from .rounding import relative_difference
@@ -20,6 +23,7 @@ from .tokens import blank_padding, take_text, token_mask, why_not_padded
 if TYPE_CHECKING:
     from .chain import BlockChain
 
+logger = logging.get_logger(__name__)
 
 #: Most rows on which a cut is proved.
 _ROWS = 4
@@ -116,6 +120,38 @@ def prove_cut(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> None:
             f"{cannot} the logits differ by up to {_largest_difference(expected, replayed):.3g}: something besides "
             "the feature crosses it (a skip connection, an input-dependent side channel)."
         )
+
+
+def is_neutral(chain: BlockChain, inputs: Mapping[str, Any], cut: int) -> bool:
+    """Whether the feature at a cut is the same, bit for bit, under `neutral_settings`.
+
+    Frozen blocks run in eval mode, in builds and in training (see `prove_cut`), where dropout is the identity; but a
+    module of the user's may read a probability, or the number of classes, whatever its mode. Then this is false. Two
+    models for which it is true, and which do not differ under these settings, have the same features of these inputs:
+    those that both have there. A value that counts for other inputs alone is left to the proof of reuse, which
+    computes rows all over a store again.
+
+    Args:
+        chain: the model, proved at `cut`.
+        inputs: a small batch.
+        cut: from 1 on.
+    """
+    with preserve_rng():
+        expected = chain.prefix(inputs, cut)
+        try:
+            with neutral_settings(chain.model):
+                found = chain.prefix(inputs, cut)
+        except Exception as error:  # the model's own code may raise anything
+            Announcer.survived(logger, "The frozen blocks do not run without dropout and with two classes", error)
+            return False
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        if torch.equal(found, expected):
+            return True
+        # An accelerator's kernels may differ from run to run. Only then are close features accepted.
+        is_reproducible = torch.equal(chain.prefix(inputs, cut), expected)
+    tolerance = chain.own_trace().tolerance(expected.dtype, expected.device)
+    return not is_reproducible and relative_difference(found, expected) <= tolerance
 
 
 def answers_by_position(chain: BlockChain, inputs: Mapping[str, Any]) -> bool:
