@@ -1,5 +1,7 @@
 """A schedule that a trial chooses."""
 
+import json
+
 import pytest
 
 from hf_freezecache.policies import AutoPolicy, Moment, Trial
@@ -59,3 +61,30 @@ def test_the_error_of_the_difference_is_that_of_its_batches():
     found = trial([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert found.difference == 1.0 and found.error == pytest.approx(1 / 3**0.5)
     assert trial([1.0], [0.5]).error == 0.0
+
+
+def test_a_resumed_training_without_a_choice_is_careful():
+    policy = AutoPolicy()
+    policy.start(13)
+    policy.load_state_dict({"points": [1, 2], "settled": 3})  # of another rule
+    assert policy.choice() is None
+    why = policy.skip_trial(13)
+    assert cuts(policy, 4, 13) == [0, 0, 10, 10] and "10 of 13" in why
+    assert (policy.choice().schedule, policy.choice().why, policy.choice().numbers) == ("0.5:10", why, {})
+    assert policy.skip_trial(13) is None
+
+
+def test_a_resumed_training_keeps_its_choice():
+    first, why = chosen(trial([0.5], [0.6]))
+    policy = AutoPolicy()
+    policy.start(13)
+    policy.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert policy.skip_trial(13) is None and policy.choice() == first.choice()
+    assert policy.choice().why == why and policy.choice().numbers["difference"] == pytest.approx(-0.1)
+
+
+def test_numbers_of_a_training_that_diverged_are_left_out():
+    policy, _ = chosen(trial([0.5], [float("nan")]))
+    assert cuts(policy, 4, 13) == [0, 0, 10, 10]
+    numbers = policy.choice().numbers
+    assert numbers["live_loss"] is None and numbers["difference"] is None and numbers["frozen_loss"] == 0.5
