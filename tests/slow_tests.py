@@ -73,6 +73,7 @@ MANY_CASES = {
         "test_resumed_is_uninterrupted",
     ),
     "test_trainer_loaders.py": (
+        "test_trainer_that_is_dropped_goes_at_once",
         "test_callbacks_that_look_into_the_loader_see_images_and_change_nothing",
         "test_row_that_is_drawn_often_is_drawn_anew_also_after_a_resume",
     ),
@@ -84,6 +85,7 @@ MANY_CASES = {
     ),
     "test_trainer_plain.py": ("test_compiled_model_trains_as_the_uncompiled_one",),
     "test_trainer_selections.py": (
+        "test_consecutive_folds_cost_one_build",
         "test_folds_cost_one_build",
         "test_selections_of_any_data_set_are_cached",
     ),
@@ -149,6 +151,7 @@ MANY_CASES = {
         "test_a_fault_of_the_disk_costs_no_training",
         "test_what_a_model_remembers_is_that_of_its_training_alone",
     ),
+    "training/test_combining.py": ("test_function_without_a_replayable_transform_is_found_as_well",),
     "training/test_head_start_from_store.py": (
         "test_after_a_trial_the_head_is_trained_from_the_store_or_on_more_samples",
         "test_frozen_blocks_run_once_and_the_head_is_that_of_one_from_samples",
@@ -181,9 +184,14 @@ MANY_CASES = {
 #: Tests that belong to the slow suite: each takes many seconds, and what it tries is close to what a quick one tries.
 LONG = {
     "build/test_deepening.py": ("test_views_that_are_missing_are_a_reason_not_to_deepen",),
+    "build/test_spec_maker.py": ("test_store_of_other_settings_is_not_reused",),
     "build/test_survey.py": ("test_budget_decides_the_number_of_channels",),
     "distributed/test_stores_of_two_processes.py": ("test_views_of_two_processes_are_those_of_one",),
-    "distributed/test_two_processes.py": ("test_two_processes_agree_and_one_reads_their_store",),
+    "distributed/test_two_processes.py": (
+        "test_two_processes_agree_and_one_reads_their_store",
+        "test_two_processes_evaluate_from_one_store",
+        "test_two_processes_train_the_head_on_the_store_of_both",
+    ),
     "estimate/test_probing.py": ("test_training_that_waits_for_its_loader_is_measured_with_its_steps",),
     "faults/test_trainings_side_by_side.py": ("test_clean_beside_a_training_touches_nothing_that_it_uses",),
     "hub/test_hostile_heads.py": ("test_no_value_anywhere_gets_through",),

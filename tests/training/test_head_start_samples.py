@@ -64,7 +64,7 @@ def test_a_trial_neither_learns_from_nor_looks_at_them(tmp_path):
     trials = []
     for number, data in enumerate((pixel_dataset(64), poisoned())):
         settings = FreezeCacheConfig(cache="never")
-        more = {"policy": Remembering(max_frozen=0.75), "trainer_class": Half, "num_train_epochs": 16}
+        more = {"policy": Remembering(max_frozen=0.75), "trainer_class": Half, "num_train_epochs": 10}
         run(pretrained(), data, tmp_path / str(number), settings, per_device_train_batch_size=2, **more)
     assert trials[0] is not None and trials[0] == trials[1]
 
