@@ -240,7 +240,7 @@ def make_claims(results: Mapping[str, Any]) -> list[Claim]:
         Claim("faults after which something was wrong", sum(map(_wrong, rows)), at_most=0),
     ]
     if "kills" in results:
-        hit = {phase for row in results["kills"]["trainings"] for phase in row["killed_in"]}
+        hit = {phase for row in rows for phase in row.get("killed_in", ())}
         claims.append(Claim(f"of {len(PHASES)} phases, those in which a kill was", len(hit), at_least=len(PHASES)))
     return claims
 
