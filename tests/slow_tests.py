@@ -130,6 +130,7 @@ MANY_CASES = {
         "test_cached_evaluations_equal_those_on_images_within_half_precision",
         "test_cached_evaluations_in_full_precision_equal_those_on_images_bit_for_bit",
         "test_callbacks_evaluate_other_data_sets_rightly",
+        "test_resumed_training_equals_the_uninterrupted_one",
     ),
     "training/test_evaluation_of_images.py": ("test_evaluations_that_need_images_run_on_images",),
     "training/test_evaluation_passes.py": ("test_loop_takes_its_arguments_by_position_too",),
