@@ -10,7 +10,7 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .kills import Moment, Story, Whole, draw_moments, find_debris, follow, kill_at, make_job
+from .kills import Moment, Story, Whole, find_debris, follow, kill_at, make_job
 from .trainings import BATCH, Job, Running
 
 PROCESSES = 2
@@ -43,44 +43,22 @@ def run_whole_group(plan: str, folder: Path) -> Whole:
     return whole
 
 
-def tell_stories_of_groups(
-    wholes: Mapping[str, Whole], seed: int, kills: int, folder: Path, phases: Sequence[str | None]
-) -> Iterator[Story]:
-    """Trainings of which a process is killed, until there were so many kills.
-
-    Args:
-        wholes: the uninterrupted trainings.
-        seed: of the moments, and of who is killed.
-        kills: in all.
-        folder: an empty one.
-        phases: of the first kill of each training, in turn; None: drawn from all its time.
-    """
-    generator, number = random.Random(seed), 0
-    while kills > 0:
-        phase = phases[number % len(phases)]
-        plan = generator.choice([name for name, whole in wholes.items() if phase is None or phase in whole.phases])
-        moments = draw_moments(generator, wholes[plan], phase)[:kills]
-        victims = [generator.randrange(PROCESSES) for _ in moments]
-        story = tell_story_of_group(list(zip(victims, moments, strict=True)), wholes[plan], folder / str(number))
-        number, kills = number + 1, kills - len(story.killed_in)
-        if story.killed_in or not story.survived:
-            yield story
-
-
-def tell_story_of_group(kills: Sequence[tuple[int, Moment]], whole: Whole, folder: Path) -> Story:
+def tell_story_of_group(moments: Sequence[Moment], whole: Whole, folder: Path, generator: random.Random) -> Story:
     """Trains, kills a process at each moment, waits for the end of the other, resumes, and compares what comes of it.
 
     Args:
-        kills: which process is killed, and when.
+        moments: of the kills.
         whole: the uninterrupted training.
         folder: an empty one.
+        generator: draws who is killed.
     """
     plan, killed_in, processes = whole.plan, list[str](), list[int]()
 
     def tell(equal: bool, debris: Sequence[str] = (), failed: str | None = None) -> Story:
         return Story(plan, tuple(killed_in), equal, tuple(debris), failed, tuple(processes))
 
-    for number, (victim, moment) in enumerate(kills):
+    victims = [generator.randrange(PROCESSES) for _ in moments]
+    for number, (victim, moment) in enumerate(zip(victims, moments, strict=True)):
         group = start_group(plan, folder, f"log-{number}", resume=number > 0)
         killed = kill_at(group[victim], moment)
         waiting = [other for other in group if not _ends(other)]

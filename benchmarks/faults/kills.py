@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,12 @@ def _steered(generator: random.Random, whole: Whole, phase: str) -> Moment:
 
 
 def tell_stories(
-    wholes: Mapping[str, Whole], seed: int, kills: int, folder: Path, phases: Sequence[str | None]
+    wholes: Mapping[str, Whole],
+    seed: int,
+    kills: int,
+    folder: Path,
+    phases: Sequence[str | None],
+    tell: Callable[[Sequence[Moment], Whole, Path, random.Random], Story] | None = None,
 ) -> Iterator[Story]:
     """Trainings that are killed, until there were so many kills; those that meet no kill count for nothing.
 
@@ -149,19 +154,21 @@ def tell_stories(
         kills: in all.
         folder: an empty one.
         phases: of the first kill of each training, in turn; None: drawn from all its time.
+        tell: runs a training that is killed at some moments; None: `tell_story`.
     """
     generator, number = random.Random(seed), 0
+    tell = tell or tell_story
     while kills > 0:
         phase = phases[number % len(phases)]
         plan = generator.choice([name for name, whole in wholes.items() if phase is None or phase in whole.phases])
         moments = draw_moments(generator, wholes[plan], phase)[:kills]
-        story = tell_story(moments, wholes[plan], folder / str(number))
+        story = tell(moments, wholes[plan], folder / str(number), generator)
         number, kills = number + 1, kills - len(story.killed_in)
         if story.killed_in or not story.survived:
             yield story
 
 
-def tell_story(moments: Sequence[Moment], whole: Whole, folder: Path) -> Story:
+def tell_story(moments: Sequence[Moment], whole: Whole, folder: Path, generator: random.Random) -> Story:
     """Trains, kills at each moment, resumes, and compares what comes of it.
 
     A moment behind the end of a training kills nothing and is not counted.
@@ -170,6 +177,7 @@ def tell_story(moments: Sequence[Moment], whole: Whole, folder: Path) -> Story:
         moments: of the kills.
         whole: the uninterrupted training.
         folder: an empty one.
+        generator: of random numbers; none are drawn.
     """
     plan, killed_in = whole.plan, list[str]()
     for number, moment in enumerate(moments):

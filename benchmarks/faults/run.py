@@ -68,7 +68,8 @@ def run_kills(folder: Path, options: argparse.Namespace) -> Rows:
 def run_groups(folder: Path, options: argparse.Namespace) -> Rows:
     """The same of trainings in two processes, of which one is killed."""
     wholes = {plan: groups.run_whole_group(plan, folder / f"group-{plan}") for plan in kills.PLANS}
-    stories = groups.tell_stories_of_groups(wholes, options.seed, options.group_kills, folder / "groups", _FIRST_KILLS)
+    kills_in_all, tell = options.group_kills, groups.tell_story_of_group
+    stories = kills.tell_stories(wholes, options.seed, kills_in_all, folder / "groups", _FIRST_KILLS, tell)
     return _listen("kill -9 of one of two", stories)
 
 
@@ -240,7 +241,7 @@ def make_claims(results: Mapping[str, Any]) -> list[Claim]:
         Claim("faults after which something was wrong", sum(map(_wrong, rows)), at_most=0),
     ]
     if "kills" in results:
-        hit = {phase for row in rows for phase in row.get("killed_in", ())}
+        hit = {phase for row in results["kills"]["trainings"] for phase in row["killed_in"]}
         claims.append(Claim(f"of {len(PHASES)} phases, those in which a kill was", len(hit), at_least=len(PHASES)))
     return claims
 

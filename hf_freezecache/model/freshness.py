@@ -41,7 +41,7 @@ def is_fresh(module: nn.Module) -> bool:
     if weight.ndim < 2:
         return bias.numel() > 1 and _is_constant(bias) and _is_constant(weight)
     if _is_constant(bias) and (bias.numel() > 1 or not bias.any()):
-        return _may_be_drawn(weight.detach().flatten(1).double())
+        return _may_be_drawn(weight.detach().cpu().flatten(1).double())  # some accelerators have no such numbers
     bound = 1 / math.sqrt(weight[0].numel())
     largest = float(weight.detach().abs().max())
     return _NEAR * bound <= largest <= bound * 1.001 and float(bias.detach().abs().max()) <= bound * 1.001
@@ -56,14 +56,14 @@ def _may_be_drawn(weight: torch.Tensor) -> bool:
     of `1 - exp(-t**2 / 2)` at least (Davidson and Szarek 2001, theorem II.13). Of few numbers they tell little.
 
     Args:
-        weight: float64 `(K, D)`.
+        weight: float64 `(K, D)`, on the CPU.
     """
     if _is_constant(weight):
         return True
     some = weight[:_MOST_ROWS]
     short, long = sorted(some.shape)
     size = float(some.square().mean().sqrt())
-    if size > _LARGEST * math.sqrt(2 / short):
+    if not size <= _LARGEST * math.sqrt(2 / short):  # nor is a number that is none
         return False
     values, middle, width = torch.linalg.svdvals(some) / size, math.sqrt(long), math.sqrt(short) + _BEYOND
     if values[0] > middle + width or values[-1] < middle - width:

@@ -120,6 +120,8 @@ def _say_why_none(session: FreezeSession) -> None:
     say = session.announcer.warning if is_asked_for else session.announcer.info
     if is_untrained(session.chain.model):
         say("No head start: the whole model has the weights of its initialization.")
+    elif session.config.head_start == "always":
+        say("No head start: nothing behind the last block is trained.")
     else:
         say(
             "No head start: nothing behind the last block is known to have the weights of an initialization (of what "

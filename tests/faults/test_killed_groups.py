@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.faults.groups import run_whole_group, tell_stories_of_groups
-from benchmarks.faults.kills import PLANS
+from benchmarks.faults.groups import run_whole_group, tell_story_of_group
+from benchmarks.faults.kills import PLANS, tell_stories
 from benchmarks.faults.trainings import PHASES
 
 pytestmark = pytest.mark.slow
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def test_kills_of_one_of_two_processes_in_any_phase_lose_nothing(processes, tmp_path):
     wholes = {plan: run_whole_group(plan, tmp_path / plan) for plan in PLANS}
     phases = [phase for phase in PHASES if phase != "resuming"]
-    stories = list(tell_stories_of_groups(wholes, 3, len(phases), tmp_path / "killed", phases))
+    stories = list(tell_stories(wholes, 3, len(phases), tmp_path / "killed", phases, tell_story_of_group))
     assert [story for story in stories if not story.survived] == []
     assert sum(len(story.killed_in) for story in stories) == len(phases)
     assert {process for story in stories for process in story.processes} == {0, 1}

@@ -106,6 +106,8 @@ GIVEN = {
     "means of classes": numbers(10, 384, draw=torch.rand),
     "around their mean": directions(10, 0.3) * numbers(10, 1, draw=torch.rand) - directions(10, 0.3).mean(0),
     "of low rank": numbers(20, 3) @ numbers(3, 384) * 0.01,
+    "no numbers": torch.full((10, 384), float("nan")).index_fill(1, torch.tensor([0]), 0.1),
+    "infinite": numbers(10, 384).index_fill(1, torch.tensor([0]), float("inf")),
     "one output": 3 * directions(1, 0.0) * 384**0.5,
 }
 
