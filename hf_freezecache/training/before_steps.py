@@ -52,7 +52,7 @@ def plan_head_start(session: FreezeSession, cut: int, epochs: float) -> None:
         return
     if epochs < 1 and session.config.head_start_epochs is None:
         # A part of an epoch (a trial run of ten steps, say) is not to wait for a look at all samples.
-        session.head_start.most = math.ceil(epochs * len(session.context.source) / session.group.size)
+        session.head_start.most = math.ceil(epochs * session.batches * session.context.source.batch_size)
     session.head_start.is_due = cut > 0 and _may_have_store(session, cut, epochs)
     if not session.head_start.is_due:
         give_head_start(session)

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from ..augment.altered import BRIGHT, DARK, INVERSE, altered
-from ..augment.drawing import PIXELS, generator_states
+from ..augment.drawing import generator_states
 from ..augment.draws import RowCall, watch_calls
 from ..augment.transforms import ReplayableTransform
 from ..build.function_pairs import transform_of
@@ -113,7 +113,10 @@ def _call_of_plain(source: RowSource) -> list[RowCall]:
     if function is None or isinstance(function, ReplayableTransform):  # of a pipeline, which gets single images
         return []
     rows = spread_rows(source.dataset, max(_ROWS, min(source.batch_size, _MANY)), source.seed)
-    columns = source.dataset.with_format(None)[list(rows)]
+    asked_for = set(source.dataset.format["columns"])
+    columns = {
+        name: values for name, values in source.dataset.with_format(None)[list(rows)].items() if name in asked_for
+    }
     images = [name for name, values in columns.items() if isinstance(values[0], PIL.Image.Image)]
     return [RowCall({"": function}, images[0], columns)] if images else []
 
@@ -173,7 +176,7 @@ class _Trials:
             before = generator_states()
         try:
             first, second = self._call(rows, 0, restored=False), self._call(rows, 0, restored=False)
-        except _Fails:
+        except _Fails:  # the pairs of calls tell it
             return True
         return first.generators != before or first.differs(second, range(_FEW))
 
@@ -213,9 +216,7 @@ class _Trials:
                 if first.generators != second.generators or self._is_proof(pair, first, call):
                     return True
             except _Fails as failure:
-                cause = failure.__cause__
-                assert isinstance(cause, Exception)  # see `_call`
-                Announcer.survived(logger, f"A function of rows fails for {size} rows of several batches", cause)
+                _tell(failure, size)
         return False
 
     def _differ(self, first: _Returned, second: _Returned, pair: _Pair) -> bool:
@@ -260,10 +261,13 @@ class _Trials:
         shifts: list[float] = []
         for number in range(_SHIFTS):
             rows, kept = self._take(self._places(number)[:size]), range(number % 2, size, 2)
-            pair = [self._with_others(rows, kept, how) for how in (DARK, BRIGHT)]
+            darker, brighter = (self._with_others(rows, kept, how) for how in (DARK, BRIGHT))
+            if darker is None or brighter is None:
+                return False
             try:
-                dark, bright = (self._brightness(one, kept, number) for one in pair if one is not None)
-            except (_Fails, ValueError):  # ValueError: none of them has images whose pixels could be changed
+                dark, bright = (self._brightness(one, kept, number) for one in (darker, brighter))
+            except _Fails as failure:
+                _tell(failure, size)
                 return False
             shifts += [high - low for low, high in zip(dark, bright, strict=True)]
         if not np.isfinite(shifts).all():
@@ -272,7 +276,7 @@ class _Trials:
 
     def _brightness(self, rows: Mapping[str, Sequence[Any]], kept: Sequence[int], number: int) -> list[float]:
         returned = self._call(rows, number, restored=False)
-        return [torch.as_tensor(np.asarray(returned.row(place)[PIXELS])).double().mean().item() for place in kept]
+        return [_brightness_of(returned.row(place)) for place in kept]
 
     def _places(self, number: int) -> list[int]:
         count = len(self._rows[self._column])
@@ -297,3 +301,19 @@ class _Trials:
             except Exception as error:  # whatever a function of the user's raises
                 raise _Fails from error
             return _Returned(columns, generator_states())
+
+
+def _brightness_of(row: Mapping[str, Any]) -> float:
+    """The sum of the means of all images that a function has returned for a row, whatever they are called."""
+    images = [np.asarray(value) if isinstance(value, PIL.Image.Image) else value for value in row.values()]
+    return sum(
+        value.double().mean().item() if isinstance(value, torch.Tensor) else float(value.mean())
+        for value in images
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim > 1
+    )
+
+
+def _tell(failure: _Fails, size: int) -> None:
+    cause = failure.__cause__
+    assert isinstance(cause, Exception)  # see `_Trials._call`
+    Announcer.survived(logger, f"A function of rows fails for {size} rows of several batches", cause)

@@ -101,6 +101,54 @@ def test_function_without_a_replayable_transform_is_found_as_well(name):
     assert not find_combined(source, plain=False)
 
 
+def with_new_generator(mixes, key):
+    """A plain function whose random numbers nobody can repeat."""
+
+    def function(rows):
+        generator = np.random.default_rng()
+        pixels = [np.asarray(image.convert("RGB").resize((16, 16))).astype(np.float32) for image in rows["image"]]
+        partners = generator.permutation(len(pixels)) if mixes else range(len(pixels))
+        mixed = [pixels[one] / 2 + pixels[other] / 2 + generator.normal() for one, other in enumerate(partners)]
+        return {key: mixed, "labels": rows["labels"]}
+
+    return function
+
+
+@pytest.mark.parametrize("key", ["pixel_values", "x"])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_outputs_of_plain_functions_have_any_names(mixes, key):
+    data = picture_dataset(64, 20).with_transform(with_new_generator(mixes, key))
+    assert bool(find_combined(RowSource(data, official_collate, 8, 0))) == mixes
+
+
+def test_plain_functions_get_the_columns_that_they_ask_for():
+    asked = set()
+
+    def function(rows):
+        asked.add(tuple(rows))
+        return {"pixel_values": [F.to_tensor(image.convert("RGB")) for image in rows["image"]]}
+
+    data = picture_dataset(64, 20).with_transform(function, columns=["image"], output_all_columns=True)
+    assert not find_combined(RowSource(data, official_collate, 8, 0))
+    assert asked == {("image",)}
+
+
+def test_function_that_fails_for_rows_of_several_batches_is_told_with_its_error(caplog):
+    """Nobody has asked for these rows together: it costs no training."""
+
+    def function(rows):
+        if len(rows["image"]) > 2:
+            raise KeyError("no such neighbour")
+        return TRAIN(rows)
+
+    data = picture_dataset(64, 20).with_transform(function)
+    with caplog.at_level("DEBUG", logger="hf_freezecache"):
+        assert not find_combined(RowSource(data, official_collate, 8, 0))
+    told = [record for record in caplog.records if "A function of rows fails for" in record.message]
+    assert any("KeyError" in record.message or "no such neighbour" in record.message for record in told)
+    assert any(record.exc_info for record in told)
+
+
 @pytest.mark.parametrize("function", [TRAIN, VALIDATION])
 def test_functions_that_combine_nothing_are_not(function):
     assert not find_combined(RowSource(picture_dataset(64, 20).with_transform(function), official_collate, 8, 0))
